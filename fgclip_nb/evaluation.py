@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIE_RULES', 'unit', 'cosines', 'standing', 'best_rank', 'chance_recall', 'chance_rank', 'bootstrap_means', 'interval',
-           'links', 'rank_queries', 'retrieval']
+           'links', 'rank_queries', 'retrieval', 'vision_size', 'Encoder', 'captions_of', 'caption_retrieval']
 
 # %% ../nbs/09_evaluation.ipynb #902eb849
 import csv, json, logging, math, time
@@ -213,3 +213,152 @@ def retrieval(image_features, text_features, image_ids=None, text_image=None, ks
     i2t = _direction(ranks_i2t, null_i2t, texts_of, len(texts), ks, np.arange(len(images)), repeats, seed)
     t2i = _direction(ranks_t2i, null_t2i, images_of, len(images), ks, images_of[:, 0], repeats, seed)
     return _both_directions(i2t, t2i, null_i2t, null_t2i, ks) | {"i2t": i2t, "t2i": t2i, "ties": ties, "permutations": permutations}
+
+# %% ../nbs/09_evaluation.ipynb #3d42a792
+def vision_size(model):
+    "(image_size, patch_size) in pixels from the model's own config."
+    config = getattr(model.config, "vision_config", model.config)
+    return int(config.image_size), int(config.patch_size)
+
+def _tensor(out):
+    "The feature tensor of a model call; transformers 5 wraps it in an output object."
+    return out if hasattr(out, "detach") else out.pooler_output
+
+def _has_long_path(model):
+    "Whether the model reads captions beyond 77 tokens."
+    import inspect
+    return "walk_short_pos" in inspect.signature(model.get_text_features).parameters
+
+# %% ../nbs/09_evaluation.ipynb #7ce1f031
+class _Frozen:
+    "Within: no gradient and evaluation mode; afterwards the model's mode is what it was."
+    def __init__(self, model): self.model = model
+    def __enter__(self):
+        import torch
+        self.training, self.grad = self.model.training, torch.inference_mode()
+        self.model.eval()
+        self.grad.__enter__()
+    def __exit__(self, *error):
+        self.grad.__exit__(*error)
+        self.model.train(self.training)
+
+class _EncoderBase:
+    "The model, its sizes, and what went wrong on the way."
+    def __init__(self, model, image_size=None, batch_size=64, text_batch_size=512):
+        self.model, self.batch_size, self.text_batch_size = model, batch_size, text_batch_size
+        self.image_size, self.patch_size = image_size or vision_size(model)[0], vision_size(model)[1]
+        self.context = {False: 77, True: 248 if _has_long_path(model) else 77}
+        self.unreadable, self.full_context, self._texts = [], set(), {False: {}, True: {}}
+
+    @property
+    def device(self): return next(self.model.parameters()).device
+
+# %% ../nbs/09_evaluation.ipynb #211cd46e
+def _stack(parts, width=0):
+    "Feature tensors -> one float32 array; (0, width) when there are none."
+    return np.concatenate([p.detach().float().cpu().numpy() for p in parts]) if parts else np.zeros((0, width), dtype=np.float32)
+
+class _ImageEncoder(_EncoderBase):
+    def _readable(self, paths):
+        "Yield (row, uint8 (S,S,3)) of the images that can be read; the others are noted in `unreadable`."
+        from fgclip_nb.media import read_image
+        for row, path in enumerate(paths):
+            try: yield row, read_image(path, self.image_size)
+            except DataError as e: self.unreadable.append({"file": str(path), "reason": str(e)})
+
+    def pixel_batches(self, paths):
+        "Yield (rows, pixel_values (b,3,S,S)) of the readable images, on the model's device."
+        import itertools, torch
+        from fgclip_nb.media import normalize
+        readable = self._readable(paths)
+        while batch := list(itertools.islice(readable, self.batch_size)):
+            rows, pixels = zip(*batch)
+            yield list(rows), normalize(torch.from_numpy(np.stack(pixels)).to(self.device))
+
+    def images(self, paths):
+        "Global features of the readable images among `paths`: (float32 (k,D), rows (k,) int64)."
+        rows, parts = [], []
+        with _Frozen(self.model):
+            for kept, pixels in self.pixel_batches(paths):
+                rows += kept
+                parts.append(_tensor(self.model.get_image_features(pixel_values=pixels)))
+        return _stack(parts), np.array(rows, dtype=np.int64)
+
+# %% ../nbs/09_evaluation.ipynb #728b4f5d
+class _TextEncoder(_ImageEncoder):
+    def _encode(self, texts, long):
+        "Features of one batch of distinct texts."
+        from fgclip_nb.text import tokenize
+        batch = tokenize(texts, context_length=self.context[long])
+        full = (batch.lengths >= self.context[long])[batch.index].tolist()
+        self.full_context.update(t for t, f in zip(texts, full) if f)
+        batch = batch.to(self.device)
+        if not _has_long_path(self.model): return _tensor(self.model.get_text_features(input_ids=batch.input_ids))[batch.index]
+        return self.model.encode_text(batch, walk_short_pos=not long)
+
+    def texts(self, texts, long=False):
+        "Features of `texts`, float32 (n,D), in their order. long: the path with 248 positions, where the model has one."
+        known, texts = self._texts[long], list(texts)
+        new = sorted(set(texts) - known.keys())
+        with _Frozen(self.model):
+            for i in range(0, len(new), self.text_batch_size):
+                part = new[i:i + self.text_batch_size]
+                known.update(zip(part, _stack([self._encode(part, long)])))
+        return np.stack([known[t] for t in texts]) if texts else np.zeros((0, 0), dtype=np.float32)
+
+# %% ../nbs/09_evaluation.ipynb #d26c4e24
+class Encoder(_TextEncoder):
+    """A model seen through its features: batched, without gradient, returned as float32 arrays.
+
+    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call.
+    `unreadable` collects {file, reason} of images left out; `full_context` the texts that fill the whole context."""
+    @property
+    def grid(self): return self.image_size // self.patch_size
+
+    def regions(self, paths, boxes):
+        "boxes: one float (n,4) array per path, 0-1 xyxy -> (float32 (k,D), image number (k,), region number within all boxes (k,))."
+        import torch
+        first, rows, parts = np.cumsum([0, *map(len, boxes)]), [], []
+        with _Frozen(self.model):
+            for kept, pixels in self.pixel_batches(paths):
+                cells = [torch.as_tensor(np.asarray(boxes[i], dtype=np.float32).reshape(-1, 4) * np.float32(self.grid), device=self.device)
+                         for i in kept]
+                parts.append(self.model.get_image_box_roi_features(pixels, box_info=cells))
+                rows += [(i, first[i] + j) for i in kept for j in range(len(boxes[i]))]
+        rows = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        return _stack(parts), rows[:, 0], rows[:, 1]
+
+    def dense(self, path):
+        "Dense map of one image: float32 (grid, grid, D)."
+        with _Frozen(self.model):
+            maps = [self.model.get_image_dense_features(pixels) for _, pixels in self.pixel_batches([path])]
+        if not maps: raise DataError(self.unreadable[-1]["reason"])
+        return _stack(maps).reshape(self.grid, self.grid, -1)
+
+# %% ../nbs/09_evaluation.ipynb #c5ec9e8a
+def captions_of(sample, long=False, most=5):
+    "The captions a sample is asked for: the long one, or its first `most` short ones (`captions`, else `short_caption`, else `caption`)."
+    if long: return [sample.caption] if sample.caption else []
+    short = list(sample.captions) or [sample.short_caption or sample.caption]
+    return [c for c in short if c][:most]
+
+def _caption_links(samples, long, most):
+    "Texts and the sample number of each."
+    pairs = [(c, i) for i, s in enumerate(samples) for c in captions_of(s, long, most)]
+    return [c for c, _ in pairs], np.array([i for _, i in pairs], dtype=np.int64)
+
+def caption_retrieval(model, samples, image_size=None, long=False, captions=5, permutations=1000, seed=0, ties="against", batch_size=64):
+    """`retrieval` of the samples' photos and captions (at most `captions` short ones each, or the long one).
+
+    model: a model or an `Encoder`. Adds "missing" (photos that could not be read), "uncaptioned" and "full_context" (texts that fill
+    the context and may have been cut). Photos without a caption stay as distractors."""
+    encoder = model if hasattr(model, "texts") else Encoder(model, image_size, batch_size)
+    texts, owner = _caption_links(samples, long, captions)
+    images, rows = encoder.images([s.media for s in samples])
+    kept = np.isin(owner, rows)
+    texts, owner = [t for t, k in zip(texts, kept) if k], owner[kept]
+    if not texts: raise DataError(f"no readable image with a {'long' if long else 'short'} caption among {len(samples)} samples")
+    out = retrieval(images, encoder.texts(texts, long), rows, owner, permutations=permutations, seed=seed, ties=ties,
+                    text_ids=[stable_id(t) for t in texts])
+    return out | {"missing": len(samples) - len(rows), "uncaptioned": int(len(samples) - len(set(_caption_links(samples, long, captions)[1]))),
+                  "full_context": len(encoder.full_context.intersection(texts))}
