@@ -71,6 +71,11 @@ def gather_rows(x: Tensor, counts: list | None = None) -> Tensor:
     return _GatherRows.apply(x.contiguous(), counts) if sum(counts) else x
 
 # %% ../nbs/07_bank.ipynb #a6bb0338
+def _widen_to_checkpoint(bank, state, prefix, *unused):
+    "Before loading: give the bank the precision of the vectors in the checkpoint, if that is higher."
+    if (vectors := state.get(prefix + "region_features")) is not None: bank._widen(vectors.dtype)
+
+# %% ../nbs/07_bank.ipynb #68ac1d00
 class _BankState(nn.Module):
     "The buffers of a memory bank and their names."
     vectors, identities = ("region_features", "region_text_features"), ("caption_ids", "sample_ids", "region_ids")
@@ -84,7 +89,7 @@ class _BankState(nn.Module):
         for name in (*self.identities, "born"): self.register_buffer(name, torch.full((self.size,), NO_ID))
         for name in ("pointer", "filled", "forwards"): self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("on", torch.tensor(self.warmup_steps == 0))
-        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *args: self._widen(state.get(prefix + self.vectors[0], self.region_features).dtype))
+        self.register_load_state_dict_pre_hook(_widen_to_checkpoint)
 
     def _widen(self, dtype):
         for name in self.vectors: setattr(self, name, getattr(self, name).to(torch.promote_types(dtype, getattr(self, name).dtype)))
