@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomic', 'sha256_file', 'read_jsonl', 'param',
            'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'nearest',
-           'TrainConfig', 'known_parameters', 'describe_parameter', 'params_hash', 'project_root', 'resolve_path',
-           'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder', 'changed_params', 'check_params',
-           'code_identity', 'versions']
+           'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params', 'parameter_cell', 'params_hash',
+           'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder',
+           'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
-import dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing
+import ast, dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,6 +206,28 @@ def describe_parameter(name) -> str:
     kind = " or ".join("none" if t is types.NoneType else t.__name__ for t in _types(f.type))
     span = f", {f.metadata['low']}..{f.metadata['high']}" if f.metadata["low"] is not None else ""
     return f"{name} ({kind}{span}; default {f.default!r}): {f.metadata['help']}"
+
+# %% ../nbs/00_core.ipynb #1e30dd28
+def notebook_params(namespace: dict) -> dict:
+    "Names assigned in the executed cells that begin with `# Parameters`, with their values; `namespace` is the notebook's `globals()`."
+    names = {}
+    for source in namespace.get("In", ()):
+        if not source.lstrip().startswith("# Parameters"): continue
+        for node in ast.parse(source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names |= {t.id: None for t in targets if isinstance(t, ast.Name)}
+    return {n: namespace[n] for n in names if n in namespace and not n.startswith("PAPERMILL_")}
+
+# %% ../nbs/00_core.ipynb #0725b912
+def parameter_cell() -> str:
+    "Source of a notebook's parameters cell: every parameter with type, default, meaning and range."
+    lines = ["# Parameters of this run: `-p name value` on papermill's command line replaces any of them."]
+    for name, f in known_parameters().items():
+        kind = next(t.__name__ for t in _types(f.type) if t is not types.NoneType)
+        m = f.metadata
+        span = f" [{m['low']}..{m['high']}]" if m["low"] is not None else f" [{' | '.join(m['choices'])}]" if m["choices"] else ""
+        lines.append(f"{name}: {kind} = {f.default!r}  # {m['help']}{span}")
+    return "\n".join(lines)
 
 # %% ../nbs/00_core.ipynb #ca53b531
 NOT_IDENTITY = ("output", "allow_changed", "tracker", "num_workers", "keep_checkpoints", "save_every", "log_every")
