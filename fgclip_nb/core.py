@@ -107,8 +107,8 @@ class OptimParams:
     weight_decay: float = param(0.001, "AdamW's weight decay, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000)
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0 = no clipping", 0, 1e9)
-    max_steps: int = param(400, "optimiser steps; 0 = use `epochs`", 0, 1_000_000_000)
-    epochs: int = param(0, "passes over the training samples when `max_steps` is 0", 0, 100_000)
+    max_steps: int = param(0, "optimiser steps of the whole run; 0 = as many as `epochs` takes", 0, 1_000_000_000)
+    epochs: int = param(30, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
     max_bad_steps: int = param(10, "the run stops non-zero after this many skipped (non-finite) steps in a row", 1, 1_000_000)
 
 # %% ../nbs/00_core.ipynb #56c94d0d
@@ -178,8 +178,6 @@ class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams
             value = _typed(f.name, getattr(self, f.name), f.type)
             _in_range(f.name, value, f.metadata)
             setattr(self, f.name, value)
-        if not self.max_steps and not self.epochs: raise ConfigError("`max_steps` and `epochs` are both 0: give one of them")
-        if self.max_steps and self.epochs: raise ConfigError(f"`max_steps` = {self.max_steps} and `epochs` = {self.epochs}: give one and set the other to 0")
         if self.gradient_caching and self.gradient_accumulation_steps > 1:
             raise ConfigError("`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise `batch_size`")
         unknown = [n for n in self.allow_changed.split(",") if n and n not in known_parameters() and n != "data"]

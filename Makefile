@@ -1,0 +1,34 @@
+# make train: from a fresh clone to a trained, explained run.   make test: all tests.   make lab: JupyterLab.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+# A CPU-only machine saves gigabytes with: make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+export PYTHONUNBUFFERED := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup train test test-all lab clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: setup
+	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p logit_scale_init 4.6052 --log-output
+
+test: setup
+	$(BIN)/python tests/check.py
+
+test-all: setup
+	FGCLIP_TEST_ALL=1 $(BIN)/python tests/check.py
+
+lab: setup
+	$(BIN)/jupyter lab --notebook-dir .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
