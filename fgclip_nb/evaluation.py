@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIE_RULES', 'unit', 'cosines', 'standing', 'best_rank', 'chance_recall', 'chance_rank', 'bootstrap_means', 'interval',
-           'links', 'rank_queries', 'retrieval', 'vision_size', 'Encoder', 'captions_of', 'caption_retrieval']
+           'links', 'rank_queries', 'Ranked', 'summarise', 'rank_both_ways', 'retrieval', 'vision_size', 'Encoder',
+           'captions_of', 'CaptionSet', 'encode_captions', 'caption_retrieval']
 
 # %% ../nbs/09_evaluation.ipynb #902eb849
 import csv, json, logging, math, time
@@ -155,64 +156,108 @@ def _permuted_links(texts_of, images_of, repeats, seed):
     t2i = lambda block: np.where(images_of[block] >= 0, inverse[:, images_of[block]], -1)
     return i2t, t2i
 
-# %% ../nbs/09_evaluation.ipynb #43a32ef8
-def _chance(right, n_candidates, ks):
-    "Mean chance recall at each k and mean chance rank over the queries that have a right answer; right (n,g)."
-    sizes, weight = np.unique((right >= 0).sum(1)[(right >= 0).any(1)], return_counts=True)
-    mean = lambda f: float(sum(w * f(m) for m, w in zip(sizes, weight)) / max(1, weight.sum()))
-    return {f"r{k}": mean(lambda m: chance_recall(n_candidates, m, k)) for k in ks} | {"mean_rank": mean(lambda m: chance_rank(n_candidates, m))}
+# %% ../nbs/09_evaluation.ipynb #b1e83792
+@dataclass
+class Ranked:
+    """Places of the right answers, item by item.
 
-def _values(ranks, ks):
-    "Per-query values of each score: hit (0/1) at each k, and the rank. Returns name -> float64 (n,)."
-    return {f"r{k}": (ranks <= k).astype(np.float64) for k in ks} | {"mean_rank": ranks.astype(np.float64)}
+    ranks, options, right (n,): place from 1, number of candidates, right answers among them; ids, groups (n,): item, and the photo it
+    belongs to; null (P, len(ks)+1): sums of hits and ranks under permutations; asked: items of the task; lost: reason -> items left out;
+    detail: per-item columns for the pictures (media, box, answer, predicted, margin)."""
+    ids: list
+    groups: list
+    ranks: np.ndarray
+    options: np.ndarray
+    right: np.ndarray
+    ks: tuple = (1, 5)
+    prefix: str = "acc"
+    null: np.ndarray | None = None
+    asked: int = 0
+    lost: dict = field(default_factory=dict)
+    detail: dict = field(default_factory=dict)
 
-def _verdict(scores, bands):
-    "Above chance beyond the band: recalls over its upper end, the mean rank under its lower end."
-    return {k: bool(scores[k] < lo if k == "mean_rank" else scores[k] > hi) for k, (lo, hi) in bands.items()}
+    def __len__(self): return len(self.ranks)
 
-# %% ../nbs/09_evaluation.ipynb #b99a5fdd
-def _direction(ranks, null, right, n_candidates, ks, groups, repeats, seed):
-    "One direction's table: scores, denominators, chance, bootstrap interval, permutation band, above_chance."
+    @property
+    def names(self): return [f"{self.prefix}{k}" for k in self.ks] + ["mean_rank"]
+
+    def values(self):
+        "Per-item values of each score: hit (0 or 1) at each k, and the rank. name -> float64 (n,)."
+        return dict(zip(self.names, [(self.ranks <= k).astype(np.float64) for k in self.ks] + [self.ranks.astype(np.float64)]))
+
+# %% ../nbs/09_evaluation.ipynb #097fcf20
+def _chance(ranked):
+    "Chance value of each score: the mean over items, each with its own number of options and right answers."
+    pairs, weight = np.unique(np.stack([ranked.options, ranked.right]), axis=1, return_counts=True)
+    mean = lambda f: float(sum(w * f(int(n), int(m)) for n, m, w in zip(*pairs, weight)) / weight.sum())
+    chances = [mean(lambda n, m: chance_recall(n, m, k)) for k in ranked.ks] + [mean(chance_rank)]
+    return dict(zip(ranked.names, chances))
+
+def _above(scores, bands):
+    "Better than chance beyond the band: recalls over its upper end, the mean rank under its lower end."
+    return {k: bool(scores[k] < low if k == "mean_rank" else scores[k] > high) for k, (low, high) in bands.items()}
+
+def _null_table(scores, draws, names):
+    "What permuted links score: mean, band, and whether `scores` leave it."
+    bands = dict(zip(names, (interval(d) for d in draws.T)))
+    return {"permuted": dict(zip(names, map(float, draws.mean(0)))), "chance_interval": bands, "above_chance": _above(scores, bands)}
+
+# %% ../nbs/09_evaluation.ipynb #ff578e44
+def summarise(ranked, repeats=1000, seed=0):
+    "A `Ranked` as a flat table of plain numbers (ready for JSON); scores are None when nothing could be scored."
+    out = {"queries": len(ranked), "asked": ranked.asked or len(ranked), "lost": dict(ranked.lost)}
+    if not len(ranked): return dict.fromkeys(ranked.names) | out
+    values = ranked.values()
+    scores = {name: float(v.mean()) for name, v in values.items()}
+    out |= {"candidates": float(ranked.options.mean()), "median_rank": float(np.median(ranked.ranks)), "chance": _chance(ranked),
+            "interval": {name: interval(bootstrap_means(v, ranked.groups, repeats, seed)) for name, v in values.items()}}
+    return scores | out | ({} if ranked.null is None else _null_table(scores, ranked.null / len(ranked), ranked.names))
+
+# %% ../nbs/09_evaluation.ipynb #a046405b
+def _ranked_links(features, right, permuted, ties, ks, ids, groups):
+    "Rank one direction's queries and keep those that have a right answer."
+    ranks, null = rank_queries(*features, right, permuted, ties, ks)
     asked = ranks > 0
-    values = _values(ranks[asked], ks)
-    out = {name: float(v.mean()) for name, v in values.items()}
-    out |= {"median_rank": float(np.median(ranks[asked])), "queries": int(asked.sum()), "candidates": int(n_candidates),
-            "chance": _chance(right, n_candidates, ks)}
-    out["interval"] = {name: interval(bootstrap_means(v, groups[asked], repeats, seed)) for name, v in values.items()}
-    if null is None: return out
-    out["chance_interval"] = dict(zip(values, (interval(draws) for draws in (null / max(1, asked.sum())).T)))
-    return out | {"above_chance": _verdict(out, out["chance_interval"])}
+    pick = lambda items: [x for x, a in zip(items, asked) if a]
+    options = np.full(asked.sum(), len(features[1]))
+    return Ranked(pick(ids), pick(groups), ranks[asked], options, (right[asked] >= 0).sum(1), ks, "r", null)
 
-def _both_directions(i2t, t2i, null_i2t, null_t2i, ks):
+def rank_both_ways(images, texts, image_ids=None, text_image=None, text_ids=None, ks=(1, 5, 10), permutations=1000, seed=0, ties="against"):
+    "Unit rows of photos and texts -> (`Ranked` of photos asking for text, `Ranked` of texts asking for photos)."
+    texts_of, images_of = links(len(images), len(texts), image_ids, text_image, text_ids)
+    i2t, t2i = _permuted_links(texts_of, images_of, permutations, seed) if permutations else (None, None)
+    names = [str(i) for i in (range(len(images)) if image_ids is None else np.asarray(image_ids).tolist())]
+    owner = [names[i] for i in images_of[:, 0]]
+    text_names = [f"{names[i]}#{t}" for t, i in enumerate(images_of[:, 0])]
+    return (_ranked_links((images, texts), texts_of, i2t, ties, ks, names, names),
+            _ranked_links((texts, images), images_of, t2i, ties, ks, text_names, owner))
+
+# %% ../nbs/09_evaluation.ipynb #daea617f
+def _both_directions(i2t, t2i, tables):
     "Means of the two directions under the same names; the band comes from the same permutations, so it is a joint one."
-    names = [f"r{k}" for k in ks] + ["mean_rank"]
-    mean = lambda pick: {n: (pick(i2t)[n] + pick(t2i)[n]) / 2 for n in names}
-    out = mean(lambda d: d) | {"chance": mean(lambda d: d["chance"])}
-    if null_i2t is None: return out
-    draws = (null_i2t / i2t["queries"] + null_t2i / t2i["queries"]) / 2
-    out["chance_interval"] = dict(zip(names, (interval(d) for d in draws.T)))
-    return out | {"above_chance": _verdict(out, out["chance_interval"])}
+    a, b = tables
+    out = {n: (a[n] + b[n]) / 2 for n in i2t.names} | {"chance": {n: (a["chance"][n] + b["chance"][n]) / 2 for n in i2t.names}}
+    if i2t.null is not None: out |= _null_table(out, (i2t.null / len(i2t) + t2i.null / len(t2i)) / 2, i2t.names)
+    return out | {"i2t": a, "t2i": b}
 
-# %% ../nbs/09_evaluation.ipynb #53c92cc1
+def _check_pair(images, texts):
+    "Something on both sides, and of one width."
+    if not len(images) or not len(texts): raise DataError(f"nothing to retrieve: {len(images)} images, {len(texts)} texts")
+    if images.shape[1] != texts.shape[1]: raise DataError(f"image_features have {images.shape[1]} columns, text_features {texts.shape[1]}")
+
 def retrieval(image_features, text_features, image_ids=None, text_image=None, ks=(1, 5, 10), permutations=1000, seed=0,
               text_ids=None, ties="against"):
     """Retrieval both ways: r<k> = share of queries with a right answer among the first k, and mean_rank of the best right answer.
 
     image_features (I,D), text_features (T,D), any norm. `links` explains image_ids, text_image and text_ids.
     Top level: mean of both directions; "i2t" (photo asks for text) and "t2i" hold each direction with queries, candidates, chance,
-    interval (95 % bootstrap over photos), chance_interval (95 % of permuted links) and above_chance. permutations=0 leaves the last two out."""
+    interval (95 % bootstrap over photos), permuted and chance_interval (mean and 95 % of permuted links) and above_chance.
+    permutations=0 leaves the last three out."""
     images, texts = unit(image_features, "image_features"), unit(text_features, "text_features")
-    if not len(images) or not len(texts): raise DataError(f"nothing to retrieve: {len(images)} images, {len(texts)} texts")
-    if images.shape[1] != texts.shape[1]: raise DataError(f"image_features have {images.shape[1]} columns, text_features {texts.shape[1]}")
-    texts_of, images_of = links(len(images), len(texts), image_ids, text_image, text_ids)
-    null_i2t = null_t2i = (None, None)
-    i2t, t2i = _permuted_links(texts_of, images_of, permutations, seed) if permutations else (None, None)
-    ranks_i2t, null_i2t = rank_queries(images, texts, texts_of, i2t, ties, ks)
-    ranks_t2i, null_t2i = rank_queries(texts, images, images_of, t2i, ties, ks)
-    repeats = max(permutations, 200)
-    i2t = _direction(ranks_i2t, null_i2t, texts_of, len(texts), ks, np.arange(len(images)), repeats, seed)
-    t2i = _direction(ranks_t2i, null_t2i, images_of, len(images), ks, images_of[:, 0], repeats, seed)
-    return _both_directions(i2t, t2i, null_i2t, null_t2i, ks) | {"i2t": i2t, "t2i": t2i, "ties": ties, "permutations": permutations}
+    _check_pair(images, texts)
+    both = rank_both_ways(images, texts, image_ids, text_image, text_ids, tuple(ks), permutations, seed, ties)
+    tables = [summarise(r, max(permutations, 200), seed) for r in both]
+    return _both_directions(*both, tables) | {"ties": ties, "permutations": permutations}
 
 # %% ../nbs/09_evaluation.ipynb #3d42a792
 def vision_size(model):
@@ -248,7 +293,7 @@ class _EncoderBase:
         self.model, self.batch_size, self.text_batch_size = model, batch_size, text_batch_size
         self.image_size, self.patch_size = image_size or vision_size(model)[0], vision_size(model)[1]
         self.context = {False: 77, True: 248 if _has_long_path(model) else 77}
-        self.unreadable, self.full_context, self._texts = [], set(), {False: {}, True: {}}
+        self.unreadable, self.cut, self._texts = [], set(), {False: {}, True: {}}
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -288,11 +333,9 @@ class _ImageEncoder(_EncoderBase):
 class _TextEncoder(_ImageEncoder):
     def _encode(self, texts, long):
         "Features of one batch of distinct texts."
-        from fgclip_nb.text import tokenize
-        batch = tokenize(texts, context_length=self.context[long])
-        full = (batch.lengths >= self.context[long])[batch.index].tolist()
-        self.full_context.update(t for t, f in zip(texts, full) if f)
-        batch = batch.to(self.device)
+        from fgclip_nb.text import encode, tokenize
+        self.cut.update(t for t, ids in zip(texts, encode(texts)) if len(ids) > self.context[long])
+        batch = tokenize(texts, context_length=self.context[long]).to(self.device)
         if not _has_long_path(self.model): return _tensor(self.model.get_text_features(input_ids=batch.input_ids))[batch.index]
         return self.model.encode_text(batch, walk_short_pos=not long)
 
@@ -311,7 +354,7 @@ class Encoder(_TextEncoder):
     """A model seen through its features: batched, without gradient, returned as float32 arrays.
 
     image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call.
-    `unreadable` collects {file, reason} of images left out; `full_context` the texts that fill the whole context."""
+    `unreadable` collects {file, reason} of images left out; `cut` the texts that were longer than the context."""
     @property
     def grid(self): return self.image_size // self.patch_size
 
@@ -342,23 +385,38 @@ def captions_of(sample, long=False, most=5):
     short = list(sample.captions) or [sample.short_caption or sample.caption]
     return [c for c in short if c][:most]
 
-def _caption_links(samples, long, most):
-    "Texts and the sample number of each."
-    pairs = [(c, i) for i, s in enumerate(samples) for c in captions_of(s, long, most)]
-    return [c for c, _ in pairs], np.array([i for _, i in pairs], dtype=np.int64)
+@dataclass
+class CaptionSet:
+    "Features of readable photos and their captions: samples kept, images (I,D), texts, text_features (T,D), owner (T,) row of the photo."
+    samples: list
+    images: np.ndarray
+    texts: list
+    text_features: np.ndarray
+    owner: np.ndarray
+    lost: dict
+
+def encode_captions(encoder, samples, long=False, most=5):
+    "Encode the samples' photos and captions -> `CaptionSet`. Photos without a caption stay as distractors."
+    images, rows = encoder.images([s.media for s in samples])
+    kept = [samples[i] for i in rows]
+    pairs = [(c, i) for i, s in enumerate(kept) for c in captions_of(s, long, most)]
+    if not pairs: raise DataError(f"no readable photo with a {'long' if long else 'short'} caption among {len(samples)} samples")
+    texts, owner = [c for c, _ in pairs], np.array([i for _, i in pairs], dtype=np.int64)
+    lost = {"unreadable": len(samples) - len(kept), "without caption": len(kept) - len(set(owner.tolist()))}
+    return CaptionSet(kept, images, texts, encoder.texts(texts, long), owner, lost)
+
+# %% ../nbs/09_evaluation.ipynb #ffa2d468
+def _as_encoder(model, image_size=None, batch_size=64):
+    "An `Encoder`, or anything with its methods, unchanged; a model wrapped in one."
+    return model if hasattr(model, "texts") and hasattr(model, "images") else Encoder(model, image_size, batch_size)
 
 def caption_retrieval(model, samples, image_size=None, long=False, captions=5, permutations=1000, seed=0, ties="against", batch_size=64):
     """`retrieval` of the samples' photos and captions (at most `captions` short ones each, or the long one).
 
-    model: a model or an `Encoder`. Adds "missing" (photos that could not be read), "uncaptioned" and "full_context" (texts that fill
-    the context and may have been cut). Photos without a caption stay as distractors."""
-    encoder = model if hasattr(model, "texts") else Encoder(model, image_size, batch_size)
-    texts, owner = _caption_links(samples, long, captions)
-    images, rows = encoder.images([s.media for s in samples])
-    kept = np.isin(owner, rows)
-    texts, owner = [t for t, k in zip(texts, kept) if k], owner[kept]
-    if not texts: raise DataError(f"no readable image with a {'long' if long else 'short'} caption among {len(samples)} samples")
-    out = retrieval(images, encoder.texts(texts, long), rows, owner, permutations=permutations, seed=seed, ties=ties,
-                    text_ids=[stable_id(t) for t in texts])
-    return out | {"missing": len(samples) - len(rows), "uncaptioned": int(len(samples) - len(set(_caption_links(samples, long, captions)[1]))),
-                  "full_context": len(encoder.full_context.intersection(texts))}
+    model: a model or an `Encoder`. Adds "lost" (photos unreadable or without caption) and "cut" (captions longer than the context).
+    A sentence that stands at two photos is right for both."""
+    encoder = _as_encoder(model, image_size, batch_size)
+    found = encode_captions(encoder, list(samples), long, captions)
+    out = retrieval(found.images, found.text_features, text_image=found.owner, permutations=permutations, seed=seed, ties=ties,
+                    text_ids=[stable_id(t) for t in found.texts])
+    return out | {"lost": found.lost, "cut": len(encoder.cut.intersection(found.texts))}
