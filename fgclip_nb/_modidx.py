@@ -472,6 +472,8 @@ d = { 'settings': { 'branch': 'main',
                                 'fgclip_nb.text._nodes': ('text.html#_nodes', 'fgclip_nb/text.py'),
                                 'fgclip_nb.text.encode': ('text.html#encode', 'fgclip_nb/text.py'),
                                 'fgclip_nb.text.get_tokenizer': ('text.html#get_tokenizer', 'fgclip_nb/text.py'),
+                                'fgclip_nb.text.long_positions': ('text.html#long_positions', 'fgclip_nb/text.py'),
                                 'fgclip_nb.text.pack': ('text.html#pack', 'fgclip_nb/text.py'),
                                 'fgclip_nb.text.read_vocabulary': ('text.html#read_vocabulary', 'fgclip_nb/text.py'),
+                                'fgclip_nb.text.stretch_positions': ('text.html#stretch_positions', 'fgclip_nb/text.py'),
                                 'fgclip_nb.text.tokenize': ('text.html#tokenize', 'fgclip_nb/text.py')}}}
