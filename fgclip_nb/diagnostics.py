@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['MAX_STORED_SCALE', 'TERM_FIELDS', 'QUANTILES', 'PAIRS', 'MODULES', 'PASS', 'FAIL', 'UNLIKE', 'LATER', 'LIMITS',
            'RULES', 'CRITERIA', 'ALIASES', 'NUMBER', 'PAIR', 'FACTS', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE',
-           'GREY', 'RESULT_COLOURS', 'SCALES', 'MODULE_COLOURS', 'PLOTS', 'WORLD', 'chance_level', 'round_bf16',
-           'bf16_spacing', 'jsonable', 'JsonLines', 'metrics_frame', 'to_floats', 'term_values', 'total_loss', 'spread',
-           'effective_rank', 'equal_share', 'pair_cosines', 'similarity_values', 'norm_values', 'module_of',
-           'UpdateProbe', 'bank_values', 'bank_health', 'loss_line', 'runtime_lines', 'runtime_interval', 'board_tag',
-           'Board', 'RecorderFiles', 'ForwardRecorder', 'Recorder', 'count_samples', 'duplicate_floor', 'html_table',
-           'Expectations', 'show', 'asked_scale', 'expectations', 'Verdict', 'Evidence', 'interval', 'candidates',
-           'chance', 'in_batch', 'Rule', 'rule', 'finite_numbers', 'weights_loaded', 'zero_regions',
+           'GREY', 'RESULT_COLOURS', 'SCALES', 'MODULE_COLOURS', 'PLOTS', 'STYLE', 'OBSERVED', 'WORLD', 'chance_level',
+           'round_bf16', 'bf16_spacing', 'jsonable', 'JsonLines', 'metrics_frame', 'to_floats', 'term_values',
+           'total_loss', 'spread', 'effective_rank', 'equal_share', 'pair_cosines', 'similarity_values', 'norm_values',
+           'module_of', 'UpdateProbe', 'bank_values', 'bank_health', 'loss_line', 'runtime_lines', 'runtime_interval',
+           'board_tag', 'Board', 'RecorderFiles', 'ForwardRecorder', 'Recorder', 'count_samples', 'duplicate_floor',
+           'html_table', 'Expectations', 'show', 'asked_scale', 'expectations', 'Verdict', 'Evidence', 'interval',
+           'candidates', 'chance', 'in_batch', 'Rule', 'rule', 'finite_numbers', 'weights_loaded', 'zero_regions',
            'image_embeddings_differ', 'region_embeddings_differ', 'loaded_scale', 'scale_as_asked', 'scale_can_move',
            'modules_train', 'bank_timetable', 'bank_comes_on', 'bank_fills', 'bank_fresh', 'bank_clean',
            'duplicate_floor_reached', 'region_loss_rise', 'global_loss_rise', 'region_above_chance',
            'global_above_chance', 'hard_above_chance', 'noise_allows_a_verdict', 'no_overfitting', 'not_data_bound',
            'logits_in_range', 'region_loss_by_step_50', 'region_loss_by_step_200', 'region_loss_by_step_500',
-           'no_large_oscillation', 'losses_fall_together', 'run_evidence', 'verdicts', 'headline', 'column_of',
-           'text_facts', 'text_rows', 'trainer_state_rows', 'event_rows', 'evidence', 'new_figure', 'plot_losses',
-           'plot_similarities', 'plot_temperatures', 'plot_norms', 'plot_bank', 'plot_positives', 'plot_validation',
-           'plot_updates', 'plot_time', 'VerdictTable', 'verdict_table', 'synthetic_run']
+           'no_large_oscillation', 'losses_fall_together', 'run_evidence', 'verdicts', 'by_cause', 'headline',
+           'column_of', 'text_facts', 'text_rows', 'trainer_state_rows', 'event_rows', 'evidence', 'new_figure',
+           'plot_losses', 'plot_similarities', 'plot_temperatures', 'plot_norms', 'plot_bank', 'plot_positives',
+           'plot_validation', 'plot_updates', 'plot_time', 'VerdictTable', 'verdict_table', 'phases', 'phase_lines',
+           'figure_uri', 'expected_and_observed', 'report_html', 'conclude', 'synthetic_run', 'verdict_text', 'main']
 
 # %% ../nbs/10_diagnostics.ipynb #dbef50ba
 import dataclasses, json, math, os, re, struct, sys
@@ -113,8 +114,8 @@ def term_values(terms: dict) -> dict:
         if not members: continue
         out[f"loss_{kind}"] = _mean([t.loss for t in members])
         for attr, column in TERM_FIELDS.items():
-            found = [v for v in (getattr(t, attr, None) for t in members) if v is not None]
-            if found and (attr != "in_batch" or kind == "region"): out[column.format(kind)] = _mean(found)
+            found = [v for v in (getattr(t, attr, None) for t in members) if v is not None and v == v]     # NaN: there is nothing of the kind
+            if found and (kind == "region" or not attr.endswith("in_batch")): out[column.format(kind)] = _mean(found)
     return out
 
 # %% ../nbs/10_diagnostics.ipynb #377f73ec
@@ -359,10 +360,9 @@ class ForwardRecorder(RecorderFiles):
         "Take note of one region forward: its terms, and its features when this step is a diagnostic one."
         self.forwards += 1
         diag = self.is_diag(self.last_step + 1)
-        detached = {k: v.detach() if hasattr(v, "detach") else v for k, v in (term_values(terms) | {"loss": total_loss(terms, self.cfg)}).items()}
         kept = {k: v.detach() for k, v in features.items()} if diag else None
         scales = {k: v.detach().clone() for k, v in features.items() if k.startswith("logit_scale")}
-        self.pending.append(dict(values=detached, features=kept, batch=batch if diag else None, scales=scales,
+        self.pending.append(dict(terms=terms, features=kept, batch=batch if diag else None, scales=scales,
                                  images=len(features.get("image_features", ())), regions=len(features.get("region_features", ()))))
         if self.runtime and self.forwards % self.runtime == 0:
             for line in runtime_lines(features, bank): self.log.info(line)
@@ -395,10 +395,9 @@ class Recorder(ForwardRecorder):
         self._write(row, times, sum(s["images"] for s in seen))
         return row
 
-    @staticmethod
-    def _means(seen, loss) -> dict:
-        keys = list(dict.fromkeys(k for s in seen for k in s["values"]))
-        out = {k: _mean([s["values"][k] for s in seen if k in s["values"]]) for k in keys}
+    def _means(self, seen, loss) -> dict:
+        values = [{"loss": total_loss(s["terms"], self.cfg)} | term_values(s["terms"]) for s in seen]     # read only now: no wait for the device between forwards
+        out = {k: _mean([v[k] for v in values if k in v]) for k in dict.fromkeys(k for v in values for k in v)}
         return out if loss is None else out | {"loss": loss}
 
     @staticmethod
@@ -825,9 +824,9 @@ def bank_clean(ev):
 def duplicate_floor_reached(ev):
     "With equal captions counted as negatives, the loss ends at a floor that no training removes."
     if ev.params.get("duplicates", "ignore") != "ignore": return PASS, 0.0, "equal captions are not counted as negatives"
-    floor, loss = float(ev.series("duplicate_floor_region").tail(50).mean()), float(in_batch(ev).tail(20).mean())
+    floor, loss = float(ev.series("duplicate_floor_region").tail(20).mean()), float(ev.series("loss_region").tail(20).mean())
     if floor < 0.05 or loss > floor + 0.1: return PASS, loss, f"floor {floor:.3f}, loss {loss:.3f}"
-    return FAIL, loss, f"the in-batch loss {loss:.3f} stands on the floor {floor:.3f} that equal captions set: it cannot fall further", "Set `duplicates` to mask or positive."
+    return FAIL, loss, f"the region loss {loss:.3f} stands on the floor {floor:.3f} that equal captions set: it cannot fall further", "Set `duplicates` to mask or positive."
 
 def _rise(ev, kind):
     "(first mean, last mean, noise, window) of a loss, or None when it is too short."
@@ -1002,13 +1001,16 @@ def verdicts(source) -> list:
     found = [r(ev) for r in RULES.values()] if len(ev.frame) or ev.facts else []
     return [v for v in found if v is not None]
 
+def by_cause(found: list) -> list:
+    "The tripped verdicts, most telling first: failures before incomparable figures, causes before criteria."
+    return sorted((v for v in found if v.tripped), key=lambda v: (v.name in CRITERIA, v.result != FAIL))
+
 def headline(found: list) -> str:
-    "The most likely cause in a sentence: the first tripped verdict in the order of causes."
-    tripped = [v for v in found if v.tripped]
+    "The most likely cause in a sentence."
+    tripped = by_cause(found)
     if not found: return "Nothing to judge yet."
     if not tripped: return "No rule tripped: " + ", ".join(f"{n} {r}" for r in (PASS, LATER) if (n := sum(v.result == r for v in found))) + "."
-    first = min(tripped, key=lambda v: (v.name in CRITERIA, v.result != FAIL))
-    return f"{first.name}: {first.why}."
+    return f"{tripped[0].name}: {tripped[0].why}."
 
 # %% ../nbs/10_diagnostics.ipynb #0ab301c2
 ALIASES = dict(total="loss", total_loss="loss", region="loss_region", region_loss="loss_region", hard="loss_hard", hard_loss="loss_hard",
@@ -1179,8 +1181,8 @@ def _plot_loss(ax, ev, kind):
     _mark_bank(ax, ev)
     n = candidates(ev, kind).tail(20).mean()
     ax.set(title=f"{kind}" + (f" ({n:.0f} candidates)" if n == n else ""), xlabel="optimiser step", ylabel="loss (nats)")
-    ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8)
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.35)        # room for the legend
+    ax.legend(fontsize=8, ncols=2, loc="upper right")
 
 def plot_losses(source):
     "Each loss with its moving mean and its chance level."
@@ -1359,6 +1361,122 @@ def verdict_table(source) -> VerdictTable:
     "The verdict table of a run, a log, or a list of verdicts."
     return VerdictTable(source if isinstance(source, list) else verdicts(source))
 
+# %% ../nbs/10_diagnostics.ipynb #b21c07ab
+def phases(source) -> list:
+    "First 10 steps, bank coming on, steps 50 to 100, the rest: state (not reached, running, judged) and the rules that had tripped by its end."
+    ev = _as_evidence(source)
+    plan, last, out = bank_timetable(ev), ev.last_step or 0, []
+    spans = [("first 10 steps", 1, 10), ("steps 50 to 100", 50, 100), ("after step 100", 101, int(ev.params.get("max_steps") or max(last, 101)))]
+    if plan: spans.insert(1, ("bank coming on", max(plan[1] - 5, 1), plan[1] + 10))
+    for name, start, end in spans:
+        state = "not reached" if last < start else "judged" if last >= end or ev.finished else "running"
+        found = verdicts(ev.until(min(end, last))) if state != "not reached" else []
+        out.append(dict(phase=name, steps=f"{start}–{end}", state=state, tripped=[v for v in found if v.tripped]))
+    return out
+
+def phase_lines(source) -> list:
+    "The phases as text."
+    told = lambda p: "; ".join(f"{v.name}: {v.why}" for v in p["tripped"]) or ("no rule tripped" if p["state"] != "not reached" else "")
+    return [f"  {p['phase']:<18}{p['steps']:<10}{p['state']:<13}{told(p)}" for p in phases(source)]
+
+# %% ../nbs/10_diagnostics.ipynb #82902b95
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b1b1b;--soft:#666;--line:#ddd;--card:#f6f6f4}
+@media (prefers-color-scheme:dark){:root{--paper:#161616;--ink:#e8e8e8;--soft:#a5a5a5;--line:#3a3a3a;--card:#212121}}
+*{box-sizing:border-box} body{margin:0 auto;max-width:1120px;padding:1rem;font:15px/1.5 system-ui,sans-serif;background:var(--paper);color:var(--ink)}
+h1{font-size:1.3rem;margin:.2rem 0} h2{font-size:1.05rem;margin:1.6rem 0 .4rem} .soft{color:var(--soft)}
+.cause{border-left:.5rem solid var(--tone);background:var(--card);padding:.7rem 1rem;margin:.8rem 0;border-radius:.3rem} .cause p{margin:.2rem 0}
+table{border-collapse:collapse;width:100%;font-size:.88rem} th,td{padding:.35rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;text-align:left;overflow-wrap:anywhere}
+.r{color:#fff;border-radius:.25rem;padding:.05rem .45rem;white-space:nowrap;font-weight:600;font-size:.8rem} img{max-width:100%;height:auto;background:#fff;border-radius:.3rem;margin:.3rem 0}
+@media (max-width:720px){thead{display:none} tr{display:block;border:1px solid var(--line);border-radius:.3rem;margin:.5rem 0;padding:.3rem} td{display:block;border:0;padding:.1rem .4rem}
+td[data-h]:not(:empty)::before{content:attr(data-h) ": ";color:var(--soft)}}
+"""
+
+def _badge(result): return f'<span class="r" style="background:{RESULT_COLOURS[result]}">{result}</span>'
+
+def _rows_html(head, rows) -> str:
+    "A table whose cells know their heading (for cards on narrow screens); cells are HTML already."
+    body = "".join("<tr>" + "".join(f'<td data-h="{h}">{c}</td>' for h, c in zip(head, row)) + "</tr>" for row in rows)
+    return "<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in head) + f"</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../nbs/10_diagnostics.ipynb #fdb0aa78
+def _cause_html(found) -> str:
+    "The banner: the cause, what to do, and what else tripped."
+    tripped = by_cause(found)
+    tone = GREEN if not tripped else RESULT_COLOURS[tripped[0].result]
+    if not tripped: told = f"<p><b>{_escape(headline(found))}</b></p>"
+    else: told = f"<p><b>{_escape(tripped[0].name.replace('_', ' '))}</b>: {_escape(tripped[0].why)}.</p><p>{_escape(tripped[0].next_action)}</p>"
+    others = ", ".join(_escape(v.name.replace("_", " ")) for v in tripped[1:])
+    return f'<div class="cause" style="--tone:{tone}">{told}' + (f'<p class="soft">Also tripped: {others}</p>' if others else "") + "</div>"
+
+def _verdicts_html(found) -> str:
+    order = sorted(found, key=lambda v: not v.tripped)
+    return _rows_html(("verdict", "result", "value", "threshold", "why", "next"),
+                      [(_escape(v.name.replace("_", " ")), _badge(v.result), *map(_escape, (show(v.value), v.threshold, v.why, v.next_action))) for v in order])
+
+def figure_uri(figure, dpi=80) -> str:
+    "A figure as a data URI (PNG without metadata, so equal figures give equal text)."
+    import base64, io
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+# %% ../nbs/10_diagnostics.ipynb #aefc0279
+def _first_on(ev, column):
+    s, forwards = ev.series(column), ev.series("forwards")
+    return float(forwards[(s > 0).idxmax()]) if (s > 0).any() and len(forwards) else None
+
+OBSERVED = {"total steps": lambda ev: ev.last_step, "regions per forward": lambda ev: float(candidates(ev, "region_in_batch").mean()),
+            "bank on at forward": lambda ev: _first_on(ev, "bank_enabled"), "bank full at forward": lambda ev: _first_on(ev, "bank_full"),
+            "global chance level": lambda ev: float(chance(ev, "global").mean()), "region chance level, in batch": lambda ev: float(chance(ev, "region_in_batch").mean()),
+            "region chance level, full bank": lambda ev: float(chance(ev, "region").tail(20).mean()), "hard chance level": lambda ev: float(chance(ev, "hard").mean()),
+            "duplicate floor": lambda ev: float(ev.series("duplicate_floor_region").mean()), "logit_scale prints as": lambda ev: loaded_scale(ev)}
+
+def expected_and_observed(expected: list, ev: Evidence) -> list:
+    "Rows (name, expected, observed, explanation) from `Expectations.as_dicts()` and the run's evidence."
+    seen = {k: f(ev) for k, f in OBSERVED.items()} if len(ev.frame) else {}
+    known = lambda v: "" if v is None or v != v else show(v)
+    return [(r["name"], show(r["value"]), known(seen.get(r["name"])), r["explanation"]) for r in expected]
+
+# %% ../nbs/10_diagnostics.ipynb #dd67c667
+def _report_parts(run, ev, found):
+    "The sections of the report, in reading order."
+    yield f"<h1>{_escape(run.name)}</h1>"
+    yield f'<p class="soft">{"finished" if run.finished else "still running or stopped"}, step {ev.last_step or 0} of {ev.params.get("max_steps") or "?"}</p>'
+    yield _cause_html(found)
+    if not run.finished:
+        cells = lambda p: (p["phase"], p["steps"], p["state"], _escape("; ".join(v.why for v in p["tripped"])))
+        yield "<h2>By phase</h2>" + _rows_html(("phase", "steps", "state", "tripped"), map(cells, phases(ev)))
+    yield "<h2>Verdicts</h2>" + _verdicts_html(found)
+    if run.expectations():
+        rows = [tuple(map(_escape, r)) for r in expected_and_observed(run.expectations(), ev)]
+        yield "<h2>Expected and observed</h2>" + _rows_html(("quantity", "expected", "observed", "explanation"), rows)
+    yield "<h2>Plots</h2>"
+    for name, plot in PLOTS.items(): yield f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
+    yield "<h2>Parameters</h2>" + _rows_html(("parameter", "value"), [(_escape(k), _escape(v)) for k, v in ev.params.items()])
+
+def report_html(run) -> str:
+    "The whole report of a run folder as text; self-contained."
+    run = run if isinstance(run, Run) else Run(run)
+    ev = run_evidence(run)
+    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{_escape(run.name)}</title>'
+            f"<style>{STYLE}</style>")
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(_report_parts(run, ev, verdicts(ev)))}</body></html>'
+
+# %% ../nbs/10_diagnostics.ipynb #317a2375
+def conclude(run, figures=True) -> list:
+    "End of a run: write verdicts.json and report.html, put the plots into TensorBoard when the run has events; returns the verdicts."
+    run = run if isinstance(run, Run) else Run(run)
+    ev = run_evidence(run)
+    found = verdicts(ev)
+    write_atomic(run.path/"verdicts.json", json.dumps([jsonable(v.as_dict()) for v in found], indent=1) + "\n")
+    write_atomic(run.path/"report.html", report_html(run))
+    if figures and (run.path/"tensorboard").exists():
+        board = Board(run.path/"tensorboard")
+        for name, plot in PLOTS.items(): board.figure(f"plots/{name}", plot(ev), ev.last_step or 0)
+        board.close()
+    return found
+
 # %% ../nbs/10_diagnostics.ipynb #60312cde
 def _synthetic_row(step, p, rng) -> dict:
     "The columns of one made-up step; `p` holds what may be changed."
@@ -1403,3 +1521,30 @@ def synthetic_run(path, seed=0, params=None, **changes) -> Run:
     write_atomic(path/"params.yaml", yaml.safe_dump(known | (params or {}), sort_keys=False))
     if p.finished: write_atomic(path/"finished.json", json.dumps(dict(steps=p.steps)))
     return Run(path)
+
+# %% ../nbs/10_diagnostics.ipynb #4b6ba005
+def verdict_text(source) -> str:
+    "What the command prints about one source."
+    ev = evidence(source)
+    found = verdicts(ev)
+    silent = [n for n in RULES if n not in {v.name for v in found}]
+    lines = [f"{source}", repr(VerdictTable(found))]
+    if not ev.finished: lines += ["by phase:", *phase_lines(ev)]
+    if silent: lines.append("  not judged (the log lacks their columns): " + ", ".join(silent))
+    return "\n".join(lines)
+
+def main(argv) -> int:
+    "The command: 0, or 2 when a source could not be read."
+    if not argv or argv[0] in ("-h", "--help"):
+        print("python -m fgclip_nb.diagnostics RUN_OR_LOG…\n\nVerdicts of run folders (finished or running), TensorBoard events, trainer_state.json, text logs.")
+        return 0 if argv else 2
+    failed = 0
+    for source in argv:
+        try: print(verdict_text(source) + "\n")
+        except (DataError, ValueError, KeyError, OSError) as e:
+            failed = 2
+            print(f"{source}: cannot be read: {e}", file=sys.stderr)
+    return failed
+
+# %% ../nbs/10_diagnostics.ipynb #c14a47ee
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1:]))
