@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'DUPLICATE', 'DECODER', 'VIDEO_SUFFIXES', 'UCF_CLASSES', 'UCF_NORMAL', 'MAX_ENTRY', 'BROKEN',
-           'UNCOUNTABLE', 'IN_PAIRS', 'TEMPORAL', 'READERS', 'DATA_SUFFIXES', 'Keyframe', 'Region', 'CaptionNegative',
-           'Sample', 'shorten', 'Reject', 'Samples', 'visible_spans', 'boxes_at', 'Fault', 'check_number', 'check_int',
-           'check_text', 'check_box', 'RowTexts', 'Row', 'VideoRow', 'is_video', 'ucf_label', 'video_names',
-           'MediaRoot', 'open_text', 'JsonText', 'JsonValues', 'JsonPairs', 'is_json_lines', 'Entry', 'Pairs',
-           'read_entries', 'Tally', 'Source', 'split_of', 'read_finehard', 'read_video_dict', 'read_video_list',
-           'read_video_times', 'read_label_studio', 'read_fgovd', 'with_article', 'read_coco', 'paragraph', 'read_uca',
-           'read_temporal', 'read_regions', 'format_of', 'read_file', 'is_temporal', 'data_dir', 'sample_path',
-           'data_files', 'iter_samples', 'drop_missing', 'load_samples', 'epoch_order']
+           'UNCOUNTABLE', 'IN_PAIRS', 'TEMPORAL', 'READERS', 'DATA_SUFFIXES', 'CHUNK_ENTRIES', 'CHUNK_BYTES',
+           'Keyframe', 'Region', 'CaptionNegative', 'Sample', 'shorten', 'Reject', 'Samples', 'visible_spans',
+           'boxes_at', 'Fault', 'check_number', 'check_int', 'check_text', 'check_box', 'RowTexts', 'Row', 'VideoRow',
+           'is_video', 'ucf_label', 'video_names', 'MediaRoot', 'open_text', 'JsonText', 'JsonValues', 'JsonPairs',
+           'is_json_lines', 'Entry', 'Pairs', 'read_entries', 'Tally', 'Source', 'split_of', 'read_finehard',
+           'read_video_dict', 'read_video_list', 'read_video_times', 'read_label_studio', 'read_fgovd', 'with_article',
+           'read_coco', 'paragraph', 'read_uca', 'read_temporal', 'read_regions', 'format_of', 'read_file',
+           'is_temporal', 'data_dir', 'sample_path', 'is_sharded', 'data_files', 'iter_samples', 'drop_missing',
+           'load_samples', 'epoch_order', 'shard_features', 'to_row', 'from_row', 'ShardWriter', 'Shards', 'convert',
+           'ShardedSamples', 'open_shards', 'write_generated', 'bench', 'main']
 
 # %% ../nbs/01_regions.ipynb #440017b8
-import dataclasses, gzip, io, json, math, os, re, reprlib, sys, zlib
+import dataclasses, gzip, io, json, math, os, re, reprlib, sys, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .core import DataError, get_logger
+from .core import DataError, get_logger, write_atomic
 
 # %% ../nbs/01_regions.ipynb #4b918ce5
 @dataclass(frozen=True)
@@ -915,6 +917,11 @@ def sample_path(name="sample") -> Path:
     "The regions.jsonl of a shipped data set."
     return data_dir()/name/"regions.jsonl"
 
+# %% ../nbs/01_regions.ipynb #344653da
+def is_sharded(path) -> bool:
+    "Whether a path is a folder of Parquet shards written by `convert` (below)."
+    return isinstance(path, (str, Path)) and os.path.isfile(Path(path)/"shards.json")
+
 # %% ../nbs/01_regions.ipynb #9848f3bc
 def data_files(path) -> list:
     "The data files that a path stands for, as (file, place in the list it was named in). Raises `DataError` when there are none."
@@ -975,9 +982,11 @@ def _say(tally, samples, rejects):
 def load_samples(path, media_root=None, missing="auto") -> tuple:
     """(samples, rejects) of a data set in any known format.
 
-    `path`: a file, a list of files, a .txt that lists files, a folder, or `"sample"` (151 shipped photos). `media_root`: where media
+    `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards (then `samples` is a memory-mapped
+    sequence), or `"sample"` (151 shipped photos). `media_root`: where media
     paths start; default each data file's own folder. Nothing under it is opened. `samples` is a list with `.formats` and `.counts`;
     entries and regions kept plus those rejected are what was read. Raises `DataError` when path or media root does not exist."""
+    if is_sharded(path): return open_shards(path, media_root), []
     tally = Tally()
     samples = drop_missing(list(iter_samples(path, media_root, tally)), tally, missing)
     _say(tally, samples, tally.rejects)
@@ -995,3 +1004,237 @@ def epoch_order(n, seed=0, epoch=0) -> np.ndarray:
     key = _mix(np.array([seed], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     key = _mix(key ^ np.array([epoch + 1], dtype=np.uint64) * np.uint64(0xD1342543DE82EF95))
     return np.argsort(_mix(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key), kind="stable")
+
+# %% ../nbs/01_regions.ipynb #c3667748
+def shard_features():
+    "Columns of a shard, as `datasets.Features`."
+    from datasets import Features, List, Value
+    text, numbers = Value("string"), List(Value("float64"))
+    keyframe = dict(frame=Value("int64"), bbox=numbers, enabled=Value("bool"))
+    region = dict(phrase=text, long_phrase=text, box=numbers, keyframes=List(keyframe), negatives=List(text), span=List(Value("int64")), source=text, id=text)
+    negative = dict(caption=text, negative=text, type=text)
+    return Features(dict(id=text, media=text, kind=text, caption=text, short_caption=text, captions=List(text), regions=List(region), span=numbers,
+                         split=text, label=text, width=Value("int64"), height=Value("int64"), caption_negatives=List(negative), file=text, entry=text,
+                         entries=Value("int64"), data=Value("large_binary")))
+
+# %% ../nbs/01_regions.ipynb #1f174977
+def to_row(sample, root) -> dict:
+    "A sample as plain lists and dicts, its media path relative to `root`."
+    row = dataclasses.asdict(sample)
+    row["caption_negatives"] = [n._asdict() for n in sample.caption_negatives]
+    if sample.media.startswith(root.rstrip(os.sep) + os.sep): row["media"] = os.path.relpath(sample.media, root)
+    return row
+
+def from_row(row, root) -> Sample:
+    "The sample that `to_row` wrote."
+    pair = lambda v: None if v is None else tuple(v)
+    regions = [Region(**{**r, "box": pair(r["box"]), "span": pair(r["span"]), "negatives": tuple(r["negatives"]),
+                         "keyframes": tuple(Keyframe(k["frame"], tuple(k["bbox"]), k["enabled"]) for k in r["keyframes"])}) for r in row["regions"]]
+    negatives = tuple(CaptionNegative(**n) for n in row["caption_negatives"])
+    return Sample(**{**row, "regions": regions, "captions": tuple(row["captions"]), "span": pair(row["span"]), "caption_negatives": negatives,
+                     "media": os.path.join(root, row["media"])})
+
+# %% ../nbs/01_regions.ipynb #9a7206f9
+CHUNK_ENTRIES, CHUNK_BYTES = 20_000, 256_000_000
+
+class ShardWriter:
+    "Writes samples to `shard-00000.parquet`, …, and rejects to `rejects.jsonl`."
+    def __init__(self, folder, root):
+        self.folder, self.root, self.rows, self.held = Path(folder), root, [], 0
+        if (self.folder/"shards.json").exists(): raise DataError(f"{folder} holds a finished conversion: give another folder or delete it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob("shard-*.parquet"): old.unlink()
+        self.rejects = open(self.folder/"rejects.jsonl", "w", encoding="utf-8")
+        self.totals = dict.fromkeys(("samples", "regions_kept", "entries_kept", "entries_rejected", "regions_rejected", "shards", "no_media"), 0)
+
+    def add(self, sample):
+        "Take one sample; a full chunk is written."
+        self.totals["samples"] += 1
+        self.totals["regions_kept"] += len(sample.regions)
+        self.totals["entries_kept"] += sample.entries
+        self.rows.append(to_row(sample, self.root))
+        self.held += len(sample.data or b"")
+        if len(self.rows) >= CHUNK_ENTRIES or self.held >= CHUNK_BYTES: self.flush()
+
+# %% ../nbs/01_regions.ipynb #27811ff4
+class Shards(ShardWriter):
+    def flush(self):
+        "Write what is held as one shard."
+        import datasets
+        if self.rows or not self.totals["shards"]:
+            chunk = datasets.Dataset.from_list(self.rows, features=shard_features())
+            chunk.to_parquet(str(self.folder/f"shard-{self.totals['shards']:05d}.parquet"))
+            self.totals["shards"] += 1
+        self.rows, self.held = [], 0
+
+    def note(self, rejects):
+        "Write rejects and forget them."
+        for r in rejects:
+            self.rejects.write(json.dumps(r.as_dict()) + "\n")
+            self.totals["entries_rejected"] += r.entries
+            self.totals["regions_rejected"] += r.regions
+        rejects.clear()
+
+    def close(self, **known):
+        "Write the last shard and `shards.json`."
+        self.flush()
+        self.rejects.close()
+        totals = dict(self.totals, entries=self.totals["entries_kept"] + self.totals["entries_rejected"],
+                      regions=self.totals["regions_kept"] + self.totals["regions_rejected"])
+        write_atomic(self.folder/"shards.json", json.dumps(dict(version=1, media_root=self.root, counts=totals, **known), indent=1))
+        return totals
+
+# %% ../nbs/01_regions.ipynb #2c40aa62
+def _embedded(sample) -> Sample:
+    "The sample with its image's bytes; a Fault when they cannot be read. Videos stay references."
+    if sample.kind == "video": return sample
+    try: data = Path(sample.media).read_bytes()
+    except OSError as e: raise Fault("media", sample.media, f"cannot be read: {e.strerror}", "missing_media") from e
+    if not data: raise Fault("media", sample.media, "an empty file", "unreadable_media")
+    return dataclasses.replace(sample, data=data)
+
+def _add(writer, sample, embed, tally):
+    "Write a sample, or reject it when its image should be embedded and cannot be read."
+    try: writer.add(_embedded(sample) if embed else sample)
+    except Fault as f: tally.rejects.append(Reject(sample.file, sample.entry, f.field, shorten(f.value), f.reason, sample.id, f.rule, sample.entries, len(sample.regions)))
+
+# %% ../nbs/01_regions.ipynb #28cf41d7
+def convert(path, out, media_root=None, embed=False) -> dict:
+    """Write any data set as Parquet shards to the folder `out`; returns the counts.
+
+    `media_root` as in `load_samples`; it is noted in `shards.json`, and a reader may name another. `embed` puts the images' bytes into the
+    shards. Media that are not there are rejected when they should be embedded and only counted (`no_media`) otherwise."""
+    files = data_files(path)
+    root = os.path.realpath(media_root or Path(files[0][0]).parent)
+    tally, writer = Tally(), Shards(out, root)
+    for sample in iter_samples(path, media_root or (root if len(files) == 1 else None), tally):
+        writer.totals["no_media"] += sample.media in tally.missing
+        _add(writer, sample, embed, tally)
+        writer.note(tally.rejects)
+        if len(tally.missing) > 10_000: tally.missing.clear()
+    writer.note(tally.rejects)
+    totals = writer.close(embedded=embed, formats=tally.formats)
+    get_logger().info(f"{out}: {totals['samples']} samples in {totals['shards']} shard(s); entries {totals['entries']} = {totals['entries_kept']} kept + "
+                      f"{totals['entries_rejected']} rejected; regions {totals['regions']} = {totals['regions_kept']} kept + {totals['regions_rejected']} rejected")
+    return totals
+
+# %% ../nbs/01_regions.ipynb #dfd532c7
+class ShardedSamples:
+    "Samples of a folder of shards by integer index; memory-mapped, so that workers share them. Has `.formats`, `.counts` and `.changes`."
+    def __init__(self, folder, media_root=None):
+        import datasets
+        folder = Path(folder)
+        about = json.loads((folder/"shards.json").read_text(encoding="utf-8"))
+        self.folder, self.root = folder, os.path.realpath(media_root or about["media_root"])
+        self.formats, self.counts, self.changes = about["formats"], about["counts"], []
+        cache = folder/".arrow" if os.access(folder, os.W_OK) else None
+        self.rows = datasets.Dataset.from_parquet([str(p) for p in sorted(folder.glob("shard-*.parquet"))], cache_dir=cache and str(cache))
+        if len(self.rows) != self.counts["samples"]: raise DataError(f"{folder}: {len(self.rows)} rows, but shards.json says {self.counts['samples']}: a shard is missing or foreign")
+
+    def __len__(self): return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
+        return from_row(self.rows[int(i)], self.root)
+
+    def __iter__(self):
+        for at in range(0, len(self), 256):
+            chunk = self.rows[at:at + 256]
+            for k in range(len(chunk["id"])): yield from_row({c: v[k] for c, v in chunk.items()}, self.root)
+
+    def column(self, name) -> list:
+        "One column of all samples, such as `split`, without decoding the rest."
+        return self.rows.select_columns([name])[:][name]
+
+    def subset(self, indices):
+        "The samples at these indices, still memory-mapped."
+        import copy
+        part = copy.copy(self)
+        part.rows = self.rows.select(indices)
+        return part
+
+# %% ../nbs/01_regions.ipynb #4d760c93
+def open_shards(folder, media_root=None) -> ShardedSamples:
+    "Samples of a converted data set: a sequence by integer index. Raises `DataError` when the folder holds no finished conversion."
+    if not os.path.isfile(Path(folder)/"shards.json"): raise DataError(f"{folder}: no shards.json, so no finished `python -m fgclip_nb.regions convert`")
+    return ShardedSamples(folder, media_root)
+
+# %% ../nbs/01_regions.ipynb #ad324a5a
+def _generated(i) -> dict:
+    "An entry of FineHARD's shape, different for every number."
+    colours, things = ("red", "green", "blue", "white", "black"), ("mug", "chair", "dog", "car", "lamp", "tree", "bag")
+    phrase = lambda k: f"a {colours[(i + k) % 5]} {things[(i * 3 + k) % 7]} number {i % 997}"
+    boxes = [dict(bbox=[.1 * k, .05, .1 * k + .2, .9], short_expr=phrase(k), long_expr=f"{phrase(k)} that stands on the left of the table near the wall",
+                  flag_short_neg=int(k == 0), **({"short_expr_negs": {str(n): phrase(k + n + 1) for n in range(10)}} if k == 0 else {}))
+             for k in range(3 + (i % 10 < 3))]
+    caption = f"Photo {i}. " + " ".join(f"There is {phrase(k)} in the {('front', 'middle', 'back')[k % 3]} of the picture." for k in range(12))
+    return dict(f_path=f"part{i // 10_000:04d}/{i:09d}.jpg", caption=caption, short_caption=phrase(0), bbox_info=boxes)
+
+def write_generated(path, entries):
+    "A file of JSON lines with that many generated entries."
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(entries): f.write(json.dumps(_generated(i)) + "\n")
+
+# %% ../nbs/01_regions.ipynb #cbeb7ee5
+def _peak_gib() -> float:
+    "Peak resident memory of this process, GiB."
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+def _read_all(folder, log_every=100_000) -> tuple:
+    "Read every sample of a folder in the order of epoch 0; (entries per second, regions)."
+    shards, regions, begun = open_shards(folder), 0, time.perf_counter()
+    for i in epoch_order(len(shards)): regions += len(shards[i].regions)
+    return len(shards) / (time.perf_counter() - begun), regions
+
+# %% ../nbs/01_regions.ipynb #9f2c3e95
+def bench(folder, entries=1_000_000) -> dict:
+    "Generate, convert and read `entries` entries, each part in its own process; returns seconds, entries per second and peak GiB of each."
+    import subprocess
+    folder, told = Path(folder), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("generate", "convert", "open", "read"):
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "fgclip_nb.regions", "bench-part", part, str(folder), str(entries)], capture_output=True, text=True)
+        if done.returncode: raise RuntimeError(f"{part}: {done.stderr[-2000:]}")
+        peak, rate = map(float, done.stdout.split("\n")[-2].split())
+        seconds = time.perf_counter() - begun
+        told[part] = dict(seconds=round(seconds, 1), entries_per_s=round(rate or entries / seconds), peak_gib=round(peak, 2))
+        print(part, told[part], flush=True)
+    return told
+
+def _bench_part(part, folder, entries) -> str:
+    "One part of `bench`; its last line: peak GiB and, for reading, entries per second."
+    rate = 0.0
+    if part == "generate": write_generated(f"{folder}/generated.jsonl", entries)
+    if part == "convert": convert(f"{folder}/generated.jsonl", f"{folder}/shards")
+    if part == "open": open_shards(f"{folder}/shards")
+    if part == "read": rate, _ = _read_all(f"{folder}/shards")
+    return f"{_peak_gib():.3f} {rate:.1f}"
+
+# %% ../nbs/01_regions.ipynb #cdbd4a75
+def main(argv=None):
+    "The command line: convert and bench."
+    import argparse
+    parser = argparse.ArgumentParser(prog="python -m fgclip_nb.regions", description="Data sets of images and clips with regions.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("convert", help="any format to Parquet shards")
+    c.add_argument("path", help="file, .txt list of files or folder")
+    c.add_argument("out", help="folder for the shards")
+    c.add_argument("--media-root", help="folder that image and video paths start from; default the data file's own")
+    c.add_argument("--embed", action="store_true", help="put the images' bytes into the shards")
+    b = commands.add_parser("bench", help="generated entries: convert and read them, with memory and speed")
+    b.add_argument("folder")
+    b.add_argument("--entries", type=int, default=1_000_000)
+    part = commands.add_parser("bench-part")
+    for name in ("part", "folder"): part.add_argument(name)
+    part.add_argument("entries", type=int)
+    a = parser.parse_args(argv)
+    if a.command == "convert": convert(a.path, a.out, a.media_root, a.embed)
+    if a.command == "bench": bench(a.folder, a.entries)
+    if a.command == "bench-part": print(_bench_part(a.part, a.folder, a.entries))
+
+# %% ../nbs/01_regions.ipynb #4dbd59b5
+if __name__ == "__main__" and "__file__" in globals():
+    try: main()
+    except DataError as e: sys.exit(f"error: {e}")
