@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['TIE_RULES', 'DATA', 'LEVELS', 'TASKS', 'BENCHMARK_TASK', 'MEDIA_SUFFIXES', 'unit', 'cosines', 'standing', 'best_rank',
            'chance_recall', 'chance_rank', 'bootstrap_means', 'interval', 'links', 'Places', 'rank_queries', 'Ranked',
-           'summarise', 'rank_both_ways', 'retrieval', 'vision_size', 'Encoder', 'captions_of', 'CaptionSet',
-           'encode_captions', 'caption_retrieval', 'read_lines', 'read_labels', 'read_templates', 'class_features',
-           'label_of', 'classify', 'per_class', 'first_answer', 'most_frequent_answer', 'choose', 'Settings',
-           'TaskResult', 'retrieval_task', 'long_retrieval_task', 'RegionSet', 'encode_regions',
+           'summarise', 'rank_both_ways', 'retrieval', 'vision_size', 'Encoder', 'load_model', 'captions_of',
+           'CaptionSet', 'encode_captions', 'caption_retrieval', 'read_lines', 'read_labels', 'read_templates',
+           'class_features', 'label_of', 'classify', 'per_class', 'first_answer', 'most_frequent_answer', 'choose',
+           'Settings', 'TaskResult', 'retrieval_task', 'long_retrieval_task', 'RegionSet', 'encode_regions',
            'region_classification_task', 'classification_task', 'level_of', 'hard_negatives_task',
            'caption_negatives_task', 'weights_fingerprint', 'rows', 'Evaluation', 'benchmark_files', 'save_evaluation',
            'load_evaluation', 'evaluate', 'CachedFeatures', 'save_features', 'compare_evaluations', 'video_name',
            'AnomalyVideo', 'read_anomaly_annotations', 'smooth', 'to_frames', 'read_frame_counts', 'read_scores',
            'FrameScores', 'match_scores', 'WeightedCurves', 'frame_auc', 'fit_heads', 'AnomalyHeads', 'read_prompts',
-           'grid_boxes', 'anomaly_probability', 'anomaly_scores']
+           'grid_boxes', 'anomaly_probability', 'anomaly_scores', 'sugarcrepe_samples', 'plot_mistakes',
+           'similarity_map', 'plot_similarity', 'plot_neighbours', 'plot_scores', 'plot_anomaly', 'plot_curves']
 
 # %% ../nbs/09_evaluation.ipynb #902eb849
 import csv, json, logging, math, time
@@ -310,8 +311,10 @@ def _tensor(out):
     return out if hasattr(out, "detach") else out.pooler_output
 
 def _has_long_path(model):
-    "Whether the model reads captions beyond 77 tokens."
+    "Whether the model was trained to read captions beyond 77 tokens: FG-CLIP was, plain CLIP (also inside this package's class) was not."
     import inspect
+    report = getattr(model, "load_report", None)
+    if report is not None and any("text_filip_projection" in str(x) for x in report.initialised): return False
     return "walk_short_pos" in inspect.signature(model.get_text_features).parameters
 
 # %% ../nbs/09_evaluation.ipynb #7ce1f031
@@ -424,6 +427,29 @@ class Encoder(_TextEncoder):
             maps = [self.model.get_image_dense_features(pixels) for _, pixels in self.pixel_batches([path])]
         if not maps: raise DataError(self.unreadable[-1]["reason"])
         return _stack(maps).reshape(self.grid, self.grid, -1)
+
+# %% ../nbs/09_evaluation.ipynb #7d89b359
+def _random_model(name):
+    "A preset with random weights, said loudly."
+    from fgclip_nb.model import FGCLIP, FGCLIPConfig
+    logging.getLogger("fgclip_nb").warning("%s is a preset: RANDOM WEIGHTS. Its scores measure nothing but chance.", name)
+    return FGCLIP(FGCLIPConfig.preset(name)).eval()
+
+def _checkpoint_in(source):
+    "The newest checkpoint of a run folder, or the folder itself."
+    from fgclip_nb.core import Run
+    found = Run(source).checkpoints() if (source / "checkpoints").is_dir() else []
+    return found[-1][1] if found else source
+
+def load_model(source):
+    """A model, or cached features, from: a run folder (its newest checkpoint), a checkpoint folder of this package or of official FG-CLIP, a transformers CLIP
+    folder or hub id, OpenAI's file, a folder with image_features.npy, or the name of a preset (random weights, with a warning)."""
+    from fgclip_nb.model import FGCLIP, PRESETS
+    path = Path(source)
+    if path.is_dir() and any((path / f"{kind}_features.npy").is_file() for kind in ("image", "region")): return CachedFeatures(path)
+    if path.is_file(): return FGCLIP.from_openai(path)
+    if not path.exists() and str(source) in PRESETS: return _random_model(str(source))
+    return FGCLIP.from_clip(str(_checkpoint_in(path) if path.is_dir() else source))
 
 # %% ../nbs/09_evaluation.ipynb #c5ec9e8a
 def captions_of(sample, long=False, most=5):
@@ -868,7 +894,7 @@ def _samples(data, media_root=None, split=None):
     "Samples from `sample`, a path in any known format, or a list; one split of them when `split` is given."
     if isinstance(data, (str, Path)):
         from fgclip_nb.regions import load_samples
-        data, rejects = load_samples(data, media_root or None)
+        data, rejects = load_samples(data, media_root or None, missing="keep")
         if rejects: logging.getLogger("fgclip_nb").warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
     samples = [s for s in data if not split or s.split == split]
     if not samples: raise DataError(f"no samples{f' of split {split!r}' if split else ''}; splits there: {sorted({s.split for s in data})}")
@@ -1156,24 +1182,23 @@ class WeightedCurves:
         tp, fp = np.cumsum(p), np.cumsum(n)
         if not tp[-1] or not fp[-1]: return None, None
         auc = ((tp - p / 2) * n).sum() / (tp[-1] * fp[-1])
-        return auc, (p * tp / np.maximum(tp + fp, 1e-300)).sum() / tp[-1]
+        return float(auc), float((p * tp / np.maximum(tp + fp, 1e-300)).sum() / tp[-1])
 
 # %% ../nbs/09_evaluation.ipynb #e9aad139
-def _video_bootstrap(found, repeats, seed):
+def _video_bootstrap(found, curves, repeats, seed):
     "95 % intervals of AUC and AP over resampled videos (normal and anomalous apart, so that both stay present)."
-    curves, rng = WeightedCurves(found), np.random.default_rng(seed)
-    kinds = [np.flatnonzero([bool(f.video.spans) == k for f in found]) for k in (False, True)]
+    rng, kinds = np.random.default_rng(seed), [np.flatnonzero([bool(f.video.spans) == k for f in found]) for k in (False, True)]
     draws = [curves(sum(np.bincount(rng.choice(k, len(k)), minlength=len(found)) for k in kinds if len(k)).astype(float)) for _ in range(repeats)]
     draws = np.array([d for d in draws if d[0] is not None])
     return {"auc": interval(draws[:, 0]), "ap": interval(draws[:, 1])} if len(draws) else {}
 
-def _class_scores(found):
+def _class_scores(found, curves):
     "Per class: its videos together with all normal ones, and (`auc_within`) its videos alone."
-    normal, out = [f for f in found if not f.video.spans], {}
+    normal, out = np.array([not f.video.spans for f in found]), {}
     for c in sorted({c for f in found for c in f.video.classes}):
-        own = [f for f in found if c in f.video.classes]
-        auc, ap = _auc_ap(*_pooled(own + normal))
-        out[c] = {"auc": auc, "ap": ap, "auc_within": _auc_ap(*_pooled(own))[0], "videos": len(own), "frames": int(sum(len(f.scores) for f in own))}
+        own = np.array([c in f.video.classes for f in found])
+        (auc, ap), (within, _) = (curves(weights.astype(float)) for weights in (own | normal, own))
+        out[c] = {"auc": auc, "ap": ap, "auc_within": within, "videos": int(own.sum()), "frames": int(sum(len(f.scores) for f, o in zip(found, own) if o))}
     return out
 
 # %% ../nbs/09_evaluation.ipynb #36db803d
@@ -1191,9 +1216,9 @@ def frame_auc(scores, annotation_file, frames=None, segment=None, smoothing=1, t
     normal, anomalous = ([f for f in found if bool(f.video.spans) == k] for k in (False, True))
     auc, ap = _auc_ap(labels, values)
     auc_anomalous, ap_anomalous = _auc_ap(*_pooled(anomalous))
-    alarms = _pooled(normal)[1] >= threshold
-    return {"auc": auc, "ap": ap, "interval": _video_bootstrap(found, repeats, seed) if repeats and auc is not None else {}, "chance": {"auc": 0.5, "ap": float(labels.mean())},
-            "auc_anomalous": auc_anomalous, "ap_anomalous": ap_anomalous, "per_class": _class_scores(found),
+    alarms, curves = _pooled(normal)[1] >= threshold, WeightedCurves(found)
+    return {"auc": auc, "ap": ap, "interval": _video_bootstrap(found, curves, repeats, seed) if repeats and auc is not None else {}, "chance": {"auc": 0.5, "ap": float(labels.mean())},
+            "auc_anomalous": auc_anomalous, "ap_anomalous": ap_anomalous, "per_class": _class_scores(found, curves),
             "false_alarm_rate": float(alarms.mean()) if len(alarms) else None, "threshold": threshold, "smoothing": smoothing,
             "videos": len(found), "normal_videos": len(normal), "anomalous_videos": len(anomalous), "frames": len(labels), "anomalous_frames": int(labels.sum()),
             "annotated_frames_cut": sum(f.cut for f in found), "missing": missing, "unannotated": extra, "rejects": [r.as_dict() for r in rejects]}
@@ -1340,3 +1365,144 @@ def anomaly_scores(model, paths, prompts=None, every=16, region_weight=0.5, boxe
         by_region = anomaly_probability(regions, normal, anomalous, scale).max(-1)
         scores[video_name(path)] = (1 - region_weight) * anomaly_probability(whole, normal, anomalous, scale) + region_weight * by_region
     return scores, frames
+
+# %% ../nbs/09_evaluation.ipynb #5b3b7146
+def sugarcrepe_samples(path, media_root):
+    "SugarCrepe's files (a folder of json or json.gz, or one file) -> samples with caption_negatives, one per photo. Raises DataError naming file and entry."
+    from fgclip_nb.regions import CaptionNegative, Sample, open_text
+    files = sorted(p for p in Path(path).iterdir() if ".json" in p.suffixes) if Path(path).is_dir() else [Path(path)]
+    if not files: raise DataError(f"{path}: no json files")
+    samples = {}
+    for file in files:
+        with open_text(file) as f: entries = json.load(f)
+        for number, e in entries.items():
+            if not {"filename", "caption", "negative_caption"} <= e.keys(): raise DataError(f"{file}, entry {number}: filename, caption and negative_caption are needed, found {sorted(e)}")
+            sample = samples.setdefault(e["filename"], Sample(e["filename"], str(Path(media_root) / e["filename"]), file=str(file), entry=number))
+            sample.caption_negatives += (CaptionNegative(e["caption"], e["negative_caption"], file.name.split(".")[0]),)
+    return list(samples.values())
+
+# %% ../nbs/09_evaluation.ipynb #62b9d1fb
+def _panels(n, columns=4, size=2.6):
+    "A figure with n axes without ticks."
+    import matplotlib.pyplot as plt
+    columns = max(1, min(columns, n))
+    fig, axes = plt.subplots(math.ceil(n / columns), columns, figsize=(size * columns, size * 1.15 * math.ceil(n / columns)), squeeze=False)
+    for ax in axes.flat: ax.set_axis_off()
+    return fig, axes.flatten()[:n]
+
+def _wrapped(text, width=30, lines=4):
+    "Text in at most `lines` lines."
+    import textwrap
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …"))
+
+def _draw_box(ax, box, height, width, color="tab:red"):
+    "A 0-1 xyxy box on an image of the given pixel size."
+    from matplotlib.patches import Rectangle
+    x1, y1, x2, y2 = np.asarray(box) * (width, height, width, height)
+    for color, line in (("white", 3.5), (color, 1.8)): ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=line))
+
+# %% ../nbs/09_evaluation.ipynb #c3c222d4
+def plot_mistakes(mistakes, title="Worst mistakes"):
+    "The rows of `Evaluation.mistakes` as photos with their box: what was right, what was answered, and by how much. A wrongly retrieved photo is named by file."
+    from fgclip_nb.media import read_image
+    fig, axes = _panels(len(mistakes), size=3)
+    for ax, row in zip(axes, mistakes.to_dict("records")):
+        image = read_image(row["media"])
+        ax.imshow(image)
+        if row.get("box") is not None: _draw_box(ax, row["box"], *image.shape[:2])
+        answer = Path(row["predicted"]).name if str(row["predicted"]).startswith("/") else row["predicted"]
+        ax.set_title(_wrapped(f"right: {row['answer']}") + "\n" + _wrapped(f"answered: {answer}") + f"\nrank {row['rank']} of {row['options']}, lead {row['margin']:.3f}", fontsize=7)
+    fig.suptitle(title)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/09_evaluation.ipynb #4f11bafb
+def similarity_map(encoder, path, texts):
+    "Cosines of each patch of one photo with each text: float32 (texts, grid, grid)."
+    patches = encoder.dense(path)
+    grid, words = len(patches), unit(encoder.texts(texts))
+    return cosines(words, unit(patches.reshape(grid * grid, -1))).reshape(len(texts), grid, grid)
+
+def plot_similarity(model, path, texts, image_size=None):
+    "Dense similarity of one photo with texts, each over the photo, on one colour scale."
+    encoder = _as_encoder(model, image_size)
+    from fgclip_nb.media import read_image
+    maps, image = similarity_map(encoder, path, texts), read_image(path, encoder.image_size)
+    fig, axes = _panels(len(texts) + 1, 4)
+    axes[0].imshow(image)
+    axes[0].set_title(f"{encoder.grid} x {encoder.grid} patches", fontsize=8)
+    for ax, text, values in zip(axes[1:], texts, maps):
+        ax.imshow(image)
+        shown = ax.imshow(values, cmap="inferno", alpha=0.65, extent=(0, encoder.image_size, encoder.image_size, 0), interpolation="nearest", vmin=maps.min(), vmax=maps.max())
+        ax.set_title(_wrapped(text), fontsize=8)
+    fig.colorbar(shown, ax=list(axes), label="cosine of patch and text", shrink=0.8)
+    return fig
+
+# %% ../nbs/09_evaluation.ipynb #bd8515f0
+def plot_neighbours(model, samples, queries, k=4, image_size=None):
+    "For each query text the k photos nearest to it, best first, with cosines; a green frame marks a photo that the query is a caption of."
+    from fgclip_nb.media import read_image
+    encoder = _as_encoder(model, image_size)
+    images, rows = encoder.images([s.media for s in samples])
+    scores = cosines(unit(encoder.texts(queries)), unit(images))
+    fig, axes = _panels(k * len(queries), k, 2.4)
+    for q, text in enumerate(queries):
+        for place, i in enumerate(np.argsort(-scores[q], kind="stable")[:k]):
+            ax, sample = axes[q * k + place], samples[rows[i]]
+            image = read_image(sample.media)
+            ax.imshow(image)
+            if text in captions_of(sample, most=10**6): _draw_box(ax, (0, 0, 1, 1), *image.shape[:2], color="tab:green")
+            ax.set_title((_wrapped(text, 38) + "\n" if place == 0 else "") + f"cosine {scores[q, i]:.3f}", fontsize=7, loc="left")
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/09_evaluation.ipynb #5f627d07
+def plot_scores(evaluation, title=""):
+    "Every share of an evaluation as a point with its 95 % interval, beside the band that permuted links score and nominal chance."
+    import matplotlib.pyplot as plt
+    table = evaluation.table()
+    table = table[(table.metric != "mean_rank") & table.value.notna()].iloc[::-1]
+    fig, ax = plt.subplots(figsize=(8, 1 + 0.24 * len(table)))
+    for y, r in enumerate(table.itertuples()):
+        if r.chance_low == r.chance_low and r.chance_low is not None: ax.plot([r.chance_low, r.chance_high], [y, y], color="0.8", lw=7, solid_capstyle="butt")
+        if r.low == r.low and r.low is not None: ax.plot([r.low, r.high], [y, y], color="tab:blue", lw=1.5)
+        ax.plot(r.value, y, "o", color="tab:blue", ms=4)
+        if r.chance == r.chance and r.chance is not None: ax.plot(r.chance, y, "|", color="black", ms=9)
+    ax.set_yticks(range(len(table)), [f"{r.task} {r.list} {r.metric} ({r.scored}/{r.asked})" for r in table.itertuples()], fontsize=7)
+    ax.set(xlabel="share right (blue: 95 % interval; grey: permuted links; black: chance)", xlim=(-0.02, 1.02), title=title)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/09_evaluation.ipynb #dfdae292
+def plot_anomaly(found, threshold=0.5):
+    "Scores over time of videos (`FrameScores` of `match_scores`), annotated spans shaded."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(found), 1, figsize=(9, 1.7 * len(found)), squeeze=False)
+    for ax, f in zip(axes[:, 0], found):
+        ax.plot(f.scores, lw=1, color="tab:blue")
+        for first, last in f.video.spans: ax.axvspan(first, last, color="tab:red", alpha=0.25, lw=0)
+        ax.axhline(threshold, color="0.5", lw=0.8, ls="--")
+        ax.set(ylim=(-0.03, 1.03), xlim=(0, max(1, len(f.scores) - 1)), ylabel="score")
+        ax.set_title(f"{f.video.name} ({', '.join(f.video.classes) or 'normal'}), red: annotated anomaly", fontsize=8, loc="left")
+    axes[-1, 0].set_xlabel("frame")
+    fig.tight_layout()
+    return fig
+
+def plot_curves(named):
+    "ROC and precision-recall curves over all frames; named: label -> list of FrameScores."
+    import matplotlib.pyplot as plt
+    from sklearn.metrics import precision_recall_curve, roc_curve
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    for label, found in named.items():
+        labels, scores = _pooled(found)
+        auc, ap = _auc_ap(labels, scores)
+        left.plot(*roc_curve(labels, scores)[:2], label=f"{label}: AUC {auc:.3f}")
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        right.plot(recall, precision, label=f"{label}: AP {ap:.3f}")
+    left.plot([0, 1], [0, 1], color="0.6", ls=":", lw=1)
+    right.axhline(labels.mean(), color="0.6", ls=":", lw=1)
+    left.set(xlabel="false positive rate (frames)", ylabel="true positive rate (frames)", title="ROC, dotted: chance")
+    right.set(xlabel="recall (frames)", ylabel="precision", ylim=(0, 1.02), title="precision-recall, dotted: chance")
+    for ax in (left, right): ax.legend(fontsize=8)
+    fig.tight_layout()
+    return fig
