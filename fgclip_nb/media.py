@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'read_image', 'normalize', 'VideoInfo', 'video_info', 'frame_times', 'read_counted',
-           'read_frames']
+           'read_frames', 'sample_frames', 'span_frames', 'coverage', 'CachedClip', 'FrameCache', 'cache_clip',
+           'needed_frames', 'build_cache']
 
 # %% ../nbs/02_media.ipynb #9a9ab29a
+import hashlib, io, json, logging, os, socket, sys, time, zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -234,21 +236,26 @@ def frame_times(path) -> np.ndarray:
 class _Untrusted(Exception): "The decoder returned a frame that the packet index does not know."
 
 # %% ../nbs/02_media.ipynb #321fe253
-class _Taken:
-    "Collects decoded frames into one array; a frame asked for twice is decoded once."
-    def __init__(self, numbers, size, shape):
-        self.size, self.decoded = size, 0
-        self.out = np.empty((len(numbers), *((size, size) if size else shape), 3), np.uint8)
-        self.places = {}
-        for place, number in enumerate(numbers): self.places.setdefault(number, []).append(place)
-        self.missing = set(self.places)
+class _Wanted:
+    "Frame numbers still missing, and how many frames were decoded for them; subclasses say in `keep` where pixels go."
+    def __init__(self, numbers, size): self.missing, self.size, self.decoded = set(numbers), size, 0
 
     def take(self, number, frame):
         if frame.is_corrupt: return   # it stays missing
-        pixels = _frame_pixels(frame, self.size)
+        self.keep(number, _frame_pixels(frame, self.size))
+        self.missing.discard(number)
+
+class _Taken(_Wanted):
+    "Collects frames into one array; a frame asked for twice is decoded once."
+    def __init__(self, numbers, size, shape):
+        super().__init__(numbers, size)
+        self.out = np.empty((len(numbers), *((size, size) if size else shape), 3), np.uint8)
+        self.places = {}
+        for place, number in enumerate(numbers): self.places.setdefault(number, []).append(place)
+
+    def keep(self, number, pixels):
         if pixels.shape != self.out.shape[1:]: raise ValueError(f"its pictures change size at frame {number}; ask for a fixed size")
         self.out[self.places[number]] = pixels
-        self.missing.discard(number)
 
 # %% ../nbs/02_media.ipynb #94438db6
 def _frame_pixels(frame, size=None):
@@ -311,7 +318,7 @@ def _read_by_groups(path, index, taken):
         for key, group in groups.items(): _read_group(clip, index, key, group, taken)
 
 # %% ../nbs/02_media.ipynb #c97de9ba
-def _read_in_order(path, taken):
+def _read_in_order(path, index, taken):
     "Fill `taken` by decoding from the start, up to the last wanted frame."
     last = max(taken.missing)
     with _video(path) as (container, stream):
@@ -335,19 +342,30 @@ def _asked(path, frames, size, info):
     return numbers.astype(int).tolist()
 
 # %% ../nbs/02_media.ipynb #147972a8
+def _distrust(path):
+    real = Path(path).resolve()
+    stat = real.stat()
+    _untrusted.add((str(real), stat.st_size, stat.st_mtime_ns))
+
+def _fill(path, make):
+    "make(index) -> _Wanted, filled; made again when the file's own times turn out to be wrong."
+    for attempt in range(2):
+        index = _index(path)
+        wanted = make(index)
+        try:
+            if wanted.missing: (_read_by_groups if index.info.seekable else _read_in_order)(path, index, wanted)
+        except _Untrusted:
+            _distrust(path)
+            continue
+        if wanted.missing: raise DataError(f"{path}: frame {min(wanted.missing)} cannot be decoded")
+        return wanted
+    raise DataError(f"{path}: its frames cannot be numbered")
+
+# %% ../nbs/02_media.ipynb #6a840ece
 def read_counted(path, frames, size=None):
     "What read_frames returns, and how many frames had to be decoded for it."
-    index = _index(path)
-    numbers = _asked(path, frames, size, index.info)
-    taken = _Taken(numbers, size, (index.info.height, index.info.width))
-    try:
-        if numbers and index.info.seekable: _read_by_groups(path, index, taken)
-        elif numbers: _read_in_order(path, taken)
-    except _Untrusted:
-        real = Path(path).resolve()
-        _untrusted.add((str(real), real.stat().st_size, real.stat().st_mtime_ns))
-        return read_counted(path, frames, size)
-    if taken.missing: raise DataError(f"{path}: frame {min(taken.missing)} cannot be decoded")
+    def make(index): return _Taken(_asked(path, frames, size, index.info), size, (index.info.height, index.info.width))
+    taken = _fill(path, make)
     return taken.out, taken.decoded
 
 # %% ../nbs/02_media.ipynb #48eae8f9
@@ -358,3 +376,284 @@ def read_frames(path, frames, size=None):
     touched, and nothing after the last wanted frame of each. `size` squashes every frame to (size,size) as read_image does.
     Raises DataError naming the file when it is damaged, cut off, no video, or a number lies outside the clip."""
     return read_counted(path, frames, size)[0]
+
+# %% ../nbs/02_media.ipynb #a29c1fd5
+def sample_frames(span, count, rng=None, among=None) -> np.ndarray:
+    """At most `count` different frame numbers spread evenly over `span`, rising, int64.
+
+    `span`: number of frames, or (first, last) inclusive. With `rng` (numpy Generator) each is random within its part.
+    `among`: rising frame numbers to choose from, such as those that a cache holds; the spread is then even over these."""
+    first, last = span if isinstance(span, (tuple, list)) else (0, span - 1)
+    if count < 1: raise ValueError(f"count = {count}: at least one frame is needed")
+    pool = np.arange(first, last + 1) if among is None else np.asarray(among, np.int64)
+    pool = pool[(pool >= first) & (pool <= last)]
+    if len(pool) <= count: return pool.astype(np.int64)
+    edges = np.arange(count + 1) * len(pool) // count
+    places = (edges[:-1] + edges[1:] - 1) // 2 if rng is None else rng.integers(edges[:-1], edges[1:])
+    return pool[places].astype(np.int64)
+
+# %% ../nbs/02_media.ipynb #94184793
+def span_frames(times, span=None) -> tuple:
+    """(first, last) frame that begins within `span` = (start, end) in seconds, end excluded; the whole clip for None.
+
+    `times`: seconds of each frame, as frame_times gives. DataError when no frame lies in the span."""
+    if span is None: return 0, len(times) - 1
+    first, end = np.searchsorted(times, np.asarray(span, float) - 1e-6)   # 0.3 s is frame 3 at 10 per second, whatever floats say
+    if first >= end: raise DataError(f"span {tuple(span)} s holds no frame; the clip lasts from 0 to {float(times[-1]):.2f} s")
+    return int(first), int(end) - 1
+
+# %% ../nbs/02_media.ipynb #dd9e32d5
+def coverage(spans, frames) -> float:
+    "Share of the `spans`, (first, last) inclusive, that contain at least one of the `frames`; NaN without spans."
+    frames = np.sort(np.asarray(frames))
+    hit = [np.searchsorted(frames, first) < np.searchsorted(frames, last, side="right") for first, last in spans]
+    return float(np.mean(hit)) if hit else float("nan")
+
+# %% ../nbs/02_media.ipynb #06b7ba1b
+@lru_cache(maxsize=4096)
+def _fingerprint_of(path, size, changed):
+    digest, block = hashlib.blake2b(str(size).encode(), digest_size=16), 1 << 16
+    with open(path, "rb") as f:
+        for k in range(33):   # the whole of a small file; 33 blocks from head to tail of a large one
+            f.seek(k * max(block, (size - block) // 32))
+            digest.update(f.read(block))
+    return digest.hexdigest()
+
+def fingerprint(path) -> str:
+    "Hash of a file's size and of 33 blocks of 64 KiB spread from its first to its last byte."
+    path = _existing(path)
+    stat = path.stat()
+    return _fingerprint_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+# %% ../nbs/02_media.ipynb #f18b4ccf
+def _encode(pixels, encoding, quality):
+    "Bytes of one frame."
+    if encoding == "raw": return pixels.tobytes()
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+def _decode(data, encoding, size):
+    "uint8 (size,size,3) from the bytes of one frame."
+    if encoding == "raw": return np.frombuffer(data, np.uint8).reshape(size, size, 3)
+    from PIL import Image
+    with Image.open(io.BytesIO(data)) as image: return np.asarray(image)
+
+# %% ../nbs/02_media.ipynb #f118b194
+@dataclass(frozen=True)
+class CachedClip:
+    "The frames of one clip that a cache file holds; pixels stay on disk until read."
+    path: str
+    size: int
+    encoding: str
+    info: VideoInfo
+    times: np.ndarray    # (info.frames,) seconds, of all frames of the clip
+    frames: np.ndarray   # rising numbers of the frames held
+    rows: np.ndarray     # row of each
+    table: object        # pyarrow.Table, memory mapped
+
+    def bytes_of(self, number) -> memoryview:
+        "Stored bytes of one frame, checked; DataError when it is not held or damaged."
+        i = int(np.searchsorted(self.frames, number))
+        if i == len(self.frames) or self.frames[i] != number:
+            raise DataError(f"{self.path}: frame {number} is not in the cache; build it with more frames")
+        row = int(self.rows[i])
+        data = memoryview(self.table["pixels"][row].as_buffer())
+        if zlib.crc32(data) != self.table["crc"][row].as_py():
+            raise DataError(f"{self.path}: frame {number} fails its checksum; delete the file and build it again")
+        return data
+
+    def read(self, frames) -> np.ndarray:
+        "uint8 (T,size,size,3) of the frames asked for."
+        out = np.empty((len(frames), self.size, self.size, 3), np.uint8)
+        for place, number in enumerate(frames): out[place] = _decode(self.bytes_of(number), self.encoding, self.size)
+        return out
+
+# %% ../nbs/02_media.ipynb #abcc1971
+def _schema(head):
+    "Arrow schema of a cache file; `head` describes clip and geometry."
+    import pyarrow as pa
+    return pa.schema([("frame", pa.int32()), ("crc", pa.uint32()), ("pixels", pa.large_binary())], {b"fgclip_nb": json.dumps(head).encode()})
+
+def _load_table(path):
+    "(head, table) of a cache file, memory mapped."
+    import pyarrow as pa
+    try:
+        with pa.memory_map(path) as source: table = pa.ipc.open_stream(source).read_all()
+        head = json.loads(table.schema.metadata[b"fgclip_nb"])
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as e:
+        raise DataError(f"{path}: is no complete cache file ({e}); delete it and build it again") from e
+    if table.num_rows != head["rows"]: raise DataError(f"{path}: holds {table.num_rows} of {head['rows']} frames; delete it and build it again")
+    return head, table
+
+@lru_cache(maxsize=256)
+def _open_cached(path, size, changed):
+    "CachedClip of a complete cache file."
+    head, table = _load_table(path)
+    frames = table["frame"].to_numpy()
+    order = np.argsort(frames, kind="stable")
+    return CachedClip(path, head["size"], head["encoding"], VideoInfo(**head["info"]), np.array(head["times"]), frames[order], order, table)
+
+# %% ../nbs/02_media.ipynb #de31b584
+class _Rows(_Wanted):
+    "Writes frames as rows of an Arrow file, 64 at a time, so that memory stays small."
+    def __init__(self, numbers, cache, file, head):
+        import pyarrow as pa
+        super().__init__(numbers, cache.size)
+        self.cache, self.schema, self.rows = cache, _schema(head), []
+        self.file = open(file, "wb")
+        self.stream = pa.ipc.new_stream(self.file, self.schema)
+
+    def keep(self, number, pixels): self.add(number, _encode(pixels, self.cache.encoding, self.cache.quality))
+
+    def add(self, number, data):
+        self.rows.append((number, zlib.crc32(data), data))
+        if len(self.rows) == 64: self.flush()
+
+    def flush(self):
+        import pyarrow as pa
+        if self.rows: self.stream.write_batch(pa.record_batch([pa.array(c, f.type) for c, f in zip(zip(*self.rows), self.schema)], schema=self.schema))
+        self.rows = []
+
+# %% ../nbs/02_media.ipynb #ee61e317
+def _close(rows):
+    "Complete the file and force it to disk."
+    rows.flush()
+    rows.stream.close()
+    rows.file.flush()
+    os.fsync(rows.file.fileno())
+    rows.file.close()
+
+# %% ../nbs/02_media.ipynb #c4eeed1d
+@contextmanager
+def _aside(target):
+    "A temporary path beside `target` that is renamed onto it when the block ends well, and removed otherwise."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{socket.gethostname().replace('.', '_')}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+def _sweep(folder):
+    "Remove temporary files whose process on this machine has ended."
+    for left in Path(folder).glob(f".*.{socket.gethostname().replace('.', '_')}.*.tmp"):
+        try: os.kill(int(left.name.split(".")[-3]), 0)
+        except ProcessLookupError: left.unlink(missing_ok=True)
+        except PermissionError: continue   # alive, and someone else's
+
+# %% ../nbs/02_media.ipynb #ebf735a0
+class FrameCache:
+    "Frames of clips, squashed to size x size, in a folder; safe to fill from several processes at once."
+    def __init__(self, folder, size=224, encoding="jpeg", quality=95):
+        if encoding not in ("jpeg", "raw"): raise ValueError(f"encoding = {encoding!r}: jpeg or raw")
+        self.folder, self.size, self.encoding, self.quality = Path(folder), size, encoding, quality
+
+    def file(self, path) -> Path:
+        "The cache file of a clip, whether it exists or not."
+        key = f"{fingerprint(path)} {self.size} {self.encoding} {self.quality if self.encoding == 'jpeg' else ''}"
+        return self.folder/f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.arrow"
+
+    def get(self, path):
+        "CachedClip, or None when the clip has not been cached at this size and encoding."
+        file = self.file(path)
+        if not file.exists(): return None
+        stat = file.stat()
+        return _open_cached(str(file), stat.st_size, stat.st_mtime_ns)
+
+    def bytes(self) -> int:
+        "Size of all complete files of the folder."
+        return sum(f.stat().st_size for f in self.folder.glob("*.arrow"))
+
+# %% ../nbs/02_media.ipynb #9cde3027
+def _cache_rows(cache, path, numbers, old, aside):
+    "Write `old`'s rows and the decoded `numbers` to `aside`; returns the number of decoded frames."
+    made = []
+    def make(index):
+        held = [] if old is None else old.frames.tolist()
+        head = dict(clip=Path(path).name, rows=len(held) + len(numbers), size=cache.size, encoding=cache.encoding,
+                    info=asdict(index.info), times=index.times.tolist())
+        made.append(_Rows(numbers, cache, aside, head))
+        for number in held: made[-1].add(number, bytes(old.bytes_of(number)))
+        return made[-1]
+    try: rows = _fill(path, make)
+    except BaseException:
+        for rows in made: rows.file.close()
+        raise
+    _close(rows)
+    return rows.decoded
+
+# %% ../nbs/02_media.ipynb #a4406dc8
+def cache_clip(cache, path, frames=None) -> int:
+    """Make sure that `cache` holds the `frames` of a clip (None: all); returns how many frames had to be decoded for it.
+
+    Raises DataError as read_frames does; the cache then stays as it was."""
+    old = cache.get(path)
+    info = video_info(path) if old is None else old.info
+    asked = set(range(info.frames) if frames is None else _asked(path, frames, 1, info))
+    numbers = sorted(asked - set(() if old is None else old.frames.tolist()))
+    if not numbers: return 0
+    with _aside(cache.file(path)) as aside: return _cache_rows(cache, path, numbers, old, aside)
+
+# %% ../nbs/02_media.ipynb #c9f20664
+def needed_frames(samples, count) -> dict:
+    "clip path -> rising frame numbers that its samples' spans need, `count` per span (0: all); a clip that cannot be read -> DataError."
+    spans, needed = {}, {}
+    for sample in samples:
+        if sample.kind == "video": spans.setdefault(sample.media, set()).add(sample.span)
+    for path, wanted in spans.items():
+        try:
+            ranges = [span_frames(frame_times(path), span) for span in wanted]
+            chosen = [sample_frames((a, b), count or b - a + 1) for a, b in ranges]
+            needed[path] = np.unique(np.concatenate(chosen)).tolist()
+        except DataError as e: needed[path] = e
+    return needed
+
+# %% ../nbs/02_media.ipynb #489356bb
+def _mebibytes(n): return f"{n / 2**20:.1f} MiB"
+
+def _progress(cache, path, done, total, frames, decoded, started):
+    "One line per clip: place, name, frames held, size, what was decoded, time to go."
+    file, left = cache.file(path), (time.monotonic() - started) / done * (total - done)
+    return (f"{done}/{total} {Path(path).name}: {len(frames)} frames, {_mebibytes(file.stat().st_size)}, "
+            f"{f'decoded {decoded}' if decoded else 'already there'}; about {left:.0f} s to go")
+
+# %% ../nbs/02_media.ipynb #9e982c62
+def build_cache(cache, samples, count=256, say=print) -> list:
+    "Fill `cache` for all clips of `samples`; returns [(path, reason)] of clips that cannot be read. `say` gets a line per clip."
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    _sweep(cache.folder)
+    started, rejects, needed = time.monotonic(), [], needed_frames(samples, count)
+    for done, (path, frames) in enumerate(needed.items(), 1):
+        try:
+            if isinstance(frames, DataError): raise frames
+            say(_progress(cache, path, done, len(needed), frames, cache_clip(cache, path, frames), started))
+        except DataError as e:
+            rejects.append((path, str(e)))
+            say(f"{done}/{len(needed)} rejected: {e}")
+    say(f"cache {cache.folder}: {len(needed) - len(rejects)} clips, {_mebibytes(cache.bytes())}, {len(rejects)} rejected")
+    return rejects
+
+# %% ../nbs/02_media.ipynb #38812c3f
+def _parser():
+    import argparse
+    parser = argparse.ArgumentParser(prog="python -m fgclip_nb.media", description="Decode the frames of a video data set once, into a cache folder.")
+    cache = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="fill a frame cache; run it again to resume")
+    cache.add_argument("data", help="data set as for training: video_sample, a file, a list of files or a folder")
+    cache.add_argument("folder", help="cache folder, made when it does not exist")
+    cache.add_argument("--media-root", default=None, help="folder that the data's video paths start from")
+    cache.add_argument("--size", type=int, default=224, help="frames are squashed to size x size pixels (default 224)")
+    cache.add_argument("--frames", type=int, default=256, help="frames per sample, spread over its span; 0 = every frame (default 256)")
+    cache.add_argument("--encoding", choices=("jpeg", "raw"), default="jpeg", help="raw is exact and about five times larger")
+    return parser
+
+def main(argv=None) -> int:
+    "The command line; 1 when nothing could be cached."
+    from fgclip_nb.regions import load_samples
+    args = _parser().parse_args(argv)
+    samples = load_samples(args.data, args.media_root)[0]
+    clips = {s.media for s in samples if s.kind == "video"}
+    rejects = build_cache(FrameCache(args.folder, args.size, args.encoding), samples, args.frames, say=lambda line: print(line, flush=True))
+    return 1 if len(rejects) == len(clips) else 0
