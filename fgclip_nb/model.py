@@ -102,11 +102,26 @@ def _attend(attention, q, k, v, training=False, **kw):
     out = F.scaled_dot_product_attention(q, k, v, scale=attention.scale, dropout_p=attention.dropout if training else 0.0, **kw)
     return out.transpose(1, 2).flatten(2)
 
+# %% ../nbs/06_model.ipynb #bdca0618
+class _QuickGELU(torch.autograd.Function):
+    "x·sigmoid(1.702x)"
+    @staticmethod
+    def forward(ctx, x):
+        x = x * 1.702
+        ctx.save_for_backward(x)
+        return F.silu(x).mul_(1/1.702)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad): return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+
 # %% ../nbs/06_model.ipynb #da893f7e
+def _mlp(mlp, x): return mlp(x) if mlp.config.hidden_act != "quick_gelu" else mlp.fc2(_QuickGELU.apply(mlp.fc1(x)))
+
 def _finish(layer, x, attended):
     "The rest of a layer after attention: output projection, residual, MLP, residual."
     x = x + layer.self_attn.out_proj(attended)
-    return x + layer.mlp(layer.layer_norm2(x))
+    return x + _mlp(layer.mlp, layer.layer_norm2(x))
 
 # %% ../nbs/06_model.ipynb #f6231957
 def _rows(x, blocks):
