@@ -657,3 +657,6 @@ def main(argv=None) -> int:
     clips = {s.media for s in samples if s.kind == "video"}
     rejects = build_cache(FrameCache(args.folder, args.size, args.encoding), samples, args.frames, say=lambda line: print(line, flush=True))
     return 1 if len(rejects) == len(clips) else 0
+
+# %% ../nbs/02_media.ipynb #cbec288e
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
