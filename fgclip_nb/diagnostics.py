@@ -277,7 +277,7 @@ def loss_line(row: dict) -> str:
                      (("total", "loss"), ("global", "loss_global"), ("region", "loss_region"), ("hard", "loss_hard")))
     more = " ".join(f"{n}={_figure(row[k])}" for n, k in
                     (("region_in_batch", "loss_region_in_batch"), ("chance_region", "chance_region"), ("chance_global", "chance_global")) if k in row)
-    return f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {named} {more} candidates={row.get('candidates_region', 0):g}"
+    return f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {named} {more} candidates={row.get('candidates_region', 0):g} candidates_in_batch={row.get('candidates_region_in_batch', 0):g}"
 
 def runtime_lines(features: dict, bank=None) -> list:
     "The per-forward diagnostic lines: logits, norms, memory bank."
@@ -599,23 +599,27 @@ class Evidence:
 
 # %% ../nbs/10_diagnostics.ipynb #b1896116
 def interval(values):
-    "Mean of a series and half the width of its 95 % interval; neighbouring steps count as independent."
+    "Mean of a series and half the width of its 95 % interval. The scatter comes from neighbouring differences, so a steady fall is no noise."
     n = len(values)
-    return (float(values.mean()), 1.96 * float(values.std()) / math.sqrt(n) if n > 1 else math.inf) if n else (math.nan, math.inf)
+    if not n: return math.nan, math.inf
+    scatter = math.sqrt(float(values.diff().dropna().pow(2).mean()) / 2) if n > 1 else math.inf
+    return float(values.mean()), 1.96 * scatter / math.sqrt(n)
 
 def candidates(ev: Evidence, kind: str):
     "Candidates per row, by step: as logged, from the logged chance level, or the number of regions when no bank was on."
     import numpy as np
     named = ev.series(f"candidates_{kind}")
-    if not len(named) and ev.has(f"chance_{kind}"): named = np.exp(ev.series(f"chance_{kind}"))
-    return ev.series("regions") if not len(named) and kind == "region" else named
+    if len(named): return named
+    if ev.has(f"chance_{kind}"): return np.exp(ev.series(f"chance_{kind}"))
+    if kind == "region_in_batch" and ev.has("candidates_region", "bank_len"): return (ev.series("candidates_region") - ev.series("bank_len")).dropna()
+    return ev.series("regions") if kind.startswith("region") else named
 
 def chance(ev: Evidence, kind: str):
     "Chance level by step, nats; `kind` = global, region, region_in_batch or hard."
     import numpy as np
     named = ev.series(f"chance_{kind}")
-    if not len(named) and kind == "region_in_batch": return np.log(ev.series("regions")) if ev.has("regions") else chance(ev, "region")
-    return named if len(named) else np.log(candidates(ev, kind))
+    if not len(named): named = np.log(candidates(ev, kind))
+    return chance(ev, "region") if not len(named) and kind == "region_in_batch" and not ev.series("bank_enabled").any() else named
 
 def in_batch(ev: Evidence):
     "The in-batch part of the region loss by step; the whole loss when there is no bank to speak of."
@@ -742,7 +746,7 @@ def scale_can_move(ev):
     if ev.frame.shape[0] < 20: return LATER, None, "fewer than 20 steps so far"
     if not stuck: return PASS, float(ev.series("logit_scale_finegraind").iloc[-1]), "temperatures move, or rest at the clamp ln 100"
     value, lr = float(ev.series(stuck[0]).iloc[0]), float(ev.series("lr").max())
-    why = f"{', '.join(stuck)} stayed at {value:.6g} for {_stuck(ev, stuck[0])} steps"
+    why = f"{' and '.join(stuck)} stayed at {value:.6g} for {_stuck(ev, stuck[0])} steps"
     if round_bf16(value) == value and lr < bf16_spacing(value) / 2:
         why += f": bfloat16 numbers lie {bf16_spacing(value):.3g} apart there, a step moves by about {lr:.1g}"
     return FAIL, value, why, "Store temperatures in fp32; clamp in place (a clamp inside the graph has no gradient at the limit); see that the optimiser holds them."
@@ -784,7 +788,7 @@ def bank_comes_on(ev):
     forward, step = plan or (50, 50)
     first = on[on > 0].index.min() if (on > 0).any() else None
     if first is None and ev.last_step is not None and ev.last_step < step: return LATER, None, f"expected at region forward {forward}, optimiser step {step}"
-    if first is None: return FAIL, "off", f"never on in {ev.last_step or len(on)} steps, expected at step {step}: the counter does not tick, or restarts", "Call bank.tick() once per region forward and save its counter with the checkpoint."
+    if first is None: return FAIL, "off", f"never on in {f'{ev.last_step} steps' if ev.last_step else f'the {len(on)} looks of this log'}, expected at step {step}: the counter does not tick, or restarts", "Call bank.tick() once per region forward and save its counter with the checkpoint."
     if plan is None or abs(first - step) <= 1 or first == on.index.min(): return PASS, f"step {first:g}", f"expected at region forward {forward}, optimiser step {step}"
     return FAIL, f"step {first:g}", f"on at step {first:g}, expected at step {step} (region forward {forward})", "Find out what the counter counts: forwards, micro-batches or optimiser steps."
 
@@ -941,7 +945,8 @@ def logits_in_range(ev):
 # %% ../nbs/10_diagnostics.ipynb #4ddcd02d
 def _target(ev, step):
     target, loss = ev.limit(f"region_loss_target_{step}"), in_batch(ev)
-    if ev.last_step is None or ev.last_step < step:
+    if ev.last_step is None: return None
+    if ev.last_step < step:
         return LATER, None, f"the run {'ended' if ev.finished else 'is'} at step {ev.last_step}, target {target:g}"
     mean, half = interval(loss.loc[step - 19:step])
     level = chance(ev, "region_in_batch")
@@ -975,10 +980,11 @@ def losses_fall_together(ev):
     "Global and region loss, each over its chance level, first against last 20 steps."
     n = min(20, len(ev.frame) // 2)
     if n < 5 or (ev.last_step or 0) < 50: return LATER, None, "judged from step 50 on"
-    ratio = dict(region=in_batch(ev) / chance(ev, "region_in_batch"), **{"global": ev.series("loss_global") / chance(ev, "global")})
+    over = lambda loss, level: loss / (level if len(level) else loss.head(n).mean())
+    ratio = {"region": over(in_batch(ev), chance(ev, "region_in_batch")), "global": over(ev.series("loss_global"), chance(ev, "global"))}
     fall = {k: float(r.tail(n).mean() - r.head(n).mean()) for k, r in ratio.items()}
     value = ", ".join(f"{k} {v:+.2f}" for k, v in fall.items())
-    if all(v < -0.02 for v in fall.values()): return PASS, value, "loss / chance, first to last 20 steps"
+    if all(v < -0.02 for v in fall.values()): return PASS, value, "of the chance level, first to last 20 steps"
     stays = " and ".join(k for k, v in fall.items() if v >= -0.02)
     return FAIL, value, f"{stays} did not fall", "A loss at chance beside a falling one points at its own inputs (boxes, phrases), not at the optimiser."
 
@@ -1016,7 +1022,7 @@ def headline(found: list) -> str:
 ALIASES = dict(total="loss", total_loss="loss", region="loss_region", region_loss="loss_region", hard="loss_hard", hard_loss="loss_hard",
                global_loss="loss_global", candidates="candidates_region", learning_rate="lr", num_regions="regions", n_regions="regions",
                valid_regions="regions", boxes="regions", training_step="forwards", global_step="step", finegrained="logit_scale_finegraind",
-               logit_scale_finegrained="logit_scale_finegraind", eval_loss="val_loss", region_in_batch="loss_region_in_batch")
+               logit_scale_finegrained="logit_scale_finegraind", eval_loss="val_loss", region_in_batch="loss_region_in_batch", candidates_in_batch="candidates_region_in_batch")
 ALIASES["global"] = "loss_global"
 
 def column_of(name: str) -> str:
@@ -1346,16 +1352,18 @@ PLOTS = dict(losses=plot_losses, similarities=plot_similarities, positives=plot_
 class VerdictTable:
     "Verdicts as a table: HTML in a notebook, text elsewhere."
     head = ("verdict", "value", "threshold", "result", "why", "next")
-    def __init__(self, found): self.found = list(found)
+    def __init__(self, found): self.found = sorted(found, key=lambda v: not v.tripped)
     def rows(self): return [(v.name.replace("_", " "), show(v.value), v.threshold, v.result, v.why, v.next_action) for v in self.found]
+    def __len__(self): return len(self.found)
 
     def _repr_html_(self):
         styles = {(r, 3): f"color:#fff;background:{RESULT_COLOURS[v.result]};font-weight:600;white-space:nowrap" for r, v in enumerate(self.found)}
         return f"<p><b>{_escape(headline(self.found))}</b></p>" + html_table(self.head, self.rows(), styles)
 
     def __repr__(self):
-        lines = [f"  {result:<15}{name:<28}{value:<18}{why}" + (f"\n{'':63}→ {action}" if action else "") for name, value, _, result, why, action in self.rows()]
-        return "\n".join([headline(self.found), *lines])
+        lines = [f"  {result:<15}{name:<26}{value:<27} {why}" + (f"\n{'':70}→ {action}" if action else "") for name, value, _, result, why, action in self.rows()]
+        others = [v.name.replace("_", " ") for v in by_cause(self.found)[1:]]
+        return "\n".join([headline(self.found), *([f"Also tripped: {', '.join(others)}."] if others else []), *lines])
 
 def verdict_table(source) -> VerdictTable:
     "The verdict table of a run, a log, or a list of verdicts."
@@ -1386,7 +1394,7 @@ STYLE = """
 *{box-sizing:border-box} body{margin:0 auto;max-width:1120px;padding:1rem;font:15px/1.5 system-ui,sans-serif;background:var(--paper);color:var(--ink)}
 h1{font-size:1.3rem;margin:.2rem 0} h2{font-size:1.05rem;margin:1.6rem 0 .4rem} .soft{color:var(--soft)}
 .cause{border-left:.5rem solid var(--tone);background:var(--card);padding:.7rem 1rem;margin:.8rem 0;border-radius:.3rem} .cause p{margin:.2rem 0}
-table{border-collapse:collapse;width:100%;font-size:.88rem} th,td{padding:.35rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;text-align:left;overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%;font-size:.88rem} th,td{padding:.35rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;text-align:left;overflow-wrap:break-word}
 .r{color:#fff;border-radius:.25rem;padding:.05rem .45rem;white-space:nowrap;font-weight:600;font-size:.8rem} img{max-width:100%;height:auto;background:#fff;border-radius:.3rem;margin:.3rem 0}
 @media (max-width:720px){thead{display:none} tr{display:block;border:1px solid var(--line);border-radius:.3rem;margin:.5rem 0;padding:.3rem} td{display:block;border:0;padding:.1rem .4rem}
 td[data-h]:not(:empty)::before{content:attr(data-h) ": ";color:var(--soft)}}
@@ -1410,16 +1418,17 @@ def _cause_html(found) -> str:
     return f'<div class="cause" style="--tone:{tone}">{told}' + (f'<p class="soft">Also tripped: {others}</p>' if others else "") + "</div>"
 
 def _verdicts_html(found) -> str:
-    order = sorted(found, key=lambda v: not v.tripped)
     return _rows_html(("verdict", "result", "value", "threshold", "why", "next"),
-                      [(_escape(v.name.replace("_", " ")), _badge(v.result), *map(_escape, (show(v.value), v.threshold, v.why, v.next_action))) for v in order])
+                      [(_escape(v.name.replace("_", " ")), _badge(v.result), *map(_escape, (show(v.value), v.threshold, v.why, v.next_action))) for v in VerdictTable(found).found])
 
 def figure_uri(figure, dpi=80) -> str:
     "A figure as a data URI (PNG without metadata, so equal figures give equal text)."
     import base64, io
-    out = io.BytesIO()
+    from PIL import Image
+    out, small = io.BytesIO(), io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    Image.open(out).convert("RGB").quantize(96).save(small, "PNG", optimize=True)      # a plot has few colours: a third of the size
+    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
 
 # %% ../nbs/10_diagnostics.ipynb #aefc0279
 def _first_on(ev, column):
