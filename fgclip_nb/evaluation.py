@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['TIE_RULES', 'DATA', 'LEVELS', 'TASKS', 'BENCHMARK_TASK', 'MEDIA_SUFFIXES', 'unit', 'cosines', 'standing', 'best_rank',
            'chance_recall', 'chance_rank', 'bootstrap_means', 'interval', 'links', 'Places', 'rank_queries', 'Ranked',
-           'summarise', 'rank_both_ways', 'retrieval', 'vision_size', 'Encoder', 'load_model', 'captions_of',
+           'wilson', 'summarise', 'rank_both_ways', 'retrieval', 'vision_size', 'Encoder', 'load_model', 'captions_of',
            'CaptionSet', 'encode_captions', 'caption_retrieval', 'read_lines', 'read_labels', 'read_templates',
            'class_features', 'label_of', 'classify', 'per_class', 'first_answer', 'most_frequent_answer', 'choose',
            'Settings', 'TaskResult', 'retrieval_task', 'long_retrieval_task', 'RegionSet', 'encode_regions',
            'region_classification_task', 'classification_task', 'level_of', 'hard_negatives_task',
            'caption_negatives_task', 'weights_fingerprint', 'rows', 'Evaluation', 'benchmark_files', 'save_evaluation',
-           'load_evaluation', 'evaluate', 'CachedFeatures', 'save_features', 'compare_evaluations', 'video_name',
-           'AnomalyVideo', 'read_anomaly_annotations', 'smooth', 'to_frames', 'read_frame_counts', 'read_scores',
-           'FrameScores', 'match_scores', 'WeightedCurves', 'frame_auc', 'fit_heads', 'AnomalyHeads', 'read_prompts',
-           'grid_boxes', 'anomaly_probability', 'anomaly_scores', 'sugarcrepe_samples', 'plot_mistakes',
-           'similarity_map', 'plot_similarity', 'plot_neighbours', 'plot_scores', 'plot_anomaly', 'plot_curves']
+           'load_evaluation', 'read_evaluation_samples', 'evaluate', 'CachedFeatures', 'save_features',
+           'compare_evaluations', 'video_name', 'AnomalyVideo', 'read_anomaly_annotations', 'smooth', 'to_frames',
+           'read_frame_counts', 'read_scores', 'FrameScores', 'match_scores', 'WeightedCurves', 'frame_auc',
+           'fit_heads', 'AnomalyHeads', 'read_prompts', 'grid_boxes', 'anomaly_probability', 'anomaly_scores',
+           'sugarcrepe_samples', 'plot_mistakes', 'similarity_map', 'plot_similarity', 'plot_neighbours', 'plot_scores',
+           'plot_anomaly', 'plot_curves', 'EvaluateConfig', 'evaluation_parameter_cell', 'evaluate_config',
+           'evaluation_folder']
 
 # %% ../nbs/09_evaluation.ipynb #902eb849
-import csv, json, logging, math, time
-from dataclasses import dataclass, field
+import csv, json, logging, math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
-from .core import ConfigError, DataError, sha256_file, stable_id, write_atomic
+from .core import ConfigError, DataError, _in_range, _typed, nearest, param, sha256_file, stable_id, write_atomic
 
 # %% ../nbs/09_evaluation.ipynb #3c361a31
 def unit(features, name="features"):
@@ -230,7 +232,7 @@ def _chance(ranked):
     "Chance value of each score: the mean over items, each with its own number of options and right answers."
     pairs, weight = np.unique(np.stack([ranked.options, ranked.right]), axis=1, return_counts=True)
     mean = lambda f: float(sum(w * f(int(n), int(m)) for n, m, w in zip(*pairs, weight)) / weight.sum())
-    chances = [mean(lambda n, m: chance_recall(n, m, k)) for k in ranked.ks] + [mean(chance_rank)]
+    chances = [mean(lambda n, m, k=k: chance_recall(n, m, k)) for k in ranked.ks] + [mean(chance_rank)]
     return dict(zip(ranked.names, chances))
 
 def _above(scores, bands):
@@ -242,6 +244,17 @@ def _null_table(scores, draws, names):
     bands = dict(zip(names, (interval(d) for d in draws.T)))
     return {"permuted": dict(zip(names, map(float, draws.mean(0)))), "chance_interval": bands, "above_chance": _above(scores, bands)}
 
+# %% ../nbs/09_evaluation.ipynb #b960e619
+def wilson(share, n, z=1.96):
+    "Wilson's 95 % interval of a share of n items."
+    centre, half = (share + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+def _score_interval(name, values, groups, repeats, seed):
+    "Bootstrap interval; where all items agree resampling shows nothing, and a share gets Wilson's interval over the photos."
+    if name != "mean_rank" and (values == values[0]).all(): return wilson(float(values[0]), len(set(groups)))
+    return interval(bootstrap_means(values, groups, repeats, seed))
+
 # %% ../nbs/09_evaluation.ipynb #ff578e44
 def summarise(ranked, repeats=1000, seed=0):
     "A `Ranked` as a flat table of plain numbers (ready for JSON); scores are None when nothing could be scored."
@@ -250,7 +263,7 @@ def summarise(ranked, repeats=1000, seed=0):
     values = ranked.values()
     scores = {name: float(v.mean()) for name, v in values.items()}
     out |= {"candidates": float(ranked.options.mean()), "median_rank": float(np.median(ranked.ranks)), "chance": _chance(ranked),
-            "interval": {name: interval(bootstrap_means(v, ranked.groups, repeats, seed)) for name, v in values.items()}}
+            "interval": {name: _score_interval(name, v, ranked.groups, repeats, seed) for name, v in values.items()}}
     return scores | out | ({} if ranked.null is None else _null_table(scores, ranked.null / len(ranked), ranked.names))
 
 # %% ../nbs/09_evaluation.ipynb #a046405b
@@ -890,13 +903,14 @@ def load_evaluation(folder):
     return Evaluation(whole["results"], items, whole["manifest"], whole["unreadable"])
 
 # %% ../nbs/09_evaluation.ipynb #8b051cae
-def _samples(data, media_root=None, split=None):
+def read_evaluation_samples(data, media_root=None, split=None):
     "Samples from `sample`, a path in any known format, or a list; one split of them when `split` is given."
     if isinstance(data, (str, Path)):
         from fgclip_nb.regions import load_samples
         data, rejects = load_samples(data, media_root or None, missing="keep")
         if rejects: logging.getLogger("fgclip_nb").warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
-    samples = [s for s in data if not split or s.split == split]
+    if split == "auto": split = "val" if any(s.split == "val" for s in data) else None
+    samples = [s for s in data if split in (None, "", "all") or s.split == split]
     if not samples: raise DataError(f"no samples{f' of split {split!r}' if split else ''}; splits there: {sorted({s.split for s in data})}")
     return samples
 
@@ -912,12 +926,12 @@ def evaluate(model, data="sample", tasks=("short_retrieval", "region_classificat
     """Run `tasks` (names in TASKS) over `data` -> `Evaluation`.
 
     model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a path that `load_samples` reads, or samples.
-    settings: ties, permutations, seed, labels, templates, captions (see `Settings`). Raises ConfigError for an unknown task or setting."""
-    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    split: a name, `auto` (val where there is one) or None (everything). settings: ties, permutations, seed, labels, templates, captions (see `Settings`). Raises ConfigError for an unknown task or setting."""
+    tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     wrong = [t for t in tasks if t not in TASKS] + [k for k in settings if k not in Settings.__dataclass_fields__]
     if wrong: raise ConfigError(f"{wrong[0]!r} is neither a task ({', '.join(TASKS)}) nor a setting ({', '.join(Settings.__dataclass_fields__)})")
     if isinstance(model, (str, Path)): model, name = load_model(model), name or str(model)
-    encoder, settings, samples = _as_encoder(model, image_size, batch_size), Settings(**settings), _samples(data, media_root, split)
+    encoder, settings, samples = _as_encoder(model, image_size, batch_size), Settings(**settings), read_evaluation_samples(data, media_root, split)
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
@@ -1399,7 +1413,7 @@ def _draw_box(ax, box, height, width, color="tab:red"):
     "A 0-1 xyxy box on an image of the given pixel size."
     from matplotlib.patches import Rectangle
     x1, y1, x2, y2 = np.asarray(box) * (width, height, width, height)
-    for color, line in (("white", 3.5), (color, 1.8)): ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=line))
+    for edge, line in (("white", 3.5), (color, 1.8)): ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=edge, lw=line))
 
 # %% ../nbs/09_evaluation.ipynb #c3c222d4
 def plot_mistakes(mistakes, title="Worst mistakes"):
@@ -1506,3 +1520,62 @@ def plot_curves(named):
     for ax in (left, right): ax.legend(fontsize=8)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/09_evaluation.ipynb #1d9eabfa
+@dataclass
+class EvaluateConfig:
+    "Every parameter of nbs/evaluate.ipynb, checked. Raises `ConfigError` for a wrong type or an impossible value."
+    model: str = param("tiny", "run folder, checkpoint folder, CLIP folder or hub id, OpenAI file, folder of cached features, or preset (random weights)")
+    baseline: str = param("", "a second model to compare with on the same items, e.g. plain CLIP of the same size; empty for none")
+    data: str = param("sample", "data set: `sample`, or a file or folder in any known format")
+    media_root: str = param("", "folder that image paths start from; empty for the folder of the data file")
+    split: str = param("auto", "split to score; `auto` takes val where there is one, else everything; `all` takes everything")
+    tasks: str = param("short_retrieval,region_classification,hard_negatives,caption_negatives", "tasks, separated by commas")
+    labels: str = param("coco80", "label set of region classification: `coco80` or a file with one label per line")
+    templates: str = param("imagenet", "prompt templates: `imagenet` (80), `photo` (1) or a file with one template per line")
+    captions: int = param(5, "short captions per photo", 1, 1000)
+    image_size: int = param(0, "pixels; 0 takes the size of the model", 0, 4096)
+    batch_size: int = param(64, "images per forward", 1, 100000)
+    ties: str = param("against", "equal scores count against the model, or `official`: the right answer wins", choices=("against", "official"))
+    permutations: int = param(1000, "permutations behind the chance band", 20, 1000000)
+    annotations: str = param("", "temporal anomaly annotation (UCF-Crime or XD-Violence); empty for no anomaly detection")
+    scores: str = param("", "anomaly scores of any method: folder of npy files or a JSON object; empty for zero-shot scores of `videos`")
+    videos: str = param("", "folder of videos for zero-shot anomaly scores")
+    frame_counts: str = param("", "CSV with columns video and n_frames; empty where scores are per frame")
+    smoothing: int = param(1, "moving average over this many scores", 1, 100000)
+    threshold: float = param(0.5, "a normal frame at or over it is a false alarm", 0, 1)
+    seed: int = param(0, "seed of permutations and resampling", 0, 2**31 - 1)
+    device: str = param("", "`cpu`, `cuda`, ...; empty takes CUDA where there is one")
+    output: str = param("", "folder for results; empty for `evaluation` in the run folder, else runs/evaluate-<hash of the parameters>")
+
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
+            _in_range(f.name, getattr(self, f.name), f.metadata)
+        for t in self.task_list():
+            if t not in TASKS: raise ConfigError(f"parameter `tasks`: {t!r} is no task{nearest(t, TASKS)}; known are {', '.join(TASKS)}")
+
+    def task_list(self): return [t.strip() for t in self.tasks.split(",") if t.strip()]
+
+# %% ../nbs/09_evaluation.ipynb #cd7ecfbf
+def evaluation_parameter_cell():
+    "Source of the notebook's parameters cell."
+    lines = ["# Parameters of this evaluation: `-p name value` on papermill's command line replaces any of them."]
+    return "\n".join(lines + [f"{f.name}: {f.type.__name__} = {f.default!r}  # {f.metadata['help']}" for f in fields(EvaluateConfig)])
+
+def evaluate_config(params):
+    "`EvaluateConfig` from a notebook's parameters; an unknown name raises `ConfigError` with the nearest known one."
+    known = [f.name for f in fields(EvaluateConfig)]
+    for name in params:
+        if name not in known: raise ConfigError(f"unknown parameter `{name}` = {params[name]!r}{nearest(name, known)}")
+    return EvaluateConfig(**params)
+
+def evaluation_folder(cfg):
+    "Where the results go: `output`, else `evaluation` inside the run folder that holds the model, else runs/evaluate-<hash>."
+    import hashlib
+    from fgclip_nb.core import project_root, resolve_path
+    if cfg.output: return resolve_path(cfg.output)
+    model = resolve_path(cfg.model)
+    if (model / "checkpoints").is_dir(): return model / "evaluation"
+    kept = {k: v for k, v in asdict(cfg).items() if k not in ("output", "device", "batch_size")}
+    return project_root() / "runs" / f"evaluate-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]}"
