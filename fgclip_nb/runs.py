@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WHEN_AND_WHERE', 'COLOURS', 'load_runs', 'flat', 'identity', 'differences', 'group_key', 'groups', 'run_row',
            'comparability', 'welch', 'Comparison', 'compare', 'plot_runs', 'expected_table', 'Reproduction',
-           'compare_metrics', 'parse_value', 'parse_grid', 'cells', 'cell_name', 'run_cell', 'Sweep', 'sweep_folder']
+           'compare_metrics', 'unlike_now', 'free_folder', 'reproduce', 'parse_value', 'parse_grid', 'cells',
+           'cell_name', 'run_cell', 'Sweep', 'sweep_folder', 'main']
 
 # %% ../nbs/12_runs.ipynb #827c1366
 import hashlib, itertools, json, math, os, shutil, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import ConfigError, DataError, NOT_IDENTITY, Run, TrainConfig, known_parameters, nearest, project_root, read_jsonl, write_atomic
+from .core import ConfigError, DataError, NOT_IDENTITY, Run, TrainConfig, known_parameters, nearest, code_identity, project_root, read_jsonl, versions, write_atomic
 from . import diagnostics as dx
 
 # %% ../nbs/12_runs.ipynb #7c0406e6
@@ -98,6 +99,7 @@ def comparability(runs) -> list:
 # %% ../nbs/12_runs.ipynb #357bed85
 def _spread_table(rows, labels):
     import pandas as pd
+    if not rows: return pd.DataFrame()
     frame = pd.DataFrame(rows).assign(group=labels)
     numbers = [c for c in frame.select_dtypes("number").columns if c not in ("step", "fails")]
     out = frame.groupby("group", sort=False)[numbers].agg(["mean", "std"])
@@ -128,7 +130,7 @@ class Comparison:
         "A DataFrame with a row per run; the parameters that differ come first."
         import pandas as pd
         varying = {k: v for k, v in differences(self.runs).items() if not k.startswith("manifest.")}
-        frame = pd.DataFrame(self.rows).set_index("run")
+        frame = pd.DataFrame(self.rows, columns=list(dict.fromkeys(k for r in self.rows for k in r)) or ["run"]).set_index("run")
         for i, (k, v) in enumerate(varying.items()): frame.insert(i, k, v)
         return frame
 
@@ -221,6 +223,31 @@ def compare_metrics(before, now) -> Reproduction:
     worst = max(((s, k, _gap(x, y)) for s, k, x, y in diffs if k != "number of steps"), key=lambda d: d[2], default=None)
     return Reproduction(False, len(b), diffs[0], worst)
 
+# %% ../nbs/12_runs.ipynb #55cd8427
+def unlike_now(run) -> list:
+    "Sentences about versions, code and data that are not as the run's manifest says."
+    from fgclip_nb.training import fingerprints
+    then = run.manifest()
+    now = dict(versions=versions(), code=code_identity()) | fingerprints(TrainConfig.from_params(run.params()))
+    a, b = ({k: v for part in now if part in x for k, v in flat(x[part], part).items()} for x in (then, now))
+    return [f"{k} was {a[k]!r} when the run was made and is {b.get(k)!r} now" for k in a if a[k] != b.get(k)]
+
+def free_folder(path) -> Path:
+    "`path`, or the first of `path-2`, `path-3`, … that does not exist."
+    return next(p for n in itertools.count(1) if not (p := Path(path if n == 1 else f"{path}-{n}")).exists())
+
+def reproduce(run, output=None, tell=None) -> Reproduction:
+    "Run a folder's parameters again into `output` (default `<run>-again`) and compare the metrics. `tell` gets a line per mismatch before it starts."
+    from fgclip_nb.training import train
+    run = run if isinstance(run, Run) else Run(run)
+    if not run.params(): raise DataError(f"{run.path}: no params.yaml there, so it is no run folder")
+    known = unlike_now(run)
+    for line in known: (tell or print)(f"not as it was: {line}")
+    again = train(TrainConfig.from_params(run.params() | dict(output=str(free_folder(output or f"{run.path}-again")))))
+    result = compare_metrics(run.path/"metrics.jsonl", again.path/"metrics.jsonl")
+    result.mismatches = known
+    return result
+
 # %% ../nbs/12_runs.ipynb #83658572
 def parse_value(text: str):
     "A parameter's value as YAML reads it, with 1e-4 a number too."
@@ -299,3 +326,55 @@ def sweep_folder(notebook, grid) -> Path:
     "The default folder of a sweep: named by its notebook and grid, so that the same command goes on where it stopped."
     told = json.dumps([Path(notebook).stem, grid], sort_keys=True)
     return project_root()/"runs"/f"sweep-{Path(notebook).stem}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+# %% ../nbs/12_runs.ipynb #50f11a3c
+def _parser():
+    import argparse
+    p = argparse.ArgumentParser(prog="python -m fgclip_nb.runs", description="Sweeps, comparison and reproduction of runs.")
+    sub = p.add_subparsers(dest="what", required=True)
+    s = sub.add_parser("sweep", help="run a notebook over a grid of parameters; the same command again resumes")
+    s.add_argument("notebook")
+    s.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUES"), help="parameter and its values, separated by commas")
+    s.add_argument("--output", default="", help="folder of the sweep; default runs/sweep-<notebook>-<hash of the grid>")
+    s.add_argument("--jobs", type=int, default=1, help="cells that run at a time (default 1)")
+    s.add_argument("--cluster", default=None, help="submitit's executor: local, slurm, debug; default slurm where there is one, else local")
+    sub.add_parser("compare", help="runs as one table").add_argument("runs", nargs="+")
+    r = sub.add_parser("reproduce", help="run a folder again and compare its metrics")
+    r.add_argument("run")
+    r.add_argument("--output", default="", help="folder of the second run; default <run>-again")
+    return p
+
+def _sweep_command(a) -> int:
+    grid = parse_grid(a.pairs)
+    sweep = Sweep(a.notebook, grid, a.output or sweep_folder(a.notebook, grid), a.jobs, a.cluster)
+    print(f"{len(sweep.cells)} cells in {sweep.folder}", flush=True)
+    state = sweep.run(lambda line: print(line, flush=True))
+    done = [Run(sweep.folder/n) for n, s in state.items() if s != "failed"]
+    if done: print(Comparison(done).spread.round(4).to_string())
+    return int("failed" in state.values())
+
+# %% ../nbs/12_runs.ipynb #62f4d0be
+def _compare_command(a) -> int:
+    c = compare(load_runs(*a.runs))
+    print(c.table.drop(columns=["cause"]).round(4).to_string())
+    for note in c.notes: print("-", note)
+    for row in c.rows: print(f"{row['run']}: {row['cause']}")
+    return 0
+
+def _reproduce_command(a) -> int:
+    result = reproduce(Run(a.run), a.output or None, lambda line: print(line, flush=True))
+    print(result)
+    return int(not result.equal)
+
+def main(argv) -> int:
+    "The command's exit status: 0; 1 = a cell failed or a run did not reproduce; 2 = wrong arguments."
+    a = _parser().parse_args(argv)
+    try: return dict(sweep=_sweep_command, compare=_compare_command, reproduce=_reproduce_command)[a.what](a)
+    except (ConfigError, DataError) as e:
+        print(e, file=sys.stderr)
+        return 2
+
+# %% ../nbs/12_runs.ipynb #9def1b2b
+if __name__ == "__main__" and "__file__" in globals():
+    from fgclip_nb import runs          # jobs must find their function under its real name
+    sys.exit(runs.main(sys.argv[1:]))
