@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomic', 'sha256_file', 'read_jsonl', 'param',
            'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'nearest',
-           'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params', 'parameter_cell', 'params_hash',
-           'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder',
-           'changed_params', 'check_params', 'code_identity', 'versions']
+           'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params', 'note_notebook',
+           'parameter_cell', 'params_hash', 'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run',
+           'FolderLock', 'run_folder', 'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
 import ast, dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing
@@ -81,6 +81,7 @@ class ModelParams:
     image_size: int = param(0, "pixels of the square model input; 0 = the model's own", 0, 4096)
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
     logit_scale_init: float | None = param(None, "stored (log) temperature of all three losses: 4.6052 = x100, 2.6592 = x14.29; none = from the weights", -5, 4.6052)
+    override_logit_scale: bool = param(False, "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused")
     precision: str = param("fp32", "fp32, or bf16 = autocast with fp32 master weights", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, about a third more time")
 
@@ -215,6 +216,10 @@ def notebook_params(namespace: dict) -> dict:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
             names |= {t.id: None for t in targets if isinstance(t, ast.Name)}
     return {n: namespace[n] for n in names if n in namespace and not n.startswith("PAPERMILL_")}
+
+def note_notebook(namespace: dict):
+    "Remember the executed notebook's path for the manifest, where papermill was told to pass it (`--inject-paths`)."
+    os.environ["FGCLIP_NB_NOTEBOOK"] = str(namespace.get("PAPERMILL_OUTPUT_PATH", ""))
 
 # %% ../nbs/00_core.ipynb #0725b912
 def parameter_cell() -> str:
