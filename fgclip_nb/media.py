@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'read_image', 'normalize', 'VideoInfo', 'video_info', 'frame_times', 'read_counted',
            'read_frames', 'sample_frames', 'span_frames', 'coverage', 'CachedClip', 'FrameCache', 'cache_clip',
-           'needed_frames', 'build_cache']
+           'needed_frames', 'build_cache', 'region_presence', 'ClipInputs', 'clip_inputs', 'balanced_order',
+           'ucf_crime_prompts', 'class_negatives']
 
 # %% ../nbs/02_media.ipynb #9a9ab29a
 import hashlib, io, json, logging, os, socket, sys, time, zlib
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import DataError
+from .regions import Reject, boxes_at, data_dir, epoch_order
 
 # %% ../nbs/02_media.ipynb #a32402ef
 def _to_rgb(image):
@@ -657,6 +659,119 @@ def main(argv=None) -> int:
     clips = {s.media for s in samples if s.kind == "video"}
     rejects = build_cache(FrameCache(args.folder, args.size, args.encoding), samples, args.frames, say=lambda line: print(line, flush=True))
     return 1 if len(rejects) == len(clips) else 0
+
+# %% ../nbs/02_media.ipynb #efa21d32
+@dataclass(frozen=True)
+class _FileClip:
+    "A clip that is decoded when read; same face as CachedClip."
+    path: str
+    size: int
+    times: np.ndarray
+    frames: np.ndarray | None = None   # all are there
+
+    def read(self, frames): return read_frames(self.path, frames, self.size)
+
+def open_clip(path, size, cache=None):
+    "A clip with .times, .frames (numbers held, or None for all) and .read(numbers): from `cache` when it holds the clip."
+    cached = cache.get(path) if cache is not None else None
+    return _FileClip(str(path), size, frame_times(path)) if cached is None else cached
+
+# %% ../nbs/02_media.ipynb #7a937e51
+def region_presence(region, first, last) -> np.ndarray:
+    "Rising frame numbers within first..last where a region is visible: its track, or its span, or everywhere."
+    frames = np.arange(first, last + 1)
+    if region.keyframes: return frames[boxes_at(region.keyframes, frames)[1]]
+    if region.span is None: return frames
+    return frames[(frames >= region.span[0]) & (frames <= region.span[1])]
+
+# %% ../nbs/02_media.ipynb #ace5832d
+@dataclass
+class ClipInputs:
+    "Frames of one sample and where its regions are in them. T frames, R regions, S pixels."
+    frames: np.ndarray     # (T,S,S,3) uint8
+    numbers: np.ndarray    # (T,) int64, rising frame numbers in the file
+    times: np.ndarray      # (T,) float32, place of each frame in the sample's span, 0-1
+    in_clip: np.ndarray    # (T,) bool, False for frames that only a region asked for
+    regions: list          # R, those that are visible
+    boxes: np.ndarray      # (R,T,4) float32 xyxy 0-1, zero where invisible
+    visible: np.ndarray    # (R,T) bool, at least one per region
+    rejects: list          # Reject of every region that is not visible
+    coverage: float        # share of the sample's regions that the evenly spread frames hit; NaN without regions
+
+# %% ../nbs/02_media.ipynb #7f60b19c
+def _region_boxes(region, numbers, present, source):
+    "(boxes (T,4), visible (T,)) of a region on the chosen frames."
+    visible = np.isin(numbers, present)
+    if source == "boxes" and region.keyframes: boxes = boxes_at(region.keyframes, numbers)[0]
+    else: boxes = np.tile(np.array(region.box or (0., 0., 1., 1.)), (len(numbers), 1))
+    return np.where(visible[:, None], boxes, 0).astype(np.float32), visible
+
+def _never_visible(sample, region):
+    value = [k.frame for k in region.keyframes] or list(region.span or ())
+    return Reject(sample.file, sample.entry, "keyframes" if region.keyframes else "span", str(value)[:80],
+                  "not visible in any of the sampled frames", sample.id, "never_visible", regions=1)
+
+# %% ../nbs/02_media.ipynb #01c0382a
+def _choose_numbers(clip, first, last, present, num_frames, region_frames, source, rng):
+    "(frames spread over first..last, those and what the regions need), both rising."
+    spread = sample_frames((first, last), num_frames, rng, clip.frames)
+    if source == "boxes": return spread, spread
+    own = [sample_frames((first, last), region_frames, rng, p if clip.frames is None else np.intersect1d(p, clip.frames)) for p in present]
+    return spread, np.unique(np.concatenate([spread, *own]))
+
+# %% ../nbs/02_media.ipynb #a678517d
+def clip_inputs(sample, num_frames=256, size=224, region_source="boxes", rng=None, cache=None, region_frames=16) -> ClipInputs:
+    """Frames and region tracks of one video sample.
+
+    `num_frames` spread over the sample's span, jittered when `rng` (numpy Generator) is given. With region_source="span" every
+    region gets up to `region_frames` frames of its own span as well. `cache` (FrameCache): frames come from there when it
+    holds the clip. Raises DataError when the clip cannot be read or its span holds no frame."""
+    clip = open_clip(sample.media, size, cache)
+    first, last = span_frames(clip.times, sample.span)
+    present = [region_presence(r, first, last) for r in sample.regions]
+    spread, numbers = _choose_numbers(clip, first, last, present, num_frames, region_frames, region_source, rng)
+    if not len(numbers): raise DataError(f"{sample.media}: the cache holds no frame of {first}..{last}; build it for this data set")
+    tracks = [(r, *_region_boxes(r, numbers, p, region_source)) for r, p in zip(sample.regions, present)]
+    kept = [t for t in tracks if t[2].any()]
+    boxes = np.array([b for _, b, _ in kept], np.float32).reshape(-1, len(numbers), 4)
+    visible = np.array([v for _, _, v in kept], bool).reshape(-1, len(numbers))
+    hit = [np.isin(spread, p).any() for p in present]
+    times = (clip.times[numbers] - clip.times[first]) / max(clip.times[last] - clip.times[first], 1e-9)
+    return ClipInputs(clip.read(numbers), numbers, times.astype(np.float32), np.isin(numbers, spread), [t[0] for t in kept], boxes, visible,
+                      [_never_visible(sample, r) for r, _, v in tracks if not v.any()], float(np.mean(hit)) if hit else float("nan"))
+
+# %% ../nbs/02_media.ipynb #520d9f12
+def _stream(members, start, count, seed):
+    "Places start..start+count-1 of the endless row of permutations of `members`."
+    n = len(members)
+    rounds = range(start // n, (start + count - 1) // n + 1)
+    row = np.concatenate([members[epoch_order(n, seed, k)] for k in rounds])
+    return row[start - rounds[0] * n:][:count]
+
+# %% ../nbs/02_media.ipynb #b033c34b
+def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
+    """Order of an epoch, int64 of len(labels) indices, in which abnormal clips have `share` of every run of consecutive places.
+
+    `labels`: a class name per sample; "Normal" and "" are normal, anything else abnormal. Without both kinds it is a plain permutation."""
+    normal = np.array([label in ("Normal", "") for label in labels])
+    n, kinds = len(normal), (np.flatnonzero(~normal), np.flatnonzero(normal))
+    if not len(kinds[0]) or not len(kinds[1]): return epoch_order(n, seed, epoch)
+    places = np.floor(np.arange(1, n + 1) * share + 1e-9) > np.floor(np.arange(n) * share + 1e-9)
+    order = np.empty(n, np.int64)
+    for where, members in ((places, kinds[0]), (~places, kinds[1])):
+        count = int(where.sum())
+        if count: order[where] = _stream(members, epoch * count, count, seed)
+    return order
+
+# %% ../nbs/02_media.ipynb #8252922e
+@lru_cache(maxsize=1)
+def ucf_crime_prompts() -> dict:
+    "class -> {phrase, captions, negatives} for UCF-Crime's 13 classes and Normal."
+    return json.loads((data_dir()/"ucf_crime_prompts.json").read_text())
+
+def class_negatives(label) -> tuple:
+    "Hard-negative sentences of a UCF-Crime class; () for a label that is none."
+    return tuple(ucf_crime_prompts().get(label, {}).get("negatives", ()))
 
 # %% ../nbs/02_media.ipynb #cbec288e
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
