@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SCALES', 'MAX_LOG_SCALE', 'LONG_NAMES', 'FINE_NAMES', 'log', 'CARD', 'FGCLIPConfig', 'join_packed',
            'grid_positions', 'init_from_short_', 'Parameters', 'Layers', 'TextTower', 'TextFeatures', 'VisionTower',
-           'ImageFeatures', 'mean_by_owner', 'Features', 'Loading', 'model_card', 'FGCLIP']
+           'ImageFeatures', 'mean_by_owner', 'Features', 'log_scales', 'Loading', 'model_card', 'FGCLIP']
 
 # %% ../nbs/06_model.ipynb #626cef98
 import logging
@@ -165,6 +165,13 @@ def grid_positions(table, grid):
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:1].detach(), patches.flatten(2)[0].T])
 
+# %% ../nbs/06_model.ipynb #7cc85409
+def _embed_patches(conv, pixels, grid):
+    "Pixels (B,3,height,width) -> patch embeddings (B,N,V), row by row."
+    p = conv.kernel_size[0]
+    patches = pixels.unflatten(3, (grid[1], p)).unflatten(2, (grid[0], p)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1))
+
 # %% ../nbs/06_model.ipynb #a3142294
 def _vision_layer(layer, x, training):
     "A layer of the vision tower for all tokens (B,1+N,V) -> (B,1+N,V)."
@@ -312,7 +319,7 @@ class VisionTower(TextFeatures):
         grid, size, e = self._grid(pixels), self.config.vision_config.image_size, self.vision_model.embeddings
         if tuple(pixels.shape[2:]) != (size, size) and not (interpolate or (interpolate is None and not self.training)):
             raise ValueError(f"images of {pixels.shape[2]} x {pixels.shape[3]} pixels, but the model was made for {size} x {size}; pass interpolate_pos_encoding=True if that is meant")
-        patches = e.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = _embed_patches(e.patch_embedding, pixels, grid)
         x = torch.cat([e.class_embedding.expand(len(pixels), 1, -1).to(patches.dtype), patches], 1) + grid_positions(e.position_embedding.weight, grid)
         return self.vision_model.pre_layrnorm(x), grid
 
@@ -420,6 +427,13 @@ def _fill(model, tensors):
     if empty: raise DataError(f"without values after loading: {', '.join(empty)}")
     return model.eval()
 
+# %% ../nbs/06_model.ipynb #3ba2c928
+def log_scales(model):
+    "Two lines about the temperatures in the log, in the words that people search for."
+    loaded, fine = model.logit_scale.item(), model.logit_scale_finegraind.item()
+    log.info("Loaded logit_scale = %.4f (exp=%.1f)", loaded, math.exp(loaded))
+    log.info("logit_scale (finegrained): %.6f (exp=%.4f)", fine, math.exp(fine))
+
 # %% ../nbs/06_model.ipynb #fe6b48b0
 def _build(cls, config, tensors, report, plain, scale=None, override=False, dtype=None):
     "Tensors under official names -> model, with its report; `plain` = the five names of FG-CLIP may be absent."
@@ -434,8 +448,7 @@ def _build(cls, config, tensors, report, plain, scale=None, override=False, dtyp
     if dtype is not None: model = model.to(dtype)
     model.load_report = report
     log.info("%s", report)
-    log.info("Loaded logit_scale = %.4f (exp=%.1f)", model.logit_scale, model.logit_scale.exp())
-    log.info("logit_scale (finegrained): %.6f (exp=%.4f)", model.logit_scale_finegraind, model.logit_scale_finegraind.exp())
+    log_scales(model)
     return model
 
 # %% ../nbs/06_model.ipynb #b99bd960
@@ -462,9 +475,11 @@ def _clip_features(source, config, pixels, ids):
     "The same through transformers' CLIPModel as transformers loads it."
     from transformers import CLIPModel
     from transformers.utils import logging as hf
-    level = hf.get_verbosity(); hf.set_verbosity_error()  # its own list of unexpected names: FG-CLIP's five
-    try: clip, info = CLIPModel.from_pretrained(source.name, config=CLIPConfig(**_plain(config)), dtype=torch.float32, output_loading_info=True, revision=source.revision or "main", **source.options)
-    finally: hf.set_verbosity(level)
+    level = hf.get_verbosity()
+    hf.set_verbosity_error(); hf.disable_progress_bar()  # its own list of unexpected names would be FG-CLIP's five
+    try: clip, info = CLIPModel.from_pretrained(source.name, config=CLIPConfig(**_plain(config)), dtype=torch.float32, output_loading_info=True,
+                                                revision=source.revision or "main", **source.options)
+    finally: hf.set_verbosity(level); hf.enable_progress_bar()
     if info["missing_keys"]: raise DataError(f"{source.name}: transformers finds no {sorted(info['missing_keys'])[:5]}")
     return dict(image_features=clip.get_image_features(pixels).pooler_output, text_features=clip.get_text_features(ids).pooler_output)
 
