@@ -6,15 +6,16 @@
 __all__ = ['COUNTERS', 'RunData', 'data_fingerprint', 'split_samples', 'prepare_data', 'random_model', 'weights_source',
            'build_model', 'parameter_groups', 'learning_rate_at', 'optimizer_tensors', 'load_optimizer_tensors',
            'save_checkpoint', 'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints', 'TrainState',
-           'make_accelerator', 'total_steps', 'loss_weights', 'total_loss', 'forward_backward', 'average_gradients',
-           'first_non_finite', 'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update', 'feed_bank',
-           'run_step', 'record_step', 'Collate', 'make_loader', 'count_rejects', 'read_batches', 'validation_losses',
-           'validate', 'validation_score', 'note_validation', 'Interrupted', 'stop_signals', 'checkpoint', 'restore',
-           'due', 'leave_if_asked', 'train_loop', 'open_folder', 'file_logger', 'write_manifest', 'weights_fingerprint',
-           'prepare', 'announce', 'finish', 'train', 'config_from_args', 'main']
+           'keep_freed_memory', 'make_accelerator', 'total_steps', 'loss_weights', 'total_loss', 'forward_backward',
+           'average_gradients', 'first_non_finite', 'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update',
+           'feed_bank', 'run_step', 'record_step', 'Collate', 'make_loader', 'count_rejects', 'read_batches',
+           'validation_losses', 'validate', 'validation_score', 'note_validation', 'Interrupted', 'stop_signals',
+           'checkpoint', 'restore', 'due', 'leave_if_asked', 'train_loop', 'open_folder', 'file_logger',
+           'write_manifest', 'weights_fingerprint', 'prepare', 'announce', 'finish', 'train', 'config_from_args',
+           'main']
 
 # %% ../nbs/11_training.ipynb #18780766
-import contextlib, dataclasses, hashlib, json, logging, math, os, shutil, signal, sys, time
+import contextlib, ctypes, dataclasses, hashlib, json, logging, math, os, shutil, signal, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch, yaml
@@ -212,6 +213,12 @@ class TrainState:
     def is_main(self): return self.accelerator.is_main_process
 
 # %% ../nbs/11_training.ipynb #acb9dec0
+def keep_freed_memory():
+    "Let the C library keep freed memory instead of handing it back to the kernel: CPU steps ask for the same large blocks again and again."
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "mallopt"):
+        for option in (-3, -1): libc.mallopt(option, 1 << 30)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 def make_accelerator(cfg: TrainConfig):
     "accelerate's view of device, processes and precision; a former training in the same Python process leaves nothing behind."
     from accelerate import Accelerator
@@ -219,6 +226,7 @@ def make_accelerator(cfg: TrainConfig):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("parameter `device` = 'cuda', but torch sees no CUDA device: use auto or cpu")
     AcceleratorState._reset_state()
+    keep_freed_memory()
     return Accelerator(cpu=cfg.device == "cpu", mixed_precision="bf16" if cfg.precision == "bf16" else "no")
 
 def total_steps(cfg: TrainConfig, order: TrainingOrder) -> int:
@@ -272,7 +280,7 @@ def first_non_finite(s: TrainState, total, terms, features) -> str:
 
 def gradient_norm(parameters) -> torch.Tensor:
     "L2 norm over all gradients."
-    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 # %% ../nbs/11_training.ipynb #f6dad096
@@ -296,10 +304,9 @@ def clip_gradients(params, norm, limit: float):
         if p.grad is not None: p.grad.mul_(limit / (norm + 1e-6))
 
 # %% ../nbs/11_training.ipynb #1b366ca2
-def apply_update(s: TrainState, culprit: str) -> float:
-    "Clip, set the learning rate, step, clamp the scales; returns the gradient norm before clipping. A culprit skips the update."
+def apply_update(s: TrainState, norm, culprit: str):
+    "Clip, set the learning rate, step, clamp the scales; a culprit skips the update. `norm`: of the gradients, before clipping."
     params = [p for p in s.model.parameters() if p.requires_grad]
-    norm = gradient_norm(params)
     clip_gradients(params, norm, s.cfg.max_grad_norm)
     if s.is_main: s.recorder.before_update(s.model, s.step)
     if not culprit:
@@ -308,7 +315,6 @@ def apply_update(s: TrainState, culprit: str) -> float:
         s.model.clamp_scales_()
         s.bad_in_a_row = 0
     s.optimizer.zero_grad(set_to_none=True)
-    return float(norm)
 
 # %% ../nbs/11_training.ipynb #887149a9
 def feed_bank(s: TrainState, features, batch, terms):
@@ -331,10 +337,12 @@ def run_step(s: TrainState, batches) -> tuple:
         if s.is_main: s.recorder.forward(terms, features, batch, s.bank)
         seen.append((total, terms, features))
     average_gradients(s.model.parameters(), s.accelerator)
-    culprit = next((c for x in seen if (c := first_non_finite(s, *x))), "")
-    norm = apply_update(s, culprit)
+    norm = gradient_norm([p for p in s.model.parameters() if p.requires_grad])
+    sound = all(torch.isfinite(total) for total, _, _ in seen) and bool(torch.isfinite(norm))
+    culprit = "" if sound else next(c for x in seen if (c := first_non_finite(s, *x)))
+    apply_update(s, norm, culprit)
     if culprit: note_bad_step(s, batches, culprit)
-    return norm, culprit
+    return float(norm), culprit
 
 def record_step(s: TrainState, norm: float, culprit: str, times: tuple, validation: dict):
     "Write the step's line of metrics, timing and TensorBoard; `times` = (whole step, waiting for data) in s."
@@ -558,7 +566,7 @@ def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
     if world > 1 and len(data.train) < cfg.batch_size * world:
         raise ConfigError(f"{len(data.train)} training samples do not fill one batch of {world} processes x batch_size {cfg.batch_size}")
     model = build_model(cfg, log).to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.learning_rate, fused=accelerator.device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.learning_rate, fused=True)
     dim = model.config.projection_dim
     bank = MemoryBank(cfg.memory_bank_size, dim, cfg.memory_bank_warmup_steps).to(accelerator.device) if cfg.memory_bank_size else None
     order = TrainingOrder(len(data.train), cfg.batch_size, cfg.seed, world)
