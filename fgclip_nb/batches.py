@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['log', 'ExampleRegion', 'Example', 'draw_regions', 'draw_caption', 'draw_phrase', 'region_identity', 'image_example',
            'BatchTensors', 'Batch', 'collate', 'select_texts', 'select_clips', 'split_batch', 'TrainingOrder',
-           'ExampleSource', 'Examples', 'collate_loaded']
+           'ExampleSource', 'Examples', 'collate_loaded', 'plot_samples']
 
 # %% ../nbs/04a_batches.ipynb #a429eeb7
-import logging
+import logging, textwrap
 from dataclasses import dataclass, field, fields
 import numpy as np, torch
 from .core import DataError, stable_id
-from .media import read_image
-from .regions import Reject, epoch_order
+from .media import read_frames, read_image
+from .regions import Reject, boxes_at, epoch_order
 from .text import TextBatch, tokenize
 
 log = logging.getLogger("fgclip_nb")
@@ -247,3 +247,41 @@ def collate_loaded(items, context_length: int = 248):
     examples = [e for e in items if isinstance(e, Example)]
     rejects = [e for e in items if not isinstance(e, Example)]
     return (collate(examples, context_length) if examples else None), rejects
+
+# %% ../nbs/04a_batches.ipynb #15dcf272
+def _picture_of(sample) -> tuple:
+    "(pixels, [(phrase, box)]) of a photo, or of the frame of a clip that most regions are visible in."
+    if sample.kind == "image": return read_image(sample.media if sample.data is None else sample.data), [(r.phrase, r.box) for r in sample.regions]
+    numbers = sorted({k.frame for r in sample.regions for k in r.keyframes}) or [0]
+    seen = {n: [(r.phrase, tuple(b[0])) for r in sample.regions for b, v in [boxes_at(r.keyframes, [n])] if v[0]] for n in numbers}
+    best = max(numbers, key=lambda n: len(seen[n]))
+    return read_frames(sample.media, [best])[0], seen[best]
+
+def _draw_boxes(ax, pixels, boxes):
+    "Boxes (0-1 xyxy) with their phrases over a picture."
+    from matplotlib.patches import Rectangle
+    ax.imshow(pixels)
+    h, w = pixels.shape[:2]
+    for k, (phrase, (x1, y1, x2, y2)) in enumerate(boxes):
+        colour = f"C{k % 10}"
+        ax.add_patch(Rectangle((x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h, fill=False, edgecolor=colour, linewidth=2))
+        ax.text(x1 * w, y1 * h, textwrap.shorten(phrase, 34, placeholder="…"), fontsize=7, color="white", va="top", backgroundcolor=colour)
+    ax.set_axis_off()
+
+# %% ../nbs/04a_batches.ipynb #b0442ad6
+def plot_samples(samples, n: int = 6, most: int = 4):
+    "A figure of `n` samples spread over the list, those with negatives first, with at most `most` boxes each and the first caption as title."
+    import matplotlib.pyplot as plt
+    ranked = sorted((s for s in samples if s.regions), key=lambda s: -any(r.negatives for r in s.regions))
+    shown = ranked[:n // 2] + ranked[n // 2:][::max(1, (len(ranked) - n // 2) // max(1, n - n // 2))][:n - n // 2]
+    columns = min(3, max(1, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    fig, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.6 * rows), squeeze=False)
+    for ax in axes.flat: ax.set_axis_off()
+    for ax, s in zip(axes.flat, shown):
+        pixels, boxes = _picture_of(s)
+        _draw_boxes(ax, pixels, boxes[:most])
+        ax.set_title(textwrap.fill((s.captions[:1] or (s.short_caption or s.caption[:80],))[0], 46), fontsize=8)
+    fig.suptitle(f"{len(shown)} of {len(samples)} samples with their boxes (at most {most} drawn per photo)", fontsize=10)
+    fig.tight_layout()
+    return fig
