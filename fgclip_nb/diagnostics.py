@@ -15,13 +15,14 @@ __all__ = ['MAX_STORED_SCALE', 'TERM_FIELDS', 'QUANTILES', 'PAIRS', 'MODULES', '
            'image_embeddings_differ', 'region_embeddings_differ', 'loaded_scale', 'scale_as_asked', 'scale_can_move',
            'modules_train', 'bank_timetable', 'bank_comes_on', 'bank_fills', 'bank_fresh', 'bank_clean',
            'duplicate_floor_reached', 'region_loss_rise', 'global_loss_rise', 'region_above_chance',
-           'global_above_chance', 'hard_above_chance', 'noise_allows_a_verdict', 'no_overfitting', 'not_data_bound',
-           'logits_in_range', 'region_loss_by_step_50', 'region_loss_by_step_200', 'region_loss_by_step_500',
-           'no_large_oscillation', 'losses_fall_together', 'run_evidence', 'verdicts', 'by_cause', 'headline',
-           'column_of', 'text_facts', 'text_rows', 'trainer_state_rows', 'event_rows', 'evidence', 'new_figure',
-           'plot_losses', 'plot_similarities', 'plot_temperatures', 'plot_norms', 'plot_bank', 'plot_positives',
-           'plot_validation', 'plot_updates', 'plot_time', 'VerdictTable', 'verdict_table', 'phases', 'phase_lines',
-           'figure_uri', 'expected_and_observed', 'report_html', 'conclude', 'synthetic_run', 'verdict_text', 'main']
+           'global_above_chance', 'hard_above_chance', 'noise_allows_a_verdict', 'val_loss', 'no_overfitting',
+           'not_data_bound', 'logits_in_range', 'region_loss_by_step_50', 'region_loss_by_step_200',
+           'region_loss_by_step_500', 'no_large_oscillation', 'losses_fall_together', 'held_out_above_chance',
+           'run_evidence', 'verdicts', 'by_cause', 'headline', 'column_of', 'text_facts', 'text_rows',
+           'trainer_state_rows', 'event_rows', 'evidence', 'new_figure', 'plot_losses', 'plot_similarities',
+           'plot_temperatures', 'plot_norms', 'plot_bank', 'plot_positives', 'plot_validation', 'plot_updates',
+           'plot_time', 'VerdictTable', 'verdict_table', 'phases', 'phase_lines', 'figure_uri', 'expected_and_observed',
+           'report_html', 'conclude', 'synthetic_run', 'verdict_text', 'main']
 
 # %% ../nbs/10_diagnostics.ipynb #dbef50ba
 import dataclasses, json, math, os, re, struct, sys
@@ -151,11 +152,14 @@ def effective_rank(features):
     p = spectrum / spectrum.sum()
     return torch.special.entr(p).sum().exp()
 
-def equal_share(features):
-    "Share of rows whose direction equals that of another row (cosine above 0.99999)."
+def equal_share(features, ids=None):
+    "Share of rows whose direction equals that of another row (cosine above 0.99999), of a row with another id where `ids` (N,) are given."
     import torch
     x = _directions(features)
-    return ((x @ x.T).fill_diagonal_(-1) > 0.99999).any(dim=1).float().mean() if len(x) > 1 else torch.zeros(())
+    if len(x) < 2: return torch.zeros(())
+    cosines = (x @ x.T).fill_diagonal_(-1)
+    if ids is not None and len(ids) >= len(x): cosines = cosines.masked_fill(ids[:len(x), None] == ids[None, :len(x)], -1)
+    return (cosines > 0.99999).any(dim=1).float().mean()
 
 # %% ../nbs/10_diagnostics.ipynb #df01ba29
 PAIRS = dict(i2t=("image_features", ("text_features", "long_text_features"), "logit_scale"),
@@ -261,7 +265,7 @@ def bank_health(bank, features=None, region_ids=None) -> dict:
     e = bank.entries()
     stored, age = e["region_features"].detach().float(), e["age"].float()
     out = dict(bank_age_mean=age.mean(), bank_age_max=age.max(), bank_zero_share=(stored.norm(dim=1) == 0).float().mean(),
-               bank_equal_share=equal_share(stored))
+               bank_equal_share=equal_share(stored, e["region_ids"]))
     if features is None or region_ids is None or not len(region_ids): return out
     fresh = torch.nn.functional.normalize(features.detach().float(), dim=1)
     same = (region_ids[:, None] == e["region_ids"]) & (region_ids[:, None] >= 0) & (e["age"] > 0)     # age 0 is the region itself
@@ -567,7 +571,7 @@ class Verdict:
 
 # %% ../nbs/10_diagnostics.ipynb #fce21cb0
 LIMITS = dict(region_loss_target_50=1.0, region_loss_target_200=0.7, region_loss_target_500=0.5, zero_norm_limit=0.10, logits_low=-10.0,
-              logits_high=20.0, scale_tolerance=1e-4, chance_ratio_limit=0.97, equal_share_limit=0.25, effective_rank_limit=1.5,
+              logits_high=20.0, scale_tolerance=1e-4, chance_ratio_limit=0.97, equal_share_limit=0.25, effective_rank_limit=1.01,
               changed_share_limit=0.5, noise_limit=0.25, oscillation_limit=0.5, data_share_limit=0.3, overfit_limit=0.10, bank_drift_limit=0.5)
 
 @dataclass
@@ -754,7 +758,10 @@ def scale_can_move(ev):
 # %% ../nbs/10_diagnostics.ipynb #bcb47f6c
 def _module_fault(ev, m):
     "Why module `m` does not train, or an empty text."
-    last = lambda c: ev.series(f"{c}/{m}").tail(10)
+    moving = ev.series("lr")
+    moving = moving[moving > 0].index if len(moving) else None          # the first step of a warm-up moves nothing
+    last = lambda c: (s if moving is None else s[s.index.isin(moving)]).tail(10) if len(s := ev.series(f"{c}/{m}")) else s
+    if not len(last("grad_norm")): return ""
     if len(last("trainable_share")) and last("trainable_share").max() == 0: return "frozen (requires_grad is off)"
     if last("grad_norm").max() == 0: return "no gradient reaches it"
     if len(last("update_norm")) and last("update_norm").max() == 0:
@@ -766,7 +773,8 @@ def _module_fault(ev, m):
 def modules_train(ev):
     "Every module gets gradients and really changes."
     known = [m for m in MODULES if m != "scales" and ev.has(f"grad_norm/{m}")]
-    if not known or ev.series("lr").max() == 0 and len(ev.frame) < 5: return None
+    if not known: return None
+    if ev.has("lr") and not (ev.series("lr") > 0).any(): return (LATER, None, "the learning rate is still 0") if len(ev.frame) < 5 else (FAIL, 0, "the learning rate is 0 at every step", "Set `learning_rate`.")
     faults = {m: told for m in known if (told := _module_fault(ev, m))}
     if not faults: return PASS, f"{len(known)} of {len(known)}", f"{', '.join(known)} have gradients and change"
     return (FAIL, f"{len(known) - len(faults)} of {len(known)}", "; ".join(f"{m}: {told}" for m, told in faults.items()),
@@ -911,16 +919,28 @@ def noise_allows_a_verdict(ev):
     if half <= ev.limit("noise_limit"): return PASS, half, f"{mean:.3f} ± {half:.3f}"
     return UNLIKE, half, f"too noisy to tell: {mean:.2f} lies between {mean - half:.2f} and {mean + half:.2f} (95 %)", "More regions per forward or a lower temperature; compare longer means."
 
-@rule("val_loss_region", "overfit_limit", "rise < {:g} × chance")
-def no_overfitting(ev):
-    "The held-out loss does not climb while the training loss falls."
-    val, train = ev.series("val_loss_region"), in_batch(ev)
-    if len(val) < 3: return LATER, None, f"{len(val)} validation(s) so far"
-    best = val.idxmin()
-    rise, room = float(val.iloc[-1] - val.min()), ev.limit("overfit_limit") * float(chance(ev, "region_in_batch").mean())
+def val_loss(ev, kind):
+    "Held-out loss by step; the global one is the mean over long and short captions."
+    named = [ev.series(c) for c in (f"val_loss_{kind}", f"val_loss_{kind}_short", f"val_loss_{kind}_long") if ev.has(c)]
+    return sum(named) / len(named) if named else ev.series(f"val_loss_{kind}")
+
+def _overfit(ev, kind):
+    "(rise of the held-out loss over its best, in chance levels; best step; best; last) while the training loss fell, or None."
+    val, train = val_loss(ev, kind), in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
+    if len(val) < 3 or not len(train): return None
+    best, level = val.idxmin(), float(chance(ev, "region_in_batch" if kind == "region" else kind).mean())
     falls = float(train.tail(20).mean()) < float(train[train.index <= best].tail(20).mean())
-    if rise < room or not falls: return PASS, rise, f"held-out {val.iloc[-1]:.3f}, best {val.min():.3f} at step {best:g}"
-    return FAIL, rise, f"held-out region loss climbed from {val.min():.3f} (step {best:g}) to {val.iloc[-1]:.3f} while training fell: overfitting", f"Stop near step {best:g} (`early_stop`), use more data, or fewer steps."
+    return (float(val.iloc[-1] - val.min()) / level if falls else 0.0), best, float(val.min()), float(val.iloc[-1])
+
+@rule(limit="overfit_limit", threshold="rise < {:g} × chance")
+def no_overfitting(ev):
+    "The held-out losses do not climb while the training losses fall."
+    known = {k: found for k in ("global", "region") if (found := _overfit(ev, k))}
+    if not known: return (LATER, None, "fewer than three validations so far") if ev.has("val_loss_region") or ev.has("val_loss_global_short") else None
+    kind = max(known, key=lambda k: known[k][0])
+    rise, best, low, last = known[kind]
+    if rise < ev.limit("overfit_limit"): return PASS, rise, f"held-out {kind} loss {last:.3f}, best {low:.3f} at step {best:g}"
+    return FAIL, rise, f"the held-out {kind} loss climbed from {low:.3f} (step {best:g}) to {last:.3f} while training fell: overfitting", f"Stop near step {best:g} (`early_stop`), use more data, or fewer steps."
 
 @rule(limit="data_share_limit", threshold="share < {:g}")
 def not_data_bound(ev):
@@ -989,7 +1009,17 @@ def losses_fall_together(ev):
     return FAIL, value, f"{stays} did not fall", "A loss at chance beside a falling one points at its own inputs (boxes, phrases), not at the optimiser."
 
 # %% ../nbs/10_diagnostics.ipynb #b00a430a
-CRITERIA = ("logits_in_range", "region_loss_by_step_50", "region_loss_by_step_200", "region_loss_by_step_500", "no_large_oscillation", "losses_fall_together")
+@rule(("val_mean_rank", "val_mean_rank_chance_low"), threshold="beyond the permutation interval")
+def held_out_above_chance(ev):
+    "Held-out caption retrieval is better than shuffled pairs are (mean rank or R@10, 95 % permutation interval)."
+    last = lambda c: float(ev.series(c).iloc[-1]) if ev.has(c) else math.nan
+    rank, low, r10, high = map(last, ("val_mean_rank", "val_mean_rank_chance_low", "val_r10", "val_r10_chance_high"))
+    told = f"mean rank {rank:.1f} (chance {last('val_mean_rank_chance'):.1f}, interval from {low:.1f}), R@10 {r10:.2f} (interval to {high:.2f})"
+    if rank < low or r10 > high: return PASS, rank, told
+    return FAIL, rank, f"held-out retrieval cannot be told from luck: {told}", "More data or more steps; if the training loss fell, it was learnt by heart."
+
+# %% ../nbs/10_diagnostics.ipynb #39c0082c
+CRITERIA = ("held_out_above_chance", "logits_in_range", "region_loss_by_step_50", "region_loss_by_step_200", "region_loss_by_step_500", "no_large_oscillation", "losses_fall_together")
 
 # %% ../nbs/10_diagnostics.ipynb #027a5f35
 def run_evidence(run) -> Evidence:
@@ -1302,14 +1332,16 @@ def plot_validation(source):
     ev = _as_evidence(source)
     fig, axes = new_figure("Held-out", 2)
     for kind, colour in (("global", BLUE), ("region", GREEN)):
-        train = in_batch(ev) if kind == "region" else ev.series("loss_global")
-        if ev.has(f"val_loss_{kind}"):
-            _line(axes[0], ev, f"val_loss_{kind}", f"held-out {kind}", colour, "o-")
+        train, val = in_batch(ev) if kind == "region" else ev.series("loss_global"), val_loss(ev, kind)
+        if len(val):
+            axes[0].plot(val.index, val, "o-", color=colour, lw=1.8, ms=4, label=f"held-out {kind}")
             axes[0].plot(train.index, train.rolling(20, min_periods=1).mean(), "--", color=colour, lw=1.2, label=f"training {kind}, 20-step mean")
-    _line(axes[1], ev, "val_r10", "R@10", BLUE, "o-")
-    if _line(axes[1], ev, "val_chance_r10", "chance", GREY, "--"): axes[1].set(ylim=(0, None))
+    _line(axes[1], ev, "val_r10", "R@10", BLUE)
+    if ev.has("val_r10_chance", "val_r10_chance_high"):
+        _line(axes[1], ev, "val_r10_chance", "chance", GREY, "--")
+        axes[1].fill_between(ev.series("val_r10_chance").index, ev.series("val_r10_chance"), ev.series("val_r10_chance_high"), color=GREY, alpha=0.2, lw=0, label="luck, up to 95 %")
     axes[0].set(title="loss", xlabel="optimiser step", ylabel="loss (nats)")
-    axes[1].set(title="caption retrieval", xlabel="optimiser step", ylabel="share found in the first 10")
+    axes[1].set(title="caption retrieval", xlabel="optimiser step", ylabel="share found in the first 10", ylim=(0, None))
     for ax in axes: ax.legend(fontsize=8) if ax.lines else _empty(ax, "no validation yet")
     return fig
 
