@@ -11,7 +11,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'read_image', 'normalize', 'VideoInfo', 'vid
 # %% ../nbs/02_media.ipynb #9a9ab29a
 import hashlib, io, json, logging, os, socket, sys, time, zlib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def _check_whole(container, stream, reached):
     "ValueError when an MP4 lacks bytes that its index promises, or a Matroska file ends over a second before its stated end."
     if "mp4" in container.format.name:
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        if end > container.size: raise ValueError(f"cut off: its index reaches byte {end}, the file has {container.size} bytes; fetch it again")
+        if end > container.size: raise ValueError(f"cut off: its index reaches byte {end} of {container.size}; fetch it again")
     if "matroska" in container.format.name and container.duration:
         stated = container.duration / 1e6
         if reached < stated - 1: raise ValueError(f"cut off: it should last {stated:.1f} s and ends at {reached:.1f} s; fetch it again")
@@ -340,7 +340,7 @@ def _asked(path, frames, size, info):
     bad = [int(i) for i in numbers if not 0 <= i < info.frames]
     if bad: raise DataError(f"{path}: frame {bad[0]} asked for, the clip has frames 0..{info.frames - 1}")
     need = numbers.size * 3 * (size * size if size else info.width * info.height)
-    if need > MAX_CLIP_BYTES: raise DataError(f"{path}: {numbers.size} frames would take {need / 2**30:.1f} GiB; ask for fewer or give size=")
+    if need > MAX_CLIP_BYTES: raise DataError(f"{path}: {numbers.size} frames would take {need / 2**30:.1f} GiB; ask for fewer or set size")
     return numbers.astype(int).tolist()
 
 # %% ../nbs/02_media.ipynb #147972a8
@@ -351,7 +351,7 @@ def _distrust(path):
 
 def _fill(path, make):
     "make(index) -> _Wanted, filled; made again when the file's own times turn out to be wrong."
-    for attempt in range(2):
+    for _ in range(2):
         index = _index(path)
         wanted = make(index)
         try:
@@ -476,7 +476,8 @@ class CachedClip:
 def _schema(head):
     "Arrow schema of a cache file; `head` describes clip and geometry."
     import pyarrow as pa
-    return pa.schema([("frame", pa.int32()), ("crc", pa.uint32()), ("pixels", pa.large_binary())], {b"fgclip_nb": json.dumps(head).encode()})
+    columns = [("frame", pa.int32()), ("crc", pa.uint32()), ("pixels", pa.large_binary())]
+    return pa.schema(columns, {b"fgclip_nb": json.dumps(head).encode()})
 
 def _load_table(path):
     "(head, table) of a cache file, memory mapped."
@@ -486,8 +487,8 @@ def _load_table(path):
         head = json.loads(table.schema.metadata[b"fgclip_nb"])
     except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as e:
         raise DataError(f"{path}: is no complete cache file ({e}); delete it and build it again") from e
-    if table.num_rows != head["rows"]: raise DataError(f"{path}: holds {table.num_rows} of {head['rows']} frames; delete it and build it again")
-    return head, table
+    if table.num_rows == head["rows"]: return head, table
+    raise DataError(f"{path}: holds {table.num_rows} of {head['rows']} frames; delete it and build it again")
 
 @lru_cache(maxsize=256)
 def _open_cached(path, size, changed):
@@ -515,7 +516,8 @@ class _Rows(_Wanted):
 
     def flush(self):
         import pyarrow as pa
-        if self.rows: self.stream.write_batch(pa.record_batch([pa.array(c, f.type) for c, f in zip(zip(*self.rows), self.schema)], schema=self.schema))
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*self.rows), self.schema)]
+        if self.rows: self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
         self.rows = []
 
 # %% ../nbs/02_media.ipynb #ee61e317
@@ -641,7 +643,7 @@ def build_cache(cache, samples, count=256, say=print) -> list:
 # %% ../nbs/02_media.ipynb #38812c3f
 def _parser():
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m fgclip_nb.media", description="Decode the frames of a video data set once, into a cache folder.")
+    parser = argparse.ArgumentParser("python -m fgclip_nb.media", description="Decode the frames of a data set's clips once, into a cache folder.")
     cache = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="fill a frame cache; run it again to resume")
     cache.add_argument("data", help="data set as for training: video_sample, a file, a list of files or a folder")
     cache.add_argument("folder", help="cache folder, made when it does not exist")

@@ -25,7 +25,8 @@ def number_in(picture):
     return sum(1 << bit for bit in range(12) if picture[10:22, 6 + bit * 10:10 + bit * 10].mean() > 128)
 
 
-def encode(path, codec="libx264", options=None, pts=None, base=Fraction(1, 1000), pix="yuv420p", frames=FRAMES, rotation=0, container_options=None):
+def encode(path, codec="libx264", options=None, pts=None, base=Fraction(1, 1000), pix="yuv420p", frames=FRAMES, rotation=0,
+           container_options=None):
     "A clip of numbered pictures; `pts` in units of `base`, every 40 ms unless given."
     pts = [round(i / 25 / base) for i in range(frames)] if pts is None else pts
     with av.open(str(path), "w", options=container_options or {}) as out:
@@ -160,7 +161,8 @@ def test_not_a_clip(tmp_path):
         frame.sample_rate = 16000
         out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    for name, reason in (("empty.mp4", "empty"), ("text.mp4", "cannot be read"), ("sound.mp4", "no video stream"), ("absent.mp4", "no such file")):
+    reasons = {"empty.mp4": "empty", "text.mp4": "cannot be read", "sound.mp4": "no video stream", "absent.mp4": "no such file"}
+    for name, reason in reasons.items():
         with pytest.raises(DataError, match=f"{name}.*{reason}"):
             video_info(tmp_path/name)
 

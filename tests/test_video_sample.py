@@ -75,7 +75,7 @@ def test_boxes_sit_on_what_moves(name):
     path = samples[0].media
     numbers = np.arange(0, video_info(path).frames, 3)
     pictures = read_frames(path, numbers).astype(np.int16)
-    scene = np.median(pictures[::4], axis=0) if name == "car_park" else np.median(pictures[[i for i in range(len(numbers)) if numbers[i] < 55]], axis=0)
+    scene = np.median(pictures[::4] if name == "car_park" else pictures[numbers < 55], axis=0)
     inside, share = [], []
     for number, picture in zip(numbers, pictures):
         brightness = np.median(picture - scene)    # the camera adapts its exposure when a car comes
