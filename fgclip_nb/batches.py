@@ -62,7 +62,7 @@ def region_identity(sample, region) -> int:
 
 def image_example(sample, size: int, most: int, rng, pixels=None, train: bool = True) -> Example:
     "The example of a photo; `train=False` takes every region, the first caption and the short phrases."
-    pixels = read_image(sample.media, size) if pixels is None else pixels
+    pixels = read_image(sample.encoded, size) if pixels is None else pixels
     regions = draw_regions(sample, most, rng) if train else sample.regions
     drawn = [ExampleRegion(draw_phrase(r, rng) if train else r.phrase, np.asarray([r.box], np.float32), np.zeros(1, np.int64),
                            r.negatives, r.phrase, region_identity(sample, r)) for r in regions]
@@ -251,7 +251,7 @@ def collate_loaded(items, context_length: int = 248):
 # %% ../nbs/04a_batches.ipynb #15dcf272
 def _picture_of(sample) -> tuple:
     "(pixels, [(phrase, box)]) of a photo, or of the frame of a clip that most regions are visible in."
-    if sample.kind == "image": return read_image(sample.media if sample.data is None else sample.data), [(r.phrase, r.box) for r in sample.regions]
+    if sample.kind == "image": return read_image(sample.encoded), [(r.phrase, r.box) for r in sample.regions]
     numbers = sorted({k.frame for r in sample.regions for k in r.keyframes}) or [0]
     seen = {n: [(r.phrase, tuple(b[0])) for r in sample.regions for b, v in [boxes_at(r.keyframes, [n])] if v[0]] for n in numbers}
     best = max(numbers, key=lambda n: len(seen[n]))

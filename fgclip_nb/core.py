@@ -89,12 +89,12 @@ class ModelParams:
 @dataclass
 class LossParams:
     "What is minimised."
-    global_weight: float = param(1.0, "weight of the image-caption loss (long + short)", 0, 1000)
-    region_weight: float = param(0.1, "weight of the region loss", 0, 1000)
-    hard_weight: float = param(0.5, "weight of the hard-negative loss", 0, 1000)
+    global_weight: float = param(1.0, "weight of the image-caption loss, long and short each (the reference: 1)", 0, 1000)
+    region_weight: float = param(3.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
+    hard_weight: float = param(0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000)
     duplicates: str = param("mask", "equal captions as candidates: mask them, count them as positive, or ignore that they are equal (the reference)",
                             choices=("mask", "positive", "ignore"))
-    memory_bank_size: int = param(128, "regions kept as extra candidates; 0 = no bank", 0, 10_000_000)
+    memory_bank_size: int = param(32, "regions kept as extra candidates; 0 = no bank (a model that changes fast makes old entries wrong: 128 slows the shipped run)", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(50, "region forwards (not optimiser steps) before the bank turns itself on", 0, 10_000_000)
 
 # %% ../nbs/00_core.ipynb #056b6a04
@@ -104,12 +104,13 @@ class OptimParams:
     batch_size: int = param(8, "images per process contrasted with each other", 1, 1_000_000)
     gradient_accumulation_steps: int = param(1, "batches whose gradients are averaged per optimiser step; adds no negatives", 1, 100_000)
     gradient_caching: int = param(0, "images per chunk of an exact large batch (GradCache); 0 = the whole batch at once", 0, 1_000_000)
-    learning_rate: float = param(1e-3, "peak learning rate of AdamW (the reference fine-tunes at 1e-6; the shipped tiny model starts from nothing)", 0, 1)
+    learning_rate: float = param(5e-4, "peak learning rate of AdamW (the reference fine-tunes at 1e-6; the shipped tiny model starts from nothing)", 0, 1)
+    adam_beta2: float = param(0.98, "AdamW's second-moment decay (CLIP and the FG-CLIP paper: 0.98; the official script's default: 0.999)", 0, 0.999999)
     weight_decay: float = param(0.001, "AdamW's weight decay, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000)
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0 = no clipping", 0, 1e9)
     max_steps: int = param(0, "optimiser steps of the whole run; 0 = as many as `epochs` takes", 0, 1_000_000_000)
-    epochs: int = param(30, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
+    epochs: int = param(70, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
     max_bad_steps: int = param(10, "the run stops non-zero after this many skipped (non-finite) steps in a row", 1, 1_000_000)
 
 # %% ../nbs/00_core.ipynb #56c94d0d
@@ -122,9 +123,9 @@ class RunParams:
     num_workers: int = param(0, "loader processes", 0, 1024)
     log_every: int = param(20, "optimiser steps between [LOSS] lines", 1, 1_000_000)
     diag_every: int = param(10, "optimiser steps between looks at logits, norms, gradients and updates", 1, 1_000_000)
-    save_every: int = param(100, "optimiser steps between checkpoints", 1, 1_000_000_000)
+    save_every: int = param(200, "optimiser steps between checkpoints", 1, 1_000_000_000)
     keep_checkpoints: int = param(2, "newest checkpoints kept (the best by validation is kept besides)", 1, 1000)
-    eval_every: int = param(50, "optimiser steps between validations; 0 = only at the end", 0, 1_000_000_000)
+    eval_every: int = param(100, "optimiser steps between validations; 0 = only at the end", 0, 1_000_000_000)
     early_stop: int = param(0, "validations without improvement before stopping; 0 = never", 0, 1_000_000)
     tracker: str = param("tensorboard", "trackers of accelerate, by name, separated by commas (tensorboard, wandb, ...), or none")
     allow_changed: str = param("", "what may differ from the checkpoint on resume: parameter names separated by commas, `data` for changed data")
