@@ -263,7 +263,7 @@ class _Taken(_Wanted):
 def _frame_pixels(frame, size=None):
     "uint8 (H,W,3) of a decoded frame, turned upright, squashed to `size` as a still picture is."
     from PIL import Image
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    pixels = np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90))
     if size is None: return pixels
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((size, size), Image.Resampling.BICUBIC))
 
