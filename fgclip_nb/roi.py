@@ -16,7 +16,7 @@ def _extent(start, end):
 
 # %% ../nbs/05_roi.ipynb #88e85f1d
 def _points(start, end, size, dtype):
-    "Ends along one axis -> sample points (n,S) in cells from the first centre, whether each exists and lies near the map, and their true number (n,)."
+    "Ends along one axis -> sample points (n,S) from the first cell's centre, whether each exists and lies near the map, true number (n,)."
     count = _extent(start, end).to(dtype)
     begin, finish = (torch.nan_to_num(e.float(), posinf=0, neginf=0) - 0.5 for e in (start, end))
     begin, extent = begin.to(dtype), (finish - begin).to(dtype)
@@ -40,14 +40,15 @@ def axis_weights(start, end, size, dtype=torch.float32):
 def roi_weights(boxes, H, W, dtype=torch.float32):
     """Boxes (n,4) x1,y1,x2,y2 in cells -> weights (n,H,W): the pooled feature is the sum of weight times feature over the cells.
 
-    Equals RoIAlign with one output cell, aligned, adaptive sampling (He et al., Mask R-CNN; torchvision's `roi_align`). A box with no area, or wholly outside, gets zeros."""
+    Equals RoIAlign with one output cell, aligned, adaptive sampling (He et al., Mask R-CNN; torchvision's `roi_align`).
+    A box with no area, or wholly outside, gets zeros."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = ((_extent(x1, x2) > 0) & (_extent(y1, y2) > 0)).to(dtype)
     return axis_weights(y1, y2, H, dtype)[:, :, None] * (axis_weights(x1, x2, W, dtype) * inside[:, None])[:, None, :]
 
 # %% ../nbs/05_roi.ipynb #179b7c8c
 def box_slots(box_image, B):
-    "Image number of each box (n,) int64 -> (slot (n,) of the box among those of its image in the given order, largest number of boxes in an image)."
+    "Image number of each box (n,) int64 -> (slot (n,) of the box among those of its image, largest number of boxes in an image)."
     order = torch.argsort(box_image, stable=True)
     counts = torch.bincount(box_image, minlength=B)
     starts = counts.cumsum(0) - counts
@@ -71,8 +72,9 @@ def pool_boxes(features, boxes, box_image, grid):
 def roi_align_1x1(features, boxes):
     """Maps (B,D,H,W), and for each image a tensor (n_i,4) of boxes x1,y1,x2,y2 in cells -> (sum of n_i, D), image after image.
 
-    Equals torchvision's roi_align(features, boxes, 1, sampling_ratio=-1, aligned=True)[..., 0, 0]; float32, or float64 for float64 features."""
-    if len(boxes) != len(features): raise ValueError(f"{len(features)} maps but boxes for {len(boxes)} images; give one (n,4) tensor per image, (0,4) where there is none")
+    Equals torchvision's roi_align(features, boxes, 1, sampling_ratio=-1, aligned=True)[..., 0, 0]; float32, float64 for float64."""
+    if len(boxes) != len(features):
+        raise ValueError(f"{len(features)} maps but boxes for {len(boxes)} images; give one (n,4) tensor per image, (0,4) for no box")
     flat = torch.cat([b.reshape(-1, 4) for b in boxes]) if len(boxes) else features.new_zeros(0, 4)
     image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes], dtype=torch.int64)).to(features.device)
     return pool_boxes(features.flatten(2).transpose(1, 2), flat.to(features.device), image, features.shape[-2:])

@@ -56,7 +56,8 @@ def _fast_tokenizer():
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     vocabulary, merges = read_vocabulary()
     marks = ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=marks[1]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
+                                     unk_token=marks[1]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -68,10 +69,9 @@ CACHE_SIZE = 2**18
 _cache = {}
 
 def _encode_new(texts):
-    "Tokenise the texts that the cache lacks."
+    "Tokenise the texts that the cache lacks; empty it first where it would grow too large."
+    if len(_cache) + len(texts) > CACHE_SIZE: _cache.clear()
     new = [t for t in dict.fromkeys(texts) if t not in _cache]
-    if not new: return
-    while _cache and len(_cache) + len(new) > CACHE_SIZE: del _cache[next(iter(_cache))]
     for text, encoded in zip(new, _fast_tokenizer().encode_batch(new, add_special_tokens=False)): _cache[text] = (BOS, *encoded.ids, EOS)
 
 # %% ../nbs/04_text.ipynb #e56978d7
@@ -80,8 +80,12 @@ def encode(texts) -> list:
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str): raise TypeError(f"text {i} is {text!r} ({type(text).__name__}); texts have to be strings")
-    _encode_new(texts)
-    return [_cache[t] for t in texts] if len(texts) < CACHE_SIZE else [(BOS, *e.ids, EOS) for e in _fast_tokenizer().encode_batch(texts, add_special_tokens=False)]
+    out = []
+    for start in range(0, len(texts), CACHE_SIZE // 2):
+        part = texts[start:start + CACHE_SIZE // 2]
+        _encode_new(part)
+        out += [_cache[t] for t in part]
+    return out
 
 # %% ../nbs/04_text.ipynb #17cf57b6
 @dataclass
@@ -90,8 +94,8 @@ class PackedText:
 
     tokens (T,) and positions (T,) of the nodes; cells (C,) node of each cell of the blocks, block after block, row-major;
     pick (T,) the cell that represents each node; again (E,) further cells of nodes that have several, again_node (E,) their nodes;
-    row_lengths (U,) and ends (U,), the length and the last node of each row in block order; back (U,) the place of each text in block order. All int64.
-    blocks: list of (rows, width) as plain numbers."""
+    row_lengths (U,) and ends (U,), the length and the last node of each row in block order; back (U,) the place of each text in
+    block order. All int64. blocks: list of (rows, width) as plain numbers."""
     tokens: torch.Tensor
     positions: torch.Tensor
     cells: torch.Tensor
@@ -159,8 +163,8 @@ def pack(input_ids, lengths, edges=LENGTH_EDGES) -> PackedText:
 class TextBatch:
     """Distinct texts of a batch.
 
-    input_ids (U,L) int64, padded with EOS behind the row's end; lengths (U,) int64 with both marks; index (N,) int64 row of each text asked for;
-    caption_ids (N,) int64 identity of each text asked for; packed: how to compute the rows without repetition (see `pack`), made on first use."""
+    input_ids (U,L) int64, padded with EOS behind the row's end; lengths (U,) int64 with both marks; index (N,) int64 row of each text
+    asked for; caption_ids (N,) int64 identity of each text asked for; packed: how to compute the rows without repetition (see `pack`)."""
     input_ids: torch.Tensor
     lengths: torch.Tensor
     index: torch.Tensor
@@ -174,7 +178,9 @@ class TextBatch:
         if self.packed is None: self.packed = pack(self.input_ids, self.lengths)
         return self.packed
 
-    def _each(self, f): return replace(self, **{x.name: None if getattr(self, x.name) is None else f(getattr(self, x.name)) for x in fields(self)})
+    def _each(self, f):
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        return replace(self, **{name: None if v is None else f(v) for name, v in values.items()})
     def to(self, device, non_blocking=False): return self._each(lambda t: t.to(device, non_blocking=non_blocking))
     def pin_memory(self): return self._each(lambda t: t.pin_memory())
 
@@ -194,7 +200,8 @@ def tokenize(texts, context_length=77) -> TextBatch:
     """Texts -> TextBatch of their distinct rows, cut to `context_length` tokens (both marks included).
 
     77 is the length of the short position table, 248 of the long one; any length from 2 to 248 is possible."""
-    if not 2 <= context_length <= MAX_LENGTH: raise ValueError(f"context_length is {context_length}; it has to lie between 2 and {MAX_LENGTH}")
+    if not 2 <= context_length <= MAX_LENGTH:
+        raise ValueError(f"context_length is {context_length}; it has to lie between 2 and {MAX_LENGTH}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     rows, index = {}, []
     for ids in encode(texts): index.append(rows.setdefault(_cut(ids, context_length), len(rows)))
@@ -210,7 +217,7 @@ def tokenize(texts, context_length=77) -> TextBatch:
 KEPT = 20  # positions that the stretched table shares with the short one
 
 def stretch_positions(short):
-    "Short table (77,H) -> long table (248,H): 20 rows kept, the others interpolated fourfold, the last three extrapolated. General n rows: 4n - 60."
+    "Short table (77,H) -> long table (248,H): 20 rows kept, the others interpolated fourfold, the last three extrapolated."
     here, there = short[KEPT:-1], short[KEPT + 1:]
     between = torch.stack([((4 - j)*here + j*there) / 4 for j in range(4)], 1).flatten(0, 1)
     beyond = torch.stack([short[-1] + j*(short[-1] - short[-2]) / 4 for j in range(4)])

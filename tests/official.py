@@ -1,5 +1,6 @@
-"""What the official FG-CLIP code computes, written plainly from a state dict: padded texts, full layers, one sample at a time, loops over boxes and sample points.
-Also the recorded outputs of the official code (`tests/goldens`) as a batch. No test in here; others compare the fast model with it."""
+"""What the official FG-CLIP code computes, written plainly from a state dict: padded texts, full layers, one sample at a time, loops over
+boxes and sample points. Also the recorded outputs of the official code (`tests/goldens`) as a batch. No test in here; others compare the
+fast model with it."""
 import json
 import math
 from pathlib import Path
@@ -42,15 +43,18 @@ def unpadded(ids, eos=EOS): return [row[:row.index(eos) + 1] for row in ids.toli
 def make_batch(pixels, short, long, boxes, box_image, phrases, groups, group_regions):
     "Photos (B,3,S,S), ids of short captions, long captions and phrases, boxes (R,4), groups of ids per hard region -> Batch."
     ints, B, R = lambda x: torch.tensor(list(x), dtype=torch.int64), len(pixels), len(phrases)
-    return Batch(pixel_values=pixels, texts=text_batch([*short, *phrases, *[t for g in groups for t in g]]), long_texts=text_batch(long) if long else None,
-                 caption_rows=ints(range(len(short))), long_caption_rows=ints(range(len(long))), boxes=boxes, box_image=ints(box_image), box_region=ints(range(R)),
-                 frame_clip=ints(range(B)), frame_times=torch.zeros(B), group_sizes=ints(map(len, groups)), hard_regions=ints(group_regions),
-                 sample_ids=ints(range(B)), region_ids=ints(range(100, 100 + R)), region_clip=ints(box_image))
+    texts = text_batch([*short, *phrases, *[t for g in groups for t in g]])
+    return Batch(pixel_values=pixels, texts=texts, long_texts=text_batch(long) if long else None, caption_rows=ints(range(len(short))),
+                 long_caption_rows=ints(range(len(long))), boxes=boxes, box_image=ints(box_image), box_region=ints(range(R)),
+                 frame_clip=ints(range(B)), frame_times=torch.zeros(B), group_sizes=ints(map(len, groups)),
+                 hard_regions=ints(group_regions), sample_ids=ints(range(B)), region_ids=ints(range(100, 100 + R)),
+                 region_clip=ints(box_image))
 
 
 def golden_batch(setting="stage2", dtype=torch.float32):
-    "The goldens' inputs without their empty slots. Hard boxes are boxes of the batch in every setting that has them, found by their coordinates."
-    x, with_boxes, with_hard = golden("golden_a/inputs.safetensors"), setting in ("stage2", "box_only"), setting in ("stage2", "hard_only")
+    "The goldens' inputs without their empty slots, and the number of boxes. Hard boxes are found among the boxes by their coordinates."
+    x = golden("golden_a/inputs.safetensors")
+    with_boxes, with_hard = setting in ("stage2", "box_only"), setting in ("stage2", "hard_only")
     slots = [(i, i * 4 + j) for i in range(3) for j in range(int(x["box_nums"][i]))] if with_boxes else []
     hard = [(i, i * 4 + j) for i in range(3) for j in range(int(x["hard_nums"][i]))] if with_hard else []
     phrases, groups = unpadded(x["box_texts"]), unpadded(x["hard_texts"])
@@ -76,7 +80,11 @@ def tower(x, sd, prefix, layers, heads, mask=None, act="quick_gelu"):
 
 def linear(x, sd, name): return F.linear(x, sd[name + ".weight"], sd.get(name + ".bias"))
 def norm(x, sd, name): return F.layer_norm(x, x.shape[-1:], sd[name + ".weight"], sd[name + ".bias"], 1e-5)
-def mlp(x, sd, p, act): return x + linear((lambda h: h * torch.sigmoid(1.702 * h) if act == "quick_gelu" else F.gelu(h))(linear(norm(x, sd, p + "layer_norm2"), sd, p + "mlp.fc1")), sd, p + "mlp.fc2")
+
+
+def mlp(x, sd, p, act):
+    h = linear(norm(x, sd, p + "layer_norm2"), sd, p + "mlp.fc1")
+    return x + linear(h * torch.sigmoid(1.702 * h) if act == "quick_gelu" else F.gelu(h), sd, p + "mlp.fc2")
 
 
 def full_layer(x, sd, p, heads, mask, act):
@@ -92,10 +100,11 @@ def plain_text(sd, config, ids, path="short"):
     t, L, eos = config.text_config, 248 if path == "long" else 77, ids[-1]
     padded, e = torch.tensor(ids + [eos] * (L - len(ids))), "text_model.embeddings."
     keep = (torch.arange(248) < 20)[:, None].to(sd["text_projection.weight"].dtype)
-    short, long = sd[e + "position_embedding.weight"], sd[e + "position_embedding_ori.weight"] * keep + sd[e + "position_embedding_res.weight"] * (1 - keep)
-    x = sd[e + "token_embedding.weight"][padded] + (long if path == "long" else short)
+    short, ori, res = (sd[f"{e}position_embedding{n}.weight"] for n in ("", "_ori", "_res"))
+    x = sd[e + "token_embedding.weight"][padded] + (ori * keep + res * (1 - keep) if path == "long" else short)
     mask = torch.full((L, L), -math.inf, dtype=x.dtype).triu(1)
-    x = norm(tower(x[None], sd, "text_model", t.num_hidden_layers, t.num_attention_heads, mask, t.hidden_act)[-1], sd, "text_model.final_layer_norm")
+    x = tower(x[None], sd, "text_model", t.num_hidden_layers, t.num_attention_heads, mask, t.hidden_act)[-1]
+    x = norm(x, sd, "text_model.final_layer_norm")
     return linear(x[0, len(ids) - 1], sd, "text_projection" if path == "short" else "text_filip_projection")
 
 
@@ -104,10 +113,11 @@ def plain_image(sd, config, pixels):
     v, e = config.vision_config, "vision_model.embeddings."
     patches = F.conv2d(pixels[None], sd[e + "patch_embedding.weight"], stride=v.patch_size)
     x = torch.cat([sd[e + "class_embedding"][None, None], patches.flatten(2).transpose(1, 2)], 1) + sd[e + "position_embedding.weight"]
-    states = tower(norm(x, sd, "vision_model.pre_layrnorm"), sd, "vision_model", v.num_hidden_layers, v.num_attention_heads, act=v.hidden_act)
+    x = norm(x, sd, "vision_model.pre_layrnorm")
+    states = tower(x, sd, "vision_model", v.num_hidden_layers, v.num_attention_heads, act=v.hidden_act)
     p = f"vision_model.encoder.layers.{v.num_hidden_layers - 1}."
-    h = states[-2]
-    dense = mlp(h + linear(linear(norm(h, sd, p + "layer_norm1"), sd, p + "self_attn.v_proj"), sd, p + "self_attn.out_proj"), sd, p, v.hidden_act)[0, 1:]
+    value = linear(norm(states[-2], sd, p + "layer_norm1"), sd, p + "self_attn.v_proj")
+    dense = mlp(states[-2] + linear(value, sd, p + "self_attn.out_proj"), sd, p, v.hidden_act)[0, 1:]
     out = [linear(norm(y, sd, "vision_model.post_layernorm"), sd, "visual_projection") for y in (states[-1][0, 0], dense)]
     return out[0], out[1].T.unflatten(1, patches.shape[2:])
 
@@ -119,7 +129,8 @@ def interpolate(f, y, x):
     y, x = min(max(y, 0), H - 1), min(max(x, 0), W - 1)
     y0, x0 = int(y), int(x)
     y1, x1 = min(y0 + 1, H - 1), min(x0 + 1, W - 1)
-    return (f[:, y0, x0] * (1 - x + x0) + f[:, y0, x1] * (x - x0)) * (1 - y + y0) + (f[:, y1, x0] * (1 - x + x0) + f[:, y1, x1] * (x - x0)) * (y - y0)
+    top, bottom = (f[:, r, x0] * (1 - x + x0) + f[:, r, x1] * (x - x0) for r in (y0, y1))
+    return top * (1 - y + y0) + bottom * (y - y0)
 
 
 def plain_roi(f, box01):

@@ -15,8 +15,9 @@ from fgclip_nb.text import stretch_positions
 from official import GOLDENS, golden_model
 
 GOLDEN = GOLDENS / "golden_a"
-SMALL = dict(projection_dim=16, text_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128, vocab_size=100, bos_token_id=98, eos_token_id=99, pad_token_id=99),
-             vision_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128, image_size=32, patch_size=16))
+WIDTHS = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128)
+SMALL = dict(projection_dim=16, text_config=dict(WIDTHS, vocab_size=100, bos_token_id=98, eos_token_id=99, pad_token_id=99),
+             vision_config=dict(WIDTHS, image_size=32, patch_size=16))
 
 
 @pytest.fixture
@@ -87,7 +88,8 @@ def test_a_failing_proof_is_an_error(official, monkeypatch):
     import fgclip_nb.model as module
     right = module._clip_features
     monkeypatch.setattr(module, "_clip_features", lambda *a: {k: v + 0.01 for k, v in right(*a).items()})
-    with pytest.raises(DataError, match="image_features differ from the source model's by 0.01"): FGCLIP.from_pretrained(official(), prove=True)
+    with pytest.raises(DataError, match="image_features differ from the source model's by 0.01"):
+        FGCLIP.from_pretrained(official(), prove=True)
 
 
 NAMES = sorted(load_file(GOLDEN / "model.safetensors"))
@@ -96,7 +98,8 @@ NAMES = sorted(load_file(GOLDEN / "model.safetensors"))
 @pytest.mark.parametrize("name", NAMES[::7] + list(FINE_NAMES))
 def test_one_tensor_removed_renamed_or_reshaped_is_refused_by_name(official, name):
     def rename(t): t[name + "x"] = t.pop(name); return t
-    changes = {"removed": lambda t: {k: v for k, v in t.items() if k != name}, "renamed": rename, "reshaped": lambda t: {**t, name: t[name][None].clone()}}
+    changes = {"removed": lambda t: {k: v for k, v in t.items() if k != name}, "renamed": rename,
+               "reshaped": lambda t: {**t, name: t[name][None].clone()}}
     for kind, change in changes.items():
         folder = official(change)
         for load in (FGCLIP.from_pretrained, FGCLIP.from_clip):
@@ -107,11 +110,13 @@ def test_one_tensor_removed_renamed_or_reshaped_is_refused_by_name(official, nam
 
 def test_a_layer_that_the_configuration_does_not_have_is_refused(official):
     extra = "vision_model.encoder.layers.3.layer_norm1.weight"
-    with pytest.raises(DataError, match=re.escape(extra) + ".*no such layer"): FGCLIP.from_pretrained(official(lambda t: {**t, extra: torch.ones(64)}))
+    folder = official(lambda t: {**t, extra: torch.ones(64)})
+    with pytest.raises(DataError, match=re.escape(extra) + ".*no such layer"): FGCLIP.from_pretrained(folder)
 
 
 def test_strangers_and_old_buffers_are_reported(official):
-    model = FGCLIP.from_pretrained(official(lambda t: {**t, "ema.decay": torch.ones(1), "text_model.embeddings.position_ids": torch.arange(77)[None]}))
+    more = {"ema.decay": torch.ones(1), "text_model.embeddings.position_ids": torch.arange(77)[None]}
+    model = FGCLIP.from_pretrained(official(lambda t: {**t, **more}))
     assert model.load_report.unexpected == ["ema.decay"] and "text_model.embeddings.position_ids" in model.load_report.ignored
 
 
@@ -180,11 +185,12 @@ def test_trained_temperatures_and_positions_are_kept(official):
     for load in (FGCLIP.from_pretrained, FGCLIP.from_clip):
         model = load(official())
         assert [round(getattr(model, s).item(), 4) for s in SCALES] == [2.7, 2.2, 1.9]
-        assert not torch.equal(model.text_model.embeddings.position_embedding_ori.weight, model.text_model.embeddings.position_embedding_res.weight)
+        assert same(model, load_file(GOLDEN / "model.safetensors"))
 
 
 def test_another_temperature_is_refused_or_overridden(official):
-    with pytest.raises(ConfigError, match=r"logit_scale is stored as 2.7000 \(exp 14.88\), but logit_scale_init asks for 4.6052 \(exp 100.00\)"):
+    both_values = r"logit_scale is stored as 2.7000 \(exp 14.88\), but logit_scale_init asks for 4.6052 \(exp 100.00\)"
+    with pytest.raises(ConfigError, match=both_values):
         FGCLIP.from_pretrained(official(), logit_scale_init=4.6052)
     model = FGCLIP.from_pretrained(official(), logit_scale_init=4.6052, override_logit_scale=True)
     assert all(abs(getattr(model, s).item() - 4.605170) < 1e-6 for s in SCALES)
@@ -201,15 +207,20 @@ def test_scales_above_100_are_clamped_when_loaded(official):
 
 def as_openai(sd):
     "transformers' names and layout -> OpenAI's."
-    out = {"visual.proj": sd["visual_projection.weight"].T, "text_projection": sd["text_projection.weight"].T, "logit_scale": sd["logit_scale"],
-           "visual.class_embedding": sd["vision_model.embeddings.class_embedding"], "visual.conv1.weight": sd["vision_model.embeddings.patch_embedding.weight"],
-           "visual.positional_embedding": sd["vision_model.embeddings.position_embedding.weight"], "token_embedding.weight": sd["text_model.embeddings.token_embedding.weight"],
-           "positional_embedding": sd["text_model.embeddings.position_embedding.weight"]}
-    pairs = [("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"), ("ln_final", "text_model.final_layer_norm")]
+    v, t = "vision_model.embeddings.", "text_model.embeddings."
+    out = {"visual.proj": sd["visual_projection.weight"].T, "text_projection": sd["text_projection.weight"].T,
+           "logit_scale": sd["logit_scale"], "visual.class_embedding": sd[v + "class_embedding"],
+           "visual.conv1.weight": sd[v + "patch_embedding.weight"],
+           "visual.positional_embedding": sd[v + "position_embedding.weight"], "token_embedding.weight": sd[t + "token_embedding.weight"],
+           "positional_embedding": sd[t + "position_embedding.weight"]}
+    pairs = [("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
+             ("ln_final", "text_model.final_layer_norm")]
+    parts = (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+             ("mlp.c_proj", "mlp.fc2"))
     for there, here in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
         for i in range(2):
             a, b = f"{there}.resblocks.{i}.", f"{here}.encoder.layers.{i}."
-            pairs += [(a + x, b + y) for x, y in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))]
+            pairs += [(a + x, b + y) for x, y in parts]
             for kind in ("weight", "bias"): out[f"{a}attn.in_proj_{kind}"] = torch.cat([sd[f"{b}self_attn.{n}_proj.{kind}"] for n in "qkv"])
     out.update({f"{a}.{kind}": sd[f"{b}.{kind}"] for a, b in pairs for kind in ("weight", "bias")})
     return {k: v.clone().contiguous() for k, v in out.items()}
@@ -220,13 +231,15 @@ def torchscript(tensors, path):
     class Node(torch.nn.Module):
         def forward(self, x: torch.Tensor): raise RuntimeError("a method of the archive was called")
     root = Node()
-    for name, t in {**tensors, "input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(100)}.items():
+    counts = {k: torch.tensor(v) for k, v in dict(input_resolution=32, context_length=77, vocab_size=100).items()}
+    for name, t in {**tensors, **counts}.items():
         *parents, leaf = name.split(".")
         node = root
         for p in parents:
             if p not in node._modules: node.add_module(p, Node())
             node = node._modules[p]
-        node.register_buffer(leaf, t) if t.ndim == 0 and leaf != "logit_scale" else node.register_parameter(leaf, torch.nn.Parameter(t.half(), requires_grad=False))
+        if name in counts: node.register_buffer(leaf, t)
+        else: node.register_parameter(leaf, torch.nn.Parameter(t.half(), requires_grad=False))
     torch.jit.script(root).save(str(path))
 
 
@@ -242,7 +255,8 @@ def test_from_openai(clip, tmp_path, form):
     assert same(model, expected) and max(model.load_report.proof.values()) < 1e-5
     assert model.config.text_config.eos_token_id == 99 and model.config.vision_config.image_size == 32
     how = model.load_report.converted
-    assert how["text_model.encoder.layers.1.self_attn.k_proj.weight"].startswith("from transformer.resblocks.1.attn.in_proj_weight, second third")
+    key = how["text_model.encoder.layers.1.self_attn.k_proj.weight"]
+    assert key.startswith("from transformer.resblocks.1.attn.in_proj_weight, second third")
     assert how["visual_projection.weight"].startswith("from visual.proj, transposed")
     assert len(model.load_report.matched) + 5 == len(model.state_dict())
 
@@ -250,7 +264,8 @@ def test_from_openai(clip, tmp_path, form):
 def test_openai_files_that_are_not(clip, tmp_path):
     tensors = as_openai(clip[1].state_dict())
     tensors.pop("transformer.resblocks.1.attn.in_proj_weight"); torch.save(tensors, tmp_path / "a.pt")
-    with pytest.raises(DataError, match="missing text_model.encoder.layers.1.self_attn.q_proj.weight"): FGCLIP.from_openai(tmp_path / "a.pt")
+    with pytest.raises(DataError, match="missing text_model.encoder.layers.1.self_attn.q_proj.weight"):
+        FGCLIP.from_openai(tmp_path / "a.pt")
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "b.pt")
     with pytest.raises(DataError, match="ResNets are not supported"): FGCLIP.from_openai(tmp_path / "b.pt")
     with pytest.raises(DataError, match="no such file"): FGCLIP.from_openai(tmp_path / "c.pt")
@@ -281,7 +296,8 @@ def test_auto_classes_and_processor(tmp_path):
     from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
     from fgclip_nb.media import normalize
     torch.manual_seed(0)
-    model = FGCLIP(FGCLIPConfig(projection_dim=8, text_config=dict(SMALL["text_config"], vocab_size=49408, bos_token_id=49406, eos_token_id=49407), vision_config=SMALL["vision_config"])).eval()
+    text = dict(WIDTHS, vocab_size=49408, bos_token_id=49406, eos_token_id=49407)
+    model = FGCLIP(FGCLIPConfig(projection_dim=8, text_config=text, vision_config=SMALL["vision_config"])).eval()
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is FGCLIPConfig
     auto = AutoModel.from_pretrained(tmp_path)
@@ -325,7 +341,8 @@ def test_push_to_hub_uploads_what_is_saved(monkeypatch):
         def create_repo(self, repo_id, **kw): return type("Url", (), {"repo_id": repo_id})
     monkeypatch.setattr(hub, "hf_api", lambda: Api())
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **kw: huggingface_hub.ModelCard("---\n---\n"))
-    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", lambda self, folder, repo, **kw: sent.update({f: os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)}))
+    upload = lambda self, folder, repo, **kw: sent.update({f: os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)})
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
     monkeypatch.setattr(huggingface_hub.ModelCard, "push_to_hub", lambda self, repo, **kw: cards.append(str(self)))
     golden_model().push_to_hub("me/model", numbers={"steps": 7})
     assert {"config.json", "model.safetensors"} <= set(sent) and "| steps | 7 |" in cards[0]

@@ -1,4 +1,4 @@
-"""The model against recorded outputs of the official code, in both precisions, and against plain re-implementations at sizes that were not recorded.
+"""The model against recorded outputs of the official code, in both precisions, and against plain re-implementations at other sizes.
 No notebook cell: the recordings are files, and the comparison covers every parameter."""
 import pytest
 import torch
@@ -13,7 +13,9 @@ PRECISION = {torch.float32: ("f32", 2e-5), torch.float64: ("f64", 1e-9)}
 both = pytest.mark.parametrize("dtype", PRECISION)
 
 
-def close(a, b, atol): assert a.shape == b.shape and (a - b).abs().max() <= atol, f"largest difference {(a - b).abs().max():.3g}, allowed {atol:.3g}"
+def close(a, b, atol):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= atol, f"largest difference {(a - b).abs().max():.3g}, allowed {atol:.3g}"
 
 
 def features(model, x, rois):
@@ -76,7 +78,8 @@ def test_losses_and_gradient_norms(setting, dtype):
 @both
 def test_every_gradient(dtype):
     model, _ = run("stage2", dtype)
-    check_gradients({n: p.grad.double() for n, p in model.named_parameters()}, {n: g.double() for n, g in golden("golden_a/grads_stage2.safetensors").items()})
+    expected = golden("golden_a/grads_stage2.safetensors")
+    check_gradients({n: p.grad.double() for n, p in model.named_parameters()}, {n: g.double() for n, g in expected.items()})
 
 
 @both
@@ -99,8 +102,8 @@ def test_losses_of_the_package_agree():
     from fgclip_nb.losses import compute_losses
     model, (batch, _) = golden_model(torch.float64), golden_batch("stage2", torch.float64)
     terms, recorded = compute_losses(model(batch), batch, duplicates="ignore"), golden("golden_a/losses.json")["float64"]["stage2"]
-    for ours, name in (("loss_global_long", "global_long"), ("loss_global_short", "global_short"), ("loss_region", "region"), ("loss_hard", "hard")):
-        assert abs(terms[ours].loss.item() - recorded[name]) <= 5e-6, name
+    for name in ("global_long", "global_short", "region", "hard"):
+        assert abs(terms[f"loss_{name}"].loss.item() - recorded[name]) <= 5e-6, name
 
 
 @pytest.mark.parametrize("case", golden("golden_roi/meta.json")["cases"])
@@ -123,7 +126,10 @@ def test_stretched_positions_exactly():
     assert torch.equal(stretch_positions(g["old"].double()), g["new_float64"])
 
 
-@pytest.mark.parametrize("name, count, keys", [("ViT-B/32", 151_793_411, 403), ("ViT-B/16", 150_136_835, 403), ("ViT-L/14@336", 428_914_947, 595)])
+SIZES = [("ViT-B/32", 151_793_411, 403), ("ViT-B/16", 150_136_835, 403), ("ViT-L/14@336", 428_914_947, 595)]
+
+
+@pytest.mark.parametrize("name, count, keys", SIZES)
 def test_parameter_counts(name, count, keys):
     with torch.device("meta"): model = FGCLIP(FGCLIPConfig.preset(name))
     assert sum(p.numel() for p in model.parameters()) == count and len(model.state_dict()) == keys
@@ -132,11 +138,15 @@ def test_parameter_counts(name, count, keys):
 
 # Other geometries, real token ids
 
+def widths(width, layers, heads, mlp, **kw):
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp, **kw)
+
+
 GEOMETRY = {
-    "wide text, 3 x 3": dict(projection_dim=24, text_config=dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192),
-                             vision_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=42, patch_size=14)),
-    "one layer, gelu, 8 x 8": dict(projection_dim=48, text_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64, hidden_act="gelu", eos_token_id=2),
-                                   vision_config=dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=64, patch_size=8, hidden_act="gelu")),
+    "wide text, 3 x 3": dict(projection_dim=24, text_config=widths(96, 2, 3, 192),
+                             vision_config=widths(32, 2, 2, 96, image_size=42, patch_size=14)),
+    "one layer, gelu, 8 x 8": dict(projection_dim=48, text_config=widths(32, 1, 1, 64, hidden_act="gelu", eos_token_id=2),
+                                   vision_config=widths(64, 1, 4, 64, hidden_act="gelu", image_size=64, patch_size=8)),
 }
 CAPTIONS = ["A light grey plastic pipe.", "a photo of two dogs, one of them asleep, on a red sofa", "", "A man in a blue jacket " * 12]
 
@@ -149,18 +159,24 @@ def geometry(name):
     return model
 
 
+def real_ids(limit):
+    t = tokenize(CAPTIONS, limit)
+    return [t.input_ids[i, :t.lengths[i]].tolist() for i in t.index]
+
+
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_other_geometries_with_real_texts(name):
     model = geometry(name)
     sd, config, size = dict(model.named_parameters()), model.config, model.config.vision_config.image_size
-    pixels, boxes = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([[0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.4, 0.4, 0.45, 0.47]])
-    ids = lambda limit: [row[:n].tolist() for row, n in ((lambda b: zip(b.input_ids[b.index], b.lengths[b.index]))(tokenize(CAPTIONS, limit)))]
-    short, long = ids(77), ids(248)
+    pixels = torch.randn(2, 3, size, size, dtype=torch.float64)
+    boxes = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.4, 0.4, 0.45, 0.47]])
+    short, long = real_ids(77), real_ids(248)
     batch = make_batch(pixels, short[:2], long[2:], boxes, [1, 0, 1], short[1:4], [short[:3]], [2])
     out, maps = model(batch), [plain_image(sd, config, p) for p in pixels]
-    expected = dict(image_features=[m[0] for m in maps], text_features=[plain_text(sd, config, t) for t in short[:2]],
-                    long_text_features=[plain_text(sd, config, t, "long") for t in long[2:]], region_features=[plain_roi(maps[i][1], b) for i, b in zip([1, 0, 1], boxes)],
-                    region_text_features=[plain_text(sd, config, t) for t in short[1:4]], hard_text_features=[plain_text(sd, config, t) for t in short[:3]])
+    texts = [plain_text(sd, config, t) for t in short]
+    expected = dict(image_features=[m[0] for m in maps], text_features=texts[:2], region_text_features=texts[1:4],
+                    hard_text_features=texts[:3], long_text_features=[plain_text(sd, config, t, "long") for t in long[2:]],
+                    region_features=[plain_roi(maps[i][1], b) for i, b in zip([1, 0, 1], boxes)])
     expected = {k: torch.stack(v) for k, v in expected.items()}
     for k, v in expected.items(): close(out[k], v, 2e-6 if k == "region_features" else 1e-9)
     w = {k: torch.randn_like(v) for k, v in expected.items()}
@@ -177,7 +193,8 @@ def test_equals_transformers_clip_and_its_position_interpolation(name):
     clip.load_state_dict({k: v for k, v in model.state_dict().items() if k in clip.state_dict()})
     size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
     with torch.no_grad():
-        for pixels in (torch.randn(2, 3, size, size, dtype=torch.float64), torch.randn(2, 3, size + 2 * patch, size - patch, dtype=torch.float64)):
+        for height, width in ((size, size), (size + 2 * patch, size - patch)):
+            pixels = torch.randn(2, 3, height, width, dtype=torch.float64)
             close(model.get_image_features(pixels), clip.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output, 1e-10)
         ids = tokenize(CAPTIONS).input_ids
         close(model.get_text_features(ids), clip.get_text_features(ids).pooler_output, 1e-10)
@@ -206,7 +223,10 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("box", [[0.3, 0.3, 0.3, 0.8], [0.5, 0.5, 0.5, 0.5], [1.5, 1.5, 1.9, 1.8], [0.8, 0.2, 0.2, 0.8], [float("nan")] * 4])
+EMPTY = [[0.3, 0.3, 0.3, 0.8], [0.5, 0.5, 0.5, 0.5], [1.5, 1.5, 1.9, 1.8], [0.8, 0.2, 0.2, 0.8], [float("nan")] * 4]
+
+
+@pytest.mark.parametrize("box", EMPTY)
 def test_boxes_without_area_are_zeros_and_harmless(box):
     model, x = golden_model(), golden("golden_a/inputs.safetensors")
     boxes = torch.tensor([[0.1, 0.1, 0.6, 0.6], box])
