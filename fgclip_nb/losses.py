@@ -77,7 +77,7 @@ class LossTerm(_Measures):
 
     def as_dict(self) -> dict:
         "Everything by name as floats, for logging; measures that do not exist here are left out."
-        counts = {f.name: float(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "measures"}
+        counts = {f.name: float(torch.as_tensor(getattr(self, f.name)).detach()) for f in dataclasses.fields(self) if f.name != "measures"}
         return counts | {k: v for k, v in self.values.items() if not math.isnan(v)}
 
 # %% ../nbs/08_losses.ipynb #91611f21
@@ -504,8 +504,8 @@ def compute_losses(features: dict, batch, bank: MemoryBank | None = None, duplic
 # %% ../nbs/08_losses.ipynb #cdb1805c
 def push_regions(bank: MemoryBank, features: dict, batch) -> Pushed:
     "Store the regions of the batch (of all processes, same order everywhere), detached. Once per region forward, after the loss; every process must call."
-    ids = batch_ids(batch)
-    regions, texts = (features.get(name, bank.region_features[:0]) for name in bank.vectors)
+    ids, none = batch_ids(batch), features["image_features"][:0]         # zero rows of the precision that the other processes send
+    regions, texts = (features.get(name, none) for name in bank.vectors)
     return bank.push(regions, texts, *(i[:len(regions)] for i in (ids.region_caption_ids, ids.region_sample_ids, ids.region_ids)))
 
 # %% ../nbs/08_losses.ipynb #f2d3bcd1
