@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from safetensors.torch import load_file, save_file
 from .bank import MemoryBank
-from .batches import Examples, TrainingOrder, collate_loaded
+from .batches import Drawing, Examples, TrainingOrder, collate_loaded
 from .core import (ConfigError, DataError, FolderLock, Run, TrainConfig, changed_params, check_params, code_identity, get_logger,
                             known_parameters, nearest, params_hash, read_jsonl, resolve_path, run_folder, sha256_file, stable_id, versions, write_atomic)
 from .filters import check_media, filter_regions
@@ -313,8 +313,8 @@ def first_non_finite(s: TrainState, total, terms, features) -> str:
 
 def gradient_norm(parameters) -> torch.Tensor:
     "L2 norm over all gradients."
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)).norm() if grads else torch.zeros(())
 
 # %% ../nbs/11_training.ipynb #f6dad096
 def note_bad_step(s: TrainState, batches, culprit: str):
@@ -664,8 +664,8 @@ def _train(cfg, accelerator, path, log):
     restore(s)
     if s.is_main: announce(s)
     size = cfg.image_size or s.model.config.vision_config.image_size
-    examples = Examples(s.data.train, size, cfg.max_regions, cfg.seed)
-    val_examples = Examples(s.data.val, size, cfg.max_regions, cfg.seed, train=False)
+    drawing = Drawing(size, cfg.max_regions, True, cfg.augment, cfg.num_frames, cfg.region_source)
+    examples, val_examples = Examples(s.data.train, drawing, cfg.seed), Examples(s.data.val, dataclasses.replace(drawing, train=False), cfg.seed)
     with stop_signals(s): train_loop(s, examples, val_examples)
     if s.is_main:
         s.recorder.close()

@@ -1,0 +1,269 @@
+"""Whole runs and injected faults, which no cell can hold: identity of run folders, torn checkpoints, full disks, NaN batches, vanished files, dead workers, second writers."""
+import json, os, signal, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+import micro
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return micro.micro_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    params = dict(world, output=str(tmp_path_factory.mktemp("runs")/"run"))
+    assert micro.run(params) == 0
+    return params
+
+
+def log_of(params): return (Path(params["output"])/"training.log").read_text()
+
+
+def test_a_run_folder_is_complete(finished):
+    from fgclip_nb.core import Run
+    run = Run(finished["output"])
+    assert run.finished and len(run.metrics()) == 10 and len(run.timing()) == 10
+    for name in ("params.yaml", "manifest.json", "training.log", "rejects.jsonl", "verdicts.json", "report.html", "expectations.json", "retrieval.json"):
+        assert (run.path/name).exists(), name
+    assert [s for s, _ in run.checkpoints()][-1] == 10
+    manifest = run.manifest()
+    assert manifest["data"]["train"] == 20 and manifest["data"]["val"] == 4 and len(manifest["weights"]) == 12
+    log = log_of(finished)
+    for line in ("Loaded logit_scale = 2.6592 (exp=14.3)", "[Memory Bank] enabled @ training_step 3 (optimizer step 3)", "[LOSS] Step 5 Epoch", "[VERDICT]"):
+        assert log.count(line) >= 1, line
+    assert log.count("[Memory Bank] enabled") == 1
+
+
+def test_the_same_command_again_has_nothing_to_do(finished):
+    before = {p: p.stat().st_mtime_ns for p in Path(finished["output"]).rglob("*") if p.is_file() and p.name != ".lock"}
+    assert micro.run(finished) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_other_parameters_are_refused_by_name(finished):
+    assert micro.run(dict(finished, seed=1)) == 2
+
+
+def test_twice_the_same_numbers(world, finished, tmp_path):
+    again = dict(world, output=str(tmp_path/"again"))
+    assert micro.run(again) == 0
+    assert micro.outcome(again["output"]) == micro.outcome(finished["output"])
+
+
+def test_two_scales_differ_where_they_should(world, tmp_path):
+    runs = {}
+    for scale in (2.6592, 4.6052):
+        params = dict(world, output=str(tmp_path/str(scale)), logit_scale_init=scale, override_logit_scale=True, max_steps=2)
+        assert micro.run(params) == 0
+        runs[scale] = params
+    assert "Loaded logit_scale = 4.6052 (exp=100.0)" in log_of(runs[4.6052]) and "logit_scale (finegrained): 4.605170 (exp=100.0000)" in log_of(runs[4.6052])
+    a, b = [json.loads((Path(p["output"])/"manifest.json").read_text()) for p in runs.values()]
+    assert a["data"] == b["data"] and a["versions"] == b["versions"] and a["weights"] != b["weights"] and a["params_hash"] != b["params_hash"]
+
+
+def test_without_output_the_folder_is_named_by_its_parameters(world, tmp_path, monkeypatch):
+    from fgclip_nb.core import Run, TrainConfig, params_hash, run_folder
+    monkeypatch.chdir(tmp_path)
+    cfg = TrainConfig(**world)
+    first = tmp_path/"runs"/f"train-{params_hash(cfg)}"
+    assert run_folder(cfg) == first
+    first.mkdir(parents=True)
+    assert run_folder(cfg) == first, "unfinished: the same command resumes it"
+    (first/"finished.json").write_text("{}")
+    assert run_folder(cfg) == first.with_name(first.name + "-2")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_path, damage):
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(params, "step:8") == -9
+    newest = Path(params["output"])/"checkpoints/step_00000006"
+    weights = newest/"model.safetensors"
+    if damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif damage == "truncate": os.truncate(weights, 1000)
+    elif damage == "remove": weights.unlink()
+    else: (newest/"state.json").write_text("{")
+    assert micro.run(params) == 0
+    log = log_of(params)
+    assert "checkpoint step_00000006 is not used" in log and "resumed from step_00000003" in log
+
+
+def test_changed_data_is_refused_unless_allowed(world, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(params, "step:5") == -9
+    rows = Path(world["data"]).read_text().splitlines()
+    other = Path(world["data"]).with_name("other.jsonl")
+    other.write_text("\n".join(rows[1:]) + "\n")
+    changed = dict(params, data=str(other))
+    assert micro.run(changed) == 2, "another data file is another parameter"
+    assert micro.run(dict(changed, allow_changed="data")) == 0
+
+
+def no_space():
+    from fgclip_nb import training
+    save = training.save_file
+    def full(tensors, file, *args):
+        if "optimizer" in str(file) and "step" not in str(file) and ".aside_00000006" in str(file): raise OSError(28, "No space left on device", str(file))
+        return save(tensors, file, *args)
+    training.save_file = full
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(world, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(params, change=no_space) == 4
+    root = Path(params["output"])/"checkpoints"
+    assert sorted(p.name for p in root.iterdir()) == ["step_00000003"]
+    assert micro.run(params) == 0
+
+
+def nan_at_four():
+    from fgclip_nb import training
+    import torch
+    run_step = training.run_step
+    def step(s, batches):
+        if s.step + 1 == 4: s.model.visual_projection.register_forward_hook(lambda m, a, out: out * float("nan"), always_call=True)
+        done = run_step(s, batches)
+        s.model.visual_projection._forward_hooks.clear()
+        return done
+    training.run_step = step
+
+
+def nan_from_four():
+    from fgclip_nb import training
+    run_step = training.run_step
+    def step(s, batches):
+        if s.step + 1 == 4: s.model.visual_projection.register_forward_hook(lambda m, a, out: out * float("nan"))
+        return run_step(s, batches)
+    training.run_step = step
+
+
+def test_a_nan_batch_never_reaches_the_optimiser(world, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(params, change=nan_at_four) == 0
+    bad = [json.loads(line) for line in (tmp_path/"run/bad_steps.jsonl").read_text().splitlines()]
+    assert [b["step"] for b in bad] == [4] and len(bad[0]["sample_ids"]) == 4 and bad[0]["first_non_finite"].startswith("features")
+    from fgclip_nb.core import Run
+    from safetensors.torch import load_file
+    metrics = Run(tmp_path/"run").metrics()
+    assert metrics["skipped"].astype(bool).tolist() == [n == 4 for n in range(1, 11)]
+    assert all(t.isfinite().all() for t in load_file(Run(tmp_path/"run").checkpoints()[-1][1]/"model.safetensors").values())
+
+
+def test_too_many_bad_steps_stop_the_run(world, tmp_path):
+    assert micro.run(dict(world, output=str(tmp_path/"run"), max_bad_steps=3), change=nan_from_four) == 3
+    assert len((tmp_path/"run/bad_steps.jsonl").read_text().splitlines()) == 3
+
+
+def vanish():
+    """After the data were checked, one photo disappears."""
+    from fgclip_nb import training
+    prepare = training.prepare_data
+    def gone(cfg):
+        data = prepare(cfg)
+        os.rename(data.train[0].media, data.train[0].media + ".gone")
+        return data
+    training.prepare_data = gone
+
+
+def test_a_vanished_file_is_rejected_and_counted(tmp_path):
+    world = micro.micro_world(tmp_path)
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(dict(params, max_reject_share=0.2), change=vanish) == 0
+    rejects = [json.loads(line) for line in (tmp_path/"run/rejects.jsonl").read_text().splitlines()]
+    assert rejects and rejects[-1]["rule"] == "unreadable_media" and "tried 3 times" in rejects[-1]["reason"]
+    os.rename(*[str(tmp_path/f"data/{n}") for n in ("000.png.gone", "000.png")])
+    assert micro.run(dict(params, output=str(tmp_path/"strict"), max_reject_share=0.0, max_steps=30), change=vanish) == 2
+
+
+def worker_dies():
+    from fgclip_nb import batches
+    read, flag = batches.ExampleSource._read, Path(os.environ["FGCLIP_TEST_FLAG"])
+    def dying(self, epoch, index):
+        import torch
+        if torch.utils.data.get_worker_info() is not None and epoch == 0 and index == 3 and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, epoch, index)
+    batches.ExampleSource._read = dying
+
+
+class WorkerDies:
+    def __init__(self, flag): self.flag = str(flag)
+    def __call__(self):
+        os.environ["FGCLIP_TEST_FLAG"] = self.flag
+        worker_dies()
+
+
+def test_a_dead_worker_is_reported_and_replaced(world, finished, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"), num_workers=2)
+    assert micro.run(params, change=WorkerDies(tmp_path/"died")) == 0
+    assert (tmp_path/"died").exists()
+    log = log_of(params)
+    assert "a loader process died" in log and "003.png" in log
+    assert micro.outcome(params["output"])["metrics"] == micro.outcome(finished["output"])["metrics"]
+
+
+def test_a_second_writer_is_kept_out(world, tmp_path):
+    from fgclip_nb.core import FolderLock
+    (tmp_path/"run").mkdir()
+    lock = FolderLock(tmp_path/"run")
+    assert micro.run(dict(world, output=str(tmp_path/"run"))) == 2
+    lock.close()
+    assert micro.run(dict(world, output=str(tmp_path/"run"), max_steps=2)) == 0
+
+
+def test_clear_errors_before_the_first_step(world, tmp_path):
+    from fgclip_nb.core import ConfigError, DataError, TrainConfig
+    from fgclip_nb.training import train
+    with pytest.raises(DataError, match="nowhere"): train(TrainConfig(**world | dict(media_root=str(tmp_path/"nowhere"), output=str(tmp_path/"a"))))
+    empty = tmp_path/"only_val.jsonl"
+    empty.write_text("".join(line + "\n" for line in Path(world["data"]).read_text().splitlines() if '"val"' in line))
+    with pytest.raises(DataError, match="no training sample"):
+        train(TrainConfig(**world | dict(data=str(empty), media_root=str(Path(world["data"]).parent), output=str(tmp_path/"b"))))
+    with pytest.raises((ConfigError, DataError), match="no-such-model"): train(TrainConfig(**world | dict(model="no-such-model", output=str(tmp_path/"c"))))
+
+
+def test_bf16_and_checkpointing_train_too(world, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"), precision="bf16", gradient_checkpointing=True, max_steps=4)
+    assert micro.run(params) == 0
+    from safetensors.torch import load_file
+    from fgclip_nb.core import Run
+    weights = load_file(Run(tmp_path/"run").checkpoints()[-1][1]/"model.safetensors")
+    assert {str(t.dtype) for t in weights.values()} == {"torch.float32"}, "master weights stay in float32"
+
+
+def test_checkpointing_changes_no_number(world, finished, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"), gradient_checkpointing=True)
+    assert micro.run(params) == 0
+    ours, plain = ([json.loads(line)["loss"] for line in (Path(p["output"])/"metrics.jsonl").read_text().splitlines()] for p in (params, finished))
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def two_processes(params, tmp_path, kill_rank=None):
+    script = tmp_path/"rank.py"
+    script.write_text("import os, sys, torch\ntorch.set_num_threads(1)\nfrom fgclip_nb import training\n" + (
+        f"run_step = training.run_step\ndef step(s, b):\n    done = run_step(s, b)\n    if s.step == 4 and os.environ['RANK'] == '{kill_rank}': os.kill(os.getpid(), 9)\n    return done\n"
+        "training.run_step = step\n" if kill_rank is not None else "") + "sys.exit(training.main(sys.argv[1:]))\n")
+    words = [f"{k}={json.dumps(v)}" for k, v in params.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_two_processes_train_like_one_and_survive_a_lost_rank(world, tmp_path):
+    """The same global batch on two gloo processes; one rank is killed at step 4, and the same command resumes."""
+    one = dict(world, output=str(tmp_path/"one"), max_steps=6)
+    two = dict(one, output=str(tmp_path/"two"), batch_size=2)
+    assert micro.run(one) == 0
+    lost = two_processes(two, tmp_path, kill_rank=1)
+    assert lost.returncode != 0
+    done = two_processes(two, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = ([json.loads(line) for line in (Path(p["output"])/"metrics.jsonl").read_text().splitlines()] for p in (one, two))
+    assert [r["step"] for r in b] == list(range(1, 7))
+    for x, y in zip(a, b):
+        for key in ("loss", "loss_region", "loss_global", "candidates_region", "bank_len"): assert y[key] == pytest.approx(x[key], rel=2e-4), (x["step"], key)
