@@ -44,6 +44,8 @@ def differences(runs) -> dict:
     "name -> list of values (one per run) for all that differs between the runs."
     known = [identity(r) for r in runs]
     names = dict.fromkeys(k for i in known for k in i)
+    packages = {i.get("manifest.code.package") for i in known}
+    if len(packages) == 1 and None not in packages: names = [k for k in names if not k.startswith("manifest.code.")]     # other commits, same package files
     return {k: [i.get(k) for i in known] for k in names if len({json.dumps(i.get(k), default=str) for i in known}) > 1}
 
 # %% ../nbs/12_runs.ipynb #4dc57cfa
@@ -226,11 +228,12 @@ def compare_metrics(before, now) -> Reproduction:
 # %% ../nbs/12_runs.ipynb #55cd8427
 def unlike_now(run) -> list:
     "Sentences about versions, code and data that are not as the run's manifest says."
-    from fgclip_nb.training import fingerprints
+    from fgclip_nb.training import prepare_data
     then = run.manifest()
-    now = dict(versions=versions(), code=code_identity()) | fingerprints(TrainConfig.from_params(run.params()))
-    a, b = ({k: v for part in now if part in x for k, v in flat(x[part], part).items()} for x in (then, now))
-    return [f"{k} was {a[k]!r} when the run was made and is {b.get(k)!r} now" for k in a if a[k] != b.get(k)]
+    now = dict(versions=versions(), code=code_identity(), data=dict(fingerprint=prepare_data(TrainConfig.from_params(run.params())).fingerprint))
+    a, b = ({k: v for part in now if part in x for k, v in flat(x[part], part).items()} for x in (then | dict(data=dict(fingerprint=then.get("data", {}).get("fingerprint"))), now))
+    same_code = a.get("code.package") == b.get("code.package")          # another commit with the same package files is the same code
+    return [f"{k} was {a[k]!r} when the run was made and is {b.get(k)!r} now" for k in a if a[k] != b.get(k) and not (same_code and k.startswith("code."))]
 
 def free_folder(path) -> Path:
     "`path`, or the first of `path-2`, `path-3`, … that does not exist."

@@ -109,7 +109,8 @@ def blank_images():
     return patch.object(batches.Examples, "__getitem__", read)
 
 def _round_weights(s):
-    for p in s.model.parameters(): p.copy_(p.bfloat16().float())
+    for n, p in s.model.named_parameters():
+        if "logit_scale" not in n: p.copy_(p.bfloat16().float())
 
 def _scramble_attention(m):
     "What a loader that skips the attention tensors leaves behind."
