@@ -66,7 +66,9 @@ class DataParams:
     media_root: str = param("", "folder that the data's image and video paths start from; empty = the data file's own folder")
     min_area: float = param(0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1)
     out_of_range: str = param("reject", "boxes that leave the image: reject them or clip them to it", choices=("reject", "clip"))
-    max_regions: int = param(4, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
+    max_regions: int = param(8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
+    augment: str = param("none", "photos of training: none (the reference), flip (mirrored half of the time), crop (mirrored, and a random part of at least half the area)",
+                         choices=("none", "flip", "crop"))
     num_frames: int = param(256, "frames per video clip, chosen uniformly over its span", 1, 100000)
     region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of the region's own span)", choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
