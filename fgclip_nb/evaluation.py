@@ -510,10 +510,15 @@ def caption_retrieval(model, samples, image_size=None, long=False, captions=5, p
 # %% ../nbs/09_evaluation.ipynb #f04d4ec6
 DATA = Path(__file__).parent / "data" if "__file__" in globals() else Path("../fgclip_nb/data").resolve()
 
+def _list_file(source, shipped):
+    "The shipped file of a bare name, else the path itself."
+    path = DATA / f"{shipped}{source}.txt"
+    return path if path.is_file() else Path(source)
+
 def read_lines(source, shipped=""):
     "Entries of a list as they are, or the non-empty lines of a text file; a bare name means the shipped file `<shipped><name>.txt`."
     if not isinstance(source, (str, Path)): return [str(x) for x in source]
-    path = DATA / f"{shipped}{source}.txt" if (DATA / f"{shipped}{source}.txt").is_file() else Path(source)
+    path = _list_file(source, shipped)
     if not path.is_file(): raise DataError(f"{source!r}: neither a shipped list ({', '.join(sorted(p.stem for p in DATA.glob('*.txt')))}) nor a file")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
@@ -786,7 +791,7 @@ def weights_fingerprint(model):
 
 def _file_hashes(samples, *sources):
     "name -> SHA-256 of the annotation files behind the samples, and of label and template files."
-    files = {s.file for s in samples if s.file} | {str(x) for x in sources if isinstance(x, (str, Path))}
+    files = {s.file for s in samples if s.file} | {str(x) for x in sources}
     return {Path(f).name: sha256_file(f) for f in sorted(files) if Path(f).is_file()}
 
 def _manifest(encoder, samples, settings, name):
@@ -796,7 +801,7 @@ def _manifest(encoder, samples, settings, name):
     return {"model": name, **encoder.describe(), "tie_rule": settings.ties, "permutations": settings.permutations, "seed": settings.seed,
             "captions_per_photo": settings.captions, "labels": len(labels), "label_set": settings.labels if isinstance(settings.labels, str) else labels,
             "templates": templates, "samples": len(samples), "samples_id": stable_id(" ".join(sorted(s.id for s in samples))),
-            "files": _file_hashes(samples, settings.labels, settings.templates), "code": code_identity(), "versions": versions()}
+            "files": _file_hashes(samples, *(_list_file(x, start) for x, start in ((settings.labels, ""), (settings.templates, "templates_")) if isinstance(x, (str, Path)))), "code": code_identity(), "versions": versions()}
 
 # %% ../nbs/09_evaluation.ipynb #cb0cee66
 def _row(task, name, table, metric):
@@ -939,10 +944,14 @@ def evaluate(model, data="sample", tasks=("short_retrieval", "region_classificat
     return Evaluation(results, items, _manifest(encoder, samples, settings, name or type(model).__name__), list(encoder.unreadable))
 
 # %% ../nbs/09_evaluation.ipynb #988a5e67
+def _plain_npy(path):
+    "An array without pickle."
+    try: return np.load(path, allow_pickle=False)
+    except (ValueError, OSError) as e: raise DataError(f"{path}: no plain npy array ({e}); save it with numpy.save from a float array") from e
+
 def _load_npy(path):
     "A float array (n,D) without pickle."
-    try: array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError) as e: raise DataError(f"{path}: no plain npy array ({e}); save it with numpy.save from a float array") from e
+    array = _plain_npy(path)
     if array.ndim != 2 or array.dtype.kind != "f": raise DataError(f"{path}: expected a float array (n, D), got {array.dtype} {array.shape}")
     return array
 
@@ -1127,7 +1136,7 @@ def read_frame_counts(source):
 
 def read_scores(source):
     "{name: scores (T,)} from a dictionary, a folder of npy files (no pickle), or a JSON object. NaN, Inf, empty or nested scores raise DataError."
-    if isinstance(source, (str, Path)) and Path(source).is_dir(): source = {p.name: np.load(p, allow_pickle=False) for p in sorted(Path(source).glob("*.npy"))}
+    if isinstance(source, (str, Path)) and Path(source).is_dir(): source = {p.name: _plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
     elif isinstance(source, (str, Path)): source = json.loads(Path(source).read_text(encoding="utf-8"))
     out = {}
     for name, scores in source.items():
@@ -1147,9 +1156,8 @@ class FrameScores:
     labels: np.ndarray
     cut: int = 0
 
-def _frame_scores(video, scores, frames, segment, smoothing):
-    "Per-frame scores and labels of one video; ValueError when a span starts after the last frame."
-    values = to_frames(smooth(scores, smoothing), frames, segment)
+def _frame_scores(video, values):
+    "Per-frame scores with the labels of their video; ValueError when a span starts after the last frame."
     labels, cut = np.zeros(len(values), dtype=bool), 0
     for first, last in video.spans:
         if first >= len(values): raise ValueError(f"span {first} {last} starts after the last of {len(values)} frames: give frame counts (`frames`) or `segment`")
@@ -1163,7 +1171,8 @@ def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1
     scores, counts, (videos, rejects) = read_scores(scores), read_frame_counts(frames), read_anomaly_annotations(annotation_file)
     out = []
     for name in sorted(videos.keys() & scores.keys()):
-        try: out.append(_frame_scores(videos[name], scores[name], counts.get(name), segment, smoothing))
+        values = to_frames(smooth(scores[name], smoothing), counts.get(name), segment)
+        try: out.append(_frame_scores(videos[name], values))
         except ValueError as e: rejects.append(Reject(str(annotation_file), name, "span", str(videos[name].spans), str(e), name, "anomaly_annotation"))
     bad = {r.sample for r in rejects}
     return out, rejects, sorted(videos.keys() - scores.keys()), sorted(scores.keys() - videos.keys() - bad)
@@ -1400,7 +1409,7 @@ def _panels(n, columns=4, size=2.6):
     "A figure with n axes without ticks."
     import matplotlib.pyplot as plt
     columns = max(1, min(columns, n))
-    fig, axes = plt.subplots(math.ceil(n / columns), columns, figsize=(size * columns, size * 1.15 * math.ceil(n / columns)), squeeze=False)
+    fig, axes = plt.subplots(math.ceil(n / columns), columns, figsize=(size * columns, size * 1.25 * math.ceil(n / columns)), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     return fig, axes.flatten()[:n]
 
@@ -1427,7 +1436,6 @@ def plot_mistakes(mistakes, title="Worst mistakes"):
         answer = Path(row["predicted"]).name if str(row["predicted"]).startswith("/") else row["predicted"]
         ax.set_title(_wrapped(f"right: {row['answer']}") + "\n" + _wrapped(f"answered: {answer}") + f"\nrank {row['rank']} of {row['options']}, lead {row['margin']:.3f}", fontsize=7)
     fig.suptitle(title)
-    fig.tight_layout()
     return fig
 
 # %% ../nbs/09_evaluation.ipynb #4f11bafb
@@ -1467,7 +1475,6 @@ def plot_neighbours(model, samples, queries, k=4, image_size=None):
             ax.imshow(image)
             if text in captions_of(sample, most=10**6): _draw_box(ax, (0, 0, 1, 1), *image.shape[:2], color="tab:green")
             ax.set_title((_wrapped(text, 38) + "\n" if place == 0 else "") + f"cosine {scores[q, i]:.3f}", fontsize=7, loc="left")
-    fig.tight_layout()
     return fig
 
 # %% ../nbs/09_evaluation.ipynb #5f627d07

@@ -1,0 +1,270 @@
+"""What a cell cannot check: whole evaluations over excerpts of the public benchmarks, other programs' models and features, speed, the notebook under papermill."""
+import dataclasses, json, shutil, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fgclip_nb.core import ConfigError, DataError
+from fgclip_nb.evaluation import (CachedFeatures, Encoder, TASKS, caption_retrieval, compare_evaluations, evaluate, evaluation_parameter_cell, load_evaluation,
+                                  load_model, read_labels, read_templates, retrieval, rows, save_evaluation, save_features, sugarcrepe_samples)
+from fgclip_nb.regions import Region, Sample, load_samples, sample_path
+
+HERE = Path(__file__).resolve().parent
+DATA, SHARED = HERE/"data_eval", HERE.parent.parent/"shared"/"data"
+ALL = ("short_retrieval", "long_retrieval", "region_classification", "hard_negatives", "caption_negatives")
+
+
+@pytest.fixture(scope="module")
+def model():
+    from fgclip_nb.model import FGCLIP, FGCLIPConfig
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return FGCLIP(FGCLIPConfig.preset("tiny")).eval()
+
+
+@pytest.fixture(scope="module")
+def photos(): return [s for s in load_samples("sample")[0] if s.split == "val"]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    "A media root with val2017 that holds the shipped photos only."
+    root = tmp_path_factory.mktemp("coco")
+    shutil.copytree(sample_path().parent/"images", root/"val2017")
+    return root
+
+
+class Fake:
+    "An encoder of made-up features: a vector per text, photo and region, drawn by its name (noise) or taken from the right text (oracle)."
+    def __init__(self, samples, oracle, seed=0):
+        self.unreadable, self.cut, self.oracle, self.seed = [], set(), oracle, seed
+        self.right = {s.media: (s.captions or (s.caption,))[0] for s in samples}
+        self.phrase = {(s.media, tuple(np.float32(r.box))): r.phrase for s in samples for r in s.regions if r.box}
+
+    def vector(self, name):
+        from fgclip_nb.core import stable_id
+        return np.random.default_rng([stable_id(str(name)), self.seed]).normal(size=64).astype(np.float32)
+
+    def texts(self, texts, long=False): return np.stack([self.vector(t) for t in texts])
+
+    def images(self, paths):
+        found = [self.vector(self.right[str(p)]) if self.oracle else self.vector(("photo", Path(p).name)) for p in paths]
+        return np.stack(found), np.arange(len(found))
+
+    def regions(self, paths, boxes):
+        keys = [(i, str(p), tuple(np.float32(b))) for i, (p, bs) in enumerate(zip(paths, boxes)) for b in bs]
+        found = [self.vector(self.phrase[k[1:]]) if self.oracle else self.vector(k[1:]) for k in keys]
+        return np.stack(found), np.array([k[0] for k in keys]), np.arange(len(keys))
+
+    def describe(self): return {}
+
+
+def single_caption(samples):
+    "One caption a photo and the class name alone as phrase, so that an oracle can know the one right vector."
+    out = []
+    for s in samples:
+        if not s.captions: continue
+        regions = [dataclasses.replace(r, phrase=next((c for c in read_labels("coco80") if r.phrase.endswith(c)), r.phrase)) if r.source == "category" else r for r in s.regions]
+        negatives = tuple(n._replace(caption=s.captions[0]) for n in s.caption_negatives)
+        out.append(dataclasses.replace(s, captions=s.captions[:1], caption=s.captions[0], regions=regions, caption_negatives=negatives))
+    return out
+
+
+def test_an_oracle_scores_everything(photos):
+    samples = single_caption(photos)
+    for r in evaluate(Fake(samples, True), samples, ALL, templates=["{}"], permutations=50).table().itertuples():
+        assert r.value == 1, (r.task, r.list, r.metric)
+
+
+def test_gaussian_features_score_chance_on_every_task(photos):
+    samples, outside, total = single_caption(photos), 0, 0
+    for seed in range(6):
+        table = evaluate(Fake(samples, False, seed), samples, ALL, templates=["{}"], permutations=200).table()
+        table = table[table.above_chance.notna()]
+        outside, total = outside + table.above_chance.astype(bool).sum(), total + len(table)
+    assert total > 150 and outside / total < 0.06, f"{outside} of {total} scores of noise stand above the 97.5 % limit"
+
+
+def test_denominators_keep_what_is_missing(model, coco):
+    result = evaluate(model, DATA/"fgovd", ["hard_negatives"], media_root=coco, permutations=20)
+    tables = result.results["hard_negatives"]
+    assert list(tables) == ["hard", "medium", "easy", "trivial"]
+    for table in tables.values():
+        assert table["lost"] == {"unreadable photo": 2} and table["asked"] == table["queries"] + 2
+        assert table["texts"] > table["distinct_texts"] > 0 and -1 <= table["nearest_wrong_text_cosine"] <= 1
+    assert "no such file" in result.unreadable[0]["reason"]
+
+
+def test_sugarcrepe_files(model, coco, tmp_path):
+    samples = sugarcrepe_samples(DATA/"sugar_crepe", coco/"val2017")
+    tables = evaluate(model, samples, ["caption_negatives"], permutations=20).results["caption_negatives"]
+    assert len(tables) == 8 and tables["all"]["asked"] == sum(t["asked"] for k, t in tables.items() if k != "all")
+    assert tables["all"]["lost"] == {"unreadable photo": 7} and tables["swap_obj"]["chance"]["acc1"] == 0.5
+    (tmp_path/"bad.json").write_text('{"0": {"caption": "a"}}')
+    with pytest.raises(DataError, match="filename"): sugarcrepe_samples(tmp_path/"bad.json", coco)
+
+
+def test_region_features_lie_on_the_models_own_grid(model, photos):
+    seen = []
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = model, model.config
+        def __getattr__(self, name): return getattr(super().__getattr__("inner"), name) if name not in ("inner", "config") else super().__getattr__(name)
+        def get_image_box_roi_features(self, pixels, box_info):
+            seen.extend(box_info)
+            return model.get_image_box_roi_features(pixels, box_info)
+    encoder = Encoder(Spy())
+    features, photo, region = encoder.regions([photos[0].media], [np.array([[0.25, 0.5, 1, 1]])])
+    assert encoder.grid == 112//16 and torch.equal(seen[0], torch.tensor([[1.75, 3.5, 7, 7]])) and features.shape == (1, 128)
+    dense = encoder.dense(photos[0].media)
+    cell = encoder.regions([photos[0].media], [np.array([[3/7, 2/7, 4/7, 3/7]])])[0][0]
+    assert dense.shape == (7, 7, 128) and np.abs(cell - dense[2, 3]).max() < 1e-4, "a box of one cell pools that cell"
+
+
+def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
+    shutil.copy(photos[0].media, tmp_path/"whole.jpg")
+    (tmp_path/"cut.jpg").write_bytes(Path(photos[1].media).read_bytes()[:2000])
+    samples = [Sample(n, str(tmp_path/f"{n}.jpg"), captions=(f"photo {n}",)) for n in ("whole", "cut", "absent")]
+    found = caption_retrieval(model, samples, permutations=20)
+    assert found["lost"] == {"unreadable": 2, "without caption": 0} and found["i2t"]["queries"] == 1
+    with pytest.raises(DataError, match="no readable photo"): caption_retrieval(model, samples[1:])
+
+
+def test_evaluation_changes_nothing_in_the_model(model, photos):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first, second = (caption_retrieval(model, photos[:8], permutations=20) for _ in range(2))
+    assert first == second and model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+
+
+def test_batches_do_not_change_scores(model, photos):
+    a, b = (evaluate(model, photos[:10], ["short_retrieval", "hard_negatives"], permutations=20, batch_size=n) for n in (3, 64))
+    assert (compare_evaluations(a, b).difference == 0).all()
+
+
+def test_a_transformers_clip_model_scores_photos_and_captions(photos, tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+    tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(projection_dim=32, text_config=dict(tower, vocab_size=49408, eos_token_id=49407, bos_token_id=49406, pad_token_id=49407),
+                                vision_config=dict(tower, image_size=64, patch_size=16))).eval()
+    direct = evaluate(clip, photos, ["short_retrieval", "long_retrieval", "caption_negatives"], permutations=20)
+    assert direct.manifest["context_length"] == {"short": 77, "long": 77}
+    clip.save_pretrained(tmp_path/"clip")
+    ours = load_model(tmp_path/"clip")
+    through = evaluate(ours, photos, ["short_retrieval", "long_retrieval", "caption_negatives", "hard_negatives"], permutations=20)
+    assert through.manifest["context_length"] == {"short": 77, "long": 77}, "plain CLIP was never trained beyond 77 tokens"
+    assert (compare_evaluations(direct, through).difference.abs() < 0.02).all() and through.results["hard_negatives"]["given"]["queries"] > 10
+
+
+def test_checkpoint_folders_and_run_folders(model, photos, tmp_path):
+    model.save_pretrained(tmp_path/"run/checkpoints/step_00000007")
+    for source in (tmp_path/"run", tmp_path/"run/checkpoints/step_00000007"):
+        again = load_model(source)
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert evaluate(tmp_path/"run", photos[:4], "short_retrieval", permutations=20).manifest["context_length"]["long"] == 248
+
+
+def test_presets_say_that_their_weights_are_random(caplog):
+    import logging
+    logging.getLogger("fgclip_nb").propagate = True
+    with caplog.at_level("WARNING", "fgclip_nb"): load_model("tiny")
+    assert "RANDOM WEIGHTS" in caplog.text
+
+
+def test_cached_features_from_elsewhere(photos, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path/"image_features.npy", rng.normal(size=(len(photos), 16)))
+    (tmp_path/"image_names.txt").write_text("\n".join(Path(s.media).name for s in photos))
+    texts = list(dict.fromkeys(c for s in photos for c in s.captions))
+    np.save(tmp_path/"text_features.npy", rng.normal(size=(len(texts), 16)).astype(np.float16))
+    (tmp_path/"texts.txt").write_text("\n".join(texts))
+    result = evaluate(tmp_path, photos, ["short_retrieval"], permutations=20)
+    assert result.results["short_retrieval"]["i2t"]["queries"] == 43 and "image_features.npy" in result.manifest["feature_files"]
+    with pytest.raises(DataError, match="has no feature"): evaluate(tmp_path, photos, ["hard_negatives"])
+    np.save(tmp_path/"image_features.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="image_features.npy"): CachedFeatures(tmp_path)
+    with pytest.raises(DataError, match="neither"): CachedFeatures(tmp_path/"..")
+
+
+def test_saved_results_are_read_back_and_have_the_keys_others_read(model, photos, tmp_path):
+    result = evaluate(model, photos, ALL, templates="photo", permutations=20)
+    out = save_evaluation(result, tmp_path/"out", "sample")
+    assert rows(load_evaluation(out).results) == rows(json.loads(json.dumps(result.results, default=float)))
+    files = {p.name: json.loads(p.read_text()) for p in (out/"clip_benchmark").iterdir()}
+    assert all(set(f) == {"dataset", "model", "pretrained", "task", "metrics", "language"} for f in files.values())
+    assert set(files["region_classification.json"]["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
+    assert set(files["short_retrieval.json"]["metrics"]) == {f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)}
+    assert not compare_evaluations(out, result).decided.any() and "NaN" not in (out/"evaluation.json").read_text()
+
+
+def test_wrong_questions_are_refused(model, photos):
+    with pytest.raises(ConfigError, match="short_retrieval"): evaluate(model, photos, ["retrieval"])
+    with pytest.raises(ConfigError, match="tie"): evaluate(model, photos, ["short_retrieval"], tie="x")
+    with pytest.raises(ConfigError, match="ties"): evaluate(model, photos[:4], ["short_retrieval"], ties="x")
+    with pytest.raises(DataError, match="splits there"): evaluate(model, photos, ["short_retrieval"], split="test")
+    with pytest.raises(DataError, match="share no item"):
+        compare_evaluations(*(evaluate(model, p, ["short_retrieval"], permutations=20) for p in (photos[:4], photos[4:8])))
+    with pytest.raises(DataError, match="columns"): retrieval(np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(DataError, match="does not|do not"): retrieval(np.ones((2, 3)), np.ones((3, 3)))
+
+
+def test_much_faster_than_one_pair_at_a_time(model):
+    from fgclip_nb.evaluation import Settings
+    from fgclip_nb.media import normalize, read_image
+    from fgclip_nb.text import tokenize       # processor time: other processes on the machine do not count
+    samples = [s for s in load_samples("sample")[0] if any(r.negatives for r in s.regions)]
+    pairs = [(s, r) for s in samples for r in s.regions if r.negatives][:10]
+    def score(sample, region, text):
+        "One pair, as the official scripts do it: one picture, one box, one caption padded to 77."
+        pixels = normalize(torch.from_numpy(read_image(sample.media, 112)[None]))
+        ids = tokenize([text]).input_ids
+        ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]), value=49407)
+        box = [torch.tensor([region.box], dtype=torch.float32)*7]
+        return float(torch.cosine_similarity(model.get_image_box_roi_features(pixels, box), model.get_text_features(ids)))
+    with torch.inference_mode():
+        score(*pairs[0], "warm up")
+        begun = time.process_time()
+        slow = [score(s, r, r.phrase) > max(score(s, r, n) for n in r.negatives) for s, r in pairs]
+        middle = time.process_time()
+    scored = TASKS["hard_negatives"](Encoder(model), samples, Settings(permutations=0)).ranked["given"]
+    each = (middle - begun)/len(pairs), (time.process_time() - middle)/len(scored)
+    place = dict(zip(scored.ids, scored.ranks))
+    assert [place[r.id] == 1 for _, r in pairs] == slow
+    print(f"one pair at a time {each[0]*1e3:.1f} ms per region, batched {each[1]*1e3:.1f} ms: {each[0]/each[1]:.0f} x")
+    assert each[0] > 5*each[1], f"{each[0]*1e3:.1f} ms per region one pair at a time, {each[1]*1e3:.1f} ms batched"
+
+
+def test_notebook_offers_exactly_the_known_parameters():
+    cells = json.loads((HERE.parent/"nbs/evaluate.ipynb").read_text())["cells"]
+    [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    assert "".join(cell["source"]) == evaluation_parameter_cell()
+
+
+@pytest.mark.all
+def test_notebook_runs_under_papermill(tmp_path):
+    pytest.importorskip("papermill")
+    command = [sys.executable, "-m", "papermill", "nbs/evaluate.ipynb", str(tmp_path/"out.ipynb"), "-p", "output", str(tmp_path/"out"), "-p", "templates", "photo",
+               "-p", "annotations", str(DATA/"ucf_annotation.txt"), "-p", "scores", str(tmp_path/"scores.json"), "-p", "frame_counts", str(DATA/"ucf_frames.csv")]
+    (tmp_path/"scores.json").write_text(json.dumps({"Abuse028_x264.mp4": [0.1]*10 + [0.9]*3 + [0.1]*75, "Abuse030_x264": [0.2]*96}))
+    done = subprocess.run(command, cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path/"out/evaluation.json").read_text())["results"]
+    assert results["anomaly"]["frames"]["videos"] == 2 and results["short_retrieval"]["i2t"]["queries"] == 43
+    failed = subprocess.run(command + ["-p", "modle", "x"], cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert failed.returncode != 0 and "did you mean `model`" in failed.stderr
+
+
+@pytest.mark.all
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the full FG-OVD files are not in this checkout")
+def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
+    begun = time.perf_counter()
+    tables = evaluate(model, SHARED/"fgovd", ["hard_negatives"], media_root=coco, permutations=20).results["hard_negatives"]
+    assert [tables[k]["asked"] for k in ("hard", "medium", "easy", "trivial")] == [3545, 2968, 1299, 3545]
+    assert all(t["queries"] + t["lost"]["unreadable photo"] == t["asked"] for t in tables.values()) and tables["hard"]["queries"] > 20
+    assert time.perf_counter() - begun < 600
