@@ -675,6 +675,7 @@ class _FileClip:
 
 def open_clip(path, size, cache=None):
     "A clip with .times, .frames (numbers held, or None for all) and .read(numbers): from `cache` when it holds the clip."
+    if cache is not None and cache.size != size: raise ValueError(f"the cache holds {cache.size} pixels, {size} are asked for")
     cached = cache.get(path) if cache is not None else None
     return _FileClip(str(path), size, frame_times(path)) if cached is None else cached
 
