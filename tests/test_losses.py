@@ -208,16 +208,16 @@ a, b, s = torch.randn(n, d, requires_grad=True), torch.randn(n, d, requires_grad
 ids = torch.randint(0, n, (n,))
 L.global_loss(a[:64], b[:64], s).loss.backward(); a.grad = b.grad = s.grad = None
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-before, begun = peak(), time.perf_counter()
+before, begun = peak(), time.process_time()
 L.global_loss(a, b, s, ids).loss.backward()
-print(peak() - before, time.perf_counter() - begun)
+print(peak() - before, time.process_time() - begun)
 """
 
 
 def measured(n, d, limit=0):
-    "(extra peak GiB, seconds) of a forward and backward in a fresh process; limit: logits up to which the dense form is used."
+    "(extra peak GiB, processor seconds on one core) of a forward and backward in a fresh process; limit: logits up to which the dense form is used."
     done = subprocess.run([sys.executable, "-c", LARGE, *map(str, (n, d, limit))], cwd=ROOT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
-                          env=dict(os.environ, OMP_NUM_THREADS=os.environ.get("LARGE_N_THREADS", "2")))
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
     return tuple(float(x) for x in done.stdout.split())
 
 
