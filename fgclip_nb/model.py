@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SCALES', 'MAX_LOG_SCALE', 'FINE_NAMES', 'log', 'CARD', 'FGCLIPConfig', 'join_packed', 'grid_positions',
            'init_from_short_', 'Parameters', 'Layers', 'TextTower', 'TextFeatures', 'VisionTower', 'ImageFeatures',
-           'mean_by_owner', 'Features', 'log_scales', 'Loading', 'model_card', 'FGCLIP']
+           'Features', 'log_scales', 'Loading', 'model_card', 'FGCLIP']
 
 # %% ../nbs/06_model.ipynb #626cef98
 import logging
@@ -21,7 +21,8 @@ from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPText
 
 from .core import ConfigError, DataError, write_atomic
 from .media import normalize
-from .roi import pool_boxes
+from .roi import box_slots, pool_boxes
+from .temporal import TemporalHead, mean_by, pool_clips
 from .text import BOS, EOS, MAX_LENGTH, get_tokenizer, long_positions, pack, stretch_positions
 from .weights import LoadReport, Source, check_report, convert_openai, match, openai_config, openai_features
 from .weights import read_config, read_openai, read_weights
@@ -232,6 +233,13 @@ class Parameters(CLIPPreTrainedModel):
         with torch.no_grad():
             for layer in (self.visual_projection, self.text_projection): layer.weight.normal_(std=layer.in_features**-0.5)
         init_from_short_(self)
+        self.temporal = None
+        if getattr(config, "temporal_layers", 0): self.add_temporal_head(config.temporal_layers)
+
+    def add_temporal_head(self, layers=2):
+        "Give the model a head over the frames of clips; until it is trained a clip stays the mean of its frames. Saved with the model."
+        self.config.temporal_layers = layers
+        self.temporal = TemporalHead(self.config.projection_dim, layers).to(self.logit_scale)
 
     @torch.no_grad()
     def clamp_scales_(self):
@@ -361,9 +369,9 @@ class ImageFeatures(VisionTower):
         every = torch.arange(len(pixel_values), device=pixel_values.device)
         return self.visual_projection(self._vision(pixel_values, every, interpolate_pos_encoding)[1])
 
-    def _pool(self, patches, boxes, image, grid):
+    def _pool(self, patches, boxes, image, grid, slots=None):
         "Patch states, boxes in cells and their rows of `patches` -> (n,D)."
-        return self.visual_projection(pool_boxes(patches, boxes, image, grid).to(self.visual_projection.weight.dtype))
+        return self.visual_projection(pool_boxes(patches, boxes, image, grid, slots).to(self.visual_projection.weight.dtype))
 
     def get_image_box_roi_features(self, pixel_values, box_info, interpolate_pos_encoding=None):
         """Pixels and boxes in cells of the grid -> (K,D), not normalised; zeros for boxes without area.
@@ -378,25 +386,30 @@ class ImageFeatures(VisionTower):
         "Pixels, boxes (R,4) from 0 to 1 and their images (R,) -> features (B,D) and (R,D), None without boxes, in one pass."
         if boxes is None or not len(boxes): return self._vision(pixel_values, None, interpolate_pos_encoding)[0], None
         used, image = box_image.unique(return_inverse=True)
+        slots = box_slots(image, len(used))  # counts what a GPU has to wait for before the tower is queued, not behind it
         features, patches, (H, W) = self._vision(pixel_values, used, interpolate_pos_encoding)
-        return features, self._pool(patches, boxes * boxes.new_tensor([W, H, W, H]), image, (H, W))
+        return features, self._pool(patches, boxes * boxes.new_tensor([W, H, W, H]), image, (H, W), slots)
 
-# %% ../nbs/06_model.ipynb #45fdbb66
-def mean_by_owner(features, owner, n):
-    "Features (F,D) and the owner of each (F,) -> mean per owner (n,D). One feature per owner, in order, is returned as it is."
-    if len(features) == n: return features
-    sums = torch.zeros(n, features.shape[1], dtype=features.dtype, device=features.device).index_add(0, owner, features)
-    return sums / torch.bincount(owner, minlength=n).clamp(min=1)[:, None].to(features.dtype)
+# %% ../nbs/06_model.ipynb #5a99fd41
+def _precise(x): return x.to(torch.promote_types(x.dtype, torch.float32))  # a mean of many rows needs more than bfloat16
 
 # %% ../nbs/06_model.ipynb #04bb7882
 class Features(ImageFeatures):
     """forward(batch) -> dict of features, none normalised: image_features (B,D) per photo or clip, text_features (C,D) of the short
     captions, long_text_features, region_features (R,D), region_text_features (R,D), hard_text_features (G,D), and the three stored log
     scales. Names with nothing behind them are absent."""
+    def _clips(self, frames, batch):
+        "Frame features (F,D) -> clip features (B,D)."
+        if len(frames) == len(batch): return frames
+        keep = batch.in_clip
+        return pool_clips(self.temporal, _precise(frames)[keep], batch.frame_times[keep], batch.frame_clip[keep], len(batch))
+
     def _seen(self, batch):
         frames, boxes = self.encode_images(batch.pixel_values, batch.boxes, batch.box_image)
-        out = dict(image_features=mean_by_owner(frames, batch.frame_clip, len(batch)))
-        if boxes is not None: out["region_features"] = mean_by_owner(boxes, batch.box_region, batch.n_regions)
+        out = dict(image_features=self._clips(frames, batch))
+        if boxes is not None:
+            several = len(boxes) != batch.n_regions
+            out["region_features"] = mean_by(_precise(boxes), batch.box_region, batch.n_regions) if several else boxes
         return out
 
     def _read(self, batch):
@@ -515,7 +528,7 @@ def _plain(config):
 
 # %% ../nbs/06_model.ipynb #a6a22845
 HUB = ("cache_dir", "token", "local_files_only", "subfolder")
-FROM_AUTO = ("_from_auto", "_commit_hash", "adapter_kwargs", "trust_remote_code", "code_revision", "attn_implementation")
+FROM_AUTO = ("_from_auto", "_commit_hash", "adapter_kwargs", "trust_remote_code", "code_revision")
 
 def _load(cls, name, plain, config=None, revision=None, logit_scale_init=None, override_logit_scale=False, dtype=None, torch_dtype=None,
           prove=False, **kw):

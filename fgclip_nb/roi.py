@@ -57,12 +57,13 @@ def box_slots(box_image, B):
     return slot, int(counts.max()) if len(box_image) else 0
 
 # %% ../nbs/05_roi.ipynb #1e2ca9ac
-def pool_boxes(features, boxes, box_image, grid):
+def pool_boxes(features, boxes, box_image, grid, slots=None):
     """Patch features (B,H*W,D), boxes (n,4) in cells, image of each box (n,), grid (H,W) -> (n,D), float32 or float64.
 
-    Differentiable with respect to the features. Boxes without area give exact zeros and no gradient."""
+    Differentiable with respect to the features. Boxes without area give exact zeros and no gradient. slots: what `box_slots` returns,
+    where it is known already."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    slot, slots = box_slots(box_image, len(features))
+    slot, slots = slots or box_slots(box_image, len(features))
     with torch.autocast(features.device.type, enabled=False):
         weights = features.new_zeros(len(features), slots, features.shape[1], dtype=dtype)
         weights[box_image, slot] = roi_weights(boxes, *grid, dtype=dtype).flatten(1)

@@ -285,6 +285,15 @@ def test_round_trip_is_bitwise(tmp_path, dtype):
     assert (tmp_path / "model.safetensors").read_bytes() == first
 
 
+def test_a_temporal_head_is_saved_with_the_model(tmp_path):
+    model = golden_model()
+    model.add_temporal_head(layers=1)
+    model.temporal.query.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    back = FGCLIP.from_pretrained(tmp_path, prove=True)
+    assert same(back, model.state_dict()) and back.config.temporal_layers == 1 and len(back.temporal.layers) == 1
+
+
 def test_card_holds_the_numbers(tmp_path):
     golden_model().save_pretrained(tmp_path, numbers={"loss_region": 0.123456, "steps": 10})
     assert "| loss_region | 0.1235 |" in (tmp_path / "README.md").read_text() and "| steps | 10 |" in (tmp_path / "README.md").read_text()
