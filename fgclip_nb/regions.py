@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'DUPLICATE', 'DECODER', 'VIDEO_SUFFIXES', 'UCF_CLASSES', 'UCF_NORMAL', 'MAX_ENTRY', 'BLANKS', 'BROKEN',
-           'UNCOUNTABLE', 'IN_PAIRS', 'TEMPORAL', 'READERS', 'DATA_SUFFIXES', 'CHUNK_ENTRIES', 'CHUNK_BYTES', 'REOPEN',
+           'UNCOUNTABLE', 'IN_PAIRS', 'TEMPORAL', 'READERS', 'DATA_SUFFIXES', 'CHUNK_ENTRIES', 'CHUNK_BYTES', 'RELEASE',
            'Keyframe', 'Region', 'CaptionNegative', 'Sample', 'shorten', 'Reject', 'Samples', 'visible_spans',
            'boxes_at', 'Fault', 'check_number', 'check_int', 'check_text', 'check_box', 'RowTexts', 'Row', 'VideoRow',
            'is_video', 'ucf_label', 'video_names', 'MediaRoot', 'open_text', 'JsonText', 'JsonValues', 'JsonPairs',
@@ -13,7 +13,8 @@ __all__ = ['MAX_TEXT', 'DUPLICATE', 'DECODER', 'VIDEO_SUFFIXES', 'UCF_CLASSES', 
            'read_coco', 'paragraph', 'read_uca', 'read_temporal', 'read_regions', 'format_of', 'read_file',
            'is_temporal', 'data_dir', 'sample_path', 'is_sharded', 'data_files', 'iter_samples', 'drop_missing',
            'load_samples', 'epoch_order', 'shard_features', 'to_row', 'from_row', 'ShardWriter', 'Shards', 'convert',
-           'ArrowRows', 'ShardedSamples', 'ShardedSequence', 'open_shards', 'write_generated', 'bench', 'main']
+           'release_pages', 'ArrowRows', 'ShardedSamples', 'ShardedSequence', 'open_shards', 'write_generated', 'bench',
+           'main']
 
 # %% ../nbs/01_regions.ipynb #440017b8
 import dataclasses, gzip, io, json, math, os, re, reprlib, sys, time, zlib
@@ -654,7 +655,7 @@ def read_fgovd(row, src):
         return
     sample = src.groups.setdefault(name, Sample(name, media, width=size[0], height=size[1], split=src.split, file=src.file, entry=src.entry, entries=0))
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
-    region.id = f"{name}#{len(sample.regions)}"
+    region.id = f"{name}#{src.entry}"
     sample.regions.append(region)
 
 def _fgovd_region(row) -> Region:
@@ -1138,26 +1139,36 @@ def convert(path, out, media_root=None, embed=False) -> dict:
     return totals
 
 # %% ../nbs/01_regions.ipynb #e2cb67a3
-REOPEN = 20_000     # samples
+RELEASE = 1_000     # samples
 
+def release_pages(files):
+    "Hand the mapped pages of these files back to the kernel (on Linux; elsewhere it takes them when it needs them). Reading maps them again."
+    import ctypes
+    if not os.path.exists("/proc/self/maps"): return
+    with open("/proc/self/maps") as maps: mapped = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    for entry in mapped:
+        if len(entry) == 6 and entry[5] in files:
+            start, end = (int(a, 16) for a in entry[0].split("-"))
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)     # 4: MADV_DONTNEED; the pages are the file's, unchanged
+
+# %% ../nbs/01_regions.ipynb #9b2cf361
 class ArrowRows:
     "Rows of a folder of shards by integer index, as dicts; memory-mapped, with a bounded share of the pages held."
     def __init__(self, folder):
         import datasets
         cache = folder/".arrow" if os.access(folder, os.W_OK) else None
-        with _no_bars(): rows = datasets.Dataset.from_parquet([str(p) for p in sorted(folder.glob("shard-*.parquet"))], cache_dir=cache and str(cache))
-        self.files, self.rows, self.reads = [f["filename"] for f in rows.cache_files], rows, 0
-
-    def _again(self):
-        import datasets
-        self.rows, self.reads = datasets.concatenate_datasets([datasets.Dataset.from_file(f) for f in self.files]), 0
+        with _no_bars(): self.rows = datasets.Dataset.from_parquet([str(p) for p in sorted(folder.glob("shard-*.parquet"))], cache_dir=cache and str(cache))
+        self.files, self.reads = {os.path.realpath(f["filename"]) for f in self.rows.cache_files}, 0
 
     def __len__(self): return len(self.rows)
 
     def __getitem__(self, i):
+        found = self.rows[i]
         self.reads += 1 if isinstance(i, int) else i.stop - i.start
-        if self.reads > REOPEN: self._again()
-        return self.rows[i]
+        if self.reads >= RELEASE:
+            release_pages(self.files)
+            self.reads = 0
+        return found
 
     def column(self, name) -> list: return self.rows.select_columns([name])[:][name]
 
