@@ -48,8 +48,7 @@ def make_batch(pixels, short, long, boxes, box_image, phrases, groups, group_reg
                  long_caption_rows=ints(range(len(long))), boxes=boxes, box_image=ints(box_image), box_region=ints(range(R)),
                  frame_clip=ints(range(B)), frame_times=torch.zeros(B), in_clip=torch.ones(B, dtype=torch.bool),
                  group_sizes=ints(map(len, groups)), hard_regions=ints(group_regions), sample_ids=ints(range(B)),
-                 region_ids=ints(range(100, 100 + R)),
-                 region_clip=ints(box_image))
+                 region_ids=ints(range(100, 100 + R)), region_clip=ints(box_image))
 
 
 def golden_batch(setting="stage2", dtype=torch.float32):
