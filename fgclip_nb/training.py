@@ -548,7 +548,7 @@ def train_loop(s: TrainState, examples, val_examples):
         waited = time.perf_counter() - begun
         norm, culprit = run_step(s, group)
         times = (time.perf_counter() - begun, waited)
-        found = validate(s, val_examples) if due(s, s.cfg.eval_every) else {}
+        found = validate(s, val_examples) if due(s, s.cfg.eval_every) and not culprit else {}
         stop = note_validation(s, found)
         record_step(s, norm, culprit, times, found)
         if stop or s.stop_signal or due(s, s.cfg.save_every): checkpoint(s)
