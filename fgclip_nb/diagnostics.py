@@ -9,9 +9,9 @@ __all__ = ['MAX_STORED_SCALE', 'TERM_FIELDS', 'QUANTILES', 'PAIRS', 'MODULES', '
            'chance_level', 'round_bf16', 'bf16_spacing', 'jsonable', 'JsonLines', 'metrics_frame', 'to_floats',
            'term_values', 'total_loss', 'spread', 'effective_rank', 'equal_share', 'pair_cosines', 'similarity_values',
            'norm_values', 'module_of', 'UpdateProbe', 'bank_values', 'bank_health', 'loss_line', 'runtime_lines',
-           'runtime_interval', 'board_tag', 'Board', 'RecorderFiles', 'ForwardRecorder', 'Recorder', 'count_samples',
-           'duplicate_floor', 'html_table', 'Expectations', 'show', 'asked_scale', 'expectations', 'Verdict',
-           'Evidence', 'interval', 'candidates', 'chance', 'in_batch', 'Rule', 'rule', 'finite_numbers',
+           'runtime_interval', 'board_tag', 'Board', 'RecorderFiles', 'ForwardRecorder', 'StepRecorder', 'Recorder',
+           'count_samples', 'duplicate_floor', 'html_table', 'Expectations', 'show', 'asked_scale', 'expectations',
+           'Verdict', 'Evidence', 'interval', 'candidates', 'chance', 'in_batch', 'Rule', 'rule', 'finite_numbers',
            'weights_loaded', 'zero_regions', 'image_embeddings_differ', 'region_embeddings_differ', 'loaded_scale',
            'first_scale', 'scale_as_asked', 'scale_can_move', 'modules_train', 'bank_timetable', 'bank_comes_on',
            'bank_fills', 'bank_clean', 'bank_fresh', 'duplicate_floor_reached', 'region_loss_rise', 'global_loss_rise',
@@ -86,7 +86,7 @@ def _number(value) -> float:
 def metrics_frame(rows):
     "A table of floats, one row per step in order, from dicts or a DataFrame; text such as `nan` and `inf` becomes the number."
     import pandas as pd
-    raw = pd.DataFrame(rows)
+    raw = rows if hasattr(rows, "columns") else pd.DataFrame([jsonable(r) for r in rows])
     frame = pd.DataFrame({c: [_number(v) for v in raw[c]] for c in raw.columns if c != "nonfinite"})
     if "nonfinite" in raw: frame["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
     return frame.sort_values("step", kind="stable").reset_index(drop=True) if "step" in frame else frame
@@ -101,12 +101,14 @@ def to_floats(values: dict) -> dict:
     return values | dict(zip(tensors, fetched))
 
 # %% ../nbs/10_diagnostics.ipynb #3b924ed6
-TERM_FIELDS = dict(candidates="candidates_{}", chance="chance_{}", in_batch="loss_{}_in_batch", candidates_in_batch="candidates_{}_in_batch",
+TERM_FIELDS = dict(candidates="candidates_{}", chance="chance_{}", in_batch="loss_{}_in_batch", candidates_in_batch=
+                   "candidates_{}_in_batch",
                    chance_in_batch="chance_{}_in_batch", top1="top1_{}", positive_cosine="positive_cosine_{}",
                    hardest_negative_cosine="hardest_negative_cosine_{}", masked_share="masked_share_{}", floor="duplicate_floor_{}")
 
 def _mean(values): return sum(values) / len(values)
 
+# %% ../nbs/10_diagnostics.ipynb #2b4486d0
 def term_values(terms: dict) -> dict:
     "Flat columns of named loss terms: `loss_region`, `candidates_region`, `chance_region`, `top1_region`, …"
     out = {n: t.loss for n, t in terms.items() if n.startswith("loss_global_")}
@@ -115,7 +117,8 @@ def term_values(terms: dict) -> dict:
         if not members: continue
         out[f"loss_{kind}"] = _mean([t.loss for t in members])
         for attr, column in TERM_FIELDS.items():
-            found = [v for v in (getattr(t, attr, None) for t in members) if v is not None and v == v]     # NaN: there is nothing of the kind
+            # NaN: there is nothing of the kind
+            found = [v for v in (getattr(t, attr, None) for t in members) if v is not None and v == v]
             if found and (kind == "region" or not attr.endswith("in_batch")): out[column.format(kind)] = _mean(found)
     return out
 
@@ -134,7 +137,8 @@ def spread(prefix: str, values) -> dict:
     values = values.detach().float().flatten()
     values = values[::max(1, values.numel() // 1_000_000)]
     q = torch.quantile(values, torch.tensor(list(QUANTILES.values()), device=values.device))
-    return {f"{prefix}_{k}": q[i] for i, k in enumerate(QUANTILES)} | {f"{prefix}_mean": values.mean(), f"{prefix}_std": values.std(correction=0)}
+    return ({f"{prefix}_{k}": q[i] for i, k in enumerate(QUANTILES)} | {f"{prefix}_mean": values.mean(),
+                                                                        f"{prefix}_std": values.std(correction=0)})
 
 # %% ../nbs/10_diagnostics.ipynb #d827638f
 def _directions(features, rows=512):
@@ -152,6 +156,7 @@ def effective_rank(features):
     p = spectrum / spectrum.sum()
     return torch.special.entr(p).sum().exp()
 
+# %% ../nbs/10_diagnostics.ipynb #fe761e68
 def equal_share(features, ids=None):
     "Share of rows whose direction equals that of another row (cosine above 0.99999), of a row with another id where `ids` (N,) are given."
     import torch
@@ -174,6 +179,7 @@ def pair_cosines(features: dict, pair: str):
     a, b = (torch.nn.functional.normalize(features[k].detach().float()[:1024], dim=1) for k in (left, right))
     return a @ b.T, features[scale].detach().float().exp()
 
+# %% ../nbs/10_diagnostics.ipynb #b0dda46f
 def similarity_values(seen: list) -> dict:
     "Spread of logits and cosines, image-text and region-phrase, over the forwards of a step."
     import torch
@@ -258,6 +264,7 @@ def bank_values(bank) -> dict:
     "State of the bank that costs nothing to read."
     return dict(bank_enabled=bool(bank.enabled), bank_ptr=int(bank.ptr), bank_len=len(bank), bank_full=bool(bank.full))
 
+# %% ../nbs/10_diagnostics.ipynb #05f5927c
 def bank_health(bank, features=None, region_ids=None) -> dict:
     "Age (region forwards), zero and equal shares and drift of the entries; empty for an empty bank."
     if not len(bank): return {}
@@ -280,23 +287,30 @@ def loss_line(row: dict) -> str:
     named = " ".join(f"{n}={_figure(row.get(k))}" for n, k in
                      (("total", "loss"), ("global", "loss_global"), ("region", "loss_region"), ("hard", "loss_hard")))
     more = " ".join(f"{n}={_figure(row[k])}" for n, k in
-                    (("region_in_batch", "loss_region_in_batch"), ("chance_region", "chance_region"), ("chance_global", "chance_global")) if k in row)
-    return f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {named} {more} candidates={row.get('candidates_region', 0):g} candidates_in_batch={row.get('candidates_region_in_batch', 0):g}"
+                    (("region_in_batch", "loss_region_in_batch"), ("chance_region", "chance_region"), ("chance_global", "chance_global"))
+                    if k in row)
+    return (f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {named} {more} "
+            f"candidates={row.get('candidates_region', 0):g} candidates_in_batch={row.get('candidates_region_in_batch', 0):g}")
 
+# %% ../nbs/10_diagnostics.ipynb #45516ffd
 def runtime_lines(features: dict, bank=None) -> list:
     "The per-forward diagnostic lines: logits, norms, memory bank."
     values = to_floats(similarity_values([features]) | norm_values([features]))
     told = []
     for pair in PAIRS:
         if f"logits_{pair}_min" in values:
-            told.append(f"[DIAG] logits_{pair}: " + ", ".join(f"{k}={values[f'logits_{pair}_{k}']:.4f}" for k in ("min", "max", "mean", "std")))
+            told.append(f"[DIAG] logits_{pair}: " + ", ".join(f"{k}={values[f'logits_{pair}_{k}']:.4f}"
+                                                              for k in ("min", "max", "mean", "std")))
     for kind, name in (("image", "img_norms"), ("region", "region_norms")):
-        if f"norm_{kind}_min" in values: told.append(f"[DIAG] {name}: min={values[f'norm_{kind}_min']:.4f}, mean={values[f'norm_{kind}_mean']:.4f}")
+        if f"norm_{kind}_min" in values:
+            told.append(f"[DIAG] {name}: min={values[f'norm_{kind}_min']:.4f}, mean={values[f'norm_{kind}_mean']:.4f}")
     if "zero_share_region" in values: told[-1] += f", zero_share={values['zero_share_region']:.4f}"
     if bank is not None:
-        told.append(f"[DIAG] memory_bank: ptr={int(bank.ptr)}, full={bool(bank.full)}, size={bank.size}, len={len(bank)}, enabled={bool(bank.enabled)}")
+        told.append(f"[DIAG] memory_bank: ptr={int(bank.ptr)}, full={bool(bank.full)}, size={bank.size}, len={len(bank)}, "
+                    f"enabled={bool(bank.enabled)}")
     return told
 
+# %% ../nbs/10_diagnostics.ipynb #e056e96e
 def runtime_interval() -> int:
     "Every how many region forwards the diagnostic lines are wanted: ENABLE_RUNTIME_DIAG = 1 or n; 0 = off."
     asked = os.environ.get("ENABLE_RUNTIME_DIAG", "0").strip() or "0"
@@ -308,6 +322,7 @@ def board_tag(key: str) -> str:
     if key in ("loss", "loss_global", "loss_region", "loss_hard"): return f"train/{key}"
     return f"memory_bank/{key[5:]}" if key.startswith("bank_") else f"diagnostics/{key}"
 
+# %% ../nbs/10_diagnostics.ipynb #d0fd9d07
 class Board:
     "Writes scalars, histograms and figures below `path`; opened at the first write."
     def __init__(self, path): self.path, self.writer, self.purge = Path(path), None, None
@@ -320,7 +335,8 @@ class Board:
 
     def scalars(self, row: dict):
         from tensorboard.compat.proto.summary_pb2 import Summary
-        values = [Summary.Value(tag=board_tag(k), simple_value=float(v)) for k, v in row.items() if k != "step" and isinstance(v, (int, float))]
+        values = [Summary.Value(tag=board_tag(k), simple_value=float(v)) for k, v in row.items() if k != "step"
+                  and isinstance(v, (int, float))]
         self._open().file_writer.add_summary(Summary(value=values), row["step"])
 
     def histogram(self, tag, values, step): self._open().add_histogram(tag, values, step)
@@ -372,35 +388,15 @@ class ForwardRecorder(RecorderFiles):
             for line in runtime_lines(features, bank): self.log.info(line)
 
 # %% ../nbs/10_diagnostics.ipynb #681062eb
-class Recorder(ForwardRecorder):
-    "Writes a run folder's metrics.jsonl, timing.jsonl, TensorBoard events and log lines. Call order: forward…, before_update, step."
+class StepRecorder(ForwardRecorder):
+    "What an optimiser step's line is made of."
     def __init__(self, path, cfg, logger=None):
         super().__init__(path, cfg, logger)
         self.probe = UpdateProbe()
 
-    def before_update(self, model, step: int):
-        "Snapshot for gradient and update norms, on diagnostic steps only; call after backward and clipping."
-        if self.is_diag(step): self.probe.snapshot(model)
-
-    def step(self, step, terms=None, features=None, batch=None, model=None, bank=None, optimizer=None, lr=None, grad_norm=None,
-             forwards=None, epoch=None, skipped=False, times=None, loss=None, extra=None) -> dict:
-        "Write the line of optimiser step `step` and return it. `times` = (whole step, waiting for data) in s; `extra` = validation columns."
-        if forwards is not None and not self.pending: self.forwards = forwards - 1
-        if not self.pending and terms is not None: self.forward(terms, features, batch, bank)
-        seen, self.pending = self.pending, []
-        if lr is None and optimizer is not None: lr = optimizer.param_groups[0]["lr"]
-        row = dict(step=step, forwards=self.forwards if forwards is None else forwards, epoch=epoch, regions=sum(s["regions"] for s in seen))
-        row |= self._means(seen, loss) | self._scales(seen, model)
-        row |= dict(lr=lr, grad_norm=grad_norm, skipped=bool(skipped))
-        if bank is not None: row |= bank_values(bank)
-        if self.is_diag(step): row |= self._diagnose(seen, bank)
-        row = to_floats({k: v for k, v in (row | (extra or {})).items() if v is not None})
-        if "grad_norm" in row: row["clipped"] = 0 < self.cfg.max_grad_norm < row["grad_norm"]
-        self._write(row, times, sum(s["images"] for s in seen))
-        return row
-
     def _means(self, seen, loss) -> dict:
-        values = [{"loss": total_loss(s["terms"], self.cfg)} | term_values(s["terms"]) for s in seen]     # read only now: no wait for the device between forwards
+        # read only now: no wait for the device between forwards
+        values = [{"loss": total_loss(s["terms"], self.cfg)} | term_values(s["terms"]) for s in seen]
         out = {k: _mean([v[k] for v in values if k in v]) for k in dict.fromkeys(k for v in values for k in v)}
         return out if loss is None else out | {"loss": loss}
 
@@ -433,6 +429,31 @@ class Recorder(ForwardRecorder):
         self.last_step = row["step"]
         if row["step"] % self.cfg.log_every == 0 or row["step"] == 1: self.log.info(loss_line(row))
 
+# %% ../nbs/10_diagnostics.ipynb #bae281fe
+class Recorder(StepRecorder):
+    "Writes a run folder's metrics.jsonl, timing.jsonl, TensorBoard events and log lines. Call order: forward…, before_update, step."
+    def before_update(self, model, step: int):
+        "Snapshot for gradient and update norms, on diagnostic steps only; call after backward and clipping."
+        if self.is_diag(step): self.probe.snapshot(model)
+
+    def step(self, step, terms=None, features=None, batch=None, model=None, bank=None, optimizer=None, lr=None, grad_norm=None,
+             forwards=None, epoch=None, skipped=False, times=None, loss=None, extra=None) -> dict:
+        "Write the line of step `step` and return it. `times` = (whole step, waiting for data) in s; `extra` = validation columns."
+        if forwards is not None and not self.pending: self.forwards = forwards - 1
+        if not self.pending and terms is not None: self.forward(terms, features, batch, bank)
+        seen, self.pending = self.pending, []
+        if lr is None and optimizer is not None: lr = optimizer.param_groups[0]["lr"]
+        row = dict(step=step, forwards=self.forwards if forwards is None else forwards, epoch=epoch,
+                   regions=sum(s["regions"] for s in seen))
+        row |= self._means(seen, loss) | self._scales(seen, model)
+        row |= dict(lr=lr, grad_norm=grad_norm, skipped=bool(skipped))
+        if bank is not None: row |= bank_values(bank)
+        if self.is_diag(step): row |= self._diagnose(seen, bank)
+        row = to_floats({k: v for k, v in (row | (extra or {})).items() if v is not None})
+        if "grad_norm" in row: row["clipped"] = 0 < self.cfg.max_grad_norm < row["grad_norm"]
+        self._write(row, times, sum(s["images"] for s in seen))
+        return row
+
 # %% ../nbs/10_diagnostics.ipynb #05512b0e
 def count_samples(samples, cfg) -> dict:
     "What expectations need to know of the data: samples, regions per sample, and the caption ids that a batch can hold."
@@ -442,8 +463,9 @@ def count_samples(samples, cfg) -> dict:
     return dict(samples=len(samples), regions_per_sample=_mean([len(p) for p in phrases]) if phrases else 0.0, phrases=phrases,
                 hard_candidates=_mean(negatives) if negatives else 0)
 
+# %% ../nbs/10_diagnostics.ipynb #7b5e01c7
 def duplicate_floor(phrases, batch_size, trials=200) -> float:
-    "Expected mean of ln m over the rows of random batches, m = how often the row's caption stands in its batch (nats; seeded, so repeatable)."
+    "Mean of ln m over the rows of random batches, m = how often the row's caption stands in its batch (nats; seeded)."
     import numpy as np
     rng, floors = np.random.default_rng(0), []
     for _ in range(trials if phrases else 0):
@@ -460,7 +482,8 @@ def html_table(head, rows, styles=None) -> str:
     styles = styles or {}
     cell = lambda r, c, v: f'<td style="text-align:left;vertical-align:top;{styles.get((r, c), "")}">{_escape(v)}</td>'
     body = "".join("<tr>" + "".join(cell(r, c, v) for c, v in enumerate(row)) + "</tr>" for r, row in enumerate(rows))
-    return '<table><thead><tr>' + "".join(f'<th style="text-align:left">{_escape(h)}</th>' for h in head) + f"</tr></thead><tbody>{body}</tbody></table>"
+    return ('<table><thead><tr>' + "".join(f'<th style="text-align:left">{_escape(h)}</th>' for h in head) +
+            f"</tr></thead><tbody>{body}</tbody></table>")
 
 # %% ../nbs/10_diagnostics.ipynb #ce652d50
 @dataclass
@@ -478,6 +501,7 @@ class Expectations:
 
     def _repr_html_(self): return html_table(["expected", "value", "why"], [(n, show(v), e) for n, v, e in self.rows])
 
+# %% ../nbs/10_diagnostics.ipynb #fba06ae6
 def show(value) -> str:
     "A value as a reader wants it: four significant digits, integers whole."
     if value is None: return "–"
@@ -497,6 +521,7 @@ def _plan(cfg, counts, processes) -> SimpleNamespace:
     p.step = lambda forward: math.ceil(forward / p.accumulation)
     return p
 
+# %% ../nbs/10_diagnostics.ipynb #598227f5
 def _plan_rows(cfg, counts, p):
     yield "samples", counts["samples"], "training samples after the filters"
     yield "steps per epoch", p.per_epoch, f"{p.accumulation} batch(es) of {p.batch} per optimiser step"
@@ -515,12 +540,15 @@ def _bank_rows(cfg, p):
     rise = chance_level(p.regions + cfg.memory_bank_size) - chance_level(p.regions)
     yield "region loss rises by", rise, f"ln((N+K)/N), N={p.regions:.3g}, K={cfg.memory_bank_size}: no divergence"
 
+# %% ../nbs/10_diagnostics.ipynb #76e3e9a9
 def _chance_rows(cfg, counts, p):
     yield "global chance level", chance_level(p.batch), f"ln {p.batch}"
     if p.regions: yield "region chance level, in batch", chance_level(p.regions), f"ln {p.regions:.3g}"
     if p.regions and cfg.memory_bank_size:
-        yield "region chance level, full bank", chance_level(p.regions + cfg.memory_bank_size), f"ln ({p.regions:.3g} + {cfg.memory_bank_size})"
-    if counts.get("hard_candidates"): yield "hard chance level", chance_level(counts["hard_candidates"]), f"ln {counts['hard_candidates']:.3g}"
+        yield ("region chance level, full bank", chance_level(p.regions + cfg.memory_bank_size),
+               f"ln ({p.regions:.3g} + {cfg.memory_bank_size})")
+    if counts.get("hard_candidates"):
+        yield "hard chance level", chance_level(counts["hard_candidates"]), f"ln {counts['hard_candidates']:.3g}"
     floor = duplicate_floor(counts.get("phrases", []), p.batch)
     effect = {"ignore": "equal captions count as negatives: the loss cannot fall under this", "mask": "removed: equal captions are masked",
               "positive": "equal captions are positives: this much entropy stays in the target"}[cfg.duplicates]
@@ -536,17 +564,22 @@ def asked_scale(cfg_or_params) -> float | None:
     if asked is None: return 2.6592 if get("model") in RANDOM_MODELS else None
     return min(float(asked), MAX_STORED_SCALE)
 
+# %% ../nbs/10_diagnostics.ipynb #226aac28
 def _scale_rows(cfg):
     asked = asked_scale(cfg)
     if asked is None: yield "logit_scale", "from the weights", "at most ln 100 = 4.605170"
-    else: yield "logit_scale prints as", f"{asked:.6f} (exp={math.exp(asked):.4f})", "clamped to ln 100" if asked == MAX_STORED_SCALE else "random weights start at ln(1/0.07) = 2.6592"
+    else:
+        yield ("logit_scale prints as", f"{asked:.6f} (exp={math.exp(asked):.4f})", "clamped to ln 100" if asked == MAX_STORED_SCALE else
+               "random weights start at ln(1/0.07) = 2.6592")
 
 def _target_rows(cfg, p):
     for step in (50, 200, 500):
         limit = getattr(cfg, f"region_loss_target_{step}")
         told = f"in-batch region loss under {limit:g}"
-        yield f"target by step {step}", "judged" if p.total >= step else "not reached", told if p.total >= step else f"{told}: the run ends at step {p.total}"
+        yield (f"target by step {step}", "judged" if p.total >= step else "not reached", told if p.total >= step else
+               f"{told}: the run ends at step {p.total}")
 
+# %% ../nbs/10_diagnostics.ipynb #3ba77f64
 def expectations(cfg, samples, processes=1) -> Expectations:
     "What to expect of a run, from its configuration and its training samples (a list of samples, or the dict of `count_samples`)."
     counts = samples if isinstance(samples, dict) else count_samples(samples, cfg)
@@ -574,8 +607,10 @@ class Verdict:
 # %% ../nbs/10_diagnostics.ipynb #fce21cb0
 LIMITS = dict(region_loss_target_50=1.0, region_loss_target_200=0.7, region_loss_target_500=0.5, zero_norm_limit=0.10, logits_low=-10.0,
               logits_high=20.0, scale_tolerance=1e-4, chance_ratio_limit=0.97, equal_share_limit=0.25, effective_rank_limit=1.01,
-              changed_share_limit=0.5, noise_limit=0.25, oscillation_limit=0.5, data_share_limit=0.3, overfit_limit=0.10, bank_drift_limit=0.5)
+              changed_share_limit=0.5, noise_limit=0.25, oscillation_limit=0.5, data_share_limit=0.3, overfit_limit=0.10,
+              bank_drift_limit=0.5)
 
+# %% ../nbs/10_diagnostics.ipynb #9a3d45c1
 @dataclass
 class Evidence:
     "What is known of a run: a row per step, parameters, wall-clock rows, facts read elsewhere (loaded scale, weights report), where from."
@@ -605,21 +640,24 @@ class Evidence:
 
 # %% ../nbs/10_diagnostics.ipynb #b1896116
 def interval(values):
-    "Mean of a series and half the width of its 95 % interval. The scatter comes from neighbouring differences, so a steady fall is no noise."
+    "Mean of a series and half its 95 % interval. Scatter is taken from neighbouring differences: a steady fall is no noise."
     n = len(values)
     if not n: return math.nan, math.inf
     scatter = math.sqrt(float(values.diff().dropna().pow(2).mean()) / 2) if n > 1 else math.inf
     return float(values.mean()), 1.96 * scatter / math.sqrt(n)
 
+# %% ../nbs/10_diagnostics.ipynb #1872d799
 def candidates(ev: Evidence, kind: str):
     "Candidates per row, by step: as logged, from the logged chance level, or the number of regions when no bank was on."
     import numpy as np
     named = ev.series(f"candidates_{kind}")
     if len(named): return named
     if ev.has(f"chance_{kind}"): return np.exp(ev.series(f"chance_{kind}"))
-    if kind == "region_in_batch" and ev.has("candidates_region", "bank_len"): return (ev.series("candidates_region") - ev.series("bank_len")).dropna()
+    if kind == "region_in_batch" and ev.has("candidates_region", "bank_len"):
+        return (ev.series("candidates_region") - ev.series("bank_len")).dropna()
     return ev.series("regions") if kind.startswith("region") else named
 
+# %% ../nbs/10_diagnostics.ipynb #580780eb
 def chance(ev: Evidence, kind: str):
     "Chance level by step, nats; `kind` = global, region, region_in_batch or hard."
     import numpy as np
@@ -651,6 +689,7 @@ class Rule:
         told = self.threshold.format(ev.limit(self.limit)) if self.limit else self.threshold
         return Verdict(self.name, value, told, result, why, action[0] if action else "")
 
+# %% ../nbs/10_diagnostics.ipynb #70f3df7c
 RULES = {}      # in the order of causes: the first tripped rule is the headline
 
 def rule(needs=(), limit="", threshold=""):
@@ -664,8 +703,7 @@ def rule(needs=(), limit="", threshold=""):
 @rule("loss", threshold="none")
 def finite_numbers(ev):
     "No NaN, no infinity, no skipped step."
-    bad = ev.frame[ev.frame["nonfinite"] != ""] if "nonfinite" in ev.frame else ev.frame[:0]
-    broken = ev.frame[~(ev.frame["loss"].abs() < math.inf)] if not len(bad) else bad
+    broken = ev.frame[(ev.frame["loss"].abs() == math.inf) | (ev.frame["nonfinite"] != "" if "nonfinite" in ev.frame else False)]
     skipped = int(ev.series("skipped").sum())
     if not len(broken) and not skipped: return PASS, 0, f"all {len(ev.frame)} steps are finite"
     first = broken.iloc[0] if len(broken) else ev.frame[ev.frame["skipped"] > 0].iloc[0]
@@ -673,6 +711,7 @@ def finite_numbers(ev):
     return (FAIL, max(len(broken), skipped), f"NaN or infinity from step {first.get('step', 0):g} on, first in {named}",
             "Lower the learning rate or lengthen the warm-up; look for zero-norm regions and for half precision.")
 
+# %% ../nbs/10_diagnostics.ipynb #7bab0980
 def _starts_at_chance(ev):
     "Whether the first five steps of the global loss show features that know nothing."
     ratio = (ev.series("loss_global") / chance(ev, "global")).dropna().head(5)
@@ -681,19 +720,23 @@ def _starts_at_chance(ev):
 
 def _lost_keys(report):
     "(matched, names of tensors that kept their start) of a load report whose entries are counts, lists or dicts."
-    names = [n for k in ("missing", "misshaped", "mismatched") for n in (report.get(k) or ())] if not isinstance(report.get("missing"), int) else []
+    names = [n for k in ("missing", "misshaped", "mismatched") for n in (report.get(k) or ())] if not isinstance(report.get("missing"),
+            int) else []
     count = lambda k: report[k] if isinstance(report.get(k), int) else len(report.get(k) or ())
     return count("matched"), names, sum(map(count, ("missing", "misshaped", "mismatched")))
 
+# %% ../nbs/10_diagnostics.ipynb #1514cb9c
 @rule(threshold="every key matched, first steps not at chance")
 def weights_loaded(ev):
     "The weight file filled every tensor, and the model knows something from the first step on."
     report, given = ev.facts.get("load_report"), ev.params.get("model") not in RANDOM_MODELS
     matched, names, lost = _lost_keys(report or {})
-    advice = "Compare outputs with the source model (`prove=True`) before training; fused q/k/v tensors must be split, names mapped, shapes equal."
+    advice = ("Compare outputs with the source model (`prove=True`) before training; fused q/k/v tensors must be split, names mapped, "
+              "shapes equal.")
     if lost: return FAIL, f"{matched} of {matched + lost}", f"{lost} tensors kept their random start ({', '.join(names[:3])} …)", advice
     if given and _starts_at_chance(ev):
-        return FAIL, f"{matched} matched", f"weights were loaded from {ev.params['model']}, yet the first steps are at chance: they are not the weights of this model", advice
+        return (FAIL, f"{matched} matched", f"weights were loaded from {ev.params['model']}, yet the first steps are at chance: they are "
+                                            "not the weights of this model", advice)
     return (PASS, f"{matched} of {matched}", "every tensor came from the weight file") if report or given else None
 
 # %% ../nbs/10_diagnostics.ipynb #ba3b6d8a
@@ -707,11 +750,13 @@ def zero_regions(ev):
     return (FAIL, share, f"{told}: boxes without area, out of range, or regions never visible in the sampled frames",
             "Run the data report: it lists such boxes by reason; they must not enter the loss or the bank.")
 
+# %% ../nbs/10_diagnostics.ipynb #6599d484
 def _constant(ev, kind):
     rank, equal, rows = (ev.series(f"{c}_{kind}").tail(20).median() for c in ("effective_rank", "equal_share", "rows"))
     worst = ev.limit("effective_rank_limit")
     if rows < 3: return None
-    if rank >= worst and not equal > ev.limit("equal_share_limit"): return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
+    if rank >= worst and not equal > ev.limit("equal_share_limit"):
+        return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
     share = f", {equal:.0%} of the rows equal another row" if equal == equal else ""
     return (FAIL, rank, f"{kind} embeddings are (nearly) all the same: effective rank {rank:.2f} of {rows:.0f} rows{share}",
             "Look at the inputs: blank or repeated images, a constant box, a tower that collapsed.")
@@ -719,6 +764,7 @@ def _constant(ev, kind):
 @rule("effective_rank_image", "effective_rank_limit", "rank ≥ {:g}")
 def image_embeddings_differ(ev): return _constant(ev, "image")
 
+# %% ../nbs/10_diagnostics.ipynb #3ed555f8
 @rule("effective_rank_region", "effective_rank_limit", "rank ≥ {:g}")
 def region_embeddings_differ(ev): return _constant(ev, "region")
 
@@ -735,10 +781,12 @@ def first_scale(ev):
     if column is None: return None, 0.0
     return float(ev.series(column).iloc[0]), 2 * float(ev.series("lr").iloc[0]) if ev.has("lr") else 0.0
 
+# %% ../nbs/10_diagnostics.ipynb #320ca050
 def _bf16_twin(value, asked):
     "The well-known scale that rounds to `value` in bfloat16, if any."
     return next((a for a in (asked, 2.6592, 4.6052, MAX_STORED_SCALE) if a and value != a and abs(round_bf16(a) - value) < 1e-6), None)
 
+# %% ../nbs/10_diagnostics.ipynb #2e61f2ec
 @rule(limit="scale_tolerance", threshold="asked ± {:g}")
 def scale_as_asked(ev):
     "The stored region temperature is the one asked for, in the log's words and at the first step, within the tolerance, after the clamp."
@@ -747,9 +795,11 @@ def scale_as_asked(ev):
     for value, room in ((loaded, 0.0), (first, moved)):
         if value is None: continue
         if twin := _bf16_twin(value, asked):
-            return FAIL, value, f"{value:.6g} is {twin:.5g} rounded to bfloat16 (exp {math.exp(value):.4f})", "Keep temperatures and master weights in fp32; use autocast."
+            return (FAIL, value, f"{value:.6g} is {twin:.5g} rounded to bfloat16 (exp {math.exp(value):.4f})",
+                    "Keep temperatures and master weights in fp32; use autocast.")
         if asked is not None and abs(value - asked) > ev.limit("scale_tolerance") + room:
-            return FAIL, value, f"{value:.6f} (exp={math.exp(value):.4f}) instead of {asked:.6f} (exp={math.exp(asked):.4f})", "Something set the temperature again after loading; print it right before the first step."
+            return (FAIL, value, f"{value:.6f} (exp={math.exp(value):.4f}) instead of {asked:.6f} (exp={math.exp(asked):.4f})",
+                    "Something set the temperature again after loading; print it right before the first step.")
     told = f"{loaded:.6f} (exp={math.exp(loaded):.4f})"
     return PASS, loaded, told + (f", asked {asked:.6f}" if asked is not None else "; nothing was asked, and it is no bfloat16 rounding")
 
@@ -760,6 +810,7 @@ def _stuck(ev, column):
     if len(scale) < 20 or scale.nunique() > 1 or abs(scale.iloc[0] - MAX_STORED_SCALE) < 1e-5: return 0
     return int((lr > 0).sum())
 
+# %% ../nbs/10_diagnostics.ipynb #139182b7
 @rule(("logit_scale_finegraind", "lr"), threshold="moves while lr > 0")
 def scale_can_move(ev):
     "The temperatures move; one that cannot is frozen or rounded away."
@@ -771,7 +822,8 @@ def scale_can_move(ev):
     why = f"{' and '.join(stuck)} stayed at {value:.6g} for {_stuck(ev, stuck[0])} steps"
     if round_bf16(value) == value and lr < bf16_spacing(value) / 2:
         why += f": bfloat16 numbers lie {bf16_spacing(value):.3g} apart there, a step moves by about {lr:.1g}"
-    return FAIL, value, why, "Store temperatures in fp32; clamp in place (a clamp inside the graph has no gradient at the limit); see that the optimiser holds them."
+    return (FAIL, value, why, "Store temperatures in fp32; clamp in place (a clamp inside the graph has no gradient at the limit); see "
+                              "that the optimiser holds them.")
 
 # %% ../nbs/10_diagnostics.ipynb #bcb47f6c
 def _module_fault(ev, m):
@@ -785,14 +837,18 @@ def _module_fault(ev, m):
     if len(last("update_norm")) and last("update_norm").max() == 0:
         return "never updated although it has a gradient (not in the optimiser, learning rate 0, or rounded away)"
     changed = last("changed_share").median()
-    return f"rounded away: only {changed:.0%} of its elements with a gradient changed in a step" if changed < ev.limit("changed_share_limit") else ""
+    if not changed < ev.limit("changed_share_limit"): return ""
+    return f"rounded away: only {changed:.0%} of its elements with a gradient changed in a step"
 
+# %% ../nbs/10_diagnostics.ipynb #982dda39
 @rule(limit="changed_share_limit", threshold="changed share ≥ {:g}")
 def modules_train(ev):
     "Every module gets gradients and really changes."
     known = [m for m in MODULES if m != "scales" and ev.has(f"grad_norm/{m}")]
     if not known: return None
-    if ev.has("lr") and not (ev.series("lr") > 0).any(): return (LATER, None, "the learning rate is still 0") if len(ev.frame) < 5 else (FAIL, 0, "the learning rate is 0 at every step", "Set `learning_rate`.")
+    if ev.has("lr") and not (ev.series("lr") > 0).any():
+        return ((LATER, None, "the learning rate is still 0") if len(ev.frame) < 5
+                else (FAIL, 0, "the learning rate is 0 at every step", "Set `learning_rate`."))
     faults = {m: told for m in known if (told := _module_fault(ev, m))}
     if not faults: return PASS, f"{len(known)} of {len(known)}", f"{', '.join(known)} have gradients and change"
     return (FAIL, f"{len(known) - len(faults)} of {len(known)}", "; ".join(f"{m}: {told}" for m, told in faults.items()),
@@ -806,6 +862,7 @@ def bank_timetable(ev):
     on, accumulation = max(int(ev.params.get("memory_bank_warmup_steps", 50)), 1), int(ev.params.get("gradient_accumulation_steps", 1))
     return on, math.ceil(on / accumulation)
 
+# %% ../nbs/10_diagnostics.ipynb #0de0252c
 @rule("bank_enabled", threshold="on at memory_bank_warmup_steps")
 def bank_comes_on(ev):
     "The bank turns itself on at its region forward."
@@ -813,10 +870,16 @@ def bank_comes_on(ev):
     if plan is None and not ev.facts.get("bank_expected"): return None
     forward, step = plan or (50, 50)
     first = on[on > 0].index.min() if (on > 0).any() else None
-    if first is None and ev.last_step is not None and ev.last_step < step: return LATER, None, f"expected at region forward {forward}, optimiser step {step}"
-    if first is None: return FAIL, "off", f"never on in {f'{ev.last_step} steps' if ev.last_step else f'the {len(on)} looks of this log'}, expected at step {step}: the counter does not tick, or restarts", "Call bank.tick() once per region forward and save its counter with the checkpoint."
-    if plan is None or abs(first - step) <= 1 or first == on.index.min(): return PASS, f"step {first:g}", f"expected at region forward {forward}, optimiser step {step}"
-    return FAIL, f"step {first:g}", f"on at step {first:g}, expected at step {step} (region forward {forward})", "Find out what the counter counts: forwards, micro-batches or optimiser steps."
+    if first is None and ev.last_step is not None and ev.last_step < step:
+        return LATER, None, f"expected at region forward {forward}, optimiser step {step}"
+    if first is None:
+        span = f"{ev.last_step} steps" if ev.last_step else f"the {len(on)} looks of this log"
+        return (FAIL, "off", f"never on in {span}, expected at step {step}: the counter does not tick, or restarts",
+                "Call bank.tick() once per region forward and save its counter with the checkpoint.")
+    if plan is None or abs(first - step) <= 1 or first == on.index.min():
+        return PASS, f"step {first:g}", f"expected at region forward {forward}, optimiser step {step}"
+    return (FAIL, f"step {first:g}", f"on at step {first:g}, expected at step {step} (region forward {forward})",
+            "Find out what the counter counts: forwards, micro-batches or optimiser steps.")
 
 # %% ../nbs/10_diagnostics.ipynb #2e469b4d
 @rule(("bank_enabled", "bank_len"), threshold="grows from 0, full in the end")
@@ -829,24 +892,31 @@ def bank_fills(ev):
     length, needed = float(ev.series("bank_len").iloc[-1]), math.ceil(size / max(regions, 1e-9)) + 1
     if length >= size or ev.series("bank_full").iloc[-1] > 0: return PASS, f"{length:.0f} of {size}", "full"
     if len(on) < 2 * needed: return LATER, f"{length:.0f} of {size}", f"needs about {needed} steps after coming on, had {len(on)}"
-    return FAIL, f"{length:.0f} of {size}", f"not full {len(on)} steps after coming on; {needed} should do", "Rows are refused (zero or non-finite) or not pushed: look at zero_share_region."
+    return (FAIL, f"{length:.0f} of {size}", f"not full {len(on)} steps after coming on; {needed} should do",
+            "Rows are refused (zero or non-finite) or not pushed: look at zero_share_region.")
 
+# %% ../nbs/10_diagnostics.ipynb #fb6565fd
 @rule("bank_zero_share", threshold="no zero, few equal entries")
 def bank_clean(ev):
     "No zero vectors and no heap of equal vectors in the bank."
     zero, equal = float(ev.series("bank_zero_share").max()), float(ev.series("bank_equal_share").tail(10).median())
     if zero == 0 and not equal > ev.limit("equal_share_limit"): return PASS, equal, f"{equal:.0%} of the entries equal another one"
-    return FAIL, max(zero, equal), f"up to {zero:.0%} zero and {equal:.0%} equal entries: useless negatives that only raise the candidate count", "Push only finite, non-zero regions, each forward's own; check for repeated or blank inputs."
+    return (FAIL, max(zero, equal), f"up to {zero:.0%} zero and {equal:.0%} equal entries: useless negatives that only raise chance",
+            "Push only finite, non-zero regions, each forward's own; check for repeated or blank inputs.")
 
+# %% ../nbs/10_diagnostics.ipynb #40bfae98
 @rule("bank_age_max", threshold="age ≤ 2 K / regions per forward")
 def bank_fresh(ev):
     "Entries are as young as a first-in-first-out bank makes them, and still resemble their regions."
     age, size = float(ev.series("bank_age_max").iloc[-1]), ev.params.get("memory_bank_size") or ev.series("bank_len").max()
     per_forward = ev.series("regions").mean() / max(int(ev.params.get("gradient_accumulation_steps", 1)), 1)
     oldest, drift = 2 * size / max(per_forward, 1e-9) + 2, ev.series("bank_drift_cosine").tail(10)
-    if age > oldest: return FAIL, age, f"an entry is {age:.0f} forwards old, {oldest / 2:.0f} would be usual: old entries are not overwritten", "Check the pointer: a bank that is not pushed to, or restored without its pointer, keeps old entries."
+    if age > oldest:
+        return (FAIL, age, f"an entry is {age:.0f} forwards old, {oldest / 2:.0f} would be usual: old entries are not overwritten",
+                "Check the pointer: a bank that is not pushed to, or restored without its pointer, keeps old entries.")
     if len(drift) and drift.mean() < ev.limit("bank_drift_limit"):
-        return FAIL, float(drift.mean()), f"queued regions and the same regions now have cosine {drift.mean():.2f}: the features outrun the bank", "Shrink the bank, lower the learning rate, or let the bank come on later."
+        return (FAIL, float(drift.mean()), f"queued regions and the same regions now: cosine {drift.mean():.2f}; the features outrun the bank",
+                "Shrink the bank, lower the learning rate, or let the bank come on later.")
     return PASS, age, "entries are young" + (f" and still resemble their regions (cosine {drift.mean():.2f})" if len(drift) else "")
 
 # %% ../nbs/10_diagnostics.ipynb #f78867be
@@ -856,8 +926,10 @@ def duplicate_floor_reached(ev):
     if ev.params.get("duplicates", "ignore") != "ignore": return PASS, 0.0, "equal captions are not counted as negatives"
     floor, loss = float(ev.series("duplicate_floor_region").tail(20).mean()), float(ev.series("loss_region").tail(20).mean())
     if floor < 0.05 or loss > floor + 0.1: return PASS, loss, f"floor {floor:.3f}, loss {loss:.3f}"
-    return FAIL, loss, f"the region loss {loss:.3f} stands on the floor {floor:.3f} that equal captions set: it cannot fall further", "Set `duplicates` to mask or positive."
+    return (FAIL, loss, f"the region loss {loss:.3f} stands on the floor {floor:.3f} that equal captions set: it cannot fall further",
+            "Set `duplicates` to mask or positive.")
 
+# %% ../nbs/10_diagnostics.ipynb #cc7d5a07
 def _rise(ev, kind):
     "(first mean, last mean, noise, window) of a loss, or None when it is too short."
     loss = ev.series(f"loss_{kind}")
@@ -866,6 +938,7 @@ def _rise(ev, kind):
     (a, da), (b, db) = interval(loss.head(n)), interval(loss.tail(n))
     return a, b, math.hypot(da, db), n
 
+# %% ../nbs/10_diagnostics.ipynb #d2cd745b
 def _rise_cause(ev, kind, n):
     "(what raised the loss, by how much it was expected to) or None."
     rise = lambda s: float(s.tail(n).mean() - s.head(n).mean()) if len(s) else 0.0
@@ -876,7 +949,8 @@ def _rise_cause(ev, kind, n):
         who = f"the memory bank came on (K = {bank:.0f})" if bank else "the batch holds more candidates"
         return f"{who}: {first:.0f} → {last:.0f} candidates raise chance by {expected:.2f}", expected
     scale = ev.series("logit_scale_finegraind" if kind == "region" else "logit_scale")
-    if rise(scale) > 0.2: return f"the temperature rose from ×{math.exp(scale.head(n).mean()):.1f} to ×{math.exp(scale.tail(n).mean()):.1f}", math.inf
+    if rise(scale) > 0.2:
+        return f"the temperature rose from ×{math.exp(scale.head(n).mean()):.1f} to ×{math.exp(scale.tail(n).mean()):.1f}", math.inf
     return None
 
 # %% ../nbs/10_diagnostics.ipynb #ed508d47
@@ -888,10 +962,13 @@ def _judge_rise(ev, kind):
     if rise <= max(0.05, noise): return PASS, rise, f"{first:.3f} → {last:.3f}"
     cause = _rise_cause(ev, kind, n)
     if cause and cause[1] >= 0.5 * rise:
-        return UNLIKE, rise, f"the {kind} loss rose by {rise:.2f} because {cause[0]}; no divergence", "Compare loss / chance, or the in-batch part, before and after."
+        return (UNLIKE, rise, f"the {kind} loss rose by {rise:.2f} because {cause[0]}; no divergence",
+                "Compare loss / chance, or the in-batch part, before and after.")
     part = f" ({cause[0]}, which explains only {cause[1]:.2f})" if cause else ", and neither candidates nor temperature changed"
-    return FAIL, rise, f"the {kind} loss rose from {first:.3f} to {last:.3f}{part}: it diverges", "Lower the learning rate; look at grad_norm and at the logits' range over steps."
+    return (FAIL, rise, f"the {kind} loss rose from {first:.3f} to {last:.3f}{part}: it diverges",
+            "Lower the learning rate; look at grad_norm and at the logits' range over steps.")
 
+# %% ../nbs/10_diagnostics.ipynb #a4873216
 @rule("loss_region", threshold="no rise, first to last 20 steps")
 def region_loss_rise(ev): return _judge_rise(ev, "region")
 
@@ -906,6 +983,7 @@ def _above_luck(ev, kind, n):
     luck, rows = float((1 / size).mean()), float(size.min()) * len(top1)
     return float(top1.mean()) > luck + 3 * math.sqrt(luck * (1 - luck) / max(rows, 1))
 
+# %% ../nbs/10_diagnostics.ipynb #38eaa355
 def _judge_chance(ev, kind):
     loss = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
     level = chance(ev, "region_in_batch" if kind == "region" and ev.has("loss_region_in_batch") else kind)
@@ -915,10 +993,14 @@ def _judge_chance(ev, kind):
     mean, ln = float(loss.tail(20).mean()), float(level.tail(20).mean())
     if value < ev.limit("chance_ratio_limit"): return PASS, value, f"loss {mean:.3f}, chance {ln:.3f}"
     if ev.last_step is not None and ev.last_step < 50: return LATER, value, f"at chance ({mean:.3f}), as expected before step 50"
-    if _above_luck(ev, kind, 20): return PASS, value, f"loss {mean:.3f} is not under chance {ln:.3f}, but top-1 is above 1/N: the scale is high for these cosines"
-    return (FAIL, value, f"the {kind} loss {mean:.3f} is at chance: ln of {math.exp(ln):.3g} candidates is {ln:.3f}; the features tell nothing yet",
-            "Nothing is stuck in the loss itself: check what feeds it (pairing of boxes and phrases, weights, learning rate, modules that train).")
+    if _above_luck(ev, kind, 20):
+        return PASS, value, f"loss {mean:.3f} is not under chance {ln:.3f}, but top-1 is above 1/N: the scale is high for these cosines"
+    return (FAIL, value, f"the {kind} loss {mean:.3f} is at chance: ln of {math.exp(ln):.3g} candidates is {ln:.3f}; the features tell "
+                         "nothing yet",
+            "Nothing is stuck in the loss itself: check what feeds it (pairing of boxes and phrases, weights, learning rate, modules "
+            "that train).")
 
+# %% ../nbs/10_diagnostics.ipynb #0fb1eabf
 @rule("loss_region", "chance_ratio_limit", "loss / chance < {:g}")
 def region_above_chance(ev): return _judge_chance(ev, "region")
 
@@ -935,13 +1017,15 @@ def noise_allows_a_verdict(ev):
     mean, half = interval(in_batch(ev).tail(20))
     if len(in_batch(ev)) < 20: return LATER, None, "fewer than 20 steps so far"
     if half <= ev.limit("noise_limit"): return PASS, half, f"{mean:.3f} ± {half:.3f}"
-    return UNLIKE, half, f"too noisy to tell: {mean:.2f} lies between {mean - half:.2f} and {mean + half:.2f} (95 %)", "More regions per forward or a lower temperature; compare longer means."
+    return (UNLIKE, half, f"too noisy to tell: {mean:.2f} lies between {mean - half:.2f} and {mean + half:.2f} (95 %)",
+            "More regions per forward or a lower temperature; compare longer means.")
 
 def val_loss(ev, kind):
     "Held-out loss by step; the global one is the mean over long and short captions."
     named = [ev.series(c) for c in (f"val_loss_{kind}", f"val_loss_{kind}_short", f"val_loss_{kind}_long") if ev.has(c)]
     return sum(named) / len(named) if named else ev.series(f"val_loss_{kind}")
 
+# %% ../nbs/10_diagnostics.ipynb #41e81ceb
 def _overfit(ev, kind):
     "(rise of the held-out loss over its best, in chance levels; best step; best; last) while the training loss fell, or None."
     val, train = val_loss(ev, kind), in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
@@ -950,16 +1034,21 @@ def _overfit(ev, kind):
     falls = float(train.tail(20).mean()) < float(train[train.index <= best].tail(20).mean())
     return (float(val.iloc[-1] - val.min()) / level if falls else 0.0), best, float(val.min()), float(val.iloc[-1])
 
+# %% ../nbs/10_diagnostics.ipynb #e0e1f78a
 @rule(limit="overfit_limit", threshold="rise < {:g} × chance")
 def no_overfitting(ev):
     "The held-out losses do not climb while the training losses fall."
     known = {k: found for k in ("global", "region") if (found := _overfit(ev, k))}
-    if not known: return (LATER, None, "fewer than three validations so far") if ev.has("val_loss_region") or ev.has("val_loss_global_short") else None
+    if not known:
+        return ((LATER, None, "fewer than three validations so far") if ev.has("val_loss_region") or ev.has("val_loss_global_short")
+                else None)
     kind = max(known, key=lambda k: known[k][0])
     rise, best, low, last = known[kind]
     if rise < ev.limit("overfit_limit"): return PASS, rise, f"held-out {kind} loss {last:.3f}, best {low:.3f} at step {best:g}"
-    return FAIL, rise, f"the held-out {kind} loss climbed from {low:.3f} (step {best:g}) to {last:.3f} while training fell: overfitting", f"Stop near step {best:g} (`early_stop`), use more data, or fewer steps."
+    return (FAIL, rise, f"the held-out {kind} loss climbed from {low:.3f} (step {best:g}) to {last:.3f} while training fell: overfitting",
+            f"Stop near step {best:g} (`early_stop`), use more data, or fewer steps.")
 
+# %% ../nbs/10_diagnostics.ipynb #d4b66b57
 @rule(limit="data_share_limit", threshold="share < {:g}")
 def not_data_bound(ev):
     "Steps do not wait for data."
@@ -967,7 +1056,8 @@ def not_data_bound(ev):
     t = ev.timing.iloc[5:]
     share = float(t["data_time_s"].sum() / max(t["step_time_s"].sum(), 1e-9))
     if share < ev.limit("data_share_limit"): return PASS, share, f"{share:.0%} of the time is spent waiting for data"
-    return FAIL, share, f"data-bound: {share:.0%} of the step time is spent waiting for data", "Raise `num_workers`, cache decoded images, or store them at training size."
+    return (FAIL, share, f"data-bound: {share:.0%} of the step time is spent waiting for data",
+            "Raise `num_workers`, cache decoded images, or store them at training size.")
 
 # %% ../nbs/10_diagnostics.ipynb #4b855e48
 @rule("logits_i2t_min", threshold="in [logits_low, logits_high]")
@@ -977,8 +1067,10 @@ def logits_in_range(ev):
     if not len(low): low, high = ev.series("logits_i2t_min").head(1), ev.series("logits_i2t_max").head(1)
     a, b = float(low.min()), float(high.max())
     value = f"{a:.4g} … {b:.4g}"
-    if ev.limit("logits_low") <= a and b <= ev.limit("logits_high"): return PASS, value, f"within {ev.limit('logits_low'):g} … {ev.limit('logits_high'):g}"
-    return FAIL, value, f"outside {ev.limit('logits_low'):g} … {ev.limit('logits_high'):g}", "Compare with the cosines: logits = exp(scale) × cosine. Wide logits at small cosines mean a high scale, not alignment."
+    if ev.limit("logits_low") <= a and b <= ev.limit("logits_high"):
+        return PASS, value, f"within {ev.limit('logits_low'):g} … {ev.limit('logits_high'):g}"
+    return (FAIL, value, f"outside {ev.limit('logits_low'):g} … {ev.limit('logits_high'):g}",
+            "Compare with the cosines: logits = exp(scale) × cosine. Wide logits at small cosines mean a high scale, not alignment.")
 
 # %% ../nbs/10_diagnostics.ipynb #4ddcd02d
 def _target(ev, step):
@@ -990,10 +1082,15 @@ def _target(ev, step):
     level = chance(ev, "region_in_batch")
     here, start = float(level.loc[step - 19:step].mean()), float(level.head(20).mean())
     told = f"{mean:.3f} ± {half:.3f} at {math.exp(here):.0f} candidates (chance {here:.2f})"
-    if here <= target: return UNLIKE, mean, f"{told}: chance itself is under the target", "Judge loss / chance, or use more regions per forward."
-    if abs(here - start) > 0.25 + 2 * float(level.std() or 0): return UNLIKE, mean, f"{told}, but {math.exp(start):.0f} candidates at the start", "Compare loss / chance."
-    return (PASS, mean, told) if mean < target else (FAIL, mean, told, "See the verdicts above for a cause; without one it is simply slower: compare with loss / chance.")
+    if here <= target:
+        return UNLIKE, mean, f"{told}: chance itself is under the target", "Judge loss / chance, or use more regions per forward."
+    if abs(here - start) > 0.25 + 2 * float(level.std() or 0):
+        return UNLIKE, mean, f"{told}, but {math.exp(start):.0f} candidates at the start", "Compare loss / chance."
+    return ((PASS, mean, told) if mean < target else (FAIL, mean, told,
+                                                      "See the verdicts above for a cause; without one it is simply slower: compare with "
+                                                      "loss / chance."))
 
+# %% ../nbs/10_diagnostics.ipynb #e514dc22
 @rule("loss_region", "region_loss_target_50", "< {:g}")
 def region_loss_by_step_50(ev): return _target(ev, 50)
 
@@ -1011,8 +1108,10 @@ def no_large_oscillation(ev):
     if len(smooth) < 20: return LATER, None, "judged from step 70 on"
     swing = float((smooth - smooth.cummin()).max())
     if swing < ev.limit("oscillation_limit"): return PASS, swing, "largest climb of the 20-step mean"
-    return FAIL, swing, f"the 20-step mean climbed by {swing:.2f} after having been lower", "Lower the learning rate or lengthen its warm-up."
+    return (FAIL, swing, f"the 20-step mean climbed by {swing:.2f} after having been lower",
+            "Lower the learning rate or lengthen its warm-up.")
 
+# %% ../nbs/10_diagnostics.ipynb #65851477
 @rule(("loss_region", "loss_global"), threshold="both fall")
 def losses_fall_together(ev):
     "Global and region loss, each over its chance level, first against last 20 steps."
@@ -1024,7 +1123,8 @@ def losses_fall_together(ev):
     value = ", ".join(f"{k} {v:+.2f}" for k, v in fall.items())
     if all(v < -0.02 for v in fall.values()): return PASS, value, "of the chance level, first to last 20 steps"
     stays = " and ".join(k for k, v in fall.items() if v >= -0.02)
-    return FAIL, value, f"{stays} did not fall", "A loss at chance beside a falling one points at its own inputs (boxes, phrases), not at the optimiser."
+    return (FAIL, value, f"{stays} did not fall", "A loss at chance beside a falling one points at its own inputs (boxes, phrases), not "
+                                                  "at the optimiser.")
 
 # %% ../nbs/10_diagnostics.ipynb #b00a430a
 @rule(("val_mean_rank", "val_mean_rank_chance_low"), threshold="beyond the permutation interval")
@@ -1032,12 +1132,15 @@ def held_out_above_chance(ev):
     "Held-out caption retrieval is better than shuffled pairs are (mean rank or R@10, 95 % permutation interval)."
     last = lambda c: float(ev.series(c).iloc[-1]) if ev.has(c) else math.nan
     rank, low, r10, high = map(last, ("val_mean_rank", "val_mean_rank_chance_low", "val_r10", "val_r10_chance_high"))
-    told = f"mean rank {rank:.1f} (chance {last('val_mean_rank_chance'):.1f}, interval from {low:.1f}), R@10 {r10:.2f} (interval to {high:.2f})"
+    told = (f"mean rank {rank:.1f} (chance {last('val_mean_rank_chance'):.1f}, interval from {low:.1f}), R@10 {r10:.2f} (interval to "
+            f"{high:.2f})")
     if rank < low or r10 > high: return PASS, rank, told
-    return FAIL, rank, f"held-out retrieval cannot be told from luck: {told}", "More data or more steps; if the training loss fell, it was learnt by heart."
+    return (FAIL, rank, f"held-out retrieval cannot be told from luck: {told}",
+            "More data or more steps; if the training loss fell, it was learnt by heart.")
 
 # %% ../nbs/10_diagnostics.ipynb #39c0082c
-CRITERIA = ("held_out_above_chance", "logits_in_range", "region_loss_by_step_50", "region_loss_by_step_200", "region_loss_by_step_500", "no_large_oscillation", "losses_fall_together")
+CRITERIA = ("held_out_above_chance", "logits_in_range", "region_loss_by_step_50", "region_loss_by_step_200", "region_loss_by_step_500",
+            "no_large_oscillation", "losses_fall_together")
 
 # %% ../nbs/10_diagnostics.ipynb #027a5f35
 def run_evidence(run) -> Evidence:
@@ -1055,6 +1158,7 @@ def verdicts(source) -> list:
     found = [r(ev) for r in RULES.values()] if len(ev.frame) or ev.facts else []
     return [v for v in found if v is not None]
 
+# %% ../nbs/10_diagnostics.ipynb #ae71e7fa
 def by_cause(found: list) -> list:
     "The tripped verdicts, most telling first: failures before incomparable figures, causes before criteria."
     return sorted((v for v in found if v.tripped), key=lambda v: (v.name in CRITERIA, v.result != FAIL))
@@ -1063,14 +1167,16 @@ def headline(found: list) -> str:
     "The most likely cause in a sentence."
     tripped = by_cause(found)
     if not found: return "Nothing to judge yet."
-    if not tripped: return "No rule tripped: " + ", ".join(f"{n} {r}" for r in (PASS, LATER) if (n := sum(v.result == r for v in found))) + "."
+    if not tripped:
+        return "No rule tripped: " + ", ".join(f"{n} {r}" for r in (PASS, LATER) if (n := sum(v.result == r for v in found))) + "."
     return f"{tripped[0].name}: {tripped[0].why}."
 
 # %% ../nbs/10_diagnostics.ipynb #0ab301c2
 ALIASES = dict(total="loss", total_loss="loss", region="loss_region", region_loss="loss_region", hard="loss_hard", hard_loss="loss_hard",
                global_loss="loss_global", candidates="candidates_region", learning_rate="lr", num_regions="regions", n_regions="regions",
                valid_regions="regions", boxes="regions", training_step="forwards", global_step="step", finegrained="logit_scale_finegraind",
-               logit_scale_finegrained="logit_scale_finegraind", eval_loss="val_loss", region_in_batch="loss_region_in_batch", candidates_in_batch="candidates_region_in_batch")
+               logit_scale_finegrained="logit_scale_finegraind", eval_loss="val_loss", region_in_batch="loss_region_in_batch",
+               candidates_in_batch="candidates_region_in_batch")
 ALIASES["global"] = "loss_global"
 
 def column_of(name: str) -> str:
@@ -1084,7 +1190,9 @@ def column_of(name: str) -> str:
 # %% ../nbs/10_diagnostics.ipynb #7ca2061c
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf"
 PAIR = re.compile(rf"([A-Za-z_][\w/]*)\s*[=:]\s*\[?({NUMBER}|True|False)(?![\w.])")
-FACTS = dict(loaded_scale_finegraind=rf"logit_scale \(fine-?grained\)\s*[:=]\s*({NUMBER})", loaded_scale=rf"(?:Loaded logit_scale|logit_scale\w*)\s*[=:]\s*({NUMBER})",
+
+FACTS = dict(loaded_scale_finegraind=rf"logit_scale \(fine-?grained\)\s*[:=]\s*({NUMBER})", loaded_scale=
+             rf"(?:Loaded logit_scale|logit_scale\w*)\s*[=:]\s*({NUMBER})",
              bank_forward=r"\[Memory Bank\] enabled @ training_step (\d+)", bank_step=r"\[Memory Bank\] enabled @ .*optimizer step (\d+)")
 
 def text_facts(path) -> dict:
@@ -1093,6 +1201,7 @@ def text_facts(path) -> dict:
     found = {k: float(m[1]) for k, pattern in FACTS.items() if (m := re.search(pattern, text, re.IGNORECASE))}
     return found | (dict(bank_expected=True) if re.search(r"memory.?bank", text, re.IGNORECASE) else {})
 
+# %% ../nbs/10_diagnostics.ipynb #8a53661e
 def _pairs(line) -> dict:
     value = lambda v: {"true": 1.0, "false": 0.0}.get(v.lower()) if v.lower() in ("true", "false") else float(v)
     return {k: value(v) for k, v in PAIR.findall(line)}
@@ -1101,16 +1210,19 @@ def _pairs(line) -> dict:
 def _diag_columns(line: str) -> dict:
     "Columns of one diagnostic line, whatever it is about."
     pairs, out = _pairs(line), {}
-    if m := re.search(r"(logits|cosine)_(i2t|region)\b", line): out |= {f"{m[0]}_{k}": v for k, v in pairs.items() if k in ("min", "max", "mean", "std")}
+    if m := re.search(r"(logits|cosine)_(i2t|region)\b", line):
+        out |= {f"{m[0]}_{k}": v for k, v in pairs.items() if k in ("min", "max", "mean", "std")}
     elif m := re.search(r"(img|image|region|roi)\w*_norms?\b", line):
         kind = "image" if m[1] in ("img", "image") else "region"
         out |= {f"norm_{kind}_{k}": v for k, v in pairs.items() if k in ("min", "mean", "max")}
         if kind == "region": out["zero_share_region"] = pairs.get("zero_share", float(pairs.get("min", 1) == 0))
     elif re.search(r"memory.?bank\b.*ptr", line, re.IGNORECASE):
-        out |= dict(bank_ptr=pairs.get("ptr", 0), bank_full=pairs.get("full", 0), bank_enabled=pairs.get("enabled", float(pairs.get("ptr", 0) + pairs.get("full", 0) > 0)))
+        out |= dict(bank_ptr=pairs.get("ptr", 0), bank_full=pairs.get("full", 0),
+                    bank_enabled=pairs.get("enabled", float(pairs.get("ptr", 0) + pairs.get("full", 0) > 0)))
         if "len" in pairs: out["bank_len"] = pairs["len"]
     else: out |= {column_of(k): v for k, v in pairs.items() if k not in ("exp", "min", "max", "mean", "std")}
-    if m := re.search(r"\b(\d+) (?:valid )?(?:regions|boxes)\b|region\w*features?\W+(?:shape\W+)?(?:torch\.Size)?\W*(\d+)\s*,", line): out["regions"] = float(m[1] or m[2])
+    if m := re.search(r"\b(\d+) (?:valid )?(?:regions|boxes)\b|region\w*features?\W+(?:shape\W+)?(?:torch\.Size)?\W*(\d+)\s*,", line):
+        out["regions"] = float(m[1] or m[2])
     if m := re.search(r"\bstep\s+(\d+)", line, re.IGNORECASE): out["step"] = float(m[1])
     return out
 
@@ -1120,6 +1232,7 @@ def _joined(old: dict, new: dict) -> dict:
     pick = lambda k: min if k.endswith("_min") else max if k.endswith(("_max", "zero_share_region")) else lambda a, b: b
     return old | {k: pick(k)(old[k], v) if k in old else v for k, v in new.items()}
 
+# %% ../nbs/10_diagnostics.ipynb #acbd7964
 def text_rows(lines) -> list:
     "Rows of a text log: one per `[LOSS]` line with the diagnostics before it, or one per repeated diagnostic when there are none."
     lines, rows, current, on = list(lines), [], {}, False
@@ -1149,6 +1262,7 @@ def trainer_state_rows(path) -> list:
     history = json.loads(Path(path).read_text())["log_history"]
     return _by_step((r["step"], column_of(k), v) for r in history for k, v in r.items() if k != "step" and isinstance(v, (int, float)))
 
+# %% ../nbs/10_diagnostics.ipynb #168fdb7d
 def event_rows(path) -> list:
     "Rows of the scalars in a TensorBoard event file, or in the folder that holds some."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, SCALARS
@@ -1163,8 +1277,9 @@ def _without_bank_only_zero(rows, facts):
         if "zero_share_region" not in r and r.get("norm_region_min") == 0: r["zero_share_region"] = 1.0
     return rows, facts | (dict(bank_expected=True) if any("bank_ptr" in r for r in rows) else {})
 
+# %% ../nbs/10_diagnostics.ipynb #9f4792a8
 def evidence(source) -> Evidence:
-    "Evidence from a Run, a run folder, a DataFrame of steps, a TensorBoard file or folder, a trainer_state.json or a text log. Raises DataError."
+    "Evidence from a Run or its folder, a DataFrame, TensorBoard events, trainer_state.json or a text log. Raises DataError."
     if isinstance(source, Run): return run_evidence(source)
     if hasattr(source, "columns"): return Evidence(metrics_frame(source))
     path = Path(source)
@@ -1173,6 +1288,7 @@ def evidence(source) -> Evidence:
     if path.name == "metrics.jsonl": return Evidence(metrics_frame(read_jsonl(path)), source=str(path))
     return _foreign(path)
 
+# %% ../nbs/10_diagnostics.ipynb #34e46af2
 def _foreign(path) -> Evidence:
     facts = {}
     if path.is_dir() and (path/"trainer_state.json").exists(): path = path/"trainer_state.json"
@@ -1180,7 +1296,8 @@ def _foreign(path) -> Evidence:
     elif path.suffix == ".json": rows = trainer_state_rows(path)
     else: rows, facts = text_rows(path.read_text(encoding="utf-8", errors="replace").splitlines()), text_facts(path)
     rows, facts = _without_bank_only_zero(rows, facts)
-    if not rows and not facts: raise DataError(f"{path}: no run folder, no TensorBoard scalars, no log_history, and no [LOSS] or [DIAG] lines")
+    if not rows and not facts:
+        raise DataError(f"{path}: no run folder, no TensorBoard scalars, no log_history, and no [LOSS] or [DIAG] lines")
     return Evidence(metrics_frame(rows), facts=facts, source=str(path))
 
 # %% ../nbs/10_diagnostics.ipynb #8db11f32
@@ -1190,13 +1307,16 @@ RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY}
 @lru_cache
 def _pyplot():
     import matplotlib.pyplot as plt, seaborn as sns
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85, rc={"axes.titleweight": "bold", "legend.frameon": False, "figure.dpi": 100})
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85,
+                  rc={"axes.titleweight": "bold", "legend.frameon": False, "figure.dpi": 100})
     return plt
 
+# %% ../nbs/10_diagnostics.ipynb #1dc34780
 def new_figure(title, columns=1, rows=1, width=None, height=2.9):
     "A figure with a title and a list of its axes; closed for pyplot, so that a notebook shows it once."
     plt = _pyplot()
-    fig, axes = plt.subplots(rows, columns, figsize=(width or min(4.6 * columns + 0.6, 13), height * rows + 0.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(width or min(4.6 * columns + 0.6, 13), height * rows + 0.4), layout="constrained",
+                             squeeze=False)
     fig.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     plt.close(fig)
     return fig, list(axes.flat)
@@ -1221,6 +1341,7 @@ def _mark_bank(ax, ev):
     on = ev.series("bank_enabled")
     if (on > 0).any() and not (on > 0).all(): ax.axvline((on > 0).idxmax(), color=PURPLE, ls=":", lw=1.5, label="bank on")
 
+# %% ../nbs/10_diagnostics.ipynb #983302e9
 def _as_evidence(source): return source if isinstance(source, Evidence) else evidence(source)
 
 # %% ../nbs/10_diagnostics.ipynb #ebe29bf1
@@ -1231,13 +1352,15 @@ def _plot_loss(ax, ev, kind):
         if not ev.has(column): continue
         _smooth(ax, ev.series(column), "in batch" if level.endswith("batch") else "loss", colour)
         known = chance(ev, level)
-        if len(known): ax.plot(known.index, known, "--", color=colour, lw=1.2, label="chance, in batch" if level.endswith("batch") else "chance")
+        if len(known):
+            ax.plot(known.index, known, "--", color=colour, lw=1.2, label="chance, in batch" if level.endswith("batch") else "chance")
     _mark_bank(ax, ev)
     n = candidates(ev, kind).tail(20).mean()
     ax.set(title=f"{kind}" + (f" ({n:.0f} candidates)" if n == n else ""), xlabel="optimiser step", ylabel="loss (nats)")
     ax.set_ylim(0, ax.get_ylim()[1] * 1.35)        # room for the legend
     ax.legend(fontsize=8, ncols=2, loc="upper right")
 
+# %% ../nbs/10_diagnostics.ipynb #83a8915a
 def plot_losses(source):
     "Each loss with its moving mean and its chance level."
     ev = _as_evidence(source)
@@ -1257,6 +1380,7 @@ def _plot_band(ax, ev, name, colour):
     if len(q["p50"]): ax.plot(q["p50"].index, q["p50"], color=colour, lw=2, label="median")
     elif len(q["min"]): ax.fill_between(q["min"].index, q["min"], q["max"], color=colour, alpha=0.12)
 
+# %% ../nbs/10_diagnostics.ipynb #de4f6cad
 def plot_similarities(source):
     "Logits and cosines, image-text and region-phrase, as percentile bands over steps."
     ev = _as_evidence(source)
@@ -1265,12 +1389,13 @@ def plot_similarities(source):
     for ax, (what, pair) in zip(axes, ((w, p) for p in PAIRS for w in ("logits", "cosine"))):
         if not ev.has(f"{what}_{pair}_min"): _empty(ax, f"no {told[pair]} {what} recorded"); continue
         _plot_band(ax, ev, f"{what}_{pair}", BLUE if what == "logits" else GREEN)
-        ax.set(title=f"{told[pair]} {'logits' if what == 'logits' else 'cosines'}", xlabel="optimiser step", ylabel="logit" if what == "logits" else "cosine")
+        ax.set(title=f"{told[pair]} {what.rstrip('s')}s", xlabel="optimiser step", ylabel=what.rstrip("s"))
         ax.legend(fontsize=8, ncols=2)
     return fig
 
 # %% ../nbs/10_diagnostics.ipynb #740077f6
-SCALES = (("logit_scale", "image–text", BLUE), ("logit_scale_finegraind", "region", GREEN), ("logit_scale_hardneg", "hard negatives", ORANGE))
+SCALES = (("logit_scale", "image–text", BLUE), ("logit_scale_finegraind", "region", GREEN),
+          ("logit_scale_hardneg", "hard negatives", ORANGE))
 
 def plot_temperatures(source):
     "The stored temperatures and what they multiply by."
@@ -1302,7 +1427,8 @@ def plot_norms(source):
     for kind, colour in (("image", BLUE), ("region", GREEN)):
         _line(axes[2], ev, f"effective_rank_{kind}", kind, colour)
         _line(axes[2], ev, f"rows_{kind}", f"rows ({kind})", colour, ":", 1.1)
-    for ax, title, unit in zip(axes, ("mean norm before normalising", "regions of norm zero", "effective rank of the batch"), ("norm", "share", "directions")):
+    for ax, title, unit in zip(axes, ("mean norm before normalising", "regions of norm zero", "effective rank of the batch"),
+                               ("norm", "share", "directions")):
         ax.set(title=title, xlabel="optimiser step", ylabel=unit)
         if ax.lines: ax.legend(fontsize=8)
     return fig
@@ -1353,11 +1479,13 @@ def plot_validation(source):
         train, val = in_batch(ev) if kind == "region" else ev.series("loss_global"), val_loss(ev, kind)
         if len(val):
             axes[0].plot(val.index, val, "o-", color=colour, lw=1.8, ms=4, label=f"held-out {kind}")
-            axes[0].plot(train.index, train.rolling(20, min_periods=1).mean(), "--", color=colour, lw=1.2, label=f"training {kind}, 20-step mean")
+            axes[0].plot(train.index, train.rolling(20, min_periods=1).mean(), "--", color=colour, lw=1.2, label=
+                         f"training {kind}, 20-step mean")
     _line(axes[1], ev, "val_r10", "R@10", BLUE)
     if ev.has("val_r10_chance", "val_r10_chance_high"):
         _line(axes[1], ev, "val_r10_chance", "chance", GREY, "--")
-        axes[1].fill_between(ev.series("val_r10_chance").index, ev.series("val_r10_chance"), ev.series("val_r10_chance_high"), color=GREY, alpha=0.2, lw=0, label="luck, up to 95 %")
+        low, high = ev.series("val_r10_chance"), ev.series("val_r10_chance_high")
+        axes[1].fill_between(low.index, low, high, color=GREY, alpha=0.2, lw=0, label="luck, up to 95 %")
     axes[0].set(title="loss", xlabel="optimiser step", ylabel="loss (nats)")
     axes[1].set(title="caption retrieval", xlabel="optimiser step", ylabel="share found in the first 10", ylim=(0, None))
     for ax in axes: ax.legend(fontsize=8) if ax.lines else _empty(ax, "no validation yet")
@@ -1407,24 +1535,28 @@ class VerdictTable:
     def __len__(self): return len(self.found)
 
     def _repr_html_(self):
-        styles = {(r, 3): f"color:#fff;background:{RESULT_COLOURS[v.result]};font-weight:600;white-space:nowrap" for r, v in enumerate(self.found)}
+        styles = {(r, 3): f"color:#fff;background:{RESULT_COLOURS[v.result]};font-weight:600;white-space:nowrap" for r,
+                  v in enumerate(self.found)}
         return f"<p><b>{_escape(headline(self.found))}</b></p>" + html_table(self.head, self.rows(), styles)
 
     def __repr__(self):
-        lines = [f"  {result:<15}{name:<26}{value:<27} {why}" + (f"\n{'':70}→ {action}" if action else "") for name, value, _, result, why, action in self.rows()]
+        lines = [f"  {result:<15}{name:<26}{value:<27} {why}" + (f"\n{'':70}→ {action}" if action else "") for name, value, _, result,
+                 why, action in self.rows()]
         others = [v.name.replace("_", " ") for v in by_cause(self.found)[1:]]
         return "\n".join([headline(self.found), *([f"Also tripped: {', '.join(others)}."] if others else []), *lines])
 
+# %% ../nbs/10_diagnostics.ipynb #1a2bd01c
 def verdict_table(source) -> VerdictTable:
     "The verdict table of a run, a log, or a list of verdicts."
     return VerdictTable(source if isinstance(source, list) else verdicts(source))
 
 # %% ../nbs/10_diagnostics.ipynb #b21c07ab
 def phases(source) -> list:
-    "First 10 steps, bank coming on, steps 50 to 100, the rest: state (not reached, running, judged) and the rules that had tripped by its end."
+    "First 10 steps, bank coming on, steps 50 to 100, the rest: its state and the rules that had tripped by its end."
     ev = _as_evidence(source)
     plan, last, out = bank_timetable(ev), ev.last_step or 0, []
-    spans = [("first 10 steps", 1, 10), ("steps 50 to 100", 50, 100), ("after step 100", 101, int(ev.params.get("max_steps") or max(last, 101)))]
+    spans = [("first 10 steps", 1, 10), ("steps 50 to 100", 50, 100), ("after step 100", 101,
+                                                                       int(ev.params.get("max_steps") or max(last, 101)))]
     if plan: spans.insert(1, ("bank coming on", max(plan[1] - 5, 1), plan[1] + 10))
     for name, start, end in spans:
         state = "not reached" if last < start else "judged" if last >= end or ev.finished else "running"
@@ -1432,6 +1564,7 @@ def phases(source) -> list:
         out.append(dict(phase=name, steps=f"{start}–{end}", state=state, tripped=[v for v in found if v.tripped]))
     return out
 
+# %% ../nbs/10_diagnostics.ipynb #2e67c5c2
 def phase_lines(source) -> list:
     "The phases as text."
     told = lambda p: "; ".join(f"{v.name}: {v.why}" for v in p["tripped"]) or ("no rule tripped" if p["state"] != "not reached" else "")
@@ -1452,6 +1585,7 @@ td[data-h]:not(:empty)::before{content:attr(data-h) ": ";color:var(--soft)}}
 
 def _badge(result): return f'<span class="r" style="background:{RESULT_COLOURS[result]}">{result}</span>'
 
+# %% ../nbs/10_diagnostics.ipynb #8d467065
 def _rows_html(head, rows) -> str:
     "A table whose cells know their heading (for cards on narrow screens); cells are HTML already."
     body = "".join("<tr>" + "".join(f'<td data-h="{h}">{c}</td>' for h, c in zip(head, row)) + "</tr>" for row in rows)
@@ -1463,13 +1597,17 @@ def _cause_html(found) -> str:
     tripped = by_cause(found)
     tone = GREEN if not tripped else RESULT_COLOURS[tripped[0].result]
     if not tripped: told = f"<p><b>{_escape(headline(found))}</b></p>"
-    else: told = f"<p><b>{_escape(tripped[0].name.replace('_', ' '))}</b>: {_escape(tripped[0].why)}.</p><p>{_escape(tripped[0].next_action)}</p>"
+    else:
+        told = (f"<p><b>{_escape(tripped[0].name.replace('_', ' '))}</b>: "
+                f"{_escape(tripped[0].why)}.</p><p>{_escape(tripped[0].next_action)}</p>")
     others = ", ".join(_escape(v.name.replace("_", " ")) for v in tripped[1:])
     return f'<div class="cause" style="--tone:{tone}">{told}' + (f'<p class="soft">Also tripped: {others}</p>' if others else "") + "</div>"
 
+# %% ../nbs/10_diagnostics.ipynb #1d9715ae
 def _verdicts_html(found) -> str:
     return _rows_html(("verdict", "result", "value", "threshold", "why", "next"),
-                      [(_escape(v.name.replace("_", " ")), _badge(v.result), *map(_escape, (show(v.value), v.threshold, v.why, v.next_action))) for v in VerdictTable(found).found])
+                      [(_escape(v.name.replace("_", " ")), _badge(v.result),
+                        *map(_escape, (show(v.value), v.threshold, v.why, v.next_action))) for v in VerdictTable(found).found])
 
 def figure_uri(figure, dpi=80) -> str:
     "A figure as a data URI (PNG without metadata, so equal figures give equal text)."
@@ -1487,10 +1625,14 @@ def _first_on(ev, column):
 
 OBSERVED = {"total steps": lambda ev: ev.last_step, "regions per forward": lambda ev: float(candidates(ev, "region_in_batch").mean()),
             "bank on at forward": lambda ev: _first_on(ev, "bank_enabled"), "bank full at forward": lambda ev: _first_on(ev, "bank_full"),
-            "global chance level": lambda ev: float(chance(ev, "global").mean()), "region chance level, in batch": lambda ev: float(chance(ev, "region_in_batch").mean()),
-            "region chance level, full bank": lambda ev: float(chance(ev, "region").tail(20).mean()), "hard chance level": lambda ev: float(chance(ev, "hard").mean()),
-            "duplicate floor": lambda ev: float(ev.series("duplicate_floor_region").mean()), "logit_scale prints as": lambda ev: loaded_scale(ev)}
+            "global chance level": lambda ev: float(chance(ev, "global").mean()),
+            "region chance level, in batch": lambda ev: float(chance(ev, "region_in_batch").mean()),
+            "region chance level, full bank": lambda ev: float(chance(ev, "region").tail(20).mean()),
+            "hard chance level": lambda ev: float(chance(ev, "hard").mean()),
+            "duplicate floor": lambda ev: float(ev.series("duplicate_floor_region").mean()),
+            "logit_scale prints as": lambda ev: loaded_scale(ev)}
 
+# %% ../nbs/10_diagnostics.ipynb #22a6efdd
 def expected_and_observed(expected: list, ev: Evidence) -> list:
     "Rows (name, expected, observed, explanation) from `Expectations.as_dicts()` and the run's evidence."
     seen = {k: f(ev) for k, f in OBSERVED.items()} if len(ev.frame) else {}
@@ -1501,7 +1643,8 @@ def expected_and_observed(expected: list, ev: Evidence) -> list:
 def _report_parts(run, ev, found):
     "The sections of the report, in reading order."
     yield f"<h1>{_escape(run.name)}</h1>"
-    yield f'<p class="soft">{"finished" if run.finished else "still running or stopped"}, step {ev.last_step or 0} of {ev.params.get("max_steps") or "?"}</p>'
+    yield (f'<p class="soft">{"finished" if run.finished else "still running or stopped"}, step {ev.last_step or 0} of '
+           f'{ev.params.get("max_steps") or "?"}</p>')
     yield _cause_html(found)
     if not run.finished:
         cells = lambda p: (p["phase"], p["steps"], p["state"], _escape("; ".join(v.why for v in p["tripped"])))
@@ -1514,6 +1657,7 @@ def _report_parts(run, ev, found):
     for name, plot in PLOTS.items(): yield f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
     yield "<h2>Parameters</h2>" + _rows_html(("parameter", "value"), [(_escape(k), _escape(v)) for k, v in ev.params.items()])
 
+# %% ../nbs/10_diagnostics.ipynb #aff4ac91
 def report_html(run) -> str:
     "The whole report of a run folder as text; self-contained."
     run = run if isinstance(run, Run) else Run(run)
@@ -1544,27 +1688,38 @@ def _synthetic_row(step, p, rng) -> dict:
     held = int(min(max(forwards - p.warmup + 1, 0) * n, p.bank)) if not p.bank_off else 0
     noise = rng.normal(0, p.noise)
     level, whole = math.log(n), math.log(n + held)
-    row = dict(step=step, forwards=forwards, epoch=step / 20, regions=n * p.accumulation, loss_global=2.08 * (1 - 0.8 * know) + 0.05 * rng.normal(), chance_global=2.08,
+    row = dict(step=step, forwards=forwards, epoch=step / 20, regions=n * p.accumulation, loss_global=2.08 * (1 - 0.8 * know)
+               + 0.05 * rng.normal(), chance_global=2.08,
                candidates_global=8, loss_region_in_batch=max(level * (1 - 0.85 * know) + noise, 0.01), chance_region_in_batch=level,
-               loss_region=max(whole * (1 - 0.75 * know) + noise, 0.01), chance_region=whole, candidates_region=n + held, top1_global=0.125 + 0.8 * know,
-               top1_region=1 / (n + held) + 0.8 * know, positive_cosine_region=0.02 + 0.5 * know, hardest_negative_cosine_region=0.1 + 0.1 * know)
-    row |= dict(logit_scale=p.scale + 1e-5 * step, logit_scale_finegraind=p.scale + (0 if p.scale_stuck else 1e-5 * step), lr=p.lr, grad_norm=1.0, skipped=False)
+               loss_region=max(whole * (1 - 0.75 * know) + noise, 0.01), chance_region=whole, candidates_region=n + held,
+               top1_global=0.125 + 0.8 * know,
+               top1_region=1 / (n + held) + 0.8 * know, positive_cosine_region=0.02 + 0.5 * know, hardest_negative_cosine_region=0.1
+               + 0.1 * know)
+    row |= dict(logit_scale=p.scale + 1e-5 * step, logit_scale_finegraind=p.scale + (0 if p.scale_stuck else 1e-5 * step), lr=p.lr,
+                grad_norm=1.0, skipped=False)
     row |= dict(bank_enabled=held > 0, bank_ptr=held % max(p.bank, 1), bank_len=held, bank_full=held == p.bank > 0) if p.bank else {}
     return row | dict(loss=row["loss_global"] + 0.1 * row["loss_region"])
 
+# %% ../nbs/10_diagnostics.ipynb #ea174f8d
 def _synthetic_look(step, p, rng) -> dict:
     "The columns of a diagnostic step."
     out, know = {}, 0.0 if p.at_chance else 1 - math.exp(-step / p.pace)
     for pair in PAIRS:
-        cosines = dict(zip(QUANTILES, sorted(rng.normal(0.1 * know, 0.02 + 0.15 * know, 7)))) | dict(mean=0.1 * know, std=0.02 + 0.15 * know)
+        cosines = dict(zip(QUANTILES, sorted(rng.normal(0.1 * know, 0.02 + 0.15 * know, 7)))) | dict(mean=0.1 * know, std=0.02
+                + 0.15 * know)
         for k, v in cosines.items(): out |= {f"cosine_{pair}_{k}": v, f"logits_{pair}_{k}": v * math.exp(p.scale)}
-    out |= dict(norm_image_mean=8.0, norm_text_mean=9.0, norm_region_mean=7.0, zero_share_region=p.zeros, effective_rank_image=p.rank, effective_rank_region=p.rank,
+    out |= dict(norm_image_mean=8.0, norm_text_mean=9.0, norm_region_mean=7.0, zero_share_region=p.zeros, effective_rank_image=p.rank,
+                effective_rank_region=p.rank,
                 equal_share_image=0.0, equal_share_region=0.0, rows_image=8.0, rows_region=float(p.regions))
-    for m in MODULES: out |= {f"grad_norm/{m}": 0.5, f"update_norm/{m}": 0.0 if m == p.dead else 0.05, f"changed_share/{m}": p.changed, f"trainable_share/{m}": 1.0}
-    return out | (dict(bank_age_mean=p.bank / p.regions / 2, bank_age_max=p.bank / p.regions, bank_zero_share=0.0, bank_equal_share=0.0) if p.bank else {})
+    for m in MODULES:
+        out |= {f"grad_norm/{m}": 0.5, f"update_norm/{m}": 0.0 if m == p.dead else 0.05, f"changed_share/{m}": p.changed,
+                f"trainable_share/{m}": 1.0}
+    return (out | (dict(bank_age_mean=p.bank / p.regions / 2, bank_age_max=p.bank / p.regions, bank_zero_share=0.0, bank_equal_share=0.0)
+                   if p.bank else {}))
 
 # %% ../nbs/10_diagnostics.ipynb #e11d21d4
-WORLD = dict(steps=200, regions=12, accumulation=1, warmup=50, bank=0, bank_off=False, at_chance=False, pace=25.0, noise=0.08, scale=2.6592, scale_stuck=False,
+WORLD = dict(steps=200, regions=12, accumulation=1, warmup=50, bank=0, bank_off=False, at_chance=False, pace=25.0, noise=0.08,
+             scale=2.6592, scale_stuck=False,
              lr=1e-3, zeros=0.0, rank=6.0, dead="", changed=1.0, waiting=0.05, finished=True)
 
 def synthetic_run(path, seed=0, params=None, **changes) -> Run:
@@ -1573,9 +1728,12 @@ def synthetic_run(path, seed=0, params=None, **changes) -> Run:
     p, rng = SimpleNamespace(**(WORLD | changes)), np.random.default_rng(seed)
     path = Path(path); path.mkdir(parents=True, exist_ok=True)
     rows = [_synthetic_row(s, p, rng) | (_synthetic_look(s, p, rng) if s == 1 or s % 10 == 0 else {}) for s in range(1, p.steps + 1)]
-    write_atomic(path/"metrics.jsonl", "".join(json.dumps(jsonable({k: float(v) for k, v in r.items()} | {"step": r["step"]})) + "\n" for r in rows))
-    write_atomic(path/"timing.jsonl", "".join(json.dumps(dict(step=r["step"], step_time_s=0.1, data_time_s=0.1 * p.waiting, samples_per_s=80.0)) + "\n" for r in rows))
-    known = dict(logit_scale_init=2.6592, memory_bank_size=p.bank, memory_bank_warmup_steps=p.warmup, gradient_accumulation_steps=p.accumulation, max_steps=p.steps,
+    write_atomic(path/"metrics.jsonl", "".join(json.dumps(jsonable({k: float(v) for k, v in r.items()} | {"step": r["step"]})) + "\n"
+                                               for r in rows))
+    clock = dict(step_time_s=0.1, data_time_s=0.1 * p.waiting, samples_per_s=80.0)
+    write_atomic(path/"timing.jsonl", "".join(json.dumps(dict(step=r["step"], **clock)) + "\n" for r in rows))
+    known = dict(logit_scale_init=2.6592, memory_bank_size=p.bank, memory_bank_warmup_steps=p.warmup,
+                 gradient_accumulation_steps=p.accumulation, max_steps=p.steps,
                  duplicates="mask", seed=seed, learning_rate=p.lr)
     write_atomic(path/"params.yaml", yaml.safe_dump(known | (params or {}), sort_keys=False))
     if p.finished: write_atomic(path/"finished.json", json.dumps(dict(steps=p.steps)))
@@ -1592,10 +1750,12 @@ def verdict_text(source) -> str:
     if silent: lines.append("  not judged (the log lacks their columns): " + ", ".join(silent))
     return "\n".join(lines)
 
+# %% ../nbs/10_diagnostics.ipynb #0a7b8696
 def main(argv) -> int:
     "The command: 0, or 2 when a source could not be read."
     if not argv or argv[0] in ("-h", "--help"):
-        print("python -m fgclip_nb.diagnostics RUN_OR_LOG…\n\nVerdicts of run folders (finished or running), TensorBoard events, trainer_state.json, text logs.")
+        print("python -m fgclip_nb.diagnostics RUN_OR_LOG…\n\nVerdicts of run folders (finished or running), TensorBoard events, "
+              "trainer_state.json, text logs.")
         return 0 if argv else 2
     failed = 0
     for source in argv:

@@ -12,7 +12,8 @@ __all__ = ['WHEN_AND_WHERE', 'COLOURS', 'load_runs', 'flat', 'identity', 'differ
 import hashlib, itertools, json, math, os, shutil, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import ConfigError, DataError, NOT_IDENTITY, Run, TrainConfig, known_parameters, nearest, code_identity, project_root, read_jsonl, versions, write_atomic
+from .core import (ConfigError, DataError, NOT_IDENTITY, Run, TrainConfig, code_identity, known_parameters, nearest, project_root,
+                            read_jsonl, versions, write_atomic)
 from . import diagnostics as dx
 
 # %% ../nbs/12_runs.ipynb #7c0406e6
@@ -20,14 +21,16 @@ def load_runs(*where) -> list:
     "Runs in folders, below folders, or matching patterns, in natural order. Raises DataError naming a place without any."
     found = {}
     for place in where:
-        paths = [Path(place)] if Path(place).is_dir() else sorted(Path().glob(str(place))) if not os.path.isabs(place) else sorted(Path("/").glob(str(place)[1:]))
+        paths = ([Path(place)] if Path(place).is_dir() else sorted(Path().glob(str(place))) if not os.path.isabs(place)
+                 else sorted(Path("/").glob(str(place)[1:])))
         folders = [p for q in paths for p in ([q] if (q/"params.yaml").exists() else sorted(c.parent for c in q.rglob("params.yaml")))]
         if not folders: raise DataError(f"{place}: no run folder (a folder with params.yaml) there")
         found |= {p.resolve(): Run(p) for p in folders}
     return list(found.values())
 
 # %% ../nbs/12_runs.ipynb #0f805209
-WHEN_AND_WHERE = ("notebook", "started", "ended", "finished", "host", "process", "pid", "path", "folder", "command", "time", "duration", "peak", "cwd", "user", "resumed")
+WHEN_AND_WHERE = ("notebook", "started", "ended", "finished", "host", "process", "pid", "path", "folder", "command", "time", "duration",
+                  "peak", "cwd", "user", "resumed")
 
 def flat(values, prefix="") -> dict:
     "A nested dict as one level: `code.commit`."
@@ -40,12 +43,14 @@ def identity(run) -> dict:
     manifest = {k: v for k, v in flat(run.manifest()).items() if not any(w in k.lower() for w in WHEN_AND_WHERE)}
     return params | {f"manifest.{k}": v for k, v in manifest.items() if k not in ("seed",)}
 
+# %% ../nbs/12_runs.ipynb #6275ccec
 def differences(runs) -> dict:
     "name -> list of values (one per run) for all that differs between the runs."
     known = [identity(r) for r in runs]
     names = dict.fromkeys(k for i in known for k in i)
     packages = {i.get("manifest.code.package") for i in known}
-    if len(packages) == 1 and None not in packages: names = [k for k in names if not k.startswith("manifest.code.")]     # other commits, same package files
+    # other commits, same package files
+    if len(packages) == 1 and None not in packages: names = [k for k in names if not k.startswith("manifest.code.")]
     return {k: [i.get(k) for i in known] for k in names if len({json.dumps(i.get(k), default=str) for i in known}) > 1}
 
 # %% ../nbs/12_runs.ipynb #4dc57cfa
@@ -71,12 +76,15 @@ def _over_chance(ev, kind):
     ratio = (loss / dx.chance(ev, "region_in_batch" if kind == "region" else kind)).dropna()
     return float(ratio.tail(20).mean()) if len(ratio) else math.nan
 
+# %% ../nbs/12_runs.ipynb #c105197b
 def run_row(run) -> dict:
     "One run in numbers: where it stands, 20-step means over chance, held-out retrieval, verdicts."
     ev = dx.run_evidence(run)
     found = dx.verdicts(ev)
-    row = dict(run=run.name, state="finished" if run.finished else "unfinished", step=ev.last_step or 0, region_in_batch=float(dx.in_batch(ev).tail(20).mean()),
-               region_over_chance=_over_chance(ev, "region"), global_over_chance=_over_chance(ev, "global"), hard_over_chance=_over_chance(ev, "hard"))
+    row = dict(run=run.name, state="finished" if run.finished else "unfinished", step=ev.last_step or 0,
+               region_in_batch=float(dx.in_batch(ev).tail(20).mean()),
+               region_over_chance=_over_chance(ev, "region"), global_over_chance=_over_chance(ev, "global"),
+               hard_over_chance=_over_chance(ev, "hard"))
     for k in ("val_r10", "val_mean_rank", "val_loss_region"):
         if ev.has(k): row[k] = float(ev.series(k).iloc[-1])
     if ev.timing is not None: row["step_s"] = float(ev.timing["step_time_s"].median())
@@ -87,13 +95,19 @@ def comparability(runs) -> list:
     "Sentences that say what about these runs cannot be compared; empty when nothing stands in the way."
     d, rows = differences(runs), [(r.finished, len(r.metrics())) for r in runs]
     told = []
-    if not all(f for f, _ in rows): told.append("Unfinished: " + ", ".join(r.name for r, (f, _) in zip(runs, rows) if not f) + ". Their last figures are of an earlier stage.")
-    if len({n for _, n in rows}) > 1: told.append(f"Different lengths ({min(n for _, n in rows)} to {max(n for _, n in rows)} steps): compare at equal steps; the schedule ends differently.")
-    if any(k.startswith("manifest.data") or k in ("data", "min_area", "out_of_range") for k in d): told.append("Different data: losses and held-out scores are of different tasks.")
+    if not all(f for f, _ in rows):
+        told.append("Unfinished: " + ", ".join(r.name for r, (f, _) in zip(runs, rows) if not f) +
+                    ". Their last figures are of an earlier stage.")
+    if len({n for _, n in rows}) > 1:
+        told.append(f"Different lengths ({min(n for _, n in rows)} to {max(n for _, n in rows)} steps): compare at equal steps; the "
+                    "schedule ends differently.")
+    if any(k.startswith("manifest.data") or k in ("data", "min_area", "out_of_range") for k in d):
+        told.append("Different data: losses and held-out scores are of different tasks.")
     if any(k in d for k in ("batch_size", "max_regions", "memory_bank_size", "duplicates", "gradient_accumulation_steps")):
         told.append("Different numbers of candidates: raw losses do not compare; loss / chance and held-out scores do.")
     if any("code." in k for k in d): told.append("Different code: a difference may come from the code and not from a parameter.")
-    if any("versions." in k or "device" in k for k in d): told.append("Different versions or device: equal parameters and seeds give nearly, not bitwise, equal numbers.")
+    if any("versions." in k or "device" in k for k in d):
+        told.append("Different versions or device: equal parameters and seeds give nearly, not bitwise, equal numbers.")
     few = [k for k, g in groups(runs).items() if len(g) < 3]
     if few: told.append(f"Fewer than three seeds for: {'; '.join(few)}. A difference there may be luck.")
     return told
@@ -147,6 +161,7 @@ class Comparison:
         import pandas as pd
         return pd.DataFrame(differences(self.runs), index=[r.name for r in self.runs]).T
 
+# %% ../nbs/12_runs.ipynb #b282a5a1
 def compare(runs) -> Comparison:
     "Runs (a list of Run, or a folder or pattern) side by side: `.table`, `.spread`, `.differing`, `.notes`."
     return Comparison(load_runs(runs) if isinstance(runs, (str, Path)) else list(runs))
@@ -158,10 +173,13 @@ def _series(run, column):
     "A column of a run, smoothed over 20 steps; `<kind>/chance` is a loss over its chance level."
     ev = dx.run_evidence(run)
     kind, _, over = column.partition("/")
-    if over: s = (dx.in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")) / dx.chance(ev, "region_in_batch" if kind == "region" else kind)
+    if over:
+        s = (dx.in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")) / dx.chance(ev, "region_in_batch" if kind == "region"
+                else kind)
     else: s = ev.series(column)
     return s.dropna().rolling(20, min_periods=1).mean() if not column.startswith("val_") else s
 
+# %% ../nbs/12_runs.ipynb #c6bd0516
 def _overlay(ax, grouped, column):
     import pandas as pd
     for colour, (label, members) in zip(itertools.cycle(COLOURS), grouped.items()):
@@ -191,7 +209,8 @@ def expected_table(runs):
     parts = {}
     for r in runs:
         rows = dx.expected_and_observed(r.expectations(), dx.run_evidence(r))
-        for name, expected, observed, _ in rows: parts.setdefault((r.name, "expected"), {})[name] = expected; parts.setdefault((r.name, "observed"), {})[name] = observed
+        for name, expected, observed, _ in rows:
+            parts.setdefault((r.name, "expected"), {})[name] = expected; parts.setdefault((r.name, "observed"), {})[name] = observed
     return pd.DataFrame(parts)
 
 # %% ../nbs/12_runs.ipynb #ace2791d
@@ -208,9 +227,11 @@ class Reproduction:
         known = "".join(f"\n  differs: {m}" for m in self.mismatches)
         if self.equal: return f"bitwise equal over {self.steps} steps{known}"
         step, column, a, b = self.first
-        worst = f"; largest relative difference {self.largest[2]:.2g} in {self.largest[1]} at step {self.largest[0]}" if self.largest else ""
+        worst = (f"; largest relative difference {self.largest[2]:.2g} in {self.largest[1]} at step {self.largest[0]}" if self.largest else
+                 "")
         return f"not equal: {column} differs first, at step {step}: {a} before, {b} now{worst}{known}"
 
+# %% ../nbs/12_runs.ipynb #b5313d8d
 def _gap(a, b) -> float:
     try: a, b = float(a), float(b)
     except (TypeError, ValueError): return math.inf
@@ -221,7 +242,8 @@ def compare_metrics(before, now) -> Reproduction:
     a, b = list(read_jsonl(before)), list(read_jsonl(now))
     if Path(before).read_bytes() == Path(now).read_bytes(): return Reproduction(True, len(a))
     diffs = [(x.get("step"), k, x.get(k), y.get(k)) for x, y in zip(a, b) for k in x | y if x.get(k) != y.get(k)]
-    if not diffs: diffs = [(min(len(a), len(b)) + 1, "number of steps", len(a), len(b))] if len(a) != len(b) else [(1, "formatting", "", "")]
+    if not diffs:
+        diffs = [(min(len(a), len(b)) + 1, "number of steps", len(a), len(b))] if len(a) != len(b) else [(1, "formatting", "", "")]
     worst = max(((s, k, _gap(x, y)) for s, k, x, y in diffs if k != "number of steps"), key=lambda d: d[2], default=None)
     return Reproduction(False, len(b), diffs[0], worst)
 
@@ -230,17 +252,22 @@ def unlike_now(run) -> list:
     "Sentences about versions, code and data that are not as the run's manifest says."
     from fgclip_nb.training import prepare_data
     then = run.manifest()
-    now = dict(versions=versions(), code=code_identity(), data=dict(fingerprint=prepare_data(TrainConfig.from_params(run.params())).fingerprint))
-    a, b = ({k: v for part in now if part in x for k, v in flat(x[part], part).items()} for x in (then | dict(data=dict(fingerprint=then.get("data", {}).get("fingerprint"))), now))
+    now = dict(versions=versions(), code=code_identity(),
+               data=dict(fingerprint=prepare_data(TrainConfig.from_params(run.params())).fingerprint))
+    a, b = ({k: v for part in now if part in x for k, v in flat(x[part], part).items()}
+            for x in (then | dict(data=dict(fingerprint=then.get("data", {}).get("fingerprint"))), now))
     same_code = a.get("code.package") == b.get("code.package")          # another commit with the same package files is the same code
-    return [f"{k} was {a[k]!r} when the run was made and is {b.get(k)!r} now" for k in a if a[k] != b.get(k) and not (same_code and k.startswith("code."))]
+    return ([f"{k} was {a[k]!r} when the run was made and is {b.get(k)!r} now" for k in a if a[k] != b.get(k)
+             and not (same_code and k.startswith("code."))])
 
+# %% ../nbs/12_runs.ipynb #92687fb2
 def free_folder(path) -> Path:
     "`path`, or the first of `path-2`, `path-3`, … that does not exist."
     return next(p for n in itertools.count(1) if not (p := Path(path if n == 1 else f"{path}-{n}")).exists())
 
+# %% ../nbs/12_runs.ipynb #11ffcd85
 def reproduce(run, output=None, tell=None) -> Reproduction:
-    "Run a folder's parameters again into `output` (default `<run>-again`) and compare the metrics. `tell` gets a line per mismatch before it starts."
+    "Run a folder again into `output` (default `<run>-again`) and compare metrics. `tell` gets a line per mismatch before it starts."
     from fgclip_nb.training import train
     run = run if isinstance(run, Run) else Run(run)
     if not run.params(): raise DataError(f"{run.path}: no params.yaml there, so it is no run folder")
@@ -260,6 +287,7 @@ def parse_value(text: str):
     try: return float(value)
     except ValueError: return value
 
+# %% ../nbs/12_runs.ipynb #399e35eb
 def parse_grid(pairs) -> dict:
     "name -> list of values from (name, 'a,b,c') pairs. Raises ConfigError for an unknown name."
     grid = {}
@@ -273,6 +301,7 @@ def cells(grid: dict) -> list:
     "The grid's product as dicts of parameters, the last name varying fastest."
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
+# %% ../nbs/12_runs.ipynb #da32dacd
 def cell_name(params: dict) -> str:
     "A folder name for a cell: name=value, or a hash when that is too long."
     name = ",".join(f"{k}={v}" for k, v in params.items()).replace("/", "-").replace(" ", "")
@@ -283,7 +312,9 @@ def run_cell(notebook: str, folder: str, params: dict) -> str:
     "Execute the notebook with `params` into `<folder>.ipynb`, its run into `folder`; returns why it failed, or an empty text."
     import papermill
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(notebook, f"{folder}.ipynb", parameters=params | dict(output=str(folder)), progress_bar=False, cwd=os.getcwd())
+    try:
+        papermill.execute_notebook(notebook, f"{folder}.ipynb", parameters=params | dict(output=str(folder)), progress_bar=False,
+                                   cwd=os.getcwd())
     except papermill.PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"
     return "" if Run(folder).finished else f"the notebook ended, but the run did not finish; see {folder}.ipynb"
 
@@ -322,9 +353,12 @@ class Sweep:
         self.state[name] = "failed" if error else "finished"
         if error: self.errors[name] = error
         done = sum(s not in ("waiting",) for s in self.state.values())
-        tell(f"[{done}/{len(self.cells)}] {name}: {self.state[name]} after {time.monotonic() - started:.0f} s" + (f": {self.errors[name]}" if error else ""))
-        write_atomic(self.folder/"sweep.json", json.dumps(dict(notebook=self.notebook, state=self.state, errors=self.errors), indent=1) + "\n")
+        tell(f"[{done}/{len(self.cells)}] {name}: {self.state[name]} after {time.monotonic() - started:.0f} s"
+             + (f": {self.errors[name]}" if error else ""))
+        write_atomic(self.folder/"sweep.json", json.dumps(dict(notebook=self.notebook, state=self.state, errors=self.errors), indent=1) +
+                     "\n")
 
+# %% ../nbs/12_runs.ipynb #67623298
 def sweep_folder(notebook, grid) -> Path:
     "The default folder of a sweep: named by its notebook and grid, so that the same command goes on where it stopped."
     told = json.dumps([Path(notebook).stem, grid], sort_keys=True)
@@ -337,7 +371,8 @@ def _parser():
     sub = p.add_subparsers(dest="what", required=True)
     s = sub.add_parser("sweep", help="run a notebook over a grid of parameters; the same command again resumes")
     s.add_argument("notebook")
-    s.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUES"), help="parameter and its values, separated by commas")
+    s.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUES"), help=
+                   "parameter and its values, separated by commas")
     s.add_argument("--output", default="", help="folder of the sweep; default runs/sweep-<notebook>-<hash of the grid>")
     s.add_argument("--jobs", type=int, default=1, help="cells that run at a time (default 1)")
     s.add_argument("--cluster", default=None, help="submitit's executor: local, slurm, debug; default slurm where there is one, else local")
@@ -347,6 +382,7 @@ def _parser():
     r.add_argument("--output", default="", help="folder of the second run; default <run>-again")
     return p
 
+# %% ../nbs/12_runs.ipynb #8a482aef
 def _sweep_command(a) -> int:
     grid = parse_grid(a.pairs)
     sweep = Sweep(a.notebook, grid, a.output or sweep_folder(a.notebook, grid), a.jobs, a.cluster)
@@ -369,6 +405,7 @@ def _reproduce_command(a) -> int:
     print(result)
     return int(not result.equal)
 
+# %% ../nbs/12_runs.ipynb #1c473796
 def main(argv) -> int:
     "The command's exit status: 0; 1 = a cell failed or a run did not reproduce; 2 = wrong arguments."
     a = _parser().parse_args(argv)
