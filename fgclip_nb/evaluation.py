@@ -345,8 +345,8 @@ class _Frozen:
 
 class _EncoderBase:
     "The model, its sizes, and what went wrong on the way."
-    def __init__(self, model, image_size=None, batch_size=64, text_batch_size=512):
-        self.model, self.batch_size, self.text_batch_size = model, batch_size, text_batch_size
+    def __init__(self, model, image_size=None, batch_size=64, text_batch_size=512, frames=32):
+        self.model, self.batch_size, self.text_batch_size, self.frames = model, batch_size, text_batch_size, frames
         self.image_size, self.patch_size = image_size or vision_size(model)[0], vision_size(model)[1]
         self.context = {False: 77, True: 248 if _has_long_path(model) else 77}
         self.unreadable, self.cut, self._images, self._texts = [], set(), {}, {False: {}, True: {}}
@@ -376,18 +376,47 @@ class _ImageEncoder(_EncoderBase):
             rows, pixels = zip(*batch)
             yield list(rows), normalize(torch.from_numpy(np.stack(pixels)).to(self.device))
 
-    def images(self, paths):
-        "Global features of the readable files among `paths`: (float32 (k,D), rows (k,) int64). A file is encoded once."
-        known, paths = self._images, [str(p) for p in paths]
-        new = [p for p in dict.fromkeys(paths) if p not in known]
+    def _new_photos(self, paths):
+        "Encode photos that are not known yet."
+        new = [p for p in dict.fromkeys(paths) if (p, None) not in self._images]
+        for kept, pixels in self.pixel_batches(new):
+            self._images.update(zip([(new[i], None) for i in kept], _stack([_tensor(self.model.get_image_features(pixel_values=pixels))])))
+
+# %% ../nbs/09_evaluation.ipynb #f07a92bd
+def _is_clip(item): return getattr(item, "kind", "image") == "video"
+
+class _MediaEncoder(_ImageEncoder):
+    def clip(self, sample):
+        "(`ClipInputs`, normalised frames (T,3,S,S)) of a video sample, or None when it cannot be read (noted in `unreadable`)."
+        import torch
+        from fgclip_nb.media import clip_inputs, normalize
+        try: found = clip_inputs(sample, self.frames, self.image_size)
+        except DataError as e: return self.unreadable.append({"file": str(sample.media), "reason": str(e)})
+        return found, normalize(torch.from_numpy(found.frames).to(self.device))
+
+    def _in_parts(self, pixels, call):
+        "call(slice) over batches of frames, put together."
+        import torch
+        return torch.cat([call(slice(i, i + self.batch_size)) for i in range(0, len(pixels), self.batch_size)])
+
+    def _new_clip(self, sample, key):
+        "Encode a clip that is not known yet."
+        if key in self._images or (found := self.clip(sample)) is None: return
+        features = self._in_parts(found[1], lambda part: _tensor(self.model.get_image_features(pixel_values=found[1][part])))
+        self._images[key] = _stack([features.mean(0, keepdim=True)])[0]
+
+    def images(self, items):
+        "Global features of the readable ones among `items` (paths, or samples of photos and clips): (float32 (k,D), rows (k,) int64). Each is encoded once."
+        keys = [(str(getattr(x, "media", x)), getattr(x, "span", None) if _is_clip(x) else None) for x in items]
         with _Frozen(self.model):
-            for kept, pixels in self.pixel_batches(new):
-                known.update(zip([new[i] for i in kept], _stack([_tensor(self.model.get_image_features(pixel_values=pixels))])))
-        rows = [i for i, p in enumerate(paths) if p in known]
-        return (np.stack([known[paths[i]] for i in rows]) if rows else _stack([])), np.array(rows, dtype=np.int64)
+            self._new_photos([k[0] for k, x in zip(keys, items) if not _is_clip(x)])
+            for key, x in zip(keys, items):
+                if _is_clip(x): self._new_clip(x, key)
+        rows = [i for i, k in enumerate(keys) if k in self._images]
+        return (np.stack([self._images[keys[i]] for i in rows]) if rows else _stack([])), np.array(rows, dtype=np.int64)
 
 # %% ../nbs/09_evaluation.ipynb #728b4f5d
-class _TextEncoder(_ImageEncoder):
+class _TextEncoder(_MediaEncoder):
     def _encode(self, texts, long):
         "Features of one batch of distinct texts."
         from fgclip_nb.text import encode, tokenize
@@ -411,7 +440,7 @@ class _TextEncoder(_ImageEncoder):
 class Encoder(_TextEncoder):
     """A model seen through its features: batched, without gradient, returned as float32 arrays.
 
-    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call.
+    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call; frames: per clip.
     `unreadable` collects {file, reason} of images left out; `cut` the texts that were longer than the context."""
     @property
     def grid(self): return self.image_size // self.patch_size
@@ -429,10 +458,24 @@ class Encoder(_TextEncoder):
         rows = np.array(rows, dtype=np.int64).reshape(-1, 2)
         return _stack(parts), rows[:, 0], rows[:, 1]
 
+    def _clip_region(self, inputs, pixels, k):
+        "Mean feature (1,D) of region k over the frames that show it."
+        import torch
+        shown = np.flatnonzero(inputs.visible[k])
+        cells = torch.from_numpy(inputs.boxes[k][shown] * np.float32(self.grid)).to(self.device)[:, None]
+        call = lambda part: self.model.get_image_box_roi_features(pixels[shown[part]], box_info=list(cells[part]))
+        return self._in_parts(shown, call).mean(0, keepdim=True)
+
+    def clip_regions(self, sample, wanted):
+        "Regions of a clip for which wanted(region) holds and that are visible: (float32 (k,D), regions)."
+        if (found := self.clip(sample)) is None: return _stack([]), []
+        picked = [k for k, r in enumerate(found[0].regions) if wanted(r)]
+        with _Frozen(self.model): return _stack([self._clip_region(*found, k) for k in picked]), [found[0].regions[k] for k in picked]
+
     def describe(self):
         "Entries for the manifest."
         return {"class": type(self.model).__name__, "weights": weights_fingerprint(self.model), "image_size": self.image_size, "patch_size": self.patch_size,
-                "grid": self.grid, "context_length": {"short": self.context[False], "long": self.context[True]}}
+                "grid": self.grid, "frames_per_clip": self.frames, "context_length": {"short": self.context[False], "long": self.context[True]}}
 
     def dense(self, path):
         "Dense map of one image: float32 (grid, grid, D)."
@@ -483,7 +526,7 @@ class CaptionSet:
 
 def encode_captions(encoder, samples, long=False, most=5):
     "Encode the samples' photos and captions -> `CaptionSet`. Photos without a caption stay as distractors."
-    images, rows = encoder.images([s.media for s in samples])
+    images, rows = encoder.images(samples)
     kept = [samples[i] for i in rows]
     pairs = [(c, i) for i, s in enumerate(kept) for c in captions_of(s, long, most)]
     if not pairs: raise DataError(f"no readable photo with a {'long' if long else 'short'} caption among {len(samples)} samples")
@@ -667,16 +710,26 @@ class RegionSet:
     def groups(self): return [s.id for s, _ in self.items]
     def detail(self): return {"media": [s.media for s, _ in self.items], "box": [r.box for _, r in self.items]}
 
+def _photo_regions(encoder, picked):
+    "[(sample, regions with a box)] of photos -> features, [(sample, region)]."
+    features, _, rows = encoder.regions([s.media for s, _ in picked], [np.array([r.box for r in regions]) for _, regions in picked])
+    items = [(s, r) for s, regions in picked for r in regions]
+    return features, [items[i] for i in rows]
+
 def encode_regions(encoder, samples, wanted):
-    "Encode the regions for which wanted(region) holds, on readable photos -> `RegionSet`."
-    picked = [(s, [r for r in s.regions if wanted(r)]) for s in samples]
-    boxed = [(s, [r for r in regions if r.box is not None]) for s, regions in picked if s.kind == "image"]
-    boxed = [(s, regions) for s, regions in boxed if regions]
-    features, _, rows = encoder.regions([s.media for s, _ in boxed], [np.array([r.box for r in regions]) for _, regions in boxed])
-    items = [(s, r) for s, regions in boxed for r in regions]
-    asked = sum(len(regions) for _, regions in picked)
-    lost = {"no box in a photo": asked - len(items), "unreadable photo": len(items) - len(rows)}
-    return RegionSet(features, [items[i] for i in rows], {k: v for k, v in lost.items() if v})
+    "Encode the regions for which wanted(region) holds, on readable photos and clips -> `RegionSet`."
+    picked = [(s, regions) for s in samples if (regions := [r for r in s.regions if wanted(r)])]
+    boxed = [(s, [r for r in regions if r.box is not None]) for s, regions in picked if not _is_clip(s)]
+    parts = [_photo_regions(encoder, [(s, regions) for s, regions in boxed if regions])]
+    for s, _ in picked:
+        if not _is_clip(s): continue
+        features, regions = encoder.clip_regions(s, wanted)
+        parts.append((features, [(s, r) for r in regions]))
+    items = [item for _, part in parts for item in part]
+    asked, no_box = sum(len(r) for _, r in picked), sum(len(r) for s, r in picked if not _is_clip(s)) - sum(len(r) for _, r in boxed)
+    lost = {"no box in a photo": no_box, "unreadable or not visible": asked - no_box - len(items)}
+    features = [f for f, part in parts if part]
+    return RegionSet(np.concatenate(features) if features else parts[0][0], items, {k: v for k, v in lost.items() if v})
 
 # %% ../nbs/09_evaluation.ipynb #b862bc67
 def region_classification_task(encoder, samples, settings):
@@ -705,7 +758,7 @@ def classification_task(encoder, samples, settings):
     if not any(label_of(s.label, labels) is not None for s in named): labels = sorted({s.label for s in named})
     known = [s for s in named if label_of(s.label, labels) is not None]
     if not known: raise DataError(f"classification: none of the {len(samples)} samples has a label")
-    features, rows = encoder.images([s.media for s in known])
+    features, rows = encoder.images(known)
     kept, classes = [known[i] for i in rows], class_features(encoder, labels, read_templates(settings.templates))
     ranked = classify(features, classes, [label_of(s.label, labels) for s in kept], [s.id for s in kept], **settings.permute())
     lost = {"unreadable": len(known) - len(kept), "label not in the set": len(named) - len(known)}
@@ -994,7 +1047,9 @@ class CachedFeatures(_CachedBase):
         rows = [i for i, k in enumerate(keys) if k in table]
         return np.array([table[keys[i]] for i in rows], dtype=np.float32).reshape(len(rows), -1), np.array(rows, dtype=np.int64)
 
-    def images(self, paths): return self._pick(self._images, [Path(p).name for p in paths])
+    def images(self, items): return self._pick(self._images, [Path(getattr(x, "media", x)).name for x in items])
+
+    def clip_regions(self, sample, wanted): return np.zeros((0, 0), dtype=np.float32), []
 
     def texts(self, texts, long=False):
         missing = next((t for t in texts if t not in self._texts), None)
@@ -1381,7 +1436,7 @@ def anomaly_scores(model, paths, prompts=None, every=16, region_weight=0.5, boxe
     encoder, prompts = _as_encoder(model, image_size), read_prompts(prompts)
     normal = unit(encoder.texts(prompts["Normal"]))
     anomalous = unit(encoder.texts([t for c, texts in prompts.items() if c != "Normal" for t in texts]))
-    boxes, scale = grid_boxes() if boxes is None else np.asarray(boxes), float(np.exp(encoder.model.logit_scale.detach().float().cpu()))
+    boxes, scale = grid_boxes() if boxes is None else np.asarray(boxes), math.exp(encoder.model.logit_scale.item())
     scores, frames = {}, {}
     for path in paths:
         whole, regions, frames[video_name(path)] = _frame_features(encoder, path, every, boxes)
@@ -1425,12 +1480,17 @@ def _draw_box(ax, box, height, width, color="tab:red"):
     for edge, line in (("white", 3.5), (color, 1.8)): ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=edge, lw=line))
 
 # %% ../nbs/09_evaluation.ipynb #c3c222d4
+def _first_picture(path):
+    "A photo, or the middle frame of a clip."
+    from fgclip_nb.media import read_frames, read_image, video_info
+    from fgclip_nb.regions import is_video
+    return read_frames(path, [video_info(path).frames // 2])[0] if is_video(path) else read_image(path)
+
 def plot_mistakes(mistakes, title="Worst mistakes"):
     "The rows of `Evaluation.mistakes` as photos with their box: what was right, what was answered, and by how much. A wrongly retrieved photo is named by file."
-    from fgclip_nb.media import read_image
     fig, axes = _panels(len(mistakes), size=3)
     for ax, row in zip(axes, mistakes.to_dict("records")):
-        image = read_image(row["media"])
+        image = _first_picture(row["media"])
         ax.imshow(image)
         if row.get("box") is not None: _draw_box(ax, row["box"], *image.shape[:2])
         answer = Path(row["predicted"]).name if str(row["predicted"]).startswith("/") else row["predicted"]
@@ -1465,7 +1525,8 @@ def plot_neighbours(model, samples, queries, k=4, image_size=None):
     "For each query text the k photos nearest to it, best first, with cosines; a green frame marks a photo that the query is a caption of."
     from fgclip_nb.media import read_image
     encoder = _as_encoder(model, image_size)
-    images, rows = encoder.images([s.media for s in samples])
+    samples = [s for s in samples if not _is_clip(s)]
+    images, rows = encoder.images(samples)
     scores = cosines(unit(encoder.texts(queries)), unit(images))
     fig, axes = _panels(k * len(queries), k, 2.4)
     for q, text in enumerate(queries):

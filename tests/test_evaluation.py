@@ -49,7 +49,8 @@ class Fake:
 
     def texts(self, texts, long=False): return np.stack([self.vector(t) for t in texts])
 
-    def images(self, paths):
+    def images(self, items):
+        paths = [getattr(x, "media", x) for x in items]
         found = [self.vector(self.right[str(p)]) if self.oracle else self.vector(("photo", Path(p).name)) for p in paths]
         return np.stack(found), np.arange(len(found))
 
@@ -92,7 +93,7 @@ def test_denominators_keep_what_is_missing(model, coco):
     tables = result.results["hard_negatives"]
     assert list(tables) == ["hard", "medium", "easy", "trivial"]
     for table in tables.values():
-        assert table["lost"] == {"unreadable photo": 2} and table["asked"] == table["queries"] + 2
+        assert table["lost"] == {"unreadable or not visible": 2} and table["asked"] == table["queries"] + 2
         assert table["texts"] > table["distinct_texts"] > 0 and -1 <= table["nearest_wrong_text_cosine"] <= 1
     assert "no such file" in result.unreadable[0]["reason"]
 
@@ -131,6 +132,26 @@ def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
     found = caption_retrieval(model, samples, permutations=20)
     assert found["lost"] == {"unreadable": 2, "without caption": 0} and found["i2t"]["queries"] == 1
     with pytest.raises(DataError, match="no readable photo"): caption_retrieval(model, samples[1:])
+
+
+def test_clips_are_the_mean_of_their_frames_and_regions_of_theirs(model):
+    pytest.importorskip("av")
+    from fgclip_nb.media import clip_inputs, normalize
+    clips = load_samples("video_sample")[0]
+    encoder = Encoder(model, frames=6)
+    features, rows_ = encoder.images(clips[:2])
+    inputs = clip_inputs(clips[0], 6, 112)
+    with torch.inference_mode(): frames = model.get_image_features(normalize(torch.from_numpy(inputs.frames)))
+    assert rows_.tolist() == [0, 1] and np.allclose(features[0], frames.mean(0).numpy(), atol=1e-5)
+    with_regions = next(s for s in clips if s.regions)
+    found, regions = encoder.clip_regions(with_regions, lambda r: True)
+    inputs = clip_inputs(with_regions, 6, 112)
+    shown = np.flatnonzero(inputs.visible[0])
+    boxes = [torch.from_numpy(inputs.boxes[0][[t]]*7) for t in shown]
+    with torch.inference_mode(): own = model.get_image_box_roi_features(normalize(torch.from_numpy(inputs.frames[shown])), boxes)
+    assert len(found) == len(regions) == len(inputs.regions) and np.allclose(found[0], own.mean(0).numpy(), atol=1e-5)
+    table = evaluate(encoder, clips[:4], ["long_retrieval"], permutations=20).results["long_retrieval"]["i2t"]
+    assert table["queries"] == 4 and table["candidates"] == 4
 
 
 def test_evaluation_changes_nothing_in_the_model(model, photos):
@@ -266,5 +287,5 @@ def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
     begun = time.perf_counter()
     tables = evaluate(model, SHARED/"fgovd", ["hard_negatives"], media_root=coco, permutations=20).results["hard_negatives"]
     assert [tables[k]["asked"] for k in ("hard", "medium", "easy", "trivial")] == [3545, 2968, 1299, 3545]
-    assert all(t["queries"] + t["lost"]["unreadable photo"] == t["asked"] for t in tables.values()) and tables["hard"]["queries"] > 20
+    assert all(t["queries"] + t["lost"]["unreadable or not visible"] == t["asked"] for t in tables.values()) and tables["hard"]["queries"] > 20
     assert time.perf_counter() - begun < 600
