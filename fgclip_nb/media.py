@@ -13,6 +13,7 @@ import hashlib, io, json, logging, os, socket, sys, time, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +52,24 @@ def _open_image(path):
         raise ValueError(f"{image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
     return image
 
+# %% ../nbs/02_media.ipynb #acfb2a3a
+def _picture_source(path):
+    "(what Pillow opens, name for messages) of a path or of the bytes of a picture file, as shards embed them."
+    if not isinstance(path, bytes): return (_existing(path),) * 2
+    if not path: raise DataError("embedded picture: 0 bytes; convert the data set again")
+    return BytesIO(path), f"embedded picture of {len(path)} bytes"
+
 # %% ../nbs/02_media.ipynb #e2f60a26
 def read_image(path, size=None):
     """The picture in `path` as uint8 (H,W,3) RGB, turned upright by its EXIF orientation.
 
     `size` (pixels) squashes it to (size,size,3) with Pillow's bicubic filter, as the reference does.
     Any mode is accepted: palette, CMYK, 16-bit grey, alpha (laid on white). Raises DataError naming the file when it is
-    missing, empty, no image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS."""
+    missing, empty, no image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS. `path` may also be the bytes of such a file."""
     from PIL import Image, ImageOps
-    path = _existing(path)
+    source, path = _picture_source(path)
     try:
-        with _open_image(path) as image:
+        with _open_image(source) as image:
             rgb = _to_rgb(ImageOps.exif_transpose(image))
             if size is not None: rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
             return np.array(rgb)
