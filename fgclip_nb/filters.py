@@ -22,7 +22,7 @@ import numpy as np
 
 from .core import ConfigError, DataError, TrainConfig, get_logger, nearest, param
 from .regions import (DUPLICATE, Fault, Region, Reject, Sample, Samples, boxes_at, check_text, data_dir, is_video, load_samples,
-                               ShardedSamples, ShardedSequence, shorten, visible_spans)
+                               sample_reject, ShardedSamples, ShardedSequence, shorten, visible_spans)
 
 # %% ../nbs/03_filters.ipynb #f74c90c4
 RULES = dict(
@@ -79,7 +79,7 @@ def check_places(region, limits):
     found = places(region)
     for name, box in found:
         if not all(map(math.isfinite, box)): raise Fault(name, box, RULES["not_finite"], "not_finite")
-        if _no_area(box): raise Fault(name, box, "the box has no area: its right or lower edge is not beyond its left or upper one", "no_area")
+        if _no_area(box): raise Fault(name, box, "no area: the right or lower edge is not beyond the left or upper one", "no_area")
         if not in_range(box): raise Fault(name, box, "the box leaves the image (coordinates must be within 0-1)", "out_of_range")
     if found and max(area(b) for _, b in found) < limits.min_area - 1e-9:
         name, box = max(found, key=lambda f: area(f[1]))
@@ -96,7 +96,8 @@ def check_visible(sample, region, limits):
     seen = boxes_at(region.keyframes, frames)[1] if region.keyframes else (frames >= region.span[0]) & (frames <= region.span[1])
     if not seen.any():
         span = (region.keyframes[0].frame, region.keyframes[-1].frame) if region.keyframes else region.span
-        raise Fault("keyframes" if region.keyframes else "span", span, f"none of the {len(frames)} sampled frames shows it", "never_visible")
+        where = "keyframes" if region.keyframes else "span"
+        raise Fault(where, span, f"none of the {len(frames)} sampled frames shows it", "never_visible")
 
 # %% ../nbs/03_filters.ipynb #cd2feb59
 def folded(text) -> str: return " ".join(text.lower().split())
@@ -117,8 +118,8 @@ def clip_region(region) -> Region:
 
 # %% ../nbs/03_filters.ipynb #6917a162
 def _note(sample, region, fault, regions=1) -> Reject:
-    number = f"{region.id}: " if region.id else ""
-    return Reject(sample.file, sample.entry, f"{number}{fault.field}", shorten(fault.value), fault.reason, sample.id, fault.rule, 0, regions)
+    where = f"{region.id}: {fault.field}" if region.id else fault.field
+    return Reject(sample.file, sample.entry, where, shorten(fault.value), fault.reason, sample.id, fault.rule, 0, regions)
 
 def _checked(sample, region, limits, changes) -> Region:
     "The region as training may use it, or its Fault."
@@ -126,7 +127,8 @@ def _checked(sample, region, limits, changes) -> Region:
     check_visible(sample, region, limits)
     clipped = clip_region(region) if limits.out_of_range == "clip" else region
     check_places(clipped, limits)
-    if clipped != region: changes.append(_note(sample, region, Fault("box", places(region)[0][1], "clipped to the image", "out_of_range"), 0))
+    if clipped != region:
+        changes.append(_note(sample, region, Fault("box", places(region)[0][1], "clipped to the image", "out_of_range"), 0))
     return clipped
 
 # %% ../nbs/03_filters.ipynb #9011fd1e
@@ -151,6 +153,11 @@ def count_rules(rejects) -> dict:
 
 def _told(counts) -> str: return ", ".join(f"{rule} {n}" for rule, n in counts.items()) or "nothing"
 
+def _say(total, rules, clipped):
+    lost = sum(rules.values())
+    get_logger().info(f"regions: {total} = {total - lost} kept + {lost} rejected ({_told(rules)}); clipped: {clipped}")
+
+# %% ../nbs/03_filters.ipynb #44bd094c
 def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) -> tuple:
     """(samples, rejects): every sample with the regions that pass all rules. Samples without regions stay.
 
@@ -164,7 +171,7 @@ def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) 
         rejects += r
         changes += c
     total = sum(len(s.regions) for s in samples)
-    get_logger().info(f"regions: {total} = {total - len(rejects)} kept + {len(rejects)} rejected ({_told(count_rules(rejects))}); clipped: {len(changes)}")
+    _say(total, count_rules(rejects), len(changes))
     return Samples(kept, getattr(samples, "formats", None), getattr(samples, "counts", None), changes), rejects
 
 # %% ../nbs/03_filters.ipynb #54db0eee
@@ -191,9 +198,8 @@ def filter_shards(shards, limits) -> tuple:
         rules.update(x.rule for x in r)
         rejects += r[:MAX_REJECTS - len(rejects)]
         clipped, total = clipped + len(c), total + len(sample.regions)
-    lost = sum(rules.values())
-    get_logger().info(f"regions: {total} = {total - lost} kept + {lost} rejected ({_told(dict(rules.most_common()))}); clipped: {clipped}"
-                      + (f"; the first {len(rejects)} rejects are listed" if lost > len(rejects) else ""))
+    _say(total, dict(rules.most_common()), clipped)
+    if sum(rules.values()) > len(rejects): get_logger().info(f"the first {len(rejects)} rejects are listed")
     return FilteredShards(shards, limits), rejects
 
 # %% ../nbs/03_filters.ipynb #892959f9
@@ -208,19 +214,19 @@ def media_fault(sample) -> Fault | None:
 
 # %% ../nbs/03_filters.ipynb #c9dad7d3
 def _media_later(samples) -> list:
-    get_logger().info(f"media: the {len(samples)} samples of {samples.folder} are not opened one by one; what cannot be read is counted while training")
+    get_logger().info(f"media: the {len(samples)} samples of {samples.folder} are not opened one by one; training counts what cannot be read")
     return []
 
 # %% ../nbs/03_filters.ipynb #d97e6434
 def check_media(samples) -> tuple:
-    "(samples, rejects): the samples whose media decode. Each file is opened once. Shards are not opened: training finds what is unreadable."
+    "(samples, rejects): the samples whose media decode, each file opened once. Shards are left to training, which counts what it cannot read."
     if isinstance(samples, ShardedSamples): return samples, _media_later(samples)
     known, kept, rejects = {}, [], []
     for s in samples:
         if s.media not in known: known[s.media] = media_fault(s)
         fault = known[s.media]
         if fault is None: kept.append(s)
-        else: rejects.append(Reject(s.file, s.entry, fault.field, shorten(fault.value), fault.reason, s.id, fault.rule, s.entries, len(s.regions)))
+        else: rejects.append(sample_reject(s, fault))
     get_logger().info(f"media: {len(samples)} samples = {len(kept)} kept + {len(rejects)} rejected ({_told(count_rules(rejects))})")
     return Samples(kept, getattr(samples, "formats", None), getattr(samples, "counts", None), getattr(samples, "changes", ())), rejects
 
@@ -298,6 +304,7 @@ def _article(word, model, shouting) -> str:
     fitting = "an" if _starts_with_vowel(word) else "a"
     return fitting.upper() if shouting else fitting.capitalize() if model[0].isupper() else fitting
 
+# %% ../nbs/03_filters.ipynb #eb6bd9d6
 def swap(phrase, match, word) -> str:
     "The phrase with one match replaced; an article right before it is made to fit."
     before, after = phrase[:match.start()], phrase[match.end():]
@@ -318,7 +325,8 @@ def swapped(phrase, swapper, pairs=False) -> list:
 def like_style(sentence, phrase) -> str:
     "A foreign sentence in the casing and with the final stop of the phrase, so that neither gives it away."
     text = sentence.strip().rstrip(".").rstrip()
-    text = text.upper() if len(phrase) > 1 and phrase.isupper() else text[:1].lower() + text[1:] if phrase[:1].islower() else text[:1].upper() + text[1:]
+    first = text[:1].lower() if phrase[:1].islower() else text[:1].upper()
+    text = text.upper() if len(phrase) > 1 and phrase.isupper() else first + text[1:]
     return text + "." if phrase.rstrip().endswith(".") else text
 
 # %% ../nbs/03_filters.ipynb #2ae27643
@@ -334,7 +342,7 @@ def load_class_sentences(path) -> dict:
 def negatives_for(sample, region, n, seed, swapper, class_sentences=None) -> tuple:
     "At most `n` sentences that are wrong for the region: other classes' sentences, then one word replaced, then two."
     rng = random.Random(f"{seed}\n{sample.id}\n{region.id}\n{region.phrase}")
-    taken = {folded(r.phrase) for r in sample.regions} | {folded(r.long_phrase) for r in sample.regions} | {folded(c) for c in sample.captions}
+    taken = {folded(t) for r in sample.regions for t in (r.phrase, r.long_phrase)} | {folded(c) for c in sample.captions}
     others = [like_style(t, region.phrase) for c, ts in (class_sentences or {}).items() if sample.label and c != sample.label for t in ts]
     found = []
     for candidates in (others, swapped(region.phrase, swapper), swapped(region.phrase, swapper, pairs=True)):
@@ -354,10 +362,12 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
     shipped lists. The same seed gives the same negatives whatever else is in the data set."""
     swapper, out = Swapper(words or shipped_words()), []
     for s in samples:
-        regions = [r if r.negatives else dataclasses.replace(r, negatives=negatives_for(s, r, n, seed, swapper, class_sentences)) for r in s.regions]
+        made = lambda r, s=s: dataclasses.replace(r, negatives=negatives_for(s, r, n, seed, swapper, class_sentences))
+        regions = [r if r.negatives else made(r) for r in s.regions]
         out.append(dataclasses.replace(s, regions=regions))
     had, have = (sum(bool(r.negatives) for s in group for r in s.regions) for group in (samples, out))
-    get_logger().info(f"hard negatives: {had} regions had some, {have - had} more have now, {sum(len(s.regions) for s in out) - have} have none")
+    none = sum(len(s.regions) for s in out) - have
+    get_logger().info(f"hard negatives: {had} regions had some, {have - had} more have now, {none} have none")
     return Samples(out, getattr(samples, "formats", None), getattr(samples, "counts", None), getattr(samples, "changes", ()))
 
 # %% ../nbs/03_filters.ipynb #b18d2942
@@ -379,7 +389,7 @@ def usual_negatives(samples) -> int:
 ENGLISH = set("a an the of in on at to with and is are was has his her by for from that this it there near next while as two his into".split())
 
 def language(text) -> str:
-    "`English`, `not ASCII` (some letters), `not English` (mostly other scripts, or Latin letters without one common English word), by simple rules."
+    "`English`, `not ASCII` (some letters) or `not English` (mostly other scripts, or not one common English word), by simple rules."
     letters = [c for c in text if c.isalpha()]
     if letters and sum(ord(c) > 0x24F for c in letters) > .3 * len(letters): return "not English"
     words = re.findall(r"[a-z']+", text.lower())
@@ -399,7 +409,8 @@ def overlap(samples, test_names=None) -> dict:
     "Media of the training part (split `train`, or no split) that also stand in another part, and those among `test_names`; sorted names."
     parts = defaultdict(set)
     for s in samples: parts["train" if s.split in ("train", "") else "held out"].add(media_name(s.media))
-    return {"train and held out": sorted(parts["train"] & parts["held out"]), "train and test list": sorted(parts["train"] & (test_names or set()))}
+    return {"train and held out": sorted(parts["train"] & parts["held out"]),
+            "train and test list": sorted(parts["train"] & (test_names or set()))}
 
 # %% ../nbs/03_filters.ipynb #c622fe95
 @dataclass(frozen=True)
@@ -415,6 +426,7 @@ class Finding:
     def share(self) -> float: return self.count / self.of if self.of else 0.0
     def __str__(self): return f"{self.level}: {self.what}: {self.count:,} of {self.of:,} ({100 * self.share:.1f} %). {self.do}"
 
+# %% ../nbs/03_filters.ipynb #d8f6283d
 def sort_findings(findings) -> list:
     "Those with a count, fix before look before know, the largest share first."
     return sorted((f for f in findings if f.count), key=lambda f: (("fix", "look", "know").index(f.level), -f.share))
@@ -423,7 +435,7 @@ def sort_findings(findings) -> list:
 ADVICE = dict(
     no_area=("fix", "Correct the boxes (corner and size mistaken for two corners?) or delete them."),
     not_finite=("fix", "Find the NaN or infinite numbers in the export."),
-    out_of_range=("fix", "Pixels where fractions are expected, or another image's size? `out_of_range=clip` keeps boxes that only lean over the edge."),
+    out_of_range=("fix", "Pixels for fractions, or another image's size? `out_of_range=clip` keeps boxes that only lean over the edge."),
     min_area=("look", "Lower `min_area`, or raise the image size, if small things matter."),
     never_visible=("look", "Raise `num_frames` or shorten the clips: these regions teach nothing."),
     empty_caption=("fix", "Write the phrase or delete the box."),
@@ -434,39 +446,46 @@ def rule_findings(rejects, counts, of) -> list:
     "A finding per rule; `counts` is `entries` or `regions`, `of` how many went in."
     lost = Counter()
     for r in rejects: lost[r.rule] += getattr(r, counts) if r.entries or r.regions else counts == "entries"    # a lost value loses neither
-    named = lambda rule: ADVICE.get(rule, ("fix", "See the first of them in the table of rejects and mend the file."))
-    return [Finding(named(rule)[0], f"{counts} rejected, {rule}: {RULES.get(rule, 'malformed entry')}", n, of, named(rule)[1]) for rule, n in lost.items()]
+    found = []
+    for rule, n in lost.items():
+        level, do = ADVICE.get(rule, ("fix", "See the first of them in the table of rejects and mend the file."))
+        found.append(Finding(level, f"{counts} rejected, {rule}: {RULES.get(rule, 'malformed entry')}", n, of, do))
+    return found
 
 # %% ../nbs/03_filters.ipynb #e7e75b70
 def negative_findings(samples) -> list:
     "Regions with fewer hard negatives than usual, and without any."
     usual, counts = usual_negatives(samples), negative_counts(samples)
     total = sum(counts.values())
-    return [Finding("look", f"regions with hard negatives, but fewer than {usual}", sum(k for n, k in counts.items() if 0 < n < usual), total, "Chance differs from row to row: compare losses with `loss / chance`."),
+    few = sum(k for n, k in counts.items() if 0 < n < usual)
+    return [Finding("look", f"regions with hard negatives, but fewer than {usual}", few, total, "Chance differs from row to row: compare losses with `loss / chance`."),
             Finding("know", "regions without hard negatives", counts.get(0, 0), total, "`filters.add_negatives` makes some by swapping words.")]
 
+# %% ../nbs/03_filters.ipynb #9f2eb713
 def repeat_findings(samples) -> list:
-    "Phrases that repeat inside an image, captions that repeat between samples, photos without captions or regions."
-    regions, captions = sum(len(s.regions) for s in samples), Counter(folded(s.caption or s.short_caption) for s in samples)
-    captions.pop("", None)
-    return [Finding("look", "regions whose phrase stands more than once in their image", sum(map(repeated_phrases, samples)), regions, "Keep `duplicates=mask`: as negatives they set a floor under the loss."),
-            Finding("look", "captions that stand more than once", sum(n for n in captions.values() if n > 1), len(samples), "Keep `duplicates=mask`."),
-            Finding("know", "samples without a caption", sum(not (s.caption or s.short_caption) for s in samples), len(samples), "They add nothing to the global loss."),
-            Finding("know", "samples without a region", sum(not s.regions for s in samples), len(samples), "They add nothing to the region loss.")]
+    "Phrases that repeat inside an image, captions that repeat between samples, samples without captions or regions."
+    captions, n = Counter(folded(s.caption or s.short_caption) for s in samples), len(samples)
+    silent, phrases, equal = captions.pop("", 0), sum(map(repeated_phrases, samples)), sum(k for k in captions.values() if k > 1)
+    floor = "Keep `duplicates=mask`: as negatives they set a floor under the loss."
+    return [Finding("look", "regions whose phrase stands more than once in their image", phrases, sum(len(s.regions) for s in samples), floor),
+            Finding("look", "captions that stand more than once", equal, n, floor),
+            Finding("know", "samples without a caption", silent, n, "They add nothing to the global loss."),
+            Finding("know", "samples without a region", sum(not s.regions for s in samples), n, "They add nothing to the region loss.")]
 
 # %% ../nbs/03_filters.ipynb #19237cd8
 def text_findings(texts, kind, lengths, context_length) -> list:
     "Truncation and language of one kind of text; `lengths` in tokens, start and end included."
-    spoken = Counter(map(language, texts))
-    return [Finding("look", f"{kind} longer than {context_length} tokens, cut off", int(sum(n > context_length for n in lengths)), len(texts), "Put what matters first, or use the long text path."),
-            Finding("look", f"{kind} not in English", spoken["not English"], len(texts), "CLIP's vocabulary splits them into bytes: translate them."),
-            Finding("know", f"{kind} with letters outside ASCII", spoken["not ASCII"], len(texts), "They cost a token per byte.")]
+    spoken, cut, n = Counter(map(language, texts)), int(sum(n > context_length for n in lengths)), len(texts)
+    return [Finding("look", f"{kind} longer than {context_length} tokens, cut off", cut, n, "Put what matters first, or use the long text path."),
+            Finding("look", f"{kind} not in English", spoken["not English"], n, "CLIP's vocabulary splits them into bytes: translate them."),
+            Finding("know", f"{kind} with letters outside ASCII", spoken["not ASCII"], n, "They cost a token per byte.")]
 
 def overlap_findings(samples, test_names=None) -> list:
     "Media in training that also stand in another part."
     media = len({media_name(s.media) for s in samples})
-    do = {"train and held out": "Split by photo or video, not by entry.", "train and test list": "Remove them from training before any score is published."}
-    return [Finding("fix", f"media in {where}", len(names), len(test_names or ()) if "list" in where else media, do[where]) for where, names in overlap(samples, test_names).items()]
+    do = {"train and held out": ("Split by photo or video, not by entry.", media),
+          "train and test list": ("Remove them from training before any score is published.", len(test_names or ()))}
+    return [Finding("fix", f"media in {where}", len(names), do[where][1], do[where][0]) for where, names in overlap(samples, test_names).items()]
 
 # %% ../nbs/03_filters.ipynb #88a5be4c
 @dataclass

@@ -6,15 +6,15 @@
 __all__ = ['MAX_TEXT', 'DUPLICATE', 'DECODER', 'VIDEO_SUFFIXES', 'UCF_CLASSES', 'UCF_NORMAL', 'MAX_ENTRY', 'BLANKS', 'BROKEN',
            'UNCOUNTABLE', 'IN_PAIRS', 'TEMPORAL', 'READERS', 'DATA_SUFFIXES', 'CHUNK_ENTRIES', 'CHUNK_BYTES', 'RELEASE',
            'Keyframe', 'Region', 'CaptionNegative', 'Sample', 'shorten', 'Reject', 'Samples', 'visible_spans',
-           'boxes_at', 'Fault', 'check_number', 'check_int', 'check_text', 'check_box', 'RowTexts', 'Row', 'VideoRow',
-           'is_video', 'ucf_label', 'video_names', 'MediaRoot', 'open_text', 'JsonText', 'JsonValues', 'JsonPairs',
-           'is_json_lines', 'Entry', 'Pairs', 'read_entries', 'Tally', 'Source', 'split_of', 'read_finehard',
-           'read_video_dict', 'read_video_list', 'read_video_times', 'read_label_studio', 'read_fgovd', 'with_article',
-           'read_coco', 'paragraph', 'read_uca', 'read_temporal', 'read_regions', 'format_of', 'read_file',
-           'is_temporal', 'data_dir', 'sample_path', 'is_sharded', 'data_files', 'iter_samples', 'drop_missing',
-           'load_samples', 'epoch_order', 'shard_features', 'to_row', 'from_row', 'ShardWriter', 'Shards', 'convert',
-           'release_pages', 'ArrowRows', 'ShardedSamples', 'ShardedSequence', 'open_shards', 'write_generated', 'bench',
-           'main']
+           'boxes_at', 'Fault', 'check_number', 'sample_reject', 'check_int', 'check_text', 'check_box', 'RowTexts',
+           'Row', 'VideoRow', 'is_video', 'ucf_label', 'video_names', 'MediaRoot', 'open_text', 'JsonText',
+           'JsonValues', 'JsonPairs', 'is_json_lines', 'Entry', 'Pairs', 'read_entries', 'Tally', 'Source', 'split_of',
+           'read_finehard', 'read_video_dict', 'read_video_list', 'read_video_times', 'read_label_studio', 'read_fgovd',
+           'with_article', 'read_coco', 'paragraph', 'read_uca', 'read_temporal', 'read_regions', 'format_of',
+           'read_file', 'is_temporal', 'data_dir', 'sample_path', 'is_sharded', 'data_files', 'iter_samples',
+           'drop_missing', 'sums', 'load_samples', 'epoch_order', 'shard_features', 'to_row', 'from_row', 'ShardWriter',
+           'Shards', 'convert', 'release_pages', 'ArrowRows', 'ShardedSamples', 'ShardedSequence', 'open_shards',
+           'write_generated', 'bench', 'main']
 
 # %% ../nbs/01_regions.ipynb #440017b8
 import dataclasses, gzip, io, json, math, os, re, reprlib, sys, time, zlib
@@ -162,6 +162,11 @@ def check_number(value, field) -> float:
     if not math.isfinite(number): raise Fault(field, value, "not a finite number", "not_finite")
     return number
 
+# %% ../nbs/01_regions.ipynb #bba69e8c
+def sample_reject(sample, fault) -> Reject:
+    "The Reject of a whole sample, with all its entries and regions."
+    return Reject(sample.file, sample.entry, fault.field, shorten(fault.value), fault.reason, sample.id, fault.rule, sample.entries, len(sample.regions))
+
 # %% ../nbs/01_regions.ipynb #1b6201ca
 def check_int(value, field, low=0) -> int:
     "A whole number of at least `low` (192.0 counts as 192), or a Fault."
@@ -177,7 +182,7 @@ def check_text(value, field) -> str:
     if not isinstance(value, str): raise Fault(field, value, f"a {type(value).__name__}, not text")
     if len(value) > MAX_TEXT: raise Fault(field, value, f"{len(value):,} characters, more than {MAX_TEXT:,}", "too_long")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise Fault(field, value, "bytes that are not UTF-8 (or a lone surrogate): convert the file, e.g. iconv -f GBK -t UTF-8", "encoding")
+        raise Fault(field, value, "not UTF-8 (or a lone surrogate): convert the file, e.g. iconv -f GBK -t UTF-8", "encoding")
     return value
 
 # %% ../nbs/01_regions.ipynb #d9f0b9a1
@@ -233,6 +238,7 @@ class RowTexts:
         if found is not None and not isinstance(found, list): raise Fault(name, found, "not a list of texts")
         return tuple(check_text(t, f"{name}[{i}]") for i, t in enumerate(found or ()))
 
+# %% ../nbs/01_regions.ipynb #146a5a7f
 def _join(field, key) -> str: return f"{field}.{key}" if field else str(key)
 
 # %% ../nbs/01_regions.ipynb #0b4b4b9c
@@ -455,6 +461,7 @@ class Pairs(list):
     "The (key, value) pairs of a file that is one JSON object; `fault` when it breaks off."
     fault = None
 
+# %% ../nbs/01_regions.ipynb #62af7a22
 def _document(stream):
     "Entries of a file that is one JSON value: the elements of an array, or one Pairs."
     reader, number = JsonPairs(stream), 0
@@ -511,7 +518,8 @@ class Source:
 
     def reject(self, fault, entries=0, regions=0, sample=""):
         "Note a fault with what is lost by it."
-        self.tally.rejects.append(Reject(self.file, self.entry, fault.field, shorten(fault.value), fault.reason, sample, fault.rule, entries, regions))
+        r = Reject(self.file, self.entry, fault.field, shorten(fault.value), fault.reason, sample, fault.rule, entries, regions)
+        self.tally.rejects.append(r)
 
     def media(self, names, field) -> str:
         "The absolute path of the first of `names` that exists, else of the first; noted when there is none."
@@ -528,6 +536,12 @@ class Source:
             except Fault as f: self.reject(f, regions=1, sample=sample)
         return found
 
+    def shared(self, groups, name, media, size) -> Sample:
+        "The sample that several entries add to, made when it is asked for first."
+        if name not in groups:
+            groups[name] = Sample(name, media, width=size[0], height=size[1], split=self.split, file=self.file, entry=self.entry, entries=0)
+        return groups[name]
+
     def sample(self, **fields) -> Sample:
         "A sample with file, entry and the file's split filled in; counted as kept."
         self.tally.kept += 1
@@ -542,7 +556,8 @@ def split_of(name) -> str:
 # %% ../nbs/01_regions.ipynb #08bc9fa1
 def _fine_region(r, id) -> Region:
     short, long = r.text("short_expr", ""), r.text("long_expr", "")
-    if "short_expr" not in r and "long_expr" not in r: raise Fault(f"{r.field}.short_expr", None, "neither short_expr nor long_expr", "missing_field")
+    if "short_expr" not in r and "long_expr" not in r:
+        raise Fault(f"{r.field}.short_expr", None, "neither short_expr nor long_expr", "missing_field")
     negatives = r.texts("short_expr_negs") if r.whole("flag_short_neg", 1) else ()
     return Region(short or long, long, r.box("bbox"), negatives=negatives, source="expression", id=id)
 
@@ -560,8 +575,8 @@ def _video_region(r, id, span=None) -> Region:
     return Region(r.text("caption"), keyframes=r.keyframes(), span=span, source="expression", id=id, negatives=r.texts("negatives"))
 
 def _clip(src, name, regions, caption, media, id=None, **fields) -> Sample:
-    return src.sample(id=id or name, media=media, kind="video", caption=caption, short_caption=caption, captions=(caption,) if caption else (),
-                      regions=regions, label=ucf_label(name), **fields)
+    return src.sample(id=id or name, media=media, kind="video", caption=caption, short_caption=caption,
+                      captions=(caption,) if caption else (), regions=regions, label=ucf_label(name), **fields)
 
 def read_video_dict(row, src) -> Sample:
     "One value of {video: {global: {Caption}, region: [{caption, keyframes}]}}."
@@ -575,7 +590,8 @@ def read_video_dict(row, src) -> Sample:
 def read_video_list(row, src) -> Sample:
     "One entry with f_path, global_caption and bbox_info: [{caption, start_frame, end_frame, keyframes}]."
     name = row.text("f_path")
-    media, caption, items = src.media(video_names(name), "f_path"), row.text("global_caption", "") or row.text("caption", ""), row.items("bbox_info")
+    media, items = src.media(video_names(name), "f_path"), row.items("bbox_info")
+    caption = row.text("global_caption", "") or row.text("caption", "")
     def parse(r, i):
         return _video_region(r, f"{name}#{i}", r.pair("span", check_int, "start_frame", "end_frame"))
     return _clip(src, name, src.regions(items, parse, name), caption, media)
@@ -588,6 +604,7 @@ def _timed_region(r, id, box_info, name) -> Region:
     keyframes = VideoRow({name: box_info}).keyframes(name)
     return Region(check_text(caption, r.field), keyframes=keyframes, source="expression", id=id)
 
+# %% ../nbs/01_regions.ipynb #fcf2840d
 def read_video_times(row, src) -> Sample:
     "One entry with video, global_caption, region_captions, box_infos (a track each) and timestamps in seconds."
     name, span = row.text("video"), row.pair("timestamps", check_number)
@@ -616,7 +633,8 @@ def _studio_keyframe(item) -> Keyframe:
 # %% ../nbs/01_regions.ipynb #2ce00b34
 def _studio_region(r, id, typed) -> Region:
     value = Row(r.value.get("value"), f"{r.field}.value")
-    phrase = " ".join(typed.get(_id(r.value), ()) or Row(r.value.get("meta") or {}, f"{r.field}.meta").texts("text") or value.texts("labels"))
+    meta = Row(r.value.get("meta") or {}, f"{r.field}.meta")
+    phrase = " ".join(typed.get(_id(r.value), ()) or meta.texts("text") or value.texts("labels"))
     if not phrase: raise Fault(f"{r.field}.value", r.value, "no text and no label says what the rectangle shows", "missing_field")
     keyframes = sorted((_studio_keyframe(Row(k, name)) for name, k in value.items("sequence")), key=lambda k: k.frame)
     return Region(phrase, keyframes=tuple(keyframes), source="expression", id=id)
@@ -634,6 +652,7 @@ def _studio_typed(results) -> dict:
 
 def _id(result) -> str: return json.dumps(result.get("id")) if isinstance(result, dict) else ""
 
+# %% ../nbs/01_regions.ipynb #5e5b6882
 def read_label_studio(row, src) -> Sample:
     "One task of a Label Studio export with videorectangle results."
     data, results = Row(row.value.get("data"), "data"), _studio_results(row)
@@ -653,11 +672,12 @@ def read_fgovd(row, src):
     except Fault as f:
         src.reject(f, entries=1, regions=1)
         return
-    sample = src.groups.setdefault(name, Sample(name, media, width=size[0], height=size[1], split=src.split, file=src.file, entry=src.entry, entries=0))
+    sample = src.shared(src.groups, name, media, size)
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
     region.id = f"{name}#{src.entry}"
     sample.regions.append(region)
 
+# %% ../nbs/01_regions.ipynb #02604876
 def _fgovd_region(row) -> Region:
     positives = row.texts("pos_expression")
     if len(positives) != 1: raise Fault("pos_expression", row.value.get("pos_expression"), "not exactly one text", "missing_field")
@@ -689,10 +709,11 @@ def _coco_images(src, pairs) -> dict:
 
 def _coco_id(value, key) -> int: return check_int(Row(value).value.get(key), key)
 
+# %% ../nbs/01_regions.ipynb #0975b9b3
 def _coco_image(row, src) -> Sample:
     name, (width, height) = row.text("file_name"), row.size() or (None, None)
     media = src.media([name], "file_name")
-    sample = src.coco.setdefault(name, Sample(name, media, width=width, height=height, split=src.split, file=src.file, entry=src.entry, entries=0))
+    sample = src.shared(src.coco, name, media, (width, height))
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
     return sample
 
@@ -708,6 +729,7 @@ def _coco_region(r, src, images, names) -> None:
     box = r.box("bbox", (sample.width, sample.height), "xywh")
     sample.regions.append(Region(with_article(name), box=box, source="category", id=f"{sample.id}#o{len(sample.regions)}"))
 
+# %% ../nbs/01_regions.ipynb #b5e4b184
 def _coco_caption(row, images) -> None:
     "One caption, added to its image."
     sample = images.get(_coco_id(row.value, "image_id"))
@@ -724,6 +746,7 @@ def _coco_names(src, pairs) -> dict:
         except Fault as f: src.reject(f)
     return names
 
+# %% ../nbs/01_regions.ipynb #fff649c9
 def read_coco(pairs, src) -> None:
     "A whole COCO file: images and annotations (boxes or captions); samples wait in `src.coco`."
     for key in ("images", "annotations", "categories"):
@@ -752,6 +775,7 @@ def read_uca(row, src) -> list:
     found = [_uca_sentence(src, name, media, i, time, text) for i, ((_, time), (_, text)) in enumerate(zip(times, texts))]
     return [s for s in found if s]
 
+# %% ../nbs/01_regions.ipynb #afdfe6a8
 def _uca_sentence(src, name, media, i, time, text):
     "One timed sentence, or None when it is rejected."
     where = src.entry
@@ -774,6 +798,7 @@ def read_temporal(path, src):
             try: yield _temporal_sample(line, src)
             except Fault as fault: src.reject(fault, entries=1)
 
+# %% ../nbs/01_regions.ipynb #1ca78473
 def _temporal_sample(line, src) -> Sample:
     m = TEMPORAL.fullmatch(line)
     if not m: raise Fault("line", line.strip(), "not `name class start end …`")
@@ -788,7 +813,8 @@ def _own_box(r, size) -> tuple:
     "A box in pixels, or in fractions when the row has no size; then numbers outside 0-1 cannot be right."
     box = r.box("bbox", size)
     if size is None and not all(0 <= v <= 1 for v in box):
-        raise Fault(f"{r.field}.bbox", r.value.get("bbox"), "not within 0-1, and a box in pixels needs the row's width and height", "missing_size")
+        reason = "not within 0-1, and a box in pixels needs the row's width and height"
+        raise Fault(f"{r.field}.bbox", r.value.get("bbox"), reason, "missing_size")
     return box
 
 def _own_region(r, id, size, video) -> Region:
@@ -805,9 +831,11 @@ def _own_captions(row) -> dict:
     captions = row.texts("captions")
     short = row.text("short_caption", "") or (captions[0] if captions else "")
     negatives = [Row(n, name) for name, n in row.items("caption_negatives")]
-    return dict(captions=captions or ((short,) if short else ()), short_caption=short, caption=row.text("caption", "") or paragraph(captions),
+    long = row.text("caption", "") or paragraph(captions)
+    return dict(captions=captions or ((short,) if short else ()), short_caption=short, caption=long,
                 caption_negatives=tuple(CaptionNegative(n.text("caption"), n.text("negative"), n.text("type", "")) for n in negatives))
 
+# %% ../nbs/01_regions.ipynb #daf0c584
 def read_regions(row, src) -> Sample:
     "One row of the package's own format."
     key = "video" if "video" in row.value else "image"
@@ -828,6 +856,7 @@ READERS = dict(finehard=read_finehard, video_list=read_video_list, video_times=r
 def _has_track(items) -> bool:
     return isinstance(items, list) and any(isinstance(i, dict) and ("keyframes" in i or "start_frame" in i) for i in items)
 
+# %% ../nbs/01_regions.ipynb #3d66d21e
 def format_of(row) -> str:
     "The format of one entry by its keys, or ''."
     if not isinstance(row, dict): return ""
@@ -879,6 +908,7 @@ def _read_pairs(pairs, src):
     else: yield from _read_videos(pairs, src)
     if pairs.fault: yield from _read_row(pairs.fault, src, "")
 
+# %% ../nbs/01_regions.ipynb #26b78249
 def _read_videos(pairs, src):
     "Samples of a dict of videos; a video named twice is rejected the second time."
     seen = set()
@@ -903,6 +933,7 @@ def read_file(path, src):
         else: yield from _read_row(entry.value, src, format_of(entry.value))
     yield from src.groups.values()
 
+# %% ../nbs/01_regions.ipynb #1da39763
 def _video_pairs(value):
     "Pairs of a file that is one object, or of a line or element that is a dict of videos; else None."
     if isinstance(value, Pairs): return value
@@ -940,6 +971,7 @@ def data_files(path) -> list:
     if not path.is_file(): raise DataError(f"data {str(path)!r}: no such file or folder (seen from {Path.cwd()})")
     return _listed_files(path) if path.suffix == ".txt" and not is_temporal(path) else [(path, "")]
 
+# %% ../nbs/01_regions.ipynb #a2ba9e32
 def _folder_files(folder) -> list:
     found = [(p, "") for p in sorted(folder.rglob("*")) if p.name.lower().endswith(DATA_SUFFIXES) and p.is_file()]
     if not found: raise DataError(f"data folder {str(folder)!r} holds no {', '.join(DATA_SUFFIXES)} file")
@@ -948,7 +980,8 @@ def _folder_files(folder) -> list:
 def _listed_files(listing) -> list:
     "The files named in a .txt file, line by line, relative to it or to the current folder."
     with open_text(listing) as f: lines = [(line.strip(), f"{listing}, line {n}") for n, line in enumerate(f, 1) if line.strip()]
-    return [(next((p for p in (listing.parent/name, Path(name)) if os.path.isfile(p)), listing.parent/name), where) for name, where in lines]
+    beside = lambda name: listing.parent/name
+    return [(beside(name) if os.path.isfile(beside(name)) or not os.path.isfile(name) else Path(name), where) for name, where in lines]
 
 # %% ../nbs/01_regions.ipynb #07dba6b4
 def iter_samples(path, media_root=None, tally=None):
@@ -957,7 +990,8 @@ def iter_samples(path, media_root=None, tally=None):
 
     Raises `DataError` when the path or the media root does not exist."""
     tally, coco, roots = tally or Tally(), {}, {}
-    if media_root and not os.path.isdir(media_root): raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
+    if media_root and not os.path.isdir(media_root):
+        raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
     for file, where in data_files(path):
         folder = str(media_root or Path(file).parent)
         src = Source(file, roots.setdefault(folder, MediaRoot(folder)), tally)
@@ -972,10 +1006,11 @@ def drop_missing(samples, tally, missing="auto") -> list:
     lost = [s for s in samples if s.media in tally.missing]
     if missing == "keep" or not lost: return samples
     if missing == "auto" and len(lost) == len(samples):
-        get_logger().warning(f"none of the {len(lost)} samples has its media here (first: {lost[0].media}); all are kept, nothing can be shown or trained on")
+        get_logger().warning(f"none of the {len(lost)} samples has its media here (first: {lost[0].media}); all are kept, "
+                             "nothing can be shown or trained on")
         return samples
     for s in lost:
-        tally.rejects.append(Reject(s.file, s.entry, "media", shorten(s.media), "no such file", s.id, "missing_media", s.entries, len(s.regions)))
+        tally.rejects.append(sample_reject(s, Fault("media", s.media, "no such file", "missing_media")))
         tally.kept -= s.entries
     return [s for s in samples if s.media not in tally.missing]
 
@@ -983,8 +1018,11 @@ def drop_missing(samples, tally, missing="auto") -> list:
 def _say(tally, samples, rejects):
     "One line on what was read."
     c, formats = tally.counts(samples), sorted(set(tally.formats.values()))
-    get_logger().info(f"data: {len(tally.formats)} file(s), format {', '.join(formats) or 'unknown'}; entries {c['entries']} = {c['entries_kept']} kept + "
-                      f"{c['entries_rejected']} rejected; regions {c['regions']} = {c['regions_kept']} kept + {c['regions_rejected']} rejected; samples {c['samples']}")
+    get_logger().info(f"data: {len(tally.formats)} file(s), format {', '.join(formats) or 'unknown'}; {sums(c)}; samples {c['samples']}")
+
+def sums(c) -> str:
+    "Entries and regions that went in, as kept + rejected."
+    return "; ".join(f"{k} {c[k]} = {c[k + '_kept']} kept + {c[k + '_rejected']} rejected" for k in ("entries", "regions"))
 
 # %% ../nbs/01_regions.ipynb #6063f323
 def load_samples(path, media_root=None, missing="auto") -> tuple:
@@ -1019,11 +1057,12 @@ def shard_features():
     from datasets import Features, List, Value
     text, numbers = Value("string"), List(Value("float64"))
     keyframe = dict(frame=Value("int64"), bbox=numbers, enabled=Value("bool"))
-    region = dict(phrase=text, long_phrase=text, box=numbers, keyframes=List(keyframe), negatives=List(text), span=List(Value("int64")), source=text, id=text)
+    region = dict(phrase=text, long_phrase=text, box=numbers, keyframes=List(keyframe), negatives=List(text), span=List(Value("int64")),
+                  source=text, id=text)
     negative = dict(caption=text, negative=text, type=text)
-    return Features(dict(id=text, media=text, kind=text, caption=text, short_caption=text, captions=List(text), regions=List(region), span=numbers,
-                         split=text, label=text, width=Value("int64"), height=Value("int64"), caption_negatives=List(negative), file=text, entry=text,
-                         entries=Value("int64"), data=Value("large_binary")))
+    return Features(dict(id=text, media=text, kind=text, caption=text, short_caption=text, captions=List(text), regions=List(region),
+                         span=numbers, split=text, label=text, width=Value("int64"), height=Value("int64"), caption_negatives=List(negative),
+                         file=text, entry=text, entries=Value("int64"), data=Value("large_binary")))
 
 # %% ../nbs/01_regions.ipynb #1f174977
 def to_row(sample, root) -> dict:
@@ -1033,14 +1072,18 @@ def to_row(sample, root) -> dict:
     if sample.media.startswith(root.rstrip(os.sep) + os.sep): row["media"] = os.path.relpath(sample.media, root)
     return row
 
+def _pair(values): return None if values is None else tuple(values)
+
+def _region_from(r) -> Region:
+    keyframes = tuple(Keyframe(k["frame"], tuple(k["bbox"]), k["enabled"]) for k in r["keyframes"])
+    return Region(**{**r, "box": _pair(r["box"]), "span": _pair(r["span"]), "negatives": tuple(r["negatives"]), "keyframes": keyframes})
+
 def from_row(row, root) -> Sample:
     "The sample that `to_row` wrote."
-    pair = lambda v: None if v is None else tuple(v)
-    regions = [Region(**{**r, "box": pair(r["box"]), "span": pair(r["span"]), "negatives": tuple(r["negatives"]),
-                         "keyframes": tuple(Keyframe(k["frame"], tuple(k["bbox"]), k["enabled"]) for k in r["keyframes"])}) for r in row["regions"]]
     negatives = tuple(CaptionNegative(**n) for n in row["caption_negatives"])
-    return Sample(**{**row, "regions": regions, "captions": tuple(row["captions"]), "span": pair(row["span"]), "caption_negatives": negatives,
-                     "media": os.path.join(root, row["media"])})
+    changed = dict(regions=[_region_from(r) for r in row["regions"]], captions=tuple(row["captions"]), span=_pair(row["span"]),
+                   caption_negatives=negatives, media=os.path.join(root, row["media"]))
+    return Sample(**{**row, **changed})
 
 # %% ../nbs/01_regions.ipynb #9a7206f9
 CHUNK_ENTRIES, CHUNK_BYTES = 20_000, 256_000_000
@@ -1055,6 +1098,7 @@ def _no_bars():
     finally:
         if not off: datasets.enable_progress_bars()
 
+# %% ../nbs/01_regions.ipynb #cb0b9b2d
 class ShardWriter:
     "Writes samples to `shard-00000.parquet`, …, and rejects to `rejects.jsonl`."
     def __init__(self, folder, root):
@@ -1063,7 +1107,8 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob("shard-*.parquet"): old.unlink()
         self.rejects = open(self.folder/"rejects.jsonl", "w", encoding="utf-8")
-        self.totals = dict.fromkeys(("samples", "regions_kept", "entries_kept", "entries_rejected", "regions_rejected", "shards", "no_media"), 0)
+        counted = ("samples", "regions_kept", "entries_kept", "entries_rejected", "regions_rejected", "shards", "no_media")
+        self.totals = dict.fromkeys(counted, 0)
 
     def add(self, sample):
         "Take one sample; a full chunk is written."
@@ -1082,8 +1127,8 @@ class Shards(ShardWriter):
         if self.rows or not self.totals["shards"]:
             features = shard_features()
             table = pyarrow.Table.from_pylist(self.rows, schema=features.arrow_schema)
-            with _no_bars():
-                datasets.Dataset(table, info=datasets.DatasetInfo(features=features)).to_parquet(str(self.folder/f"shard-{self.totals['shards']:05d}.parquet"))
+            chunk = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+            with _no_bars(): chunk.to_parquet(str(self.folder/f"shard-{self.totals['shards']:05d}.parquet"))
             self.totals["shards"] += 1
         self.rows, self.held = [], 0
 
@@ -1116,7 +1161,7 @@ def _embedded(sample) -> Sample:
 def _add(writer, sample, embed, tally):
     "Write a sample, or reject it when its image should be embedded and cannot be read."
     try: writer.add(_embedded(sample) if embed else sample)
-    except Fault as f: tally.rejects.append(Reject(sample.file, sample.entry, f.field, shorten(f.value), f.reason, sample.id, f.rule, sample.entries, len(sample.regions)))
+    except Fault as f: tally.rejects.append(sample_reject(sample, f))
 
 # %% ../nbs/01_regions.ipynb #28cf41d7
 def convert(path, out, media_root=None, embed=False) -> dict:
@@ -1134,30 +1179,30 @@ def convert(path, out, media_root=None, embed=False) -> dict:
         if len(tally.missing) > 10_000: tally.missing.clear()
     writer.note(tally.rejects)
     totals = writer.close(embedded=embed, formats=tally.formats)
-    get_logger().info(f"{out}: {totals['samples']} samples in {totals['shards']} shard(s); entries {totals['entries']} = {totals['entries_kept']} kept + "
-                      f"{totals['entries_rejected']} rejected; regions {totals['regions']} = {totals['regions_kept']} kept + {totals['regions_rejected']} rejected")
+    get_logger().info(f"{out}: {totals['samples']} samples in {totals['shards']} shard(s); {sums(totals)}")
     return totals
 
 # %% ../nbs/01_regions.ipynb #e2cb67a3
 RELEASE = 1_000     # samples
 
 def release_pages(files):
-    "Hand the mapped pages of these files back to the kernel (on Linux; elsewhere it takes them when it needs them). Reading maps them again."
+    "Hand the mapped pages of these files back to the kernel (elsewhere than on Linux it takes them itself). Reading maps them again."
     import ctypes
     if not os.path.exists("/proc/self/maps"): return
     with open("/proc/self/maps") as maps: mapped = [line.rstrip("\n").split(maxsplit=5) for line in maps]
     for entry in mapped:
         if len(entry) == 6 and entry[5] in files:
             start, end = (int(a, 16) for a in entry[0].split("-"))
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)     # 4: MADV_DONTNEED; the pages are the file's, unchanged
+            # 4 is MADV_DONTNEED; only pages of the file itself are touched, and they are unchanged
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)
 
 # %% ../nbs/01_regions.ipynb #9b2cf361
 class ArrowRows:
     "Rows of a folder of shards by integer index, as dicts; memory-mapped, with a bounded share of the pages held."
     def __init__(self, folder):
         import datasets
-        cache = folder/".arrow" if os.access(folder, os.W_OK) else None
-        with _no_bars(): self.rows = datasets.Dataset.from_parquet([str(p) for p in sorted(folder.glob("shard-*.parquet"))], cache_dir=cache and str(cache))
+        cache, shards = str(folder/".arrow") if os.access(folder, os.W_OK) else None, sorted(map(str, folder.glob("shard-*.parquet")))
+        with _no_bars(): self.rows = datasets.Dataset.from_parquet(shards, cache_dir=cache)
         self.files, self.reads = {os.path.realpath(f["filename"]) for f in self.rows.cache_files}, 0
 
     def __len__(self): return len(self.rows)
@@ -1181,7 +1226,8 @@ class ShardedSamples:
         self.folder, self.root = folder, os.path.realpath(media_root or about["media_root"])
         self.formats, self.counts, self.changes = about["formats"], about["counts"], []
         self.rows, self.indices = ArrowRows(folder), None     # indices: which rows these are; None = all
-        if len(self.rows) != self.counts["samples"]: raise DataError(f"{folder}: {len(self.rows)} rows, but shards.json says {self.counts['samples']}: a shard is missing or foreign")
+        if len(self.rows) != self.counts["samples"]:
+            raise DataError(f"{folder}: {len(self.rows)} rows, but shards.json says {self.counts['samples']}: a shard is missing or foreign")
 
     def __len__(self): return len(self.rows) if self.indices is None else len(self.indices)
 
@@ -1215,7 +1261,7 @@ class ShardedSequence(ShardedSamples):
 # %% ../nbs/01_regions.ipynb #4d760c93
 def open_shards(folder, media_root=None) -> ShardedSequence:
     "Samples of a converted data set: a sequence by integer index. Raises `DataError` when the folder holds no finished conversion."
-    if not os.path.isfile(Path(folder)/"shards.json"): raise DataError(f"{folder}: no shards.json, so no finished `python -m fgclip_nb.regions convert`")
+    if not is_sharded(folder): raise DataError(f"{folder}: no shards.json, so no finished `python -m fgclip_nb.regions convert`")
     return ShardedSequence(folder, media_root)
 
 # %% ../nbs/01_regions.ipynb #ad324a5a
@@ -1223,10 +1269,12 @@ def _generated(i) -> dict:
     "An entry of FineHARD's shape, different for every number."
     colours, things = ("red", "green", "blue", "white", "black"), ("mug", "chair", "dog", "car", "lamp", "tree", "bag")
     phrase = lambda k: f"a {colours[(i + k) % 5]} {things[(i * 3 + k) % 7]} number {i % 997}"
-    boxes = [dict(bbox=[.1 * k, .05, .1 * k + .2, .9], short_expr=phrase(k), long_expr=f"{phrase(k)} that stands on the left of the table near the wall",
+    long = lambda k: f"{phrase(k)} that stands on the left of the table near the wall"
+    boxes = [dict(bbox=[.1 * k, .05, .1 * k + .2, .9], short_expr=phrase(k), long_expr=long(k),
                   flag_short_neg=int(k == 0), **({"short_expr_negs": {str(n): phrase(k + n + 1) for n in range(10)}} if k == 0 else {}))
              for k in range(3 + (i % 10 < 3))]
-    caption = f"Photo {i}. " + " ".join(f"There is {phrase(k)} in the {('front', 'middle', 'back')[k % 3]} of the picture." for k in range(12))
+    depth = ("front", "middle", "back")
+    caption = f"Photo {i}. " + " ".join(f"There is {phrase(k)} in the {depth[k % 3]} of the picture." for k in range(12))
     return dict(f_path=f"part{i // 10_000:04d}/{i:09d}.jpg", caption=caption, short_caption=phrase(0), bbox_info=boxes)
 
 def write_generated(path, entries):
@@ -1240,36 +1288,36 @@ def _peak_gib() -> float:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-def _read_all(folder) -> tuple:
-    "Read every sample of a folder in the order of epoch 0; (entries per second, regions)."
-    shards, regions, begun = open_shards(folder), 0, time.perf_counter()
-    for i in epoch_order(len(shards)): regions += len(shards[i].regions)
-    return len(shards) / (time.perf_counter() - begun), regions
+def _read_all(folder) -> int:
+    "Read every sample of a folder in the order of epoch 0; the number of regions seen."
+    shards = open_shards(folder)
+    return sum(len(shards[i].regions) for i in epoch_order(len(shards)))
 
 # %% ../nbs/01_regions.ipynb #9f2c3e95
 def bench(folder, entries=1_000_000) -> dict:
-    "Generate, convert and read `entries` entries, each part in its own process; returns seconds, entries per second and peak GiB of each."
+    "Generate, convert, open and read entries, each part in its own process: entries per second (clock, processor) and peak GiB of each."
     import subprocess
     folder, told = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("generate", "convert", "open", "read"):
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "fgclip_nb.regions", "bench-part", part, str(folder), str(entries)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "fgclip_nb.regions", "bench-part", part, str(folder), str(entries)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode: raise RuntimeError(f"{part}: {done.stderr[-2000:]}")
-        peak, rate = map(float, done.stdout.split("\n")[-2].split())
+        peak, busy = map(float, done.stdout.split("\n")[-2].split())
         seconds = time.perf_counter() - begun
-        told[part] = dict(seconds=round(seconds, 1), entries_per_s=round(rate or entries / seconds), peak_gib=round(peak, 2))
+        told[part] = dict(entries_per_s=round(entries / seconds), entries_per_processor_s=round(entries / busy), peak_gib=round(peak, 2))
         print(part, told[part], flush=True)
     return told
 
+# %% ../nbs/01_regions.ipynb #6ff7706b
 def _bench_part(part, folder, entries) -> str:
-    "One part of `bench`; its last line: peak GiB and, for reading, entries per second."
-    rate = 0.0
+    "One part of `bench`; its last line: peak GiB and seconds of processor time."
     if part == "generate": write_generated(f"{folder}/generated.jsonl", entries)
     if part == "convert": convert(f"{folder}/generated.jsonl", f"{folder}/shards")
     if part == "open": open_shards(f"{folder}/shards")
-    if part == "read": rate, _ = _read_all(f"{folder}/shards")
-    return f"{_peak_gib():.3f} {rate:.1f}"
+    if part == "read": _read_all(f"{folder}/shards")
+    return f"{_peak_gib():.3f} {time.process_time():.2f}"
 
 # %% ../nbs/01_regions.ipynb #cdbd4a75
 def main(argv=None):

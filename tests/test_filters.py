@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_formats import DOCUMENTS, FINEHARD, media_root, write
-from fgclip_nb import filters
+from fgclip_nb import filters, media
 from fgclip_nb.core import ConfigError, DataError
 from fgclip_nb.filters import add_negatives, check_media, filter_regions, folded, load_class_sentences
 from fgclip_nb.regions import Keyframe, Region, Sample, convert, load_samples
@@ -52,8 +52,8 @@ def test_media_are_opened_once_and_counted(tmp_path, monkeypatch):
     root = media_root(tmp_path/"media")
     (root/"b.jpg").write_bytes(b"no photo")
     samples, _ = load_samples(write(tmp_path/"d.json", FINEHARD + FINEHARD), root)
-    opened = []
-    monkeypatch.setattr("fgclip_nb.media.read_image", lambda p, real=__import__("fgclip_nb.media", fromlist=["x"]).read_image: (opened.append(p), real(p))[1])
+    opened, real = [], media.read_image
+    monkeypatch.setattr(media, "read_image", lambda p: (opened.append(p), real(p))[1])
     kept, rejects = check_media(samples)
     assert len(opened) == 3 and len(kept) == 4 and [(r.rule, r.entries, r.regions) for r in rejects] == [("unreadable_media", 1, 2)] * 2
 
