@@ -757,9 +757,12 @@ def _constant(ev, kind):
     if rows < 3: return None
     if rank >= worst and not equal > ev.limit("equal_share_limit"):
         return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
-    share = f", {equal:.0%} of the rows equal another row" if equal == equal else ""
-    return (FAIL, rank, f"{kind} embeddings are (nearly) all the same: effective rank {rank:.2f} of {rows:.0f} rows{share}",
-            "Look at the inputs: blank or repeated images, a constant box, a tower that collapsed.")
+    told, start = f"effective rank {rank:.2f} of {rows:.0f} rows, {equal:.0%} equal another row", float(ev.series(f"effective_rank_{kind}").iloc[0])
+    if start >= 1.05 and start > rank:
+        return (FAIL, rank, f"{kind} embeddings have collapsed into one direction: {told}; at the first step the rank was {start:.2f}",
+                "Lower the learning rate; a tower also collapses when its pairs cannot be learnt (shuffled or wrong captions).")
+    return (FAIL, rank, f"{kind} embeddings are the same from the first step on: {told}",
+            "Look at the inputs: blank or repeated images, a constant box.")
 
 @rule("effective_rank_image", "effective_rank_limit", "rank ≥ {:g}")
 def image_embeddings_differ(ev): return _constant(ev, "image")

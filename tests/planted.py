@@ -123,7 +123,7 @@ def _forget(s):
         for p in s.model.parameters(): p.add_(torch.randn_like(p) * 0.05)
 
 def _hot(s):
-    if s.step == 60: s.model.logit_scale_finegraind.fill_(4.6)
+    if s.step == 22: s.model.logit_scale_finegraind.fill_(4.6)
 
 def without_projections():
     return around("parameter_groups", lambda make: lambda m, wd: [dict(g, params=[p for p in g["params"] if not any(p is q for n, q in m.named_parameters() if "projection" in n)]) for g in make(m, wd)])
@@ -160,11 +160,12 @@ class Fault:
     pretrained: bool = False        # start from the weights of a healthy run
 
 BANK = dict(memory_bank_size=96, memory_bank_warmup_steps=10)
+SLOW = dict(max_steps=45, learning_rate=5e-5)
 FAULTS = dict(
     pairs_shuffled=Fault("region_above_chance", "boxes and phrases are paired at random", plant=lambda: shuffled("region_text_features")),
-    captions_shuffled=Fault("global_above_chance", "photos and captions are paired at random", plant=lambda: shuffled("text_features", "long_text_features")),
-    bank_raises_loss=Fault("region_loss_rise", "a bank of 4000 comes on", dict(memory_bank_size=4000, memory_bank_warmup_steps=15, learning_rate=2e-5, global_weight=0.1)),
-    scale_raises_loss=Fault("region_loss_rise", "the temperature is set to 4.6 at step 60", dict(learning_rate=1e-3), lambda: after_update(_hot)),
+    captions_shuffled=Fault("global_above_chance", "photos and captions are paired at random", dict(learning_rate=1e-3), plant=lambda: shuffled("text_features", "long_text_features")),
+    bank_raises_loss=Fault("region_loss_rise", "a bank of 4000 comes on at step 22", dict(memory_bank_size=4000, memory_bank_warmup_steps=22, **SLOW)),
+    scale_raises_loss=Fault("region_loss_rise", "the temperature is set to 4.6 at step 22", dict(SLOW, learning_rate=1e-6), lambda: after_update(_hot)),
     weights_disturbed=Fault("region_loss_rise", "noise is added to all weights from step 60 on", plant=lambda: after_update(_forget)),
     collapses=Fault("image_embeddings_differ", "a learning rate of 0.3", dict(learning_rate=0.3, lr_warmup_steps=40)),
     scale_in_bf16=Fault("scale_as_asked", "temperatures are stored in bfloat16", plant=lambda: on_model(lambda m: [p.data.copy_(p.data.bfloat16()) for n, p in m.named_parameters() if "logit_scale" in n])),
