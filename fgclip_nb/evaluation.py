@@ -34,7 +34,8 @@ def unit(features, name="features"):
     x = np.asarray(features.detach().cpu().double() if hasattr(features, "detach") else features, dtype=np.float64)
     if x.ndim != 2: raise DataError(f"{name}: expected shape (N, D), got {x.shape}")
     bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad): raise DataError(f"{name}: {len(bad)} of {len(x)} rows hold NaN or Inf, the first is row {bad[0]}; remove them before scoring")
+    if len(bad):
+        raise DataError(f"{name}: {len(bad)} of {len(x)} rows hold NaN or Inf, the first is row {bad[0]}; remove them before scoring")
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     return x / np.where(norm > 0, norm, 1)
 
@@ -52,6 +53,7 @@ def standing(scores, ties="against"):
     ranks = rankdata(-scores, method="max" if ties == "against" else "min", axis=1).astype(np.int32)
     return ranks if ties == "against" else ranks - 1
 
+# %% ../nbs/09_evaluation.ipynb #ff1f80f0
 def best_rank(counts, right, ties="against"):
     """Rank (from 1) of the best right answer of each query; 0 where a query has none.
 
@@ -88,6 +90,7 @@ def bootstrap_means(values, groups=None, repeats=1000, seed=0):
         means[i] = sums[drawn].sum() / sizes[drawn].sum()
     return means
 
+# %% ../nbs/09_evaluation.ipynb #d6b0a6de
 def interval(draws, level=0.95):
     "[low, high] that holds the middle `level` of `draws`."
     return [float(v) for v in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
@@ -123,6 +126,7 @@ def links(n_images, n_texts, image_ids=None, text_image=None, text_ids=None):
     if unknown: raise DataError(f"text_image: text {unknown[0]} belongs to image {text_image[unknown[0]]!r}, which is not among the images")
     return _link_tables(rows, text_image, text_ids, n_images)
 
+# %% ../nbs/09_evaluation.ipynb #5412007a
 def _link_tables(rows, text_image, text_ids, n_images):
     "The two padded tables of `links` from checked ids."
     shared = {}
@@ -140,12 +144,14 @@ def _blocks(n, width, budget=4_000_000):
 
 @dataclass
 class Places:
-    "Per query: ranks of the best right answer (0 without one), the best wrong candidate and its lead over the right one; null sums (P, len(ks)+1)."
+    """Per query: ranks of the best right answer (0 without one), the best wrong candidate and its lead over the right one; null sums (P,
+    len(ks)+1)."""
     ranks: np.ndarray
     wrong: np.ndarray
     margin: np.ndarray
     null: np.ndarray | None = None
 
+# %% ../nbs/09_evaluation.ipynb #0991eaf1
 def _best_wrong(scores, right):
     "Highest candidate that is not right, and its lead over the best right one; scores (n,m), right (n,g)."
     rows, there = np.arange(len(scores))[:, None], right >= 0
@@ -155,6 +161,7 @@ def _best_wrong(scores, right):
     best = wrong.argmax(1)
     return best, wrong[rows[:, 0], best] - own
 
+# %% ../nbs/09_evaluation.ipynb #d5faa0e9
 def rank_queries(queries, candidates, right, permuted=None, ties="against", ks=(1, 5, 10)):
     """Places of the best right answers, and what they would be under permuted links.
 
@@ -171,6 +178,7 @@ def rank_queries(queries, candidates, right, permuted=None, ties="against", ks=(
     if permuted is not None: out.null = sums
     return out
 
+# %% ../nbs/09_evaluation.ipynb #869cdcdd
 def _null_sums(ranks, ks):
     "ranks (P,n), 0 = no right answer -> (P, len(ks)+1): hits at each k, sum of ranks."
     return np.stack([((ranks > 0) & (ranks <= k)).sum(1) for k in ks] + [ranks.sum(1)], 1).astype(np.float64)
@@ -191,6 +199,7 @@ def _grouped_permutations(groups, repeats, seed):
     for row in perm: row[here] = np.argsort(rng.permutation(inverse.max(initial=-1) + 1)[inverse], kind="stable")
     return perm
 
+# %% ../nbs/09_evaluation.ipynb #ae960978
 def _permuted_links(texts_of, images_of, repeats, seed):
     "Functions block -> right answers (repeats, rows, g) for image queries and for text queries."
     perm, inverse = _permutations(len(texts_of), repeats, seed)
@@ -247,7 +256,8 @@ def _null_table(scores, draws, names):
 # %% ../nbs/09_evaluation.ipynb #b960e619
 def wilson(share, n, z=1.96):
     "Wilson's 95 % interval of a share of n items."
-    centre, half = (share + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre, half = (share + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1
+        + z * z / n)
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 def _score_interval(name, values, groups, repeats, seed):
@@ -276,6 +286,7 @@ def _ranked_links(features, right, permuted, ties, ks, ids, groups):
     options = np.full(asked.sum(), len(features[1]))
     return Ranked(pick(ids), pick(groups), places.ranks[asked], options, (right[asked] >= 0).sum(1), ks, "r", places.null, detail=detail)
 
+# %% ../nbs/09_evaluation.ipynb #5bd917c4
 def rank_both_ways(images, texts, image_ids=None, text_image=None, text_ids=None, ks=(1, 5, 10), permutations=1000, seed=0, ties="against"):
     "Unit rows of photos and texts -> (`Ranked` of photos asking for text, `Ranked` of texts asking for photos)."
     texts_of, images_of = links(len(images), len(texts), image_ids, text_image, text_ids)
@@ -299,6 +310,7 @@ def _check_pair(images, texts):
     if not len(images) or not len(texts): raise DataError(f"nothing to retrieve: {len(images)} images, {len(texts)} texts")
     if images.shape[1] != texts.shape[1]: raise DataError(f"image_features have {images.shape[1]} columns, text_features {texts.shape[1]}")
 
+# %% ../nbs/09_evaluation.ipynb #8bf38237
 def retrieval(image_features, text_features, image_ids=None, text_image=None, ks=(1, 5, 10), permutations=1000, seed=0,
               text_ids=None, ties="against"):
     """Retrieval both ways: r<k> = share of queries with a right answer among the first k, and mean_rank of the best right answer.
@@ -343,6 +355,7 @@ class _Frozen:
         self.grad.__exit__(*error)
         self.model.train(self.training)
 
+# %% ../nbs/09_evaluation.ipynb #e3b931b3
 class _EncoderBase:
     "The model, its sizes, and what went wrong on the way."
     def __init__(self, model, image_size=None, batch_size=64, text_batch_size=512, frames=32):
@@ -359,6 +372,7 @@ def _stack(parts, width=0):
     "Feature tensors -> one float32 array; (0, width) when there are none."
     return np.concatenate([p.detach().float().cpu().numpy() for p in parts]) if parts else np.zeros((0, width), dtype=np.float32)
 
+# %% ../nbs/09_evaluation.ipynb #614cf6c4
 class _ImageEncoder(_EncoderBase):
     def _readable(self, paths):
         "Yield (row, uint8 (S,S,3)) of the images that can be read; the others are noted in `unreadable`."
@@ -385,6 +399,7 @@ class _ImageEncoder(_EncoderBase):
 # %% ../nbs/09_evaluation.ipynb #f07a92bd
 def _is_clip(item): return getattr(item, "kind", "image") == "video"
 
+# %% ../nbs/09_evaluation.ipynb #1a30e85c
 class _MediaEncoder(_ImageEncoder):
     def clip(self, sample):
         "(`ClipInputs`, normalised frames (T,3,S,S)) of a video sample, or None when it cannot be read (noted in `unreadable`)."
@@ -406,7 +421,8 @@ class _MediaEncoder(_ImageEncoder):
         self._images[key] = _stack([features.mean(0, keepdim=True)])[0]
 
     def images(self, items):
-        "Global features of the readable ones among `items` (paths, or samples of photos and clips): (float32 (k,D), rows (k,) int64). Each is encoded once."
+        """Global features of the readable ones among `items` (paths, or samples of photos and clips): (float32 (k,D), rows (k,) int64).
+        Each is encoded once."""
         keys = [(str(getattr(x, "media", x)), getattr(x, "span", None) if _is_clip(x) else None) for x in items]
         with _Frozen(self.model):
             self._new_photos([k[0] for k, x in zip(keys, items) if not _is_clip(x)])
@@ -437,11 +453,8 @@ class _TextEncoder(_MediaEncoder):
         return np.stack([known[t] for t in texts]) if texts else np.zeros((0, 0), dtype=np.float32)
 
 # %% ../nbs/09_evaluation.ipynb #d26c4e24
-class Encoder(_TextEncoder):
-    """A model seen through its features: batched, without gradient, returned as float32 arrays.
-
-    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call; frames: per clip.
-    `unreadable` collects {file, reason} of images left out; `cut` the texts that were longer than the context."""
+class _RegionEncoder(_TextEncoder):
+    "Features of boxes."
     @property
     def grid(self): return self.image_size // self.patch_size
 
@@ -458,6 +471,12 @@ class Encoder(_TextEncoder):
         rows = np.array(rows, dtype=np.int64).reshape(-1, 2)
         return _stack(parts), rows[:, 0], rows[:, 1]
 
+# %% ../nbs/09_evaluation.ipynb #f44bcf5a
+class Encoder(_RegionEncoder):
+    """A model seen through its features: batched, without gradient, returned as float32 arrays.
+
+    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call; frames: per clip.
+    `unreadable` collects {file, reason} of images left out; `cut` the texts that were longer than the context."""
     def _clip_region(self, inputs, pixels, k):
         "Mean feature (1,D) of region k over the frames that show it."
         import torch
@@ -474,8 +493,9 @@ class Encoder(_TextEncoder):
 
     def describe(self):
         "Entries for the manifest."
-        return {"class": type(self.model).__name__, "weights": weights_fingerprint(self.model), "image_size": self.image_size, "patch_size": self.patch_size,
-                "grid": self.grid, "frames_per_clip": self.frames, "context_length": {"short": self.context[False], "long": self.context[True]}}
+        context = {"short": self.context[False], "long": self.context[True]}
+        return {"class": type(self.model).__name__, "weights": weights_fingerprint(self.model), "image_size": self.image_size,
+                "patch_size": self.patch_size, "grid": self.grid, "frames_per_clip": self.frames, "context_length": context}
 
     def dense(self, path):
         "Dense map of one image: float32 (grid, grid, D)."
@@ -497,8 +517,10 @@ def _checkpoint_in(source):
     found = Run(source).checkpoints() if (source / "checkpoints").is_dir() else []
     return found[-1][1] if found else source
 
+# %% ../nbs/09_evaluation.ipynb #365828a5
 def load_model(source):
-    """A model, or cached features, from: a run folder (its newest checkpoint), a checkpoint folder of this package or of official FG-CLIP, a transformers CLIP
+    """A model, or cached features, from: a run folder (its newest checkpoint), a checkpoint folder of this package or of official FG-CLIP,
+    a transformers CLIP
     folder or hub id, OpenAI's file, a folder with image_features.npy, or the name of a preset (random weights, with a warning)."""
     from fgclip_nb.model import FGCLIP, PRESETS
     path = Path(source)
@@ -514,6 +536,7 @@ def captions_of(sample, long=False, most=5):
     short = list(sample.captions) or [sample.short_caption or sample.caption]
     return [c for c in short if c][:most]
 
+# %% ../nbs/09_evaluation.ipynb #9263b922
 @dataclass
 class CaptionSet:
     "Features of readable photos and their captions: samples kept, images (I,D), texts, text_features (T,D), owner (T,) row of the photo."
@@ -524,6 +547,7 @@ class CaptionSet:
     owner: np.ndarray
     lost: dict
 
+# %% ../nbs/09_evaluation.ipynb #807dcb38
 def encode_captions(encoder, samples, long=False, most=5):
     "Encode the samples' photos and captions -> `CaptionSet`. Photos without a caption stay as distractors."
     images, rows = encoder.images(samples)
@@ -562,9 +586,11 @@ def read_lines(source, shipped=""):
     "Entries of a list as they are, or the non-empty lines of a text file; a bare name means the shipped file `<shipped><name>.txt`."
     if not isinstance(source, (str, Path)): return [str(x) for x in source]
     path = _list_file(source, shipped)
-    if not path.is_file(): raise DataError(f"{source!r}: neither a shipped list ({', '.join(sorted(p.stem for p in DATA.glob('*.txt')))}) nor a file")
+    if not path.is_file():
+        raise DataError(f"{source!r}: neither a shipped list ({', '.join(sorted(p.stem for p in DATA.glob('*.txt')))}) nor a file")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
+# %% ../nbs/09_evaluation.ipynb #493ce5e7
 def read_labels(source):
     "A label set: list, file, or `coco80`. Repeated names raise `DataError`."
     labels = read_lines(source)
@@ -621,6 +647,7 @@ def first_answer(ranked):
     "The class the model answers: the target where it is first, else the highest other one."
     return np.where(ranked.ranks == 1, ranked.detail["target"], ranked.detail["predicted"])
 
+# %% ../nbs/09_evaluation.ipynb #72db8b81
 def most_frequent_answer(ranked, labels):
     "The answer given most often and its share: a collapsed model shows itself here."
     habits = np.bincount(first_answer(ranked), minlength=len(labels))
@@ -673,6 +700,7 @@ class Settings:
 
     def permute(self): return {"permutations": self.permutations, "seed": self.seed, "ties": self.ties}
 
+# %% ../nbs/09_evaluation.ipynb #aecc3853
 @dataclass
 class TaskResult:
     "`ranked`: name -> Ranked; `tables`: name -> extra entries of that table; `notes`: entries of the task as a whole."
@@ -691,9 +719,11 @@ def retrieval_task(encoder, samples, settings, long=False):
     i2t.asked, i2t.lost = len(samples), dict(found.lost)
     i2t.detail |= {"media": [media[i] for i in i2t.detail["query"]], "answer": [found.texts[first[i]] for i in i2t.detail["query"]],
                    "predicted": [found.texts[i] for i in i2t.detail.pop("wrong")]}
-    t2i.detail |= {"media": [media[i] for i in found.owner], "answer": list(found.texts), "predicted": [media[i] for i in t2i.detail.pop("wrong")]}
+    t2i.detail |= {"media": [media[i] for i in found.owner], "answer": list(found.texts), "predicted": [media[i]
+        for i in t2i.detail.pop("wrong")]}
     return TaskResult({"i2t": i2t, "t2i": t2i}, notes={"cut": len(encoder.cut.intersection(found.texts))})
 
+# %% ../nbs/09_evaluation.ipynb #2e96edc3
 def long_retrieval_task(encoder, samples, settings): return retrieval_task(encoder, samples, settings, long=True)
 
 # %% ../nbs/09_evaluation.ipynb #1c782994
@@ -710,12 +740,14 @@ class RegionSet:
     def groups(self): return [s.id for s, _ in self.items]
     def detail(self): return {"media": [s.media for s, _ in self.items], "box": [r.box for _, r in self.items]}
 
+# %% ../nbs/09_evaluation.ipynb #e819efe0
 def _photo_regions(encoder, picked):
     "[(sample, regions with a box)] of photos -> features, [(sample, region)]."
     features, _, rows = encoder.regions([s.media for s, _ in picked], [np.array([r.box for r in regions]) for _, regions in picked])
     items = [(s, r) for s, regions in picked for r in regions]
     return features, [items[i] for i in rows]
 
+# %% ../nbs/09_evaluation.ipynb #32efb426
 def encode_regions(encoder, samples, wanted):
     "Encode the regions for which wanted(region) holds, on readable photos and clips -> `RegionSet`."
     picked = [(s, regions) for s in samples if (regions := [r for r in s.regions if wanted(r)])]
@@ -743,6 +775,7 @@ def region_classification_task(encoder, samples, settings):
     unknown = sum(named(r) and label_of(r.phrase, labels) is None for s in samples for r in s.regions)
     return _classified(ranked, labels, asked, found.lost | ({"label not in the set": unknown} if unknown else {}), found.detail())
 
+# %% ../nbs/09_evaluation.ipynb #832a3df1
 def _classified(ranked, labels, asked, lost, detail):
     "TaskResult `labels` of a classification, with its per-class table and readable answers."
     ranked.asked, ranked.lost = asked, lost
@@ -751,6 +784,7 @@ def _classified(ranked, labels, asked, lost, detail):
                                                "predicted": [labels[i] for i in ranked.detail["predicted"]]}
     return TaskResult({"labels": ranked}, {"labels": extra})
 
+# %% ../nbs/09_evaluation.ipynb #84788db2
 def classification_task(encoder, samples, settings):
     "Zero-shot classification of whole photos by `label`; the label set is the data's own when none of its labels is in `labels`."
     named = [s for s in samples if s.label]
@@ -793,11 +827,13 @@ def _hard_level(encoder, samples, settings):
     own = [options[row[id(r)]] for _, r in found.items]
     ranked = choose(found.features, features, own, found.ids, found.groups, **settings.permute())
     ranked.asked, ranked.lost = len(asked), found.lost
-    if len(ranked): ranked.detail |= found.detail() | {"answer": [texts[o[0]] for o in own], "predicted": [texts[i] for i in ranked.detail["predicted"]]}
+    if len(ranked): ranked.detail |= found.detail() | {"answer": [texts[o[0]] for o in own],
+            "predicted": [texts[i] for i in ranked.detail["predicted"]]}
     extra = {"photos": len({s.media for s, _ in asked}), "texts": sum(map(len, options)), "distinct_texts": len(texts),
              "nearest_wrong_text_cosine": _nearest_wrong(features, options)}
     return ranked, extra
 
+# %% ../nbs/09_evaluation.ipynb #3d0b543e
 def hard_negatives_task(encoder, samples, settings):
     "Regions against their own wrong sentences, per level."
     levels = {}
@@ -818,17 +854,21 @@ def caption_negatives_task(encoder, samples, settings):
     if len(types) > 1: out["all"] = _pairs_of(encoder, pairs, images, row, settings)
     return TaskResult(out)
 
+# %% ../nbs/09_evaluation.ipynb #2cef6568
 def _pairs_of(encoder, pairs, images, row, settings):
     "Caption against its altered form, for the pairs whose photo was read (row: media -> image row)."
     kept = [(s, n) for s, n in pairs if s.media in row]
     texts, options = _text_rows([(n.caption, n.negative) for _, n in kept])
     ids = [f"{s.id}#{stable_id(n.caption + n.negative)}" for s, n in kept]
-    ranked = choose(images[[row[s.media] for s, _ in kept]] if kept else images, encoder.texts(texts), options, ids, [s.id for s, _ in kept],
+    ranked = choose(images[[row[s.media] for s, _ in kept]] if kept else images, encoder.texts(texts), options, ids,
+        [s.id for s, _ in kept],
                     **settings.permute())
     ranked.asked, ranked.lost = len(pairs), {"unreadable photo": len(pairs) - len(kept)} if len(pairs) > len(kept) else {}
-    ranked.detail |= {"media": [s.media for s, _ in kept], "answer": [n.caption for _, n in kept], "predicted": [n.negative for _, n in kept]}
+    ranked.detail |= {"media": [s.media for s, _ in kept], "answer": [n.caption for _, n in kept],
+        "predicted": [n.negative for _, n in kept]}
     return ranked
 
+# %% ../nbs/09_evaluation.ipynb #e8dbffa6
 TASKS = {"short_retrieval": retrieval_task, "long_retrieval": long_retrieval_task, "region_classification": region_classification_task,
          "hard_negatives": hard_negatives_task, "caption_negatives": caption_negatives_task, "classification": classification_task}
 
@@ -847,14 +887,17 @@ def _file_hashes(samples, *sources):
     files = {s.file for s in samples if s.file} | {str(x) for x in sources}
     return {Path(f).name: sha256_file(f) for f in sorted(files) if Path(f).is_file()}
 
+# %% ../nbs/09_evaluation.ipynb #885e00d5
 def _manifest(encoder, samples, settings, name):
     "What the scores depend on."
     from fgclip_nb.core import code_identity, versions
     labels, templates = read_labels(settings.labels), read_templates(settings.templates)
     return {"model": name, **encoder.describe(), "tie_rule": settings.ties, "permutations": settings.permutations, "seed": settings.seed,
-            "captions_per_photo": settings.captions, "labels": len(labels), "label_set": settings.labels if isinstance(settings.labels, str) else labels,
+            "captions_per_photo": settings.captions, "labels": len(labels), "label_set": settings.labels
+                if isinstance(settings.labels, str) else labels,
             "templates": templates, "samples": len(samples), "samples_id": stable_id(" ".join(sorted(s.id for s in samples))),
-            "files": _file_hashes(samples, *(_list_file(x, start) for x, start in ((settings.labels, ""), (settings.templates, "templates_")) if isinstance(x, (str, Path)))), "code": code_identity(), "versions": versions()}
+            "files": _file_hashes(samples, *(_list_file(x, start) for x, start in ((settings.labels, ""), (settings.templates,
+                "templates_")) if isinstance(x, (str, Path)))), "code": code_identity(), "versions": versions()}
 
 # %% ../nbs/09_evaluation.ipynb #cb0cee66
 def _row(task, name, table, metric):
@@ -887,7 +930,8 @@ class Evaluation:
         return pd.DataFrame(rows(self.results))
 
     def mistakes(self, task, name, n=10):
-        "The n worst mistakes of a list, by how far the best wrong answer leads: pandas table with media, box, answer, predicted, margin, rank."
+        """The n worst mistakes of a list, by how far the best wrong answer leads: pandas table with media, box, answer, predicted, margin,
+        rank."""
         import pandas as pd
         ranked = self.items[task][name]
         columns = {k: list(ranked.detail[k]) for k in ("media", "box", "answer", "predicted", "margin") if k in ranked.detail}
@@ -895,8 +939,10 @@ class Evaluation:
         return frame[frame["rank"] > 1].sort_values("margin", ascending=False).head(n).reset_index(drop=True)
 
 # %% ../nbs/09_evaluation.ipynb #61f6d505
-BENCHMARK_TASK = {"short_retrieval": "zeroshot_retrieval", "long_retrieval": "zeroshot_retrieval", "region_classification": "zeroshot_classification",
-                  "classification": "zeroshot_classification", "hard_negatives": "image_caption_selection", "caption_negatives": "image_caption_selection"}
+BENCHMARK_TASK = {"short_retrieval": "zeroshot_retrieval", "long_retrieval": "zeroshot_retrieval",
+    "region_classification": "zeroshot_classification",
+                  "classification": "zeroshot_classification", "hard_negatives": "image_caption_selection",
+                      "caption_negatives": "image_caption_selection"}
 
 def _benchmark_metrics(task, name, table):
     "Flat metrics under CLIP_benchmark's names."
@@ -906,6 +952,7 @@ def _benchmark_metrics(task, name, table):
     if task.endswith("classification"): return {k: table.get(k) for k in ("acc1", "acc5", "mean_per_class_recall")}
     return {"acc": table["acc1"]}
 
+# %% ../nbs/09_evaluation.ipynb #dd5c1e17
 def benchmark_files(results, model, pretrained, dataset):
     "File name -> content in the shape of CLIP_benchmark's result files (dataset, model, pretrained, task, metrics, language)."
     files = {}
@@ -923,12 +970,16 @@ def benchmark_files(results, model, pretrained, dataset):
 def _items_frame(items):
     "Every scored item in one pandas table."
     import pandas as pd
-    parts = [pd.DataFrame({"task": task, "list": name, "id": r.ids, "group": r.groups, "rank": r.ranks, "options": r.options, "right": r.right,
-                           "margin": r.detail.get("margin", np.zeros(len(r)))}) for task, lists in items.items() for name, r in lists.items() if len(r)]
+    parts = [pd.DataFrame({"task": task, "list": name, "id": r.ids, "group": r.groups, "rank": r.ranks, "options": r.options,
+        "right": r.right,
+                           "margin": r.detail.get("margin", np.zeros(len(r)))}) for task, lists in items.items() for name,
+                               r in lists.items() if len(r)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
+# %% ../nbs/09_evaluation.ipynb #a80c7d0e
 def save_evaluation(evaluation, folder, dataset=""):
-    "Write an `Evaluation` into `folder` (made if needed): evaluation.json, evaluation.csv, items.csv, clip_benchmark/*.json. Returns the folder."
+    """Write an `Evaluation` into `folder` (made if needed): evaluation.json, evaluation.csv, items.csv, clip_benchmark/*.json. Returns the
+    folder."""
     folder = Path(folder)
     (folder / "clip_benchmark").mkdir(parents=True, exist_ok=True)
     whole = {"manifest": evaluation.manifest, "results": evaluation.results, "unreadable": evaluation.unreadable}
@@ -944,14 +995,17 @@ def save_evaluation(evaluation, folder, dataset=""):
 def _ranked_from(frame, prefix, ks):
     "A `Ranked` from rows of items.csv."
     column = lambda c: frame[c].to_numpy()
-    return Ranked(frame["id"].astype(str).tolist(), frame["group"].astype(str).tolist(), column("rank"), column("options"), column("right"), ks, prefix,
+    return Ranked(frame["id"].astype(str).tolist(), frame["group"].astype(str).tolist(), column("rank"), column("options"), column("right"),
+        ks, prefix,
                   detail={"margin": column("margin")})
 
+# %% ../nbs/09_evaluation.ipynb #29ba8cf0
 def load_evaluation(folder):
     "An `Evaluation` as `save_evaluation` wrote it (without the columns that only pictures need)."
     import pandas as pd
     folder = Path(folder)
-    if not (folder / "evaluation.json").is_file(): raise DataError(f"{folder}: no evaluation.json; give a folder written by save_evaluation")
+    if not (folder / "evaluation.json").is_file():
+        raise DataError(f"{folder}: no evaluation.json; give a folder written by save_evaluation")
     whole = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     frame = pd.read_csv(folder / "items.csv", dtype={"id": str, "group": str}, keep_default_na=False)
     items = {}
@@ -972,24 +1026,30 @@ def read_evaluation_samples(data, media_root=None, split=None):
     if not samples: raise DataError(f"no samples{f' of split {split!r}' if split else ''}; splits there: {sorted({s.split for s in data})}")
     return samples
 
+# %% ../nbs/09_evaluation.ipynb #3b29da97
 def _tables(result, settings):
     "Tables of a TaskResult: summaries with the extras, and the task's own notes."
-    tables = {name: summarise(r, max(settings.permutations, 200), settings.seed) | result.tables.get(name, {}) for name, r in result.ranked.items()}
+    tables = {name: summarise(r, max(settings.permutations, 200), settings.seed) | result.tables.get(name, {}) for name,
+        r in result.ranked.items()}
     if set(tables) == {"i2t", "t2i"}: tables |= {"both": _both_directions(*result.ranked.values(), tables.values())}
     return tables | result.notes
 
 # %% ../nbs/09_evaluation.ipynb #2316ebf7
-def evaluate(model, data="sample", tasks=("short_retrieval", "region_classification", "hard_negatives"), media_root=None, split=None, name="",
+def evaluate(model, data="sample", tasks=("short_retrieval", "region_classification", "hard_negatives"), media_root=None, split=None,
+        name="",
              image_size=None, batch_size=64, **settings):
     """Run `tasks` (names in TASKS) over `data` -> `Evaluation`.
 
     model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a path that `load_samples` reads, or samples.
-    split: a name, `auto` (val where there is one) or None (everything). settings: ties, permutations, seed, labels, templates, captions (see `Settings`). Raises ConfigError for an unknown task or setting."""
+    split: a name, `auto` (val where there is one) or None (everything). settings: ties, permutations, seed, labels, templates, captions
+    (see `Settings`). Raises ConfigError for an unknown task or setting."""
     tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     wrong = [t for t in tasks if t not in TASKS] + [k for k in settings if k not in Settings.__dataclass_fields__]
-    if wrong: raise ConfigError(f"{wrong[0]!r} is neither a task ({', '.join(TASKS)}) nor a setting ({', '.join(Settings.__dataclass_fields__)})")
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} is neither a task ({', '.join(TASKS)}) nor a setting ({', '.join(Settings.__dataclass_fields__)})")
     if isinstance(model, (str, Path)): model, name = load_model(model), name or str(model)
-    encoder, settings, samples = _as_encoder(model, image_size, batch_size), Settings(**settings), read_evaluation_samples(data, media_root, split)
+    encoder, settings, samples = _as_encoder(model, image_size, batch_size), Settings(**settings), read_evaluation_samples(data, media_root,
+        split)
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
@@ -1000,14 +1060,17 @@ def evaluate(model, data="sample", tasks=("short_retrieval", "region_classificat
 def _plain_npy(path):
     "An array without pickle."
     try: return np.load(path, allow_pickle=False)
-    except (ValueError, OSError) as e: raise DataError(f"{path}: no plain npy array ({e}); save it with numpy.save from a float array") from e
+    except (ValueError, OSError) as e:
+        raise DataError(f"{path}: no plain npy array ({e}); save it with numpy.save from a float array") from e
 
 def _load_npy(path):
     "A float array (n,D) without pickle."
     array = _plain_npy(path)
-    if array.ndim != 2 or array.dtype.kind != "f": raise DataError(f"{path}: expected a float array (n, D), got {array.dtype} {array.shape}")
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise DataError(f"{path}: expected a float array (n, D), got {array.dtype} {array.shape}")
     return array
 
+# %% ../nbs/09_evaluation.ipynb #5bc18da6
 def _named_rows(folder, features, names, key=lambda x: x):
     "name -> row of a feature file and its list of names, or {} when neither is there."
     features, names = Path(folder) / features, Path(folder) / names
@@ -1031,7 +1094,8 @@ class _CachedBase:
     def _read_regions(self):
         rows = list(_named_rows(self.folder, "region_features.npy", "region_names.txt", lambda n: object()).values())
         if not rows: return {}
-        names, boxes = (self.folder / "region_names.txt").read_text(encoding="utf-8").splitlines(), _load_npy(self.folder / "region_boxes.npy")
+        names = (self.folder / "region_names.txt").read_text(encoding="utf-8").splitlines()
+        boxes = _load_npy(self.folder / "region_boxes.npy")
         return {_box_key(n, b): row for n, b, row in zip(names, boxes, rows, strict=True)}
 
     def describe(self):
@@ -1053,7 +1117,8 @@ class CachedFeatures(_CachedBase):
 
     def texts(self, texts, long=False):
         missing = next((t for t in texts if t not in self._texts), None)
-        if missing is not None: raise DataError(f"{self.folder / 'texts.txt'}: the text {missing[:80]!r} has no feature; write all texts that the task asks for")
+        if missing is not None:
+            raise DataError(f"{self.folder / 'texts.txt'}: the text {missing[:80]!r} has no feature; write all that the task asks for")
         return self._pick(self._texts, list(texts))[0]
 
     def regions(self, paths, boxes):
@@ -1073,10 +1138,12 @@ def save_features(model, samples, folder, texts=(), image_size=None):
     own = [t for s in samples for t in (*captions_of(s), *captions_of(s, True), *(x for r in s.regions for x in (r.phrase, *r.negatives)),
                                         *(x for n in s.caption_negatives for x in (n.caption, n.negative)))]
     texts = list(dict.fromkeys(t for t in (*own, *texts) if "\n" not in t))
-    arrays = {"image_features": images, "region_features": regions, "region_boxes": np.concatenate(boxes)[order], "text_features": encoder.texts(texts)}
+    arrays = {"image_features": images, "region_features": regions, "region_boxes": np.concatenate(boxes)[order],
+        "text_features": encoder.texts(texts)}
     names = {"image_names": [media[i] for i in rows], "region_names": [media[i] for i in photo], "texts": texts}
     for name, array in arrays.items(): np.save(folder / f"{name}.npy", array)
-    for name, lines in names.items(): write_atomic(folder / f"{name}.txt", "\n".join(Path(x).name if name != "texts" else x for x in lines) + "\n")
+    for name, lines in names.items(): write_atomic(folder / f"{name}.txt", "\n".join(Path(x).name if name != "texts" else x
+            for x in lines) + "\n")
     return folder
 
 # %% ../nbs/09_evaluation.ipynb #ded7c26a
@@ -1090,16 +1157,20 @@ def _paired_rows(task, name, a, b, repeats, seed):
     for metric, va in a.values().items():
         va, vb = va[ia], b.values()[metric][ib]
         low, high = interval(bootstrap_means(vb - va, groups, repeats, seed))
-        out.append({"task": task, "list": name, "metric": metric, "first": float(va.mean()), "second": float(vb.mean()), "difference": float((vb - va).mean()),
+        out.append({"task": task, "list": name, "metric": metric, "first": float(va.mean()), "second": float(vb.mean()),
+            "difference": float((vb - va).mean()),
                     "low": low, "high": high, "decided": bool(low > 0 or high < 0), "items": len(both), "only_first": len(a) - len(both),
                     "only_second": len(b) - len(both)})
     return out
 
+# %% ../nbs/09_evaluation.ipynb #2106f6e0
 def compare_evaluations(first, second, repeats=1000, seed=0):
-    "Two `Evaluation`s (or folders of them) of the same data -> pandas table: scores on shared items, difference second - first, its 95 % paired interval."
+    """Two `Evaluation`s (or folders of them) of the same data -> pandas table: scores on shared items, difference second - first, its 95 %
+    paired interval."""
     import pandas as pd
     first, second = (load_evaluation(e) if isinstance(e, (str, Path)) else e for e in (first, second))
-    out = [row for task, lists in first.items.items() for name, a in lists.items() if (b := second.items.get(task, {}).get(name)) is not None
+    out = [row for task, lists in first.items.items() for name, a in lists.items() if (b := second.items.get(task,
+        {}).get(name)) is not None
            for row in _paired_rows(task, name, a, b, repeats, seed)]
     if not out: raise DataError("the two evaluations share no item of any task: were they made on the same data?")
     return pd.DataFrame(out)
@@ -1119,6 +1190,7 @@ class AnomalyVideo:
     classes: tuple
     spans: tuple
 
+# %% ../nbs/09_evaluation.ipynb #300595a5
 def _classes(fields):
     "Classes of a line and its number fields; XD-Violence writes the classes into the name (`…_label_B1-0-0`, `…_label_A`)."
     if len(fields) > 1 and not fields[1].lstrip("-").isdigit(): return (() if fields[1].startswith("Normal") else (fields[1],)), fields[2:]
@@ -1137,6 +1209,7 @@ def _spans(numbers):
         if b < a: raise ValueError(f"span {a} {b} ends before it starts")
     return tuple(spans)
 
+# %% ../nbs/09_evaluation.ipynb #9a319c01
 def _anomaly_line(line):
     "An annotation line -> AnomalyVideo; ValueError says what is wrong."
     fields = line.split()
@@ -1147,6 +1220,7 @@ def _anomaly_line(line):
     if classes and not spans: raise ValueError(f"class {classes[0]} without an anomalous span")
     return AnomalyVideo(video_name(fields[0]), classes, spans)
 
+# %% ../nbs/09_evaluation.ipynb #55c08adb
 def read_anomaly_annotations(path):
     "UCF-Crime or XD-Violence test labels -> ({name: AnomalyVideo}, rejects). One reject per wrong line, with its reason."
     from fgclip_nb.regions import Reject
@@ -1158,7 +1232,8 @@ def read_anomaly_annotations(path):
             video = _anomaly_line(line)
             if video.name in videos: raise ValueError(f"{video.name} stands in the file twice; the first line counts")
             videos[video.name] = video
-        except ValueError as e: rejects.append(Reject(str(path), f"line {number}", "line", line.strip()[:120], str(e), line.split()[0], "anomaly_annotation"))
+        except ValueError as e: rejects.append(Reject(str(path), f"line {number}", "line", line.strip()[:120], str(e), line.split()[0],
+            "anomaly_annotation"))
     return videos, rejects
 
 # %% ../nbs/09_evaluation.ipynb #dd63c1ee
@@ -1172,7 +1247,8 @@ def smooth(scores, window):
 def to_frames(scores, frames=None, segment=None):
     """Per-frame scores: `scores` (S,) repeated to `frames`.
 
-    segment: frames per score; None spreads the scores evenly. Scores that already come per frame (more than half as many as frames) stay."""
+    segment: frames per score; None spreads the scores evenly. Scores that already come per frame (more than half as many as frames)
+    stay."""
     scores = np.asarray(scores, dtype=np.float64)
     if segment: return np.pad(np.repeat(scores, segment), (0, max(0, (frames or 0) - len(scores) * segment)), mode="edge")[:frames]
     if frames is None or 2 * len(scores) > frames: return scores
@@ -1184,20 +1260,26 @@ def read_frame_counts(source):
     if source is None: return {}
     if isinstance(source, dict): return {video_name(k): int(v) for k, v in source.items()}
     with open(source, newline="", encoding="utf-8") as f: lines = list(csv.DictReader(f))
-    if lines and not {"video", "n_frames"} <= set(lines[0]): raise DataError(f"{source}: columns video and n_frames are needed, found {', '.join(lines[0])}")
+    if lines and not {"video", "n_frames"} <= set(lines[0]):
+        raise DataError(f"{source}: columns video and n_frames are needed, found {', '.join(lines[0])}")
     wrong = next((i for i, r in enumerate(lines, 2) if not str(r["n_frames"]).isdigit() or int(r["n_frames"]) < 1), None)
     if wrong: raise DataError(f"{source}, line {wrong}: n_frames is {lines[wrong - 2]['n_frames']!r}, not a number of frames")
     return {video_name(r["video"]): int(r["n_frames"]) for r in lines}
 
+# %% ../nbs/09_evaluation.ipynb #a87429d5
 def read_scores(source):
-    "{name: scores (T,)} from a dictionary, a folder of npy files (no pickle), or a JSON object. NaN, Inf, empty or nested scores raise DataError."
-    if isinstance(source, (str, Path)) and Path(source).is_dir(): source = {p.name: _plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
+    """{name: scores (T,)} from a dictionary, a folder of npy files (no pickle), or a JSON object. NaN, Inf, empty or nested scores raise
+    DataError."""
+    if isinstance(source, (str, Path)) and Path(source).is_dir(): source = {p.name: _plain_npy(p)
+            for p in sorted(Path(source).glob("*.npy"))}
     elif isinstance(source, (str, Path)): source = json.loads(Path(source).read_text(encoding="utf-8"))
     out = {}
     for name, scores in source.items():
         values = np.asarray(scores.detach().cpu() if hasattr(scores, "detach") else scores, dtype=np.float64)
-        if values.ndim != 1 or not len(values): raise DataError(f"scores of {name}: expected a flat, non-empty list, got shape {values.shape}")
-        if not np.isfinite(values).all(): raise DataError(f"scores of {name}: entry {np.flatnonzero(~np.isfinite(values))[0]} is NaN or Inf")
+        if values.ndim != 1 or not len(values):
+            raise DataError(f"scores of {name}: expected a flat, non-empty list, got shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise DataError(f"scores of {name}: entry {np.flatnonzero(~np.isfinite(values))[0]} is NaN or Inf")
         if video_name(name) in out: raise DataError(f"scores of {name}: the video is there twice, with and without suffix or folder")
         out[video_name(name)] = values
     return out
@@ -1211,15 +1293,18 @@ class FrameScores:
     labels: np.ndarray
     cut: int = 0
 
+# %% ../nbs/09_evaluation.ipynb #999cd6df
 def _frame_scores(video, values):
     "Per-frame scores with the labels of their video; ValueError when a span starts after the last frame."
     labels, cut = np.zeros(len(values), dtype=bool), 0
     for first, last in video.spans:
-        if first >= len(values): raise ValueError(f"span {first} {last} starts after the last of {len(values)} frames: give frame counts (`frames`) or `segment`")
+        if first >= len(values):
+            raise ValueError(f"span {first} {last} starts after the last of {len(values)} frames: give `frames` (counts) or `segment`")
         labels[first:last + 1] = True
         cut += max(0, last + 1 - len(values))
     return FrameScores(video, values, labels, cut)
 
+# %% ../nbs/09_evaluation.ipynb #07774e14
 def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1):
     "Scores and annotation of each video in both -> (list of FrameScores, rejects, missing names, names without annotation)."
     from fgclip_nb.regions import Reject
@@ -1228,7 +1313,8 @@ def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1
     for name in sorted(videos.keys() & scores.keys()):
         values = to_frames(smooth(scores[name], smoothing), counts.get(name), segment)
         try: out.append(_frame_scores(videos[name], values))
-        except ValueError as e: rejects.append(Reject(str(annotation_file), name, "span", str(videos[name].spans), str(e), name, "anomaly_annotation"))
+        except ValueError as e: rejects.append(Reject(str(annotation_file), name, "span", str(videos[name].spans), str(e), name,
+            "anomaly_annotation"))
     bad = {r.sample for r in rejects}
     return out, rejects, sorted(videos.keys() - scores.keys()), sorted(scores.keys() - videos.keys() - bad)
 
@@ -1241,8 +1327,10 @@ def _auc_ap(labels, scores):
 
 def _pooled(found):
     "All frames of some videos: labels, scores."
-    return (np.concatenate([f.labels for f in found]), np.concatenate([f.scores for f in found])) if found else (np.zeros(0, dtype=bool), np.zeros(0))
+    return (np.concatenate([f.labels for f in found]), np.concatenate([f.scores for f in found])) if found else (np.zeros(0, dtype=bool),
+        np.zeros(0))
 
+# %% ../nbs/09_evaluation.ipynb #d4fd52a4
 class WeightedCurves:
     "AUC and AP under weights per video: scores are sorted once."
     def __init__(self, found):
@@ -1266,40 +1354,52 @@ class WeightedCurves:
 def _video_bootstrap(found, curves, repeats, seed):
     "95 % intervals of AUC and AP over resampled videos (normal and anomalous apart, so that both stay present)."
     rng, kinds = np.random.default_rng(seed), [np.flatnonzero([bool(f.video.spans) == k for f in found]) for k in (False, True)]
-    draws = [curves(sum(np.bincount(rng.choice(k, len(k)), minlength=len(found)) for k in kinds if len(k)).astype(float)) for _ in range(repeats)]
+    draws = [curves(sum(np.bincount(rng.choice(k, len(k)), minlength=len(found)) for k in kinds if len(k)).astype(float))
+        for _ in range(repeats)]
     draws = np.array([d for d in draws if d[0] is not None])
     return {"auc": interval(draws[:, 0]), "ap": interval(draws[:, 1])} if len(draws) else {}
 
+# %% ../nbs/09_evaluation.ipynb #7f0670dc
 def _class_scores(found, curves):
     "Per class: its videos together with all normal ones, and (`auc_within`) its videos alone."
     normal, out = np.array([not f.video.spans for f in found]), {}
     for c in sorted({c for f in found for c in f.video.classes}):
         own = np.array([c in f.video.classes for f in found])
         (auc, ap), (within, _) = (curves(weights.astype(float)) for weights in (own | normal, own))
-        out[c] = {"auc": auc, "ap": ap, "auc_within": within, "videos": int(own.sum()), "frames": int(sum(len(f.scores) for f, o in zip(found, own) if o))}
+        out[c] = {"auc": auc, "ap": ap, "auc_within": within, "videos": int(own.sum()), "frames": int(sum(len(f.scores) for f,
+            o in zip(found, own) if o))}
     return out
 
 # %% ../nbs/09_evaluation.ipynb #36db803d
 def frame_auc(scores, annotation_file, frames=None, segment=None, smoothing=1, threshold=0.5, repeats=200, seed=0):
     """Frame-level ROC AUC and AP of any method's scores.
 
-    scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or without suffix; annotation_file: UCF-Crime or XD-Violence
-    test labels; frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`, `smooth`; threshold: for the false-alarm rate.
-    Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos only), per_class, false_alarm_rate (share of the frames of
-    normal videos at or over the threshold), denominators, missing, unannotated and rejects. A figure that needs two classes is None with only one."""
+    scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or without suffix; annotation_file: UCF-
+    Crime or XD-Violence
+    test labels; frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`, `smooth`; threshold: for the false-alarm
+    rate.
+    Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos only), per_class, false_alarm_rate (share of the
+    frames of
+    normal videos at or over the threshold), denominators, missing, unannotated and rejects. A figure that needs two classes is None with
+    only one."""
     found, rejects, missing, extra = match_scores(scores, annotation_file, frames, segment, smoothing)
-    if not found: raise DataError(f"{annotation_file}: none of the scored videos has a usable annotation; scored for example: {extra[:3]}, rejects: {len(rejects)}")
-    if missing: logging.getLogger("fgclip_nb").warning("%d of %d annotated videos have no scores, e.g. %s", len(missing), len(missing) + len(found), missing[0])
+    if not found:
+        raise DataError(f"{annotation_file}: none of the scored videos has a usable line; scored: {extra[:3]}, rejects: {len(rejects)}")
+    if missing: logging.getLogger("fgclip_nb").warning("%d of %d annotated videos have no scores, e.g. %s", len(missing), len(missing)
+            + len(found), missing[0])
     labels, values = _pooled(found)
     normal, anomalous = ([f for f in found if bool(f.video.spans) == k] for k in (False, True))
     auc, ap = _auc_ap(labels, values)
     auc_anomalous, ap_anomalous = _auc_ap(*_pooled(anomalous))
     alarms, curves = _pooled(normal)[1] >= threshold, WeightedCurves(found)
-    return {"auc": auc, "ap": ap, "interval": _video_bootstrap(found, curves, repeats, seed) if repeats and auc is not None else {}, "chance": {"auc": 0.5, "ap": float(labels.mean())},
+    return {"auc": auc, "ap": ap, "interval": _video_bootstrap(found, curves, repeats, seed) if repeats and auc is not None else {},
+        "chance": {"auc": 0.5, "ap": float(labels.mean())},
             "auc_anomalous": auc_anomalous, "ap_anomalous": ap_anomalous, "per_class": _class_scores(found, curves),
             "false_alarm_rate": float(alarms.mean()) if len(alarms) else None, "threshold": threshold, "smoothing": smoothing,
-            "videos": len(found), "normal_videos": len(normal), "anomalous_videos": len(anomalous), "frames": len(labels), "anomalous_frames": int(labels.sum()),
-            "annotated_frames_cut": sum(f.cut for f in found), "missing": missing, "unannotated": extra, "rejects": [r.as_dict() for r in rejects]}
+            "videos": len(found), "normal_videos": len(normal), "anomalous_videos": len(anomalous), "frames": len(labels),
+                "anomalous_frames": int(labels.sum()),
+            "annotated_frames_cut": sum(f.cut for f in found), "missing": missing, "unannotated": extra,
+                "rejects": [r.as_dict() for r in rejects]}
 
 # %% ../nbs/09_evaluation.ipynb #7e3142e9
 def _bags(videos):
@@ -1316,6 +1416,7 @@ def _top_mean(logits, k):
     "Mean of the top max(1, T // k) logits of a video (T,)."
     return logits.topk(max(1, len(logits) // k)).values.mean()
 
+# %% ../nbs/09_evaluation.ipynb #45c584aa
 def _head(width, hidden):
     "Segment features (T,D) -> logits (T,1)."
     from torch import nn
@@ -1337,6 +1438,7 @@ def _validate(head, features, labels, k):
     head.train()
     return float(roc_auc_score(labels.numpy(), logits.numpy())), float(torch.nn.functional.binary_cross_entropy_with_logits(logits, labels))
 
+# %% ../nbs/09_evaluation.ipynb #1f262130
 def _fit_head(train, val, seed, steps, batch, k, hidden, learning_rate, every):
     "One seed: (best head by validation AUC, then loss; history)."
     import copy, torch
@@ -1361,7 +1463,8 @@ def _fit_head(train, val, seed, steps, batch, k, hidden, learning_rate, every):
 def fit_heads(train, val, seeds=(0, 1, 2), steps=300, batch=16, top_k=16, hidden=64, learning_rate=1e-3, every=20):
     """Train one head per seed on {name: (features (T,D), label)} with video labels; each seed's step is chosen on `val` -> `AnomalyHeads`.
 
-    label: class name or bool; `Normal` and False are normal. top_k: the top T/top_k segments make a video's score. Raises ConfigError for fewer than three
+    label: class name or bool; `Normal` and False are normal. top_k: the top T/top_k segments make a video's score. Raises ConfigError for
+    fewer than three
     seeds, DataError for a video in both splits or a split with one class only."""
     seeds = list(dict.fromkeys(seeds))
     if len(seeds) < 3: raise ConfigError(f"seeds: at least three different ones are needed for a spread, got {seeds}")
@@ -1370,9 +1473,11 @@ def fit_heads(train, val, seeds=(0, 1, 2), steps=300, batch=16, top_k=16, hidden
     if both: raise DataError(f"{len(both)} videos stand in train and in val, e.g. {sorted(both)[0]}")
     for name, y in zip(("train", "val"), labels):
         if len(y.unique()) < 2: raise DataError(f"{name}: {len(y)} videos of one class; both normal and anomalous ones are needed")
-    fits = [_fit_head((features[0], labels[0]), (features[1], labels[1]), s, steps, batch, top_k, hidden, learning_rate, every) for s in seeds]
+    fits = [_fit_head((features[0], labels[0]), (features[1], labels[1]), s, steps, batch, top_k, hidden, learning_rate, every)
+        for s in seeds]
     return AnomalyHeads(fits, {video_name(n) for split in names for n in split})
 
+# %% ../nbs/09_evaluation.ipynb #f2188ad3
 @dataclass
 class AnomalyHeads:
     "Trained heads, one per seed, with the names of all videos that trained or chose them."
@@ -1388,18 +1493,22 @@ class AnomalyHeads:
     def report(self, features, annotation_file, **options):
         "Test figures over all seeds: mean, std and values of auc, ap, auc_anomalous, false_alarm_rate. options: those of `frame_auc`."
         leaked = {video_name(n) for n in features} & self.seen
-        if leaked: raise DataError(f"{len(leaked)} test videos were used for training or selection, e.g. {sorted(leaked)[0]}: remove them from train and val")
+        if leaked:
+            raise DataError(f"{len(leaked)} test videos were used for training or selection, e.g. {sorted(leaked)[0]}: take them out of it")
         runs = [frame_auc(s, annotation_file, **options) for s in self.scores(features)]
-        spread = lambda key: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "values": v} if None not in (v := [r[key] for r in runs]) else None
+        spread = lambda key: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "values": v} if None not in (v := [r[key]
+            for r in runs]) else None
         return {k: spread(k) for k in ("auc", "ap", "auc_anomalous", "false_alarm_rate")} | {
-            "seeds": [f["seed"] for f in self.fits], "chosen_steps": [f["step"] for f in self.fits], "val_auc": [f["val_auc"] for f in self.fits],
+            "seeds": [f["seed"] for f in self.fits], "chosen_steps": [f["step"] for f in self.fits],
+                "val_auc": [f["val_auc"] for f in self.fits],
             "videos": runs[0]["videos"], "frames": runs[0]["frames"], "missing": runs[0]["missing"], "rejects": runs[0]["rejects"]}
 
 # %% ../nbs/09_evaluation.ipynb #afcf8f17
 def read_prompts(source=None):
     "{class: [sentences]} with a class `Normal`, from a dictionary, a JSON file, or the shipped prompts."
     prompts = source if isinstance(source, dict) else json.loads(Path(source or DATA / "anomaly_prompts.json").read_text(encoding="utf-8"))
-    if not prompts.get("Normal") or len(prompts) < 2: raise DataError(f"prompts {source!r}: a non-empty class `Normal` and at least one other class are needed")
+    if not prompts.get("Normal") or len(prompts) < 2:
+        raise DataError(f"prompts {source!r}: a non-empty class `Normal` and at least one other class are needed")
     return prompts
 
 def grid_boxes(n=3):
@@ -1407,8 +1516,11 @@ def grid_boxes(n=3):
     starts = np.linspace(0, 0.5, n)
     return np.array([(x, y, x + 0.5, y + 0.5) for y in starts for x in starts] + [(0, 0, 1, 1)])
 
+# %% ../nbs/09_evaluation.ipynb #9eb0f668
 def anomaly_probability(features, normal, anomalous, scale=100.0):
-    "features (…,D), unit rows of normal (n,D) and anomalous (m,D) sentences -> probability (…) on the anomalous ones; softmax over all at `scale`."
+    """Features (…,D), unit rows of normal (n,D) and anomalous (m,D) sentences -> probability (…) on the anomalous ones.
+
+    Softmax over all sentences at `scale`."""
     logits = scale * features @ np.concatenate([normal, anomalous]).T
     logits = np.exp(logits - logits.max(-1, keepdims=True))
     return logits[..., len(normal):].sum(-1) / logits.sum(-1)
@@ -1429,6 +1541,7 @@ def _frame_features(encoder, path, every, boxes, most=64):
     regions = unit(_stack(regions))
     return unit(_stack(whole)), regions.reshape(len(numbers), len(boxes), -1), n
 
+# %% ../nbs/09_evaluation.ipynb #9be7efba
 def anomaly_scores(model, paths, prompts=None, every=16, region_weight=0.5, boxes=None, image_size=None):
     """Zero-shot scores per segment of `every` frames -> ({name: scores (S,)}, {name: frames}), ready for `frame_auc(…, frames=…)`.
 
@@ -1446,7 +1559,8 @@ def anomaly_scores(model, paths, prompts=None, every=16, region_weight=0.5, boxe
 
 # %% ../nbs/09_evaluation.ipynb #5b3b7146
 def sugarcrepe_samples(path, media_root):
-    "SugarCrepe's files (a folder of json or json.gz, or one file) -> samples with caption_negatives, one per photo. Raises DataError naming file and entry."
+    """SugarCrepe's files (a folder of json or json.gz, or one file) -> samples with caption_negatives, one per photo. Raises DataError
+    naming file and entry."""
     from fgclip_nb.regions import CaptionNegative, Sample, open_text
     files = sorted(p for p in Path(path).iterdir() if ".json" in p.suffixes) if Path(path).is_dir() else [Path(path)]
     if not files: raise DataError(f"{path}: no json files")
@@ -1454,8 +1568,10 @@ def sugarcrepe_samples(path, media_root):
     for file in files:
         with open_text(file) as f: entries = json.load(f)
         for number, e in entries.items():
-            if not {"filename", "caption", "negative_caption"} <= e.keys(): raise DataError(f"{file}, entry {number}: filename, caption and negative_caption are needed, found {sorted(e)}")
-            sample = samples.setdefault(e["filename"], Sample(e["filename"], str(Path(media_root) / e["filename"]), file=str(file), entry=number))
+            if not {"filename", "caption", "negative_caption"} <= e.keys():
+                raise DataError(f"{file}, entry {number}: filename, caption and negative_caption are needed, found {sorted(e)}")
+            sample = samples.setdefault(e["filename"], Sample(e["filename"], str(Path(media_root) / e["filename"]), file=str(file),
+                entry=number))
             sample.caption_negatives += (CaptionNegative(e["caption"], e["negative_caption"], file.name.split(".")[0]),)
     return list(samples.values())
 
@@ -1464,7 +1580,8 @@ def _panels(n, columns=4, size=2.6):
     "A figure with n axes without ticks."
     import matplotlib.pyplot as plt
     columns = max(1, min(columns, n))
-    fig, axes = plt.subplots(math.ceil(n / columns), columns, figsize=(size * columns, size * 1.25 * math.ceil(n / columns)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(math.ceil(n / columns), columns, figsize=(size * columns, size * 1.25 * math.ceil(n / columns)), squeeze=False,
+        layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     return fig, axes.flatten()[:n]
 
@@ -1473,6 +1590,7 @@ def _wrapped(text, width=30, lines=4):
     import textwrap
     return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …"))
 
+# %% ../nbs/09_evaluation.ipynb #b0119adf
 def _draw_box(ax, box, height, width, color="tab:red"):
     "A 0-1 xyxy box on an image of the given pixel size."
     from matplotlib.patches import Rectangle
@@ -1486,15 +1604,18 @@ def _first_picture(path):
     from fgclip_nb.regions import is_video
     return read_frames(path, [video_info(path).frames // 2])[0] if is_video(path) else read_image(path)
 
+# %% ../nbs/09_evaluation.ipynb #9146e809
 def plot_mistakes(mistakes, title="Worst mistakes"):
-    "The rows of `Evaluation.mistakes` as photos with their box: what was right, what was answered, and by how much. A wrongly retrieved photo is named by file."
+    """The rows of `Evaluation.mistakes` as photos with their box: what was right, what was answered, and by how much. A wrongly retrieved
+    photo is named by file."""
     fig, axes = _panels(len(mistakes), size=3)
     for ax, row in zip(axes, mistakes.to_dict("records")):
         image = _first_picture(row["media"])
         ax.imshow(image)
         if row.get("box") is not None: _draw_box(ax, row["box"], *image.shape[:2])
         answer = Path(row["predicted"]).name if str(row["predicted"]).startswith("/") else row["predicted"]
-        ax.set_title(_wrapped(f"right: {row['answer']}") + "\n" + _wrapped(f"answered: {answer}") + f"\nrank {row['rank']} of {row['options']}, lead {row['margin']:.3f}", fontsize=7)
+        ax.set_title(_wrapped(f"right: {row['answer']}") + "\n" + _wrapped(f"answered: {answer}")
+            + f"\nrank {row['rank']} of {row['options']}, lead {row['margin']:.3f}", fontsize=7)
     fig.suptitle(title)
     return fig
 
@@ -1505,6 +1626,7 @@ def similarity_map(encoder, path, texts):
     grid, words = len(patches), unit(encoder.texts(texts))
     return cosines(words, unit(patches.reshape(grid * grid, -1))).reshape(len(texts), grid, grid)
 
+# %% ../nbs/09_evaluation.ipynb #663ca01d
 def plot_similarity(model, path, texts, image_size=None):
     "Dense similarity of one photo with texts, each over the photo, on one colour scale."
     encoder = _as_encoder(model, image_size)
@@ -1515,7 +1637,8 @@ def plot_similarity(model, path, texts, image_size=None):
     axes[0].set_title(f"{encoder.grid} x {encoder.grid} patches", fontsize=8)
     for ax, text, values in zip(axes[1:], texts, maps):
         ax.imshow(image)
-        shown = ax.imshow(values, cmap="inferno", alpha=0.65, extent=(0, encoder.image_size, encoder.image_size, 0), interpolation="nearest", vmin=maps.min(), vmax=maps.max())
+        shown = ax.imshow(values, cmap="inferno", alpha=0.65, extent=(0, encoder.image_size, encoder.image_size, 0),
+            interpolation="nearest", vmin=maps.min(), vmax=maps.max())
         ax.set_title(_wrapped(text), fontsize=8)
     fig.colorbar(shown, ax=list(axes), label="cosine of patch and text", shrink=0.8)
     return fig
@@ -1546,7 +1669,8 @@ def plot_scores(evaluation, title=""):
     table = table[(table.metric != "mean_rank") & table.value.notna()].iloc[::-1]
     fig, ax = plt.subplots(figsize=(8, 1 + 0.24 * len(table)))
     for y, r in enumerate(table.itertuples()):
-        if r.chance_low == r.chance_low and r.chance_low is not None: ax.plot([r.chance_low, r.chance_high], [y, y], color="0.8", lw=7, solid_capstyle="butt")
+        if r.chance_low == r.chance_low and r.chance_low is not None: ax.plot([r.chance_low, r.chance_high], [y, y], color="0.8", lw=7,
+                solid_capstyle="butt")
         if r.low == r.low and r.low is not None: ax.plot([r.low, r.high], [y, y], color="tab:blue", lw=1.5)
         ax.plot(r.value, y, "o", color="tab:blue", ms=4)
         if r.chance == r.chance and r.chance is not None: ax.plot(r.chance, y, "|", color="black", ms=9)
@@ -1570,6 +1694,7 @@ def plot_anomaly(found, threshold=0.5):
     fig.tight_layout()
     return fig
 
+# %% ../nbs/09_evaluation.ipynb #3dee4210
 def plot_curves(named):
     "ROC and precision-recall curves over all frames; named: label -> list of FrameScores."
     import matplotlib.pyplot as plt
@@ -1593,7 +1718,8 @@ def plot_curves(named):
 @dataclass
 class EvaluateConfig:
     "Every parameter of nbs/evaluate.ipynb, checked. Raises `ConfigError` for a wrong type or an impossible value."
-    model: str = param("tiny", "run folder, checkpoint folder, CLIP folder or hub id, OpenAI file, folder of cached features, or preset (random weights)")
+    model: str = param("tiny",
+                       "run folder, checkpoint folder, CLIP folder or hub id, OpenAI file, folder of cached features, or a preset (random)")
     baseline: str = param("", "a second model to compare with on the same items, e.g. plain CLIP of the same size; empty for none")
     data: str = param("sample", "data set: `sample`, or a file or folder in any known format")
     media_root: str = param("", "folder that image paths start from; empty for the folder of the data file")
@@ -1604,7 +1730,8 @@ class EvaluateConfig:
     captions: int = param(5, "short captions per photo", 1, 1000)
     image_size: int = param(0, "pixels; 0 takes the size of the model", 0, 4096)
     batch_size: int = param(64, "images per forward", 1, 100000)
-    ties: str = param("against", "equal scores count against the model, or `official`: the right answer wins", choices=("against", "official"))
+    ties: str = param("against", "equal scores count against the model, or `official`: the right answer wins",
+        choices=("against", "official"))
     permutations: int = param(1000, "permutations behind the chance band", 20, 1000000)
     annotations: str = param("", "temporal anomaly annotation (UCF-Crime or XD-Violence); empty for no anomaly detection")
     scores: str = param("", "anomaly scores of any method: folder of npy files or a JSON object; empty for zero-shot scores of `videos`")
@@ -1638,6 +1765,7 @@ def evaluate_config(params):
         if name not in known: raise ConfigError(f"unknown parameter `{name}` = {params[name]!r}{nearest(name, known)}")
     return EvaluateConfig(**params)
 
+# %% ../nbs/09_evaluation.ipynb #65fbba52
 def evaluation_folder(cfg):
     "Where the results go: `output`, else `evaluation` inside the run folder that holds the model, else runs/evaluate-<hash>."
     import hashlib
