@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'ExampleRegion', 'Example', 'Drawing', 'draw_regions', 'draw_caption', 'draw_phrase', 'region_identity',
-           'drawn_region', 'image_example', 'mirrored', 'cropped', 'augmented', 'clip_example', 'BatchTensors', 'Batch',
-           'collate', 'select_texts', 'select_clips', 'split_batch', 'TrainingOrder', 'ExampleSource', 'Examples',
+           'drawn_region', 'image_example', 'random_part', 'clip_example', 'BatchTensors', 'Batch', 'collate',
+           'select_texts', 'select_clips', 'split_batch', 'TrainingOrder', 'ExampleSource', 'Examples',
            'collate_loaded', 'plot_samples']
 
 # %% ../nbs/04a_batches.ipynb #a429eeb7
@@ -13,7 +13,7 @@ import logging, textwrap
 from dataclasses import dataclass, field, fields
 import numpy as np, torch
 from .core import DataError, stable_id
-from .media import clip_inputs, read_frames, read_image
+from .media import FrameCache, clip_inputs, read_frames, read_image
 from .regions import Reject, boxes_at, epoch_order
 from .text import TextBatch, tokenize
 
@@ -48,9 +48,10 @@ class Drawing:
     size: int                    # pixels of the square input
     most: int = 8                # regions per sample
     train: bool = True           # False: every region, the first caption, the short phrases, no augmentation
-    augment: str = "none"        # none, flip, crop (photos only)
+    augment: str = "none"        # none or crop (photos only)
     num_frames: int = 256        # per clip
     region_source: str = "boxes" # boxes or span (clips only)
+    frame_cache: str = ""        # folder of cached frames (clips only)
 
 def draw_regions(sample, most: int, rng) -> list:
     "At most `most` regions of a sample, in their own order."
@@ -78,43 +79,32 @@ def drawn_region(sample, region, boxes, frames, rng, train: bool) -> ExampleRegi
     return ExampleRegion(phrase, np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(frames, np.int64), region.negatives, region.phrase, region_identity(sample, region))
 
 def image_example(sample, d: Drawing, rng, pixels=None) -> Example:
-    "The example of a photo; `pixels` (S,S,3) when they are at hand."
-    pixels = read_image(sample.encoded, d.size) if pixels is None else pixels
-    regions = draw_regions(sample, d.most, rng) if d.train else sample.regions
-    caption, boxes = draw_caption(sample, rng, d.train), np.array([r.box for r in regions], np.float32).reshape(-1, 4)
-    kept = np.ones(len(boxes), bool)
-    if d.train and d.augment != "none": pixels, boxes, kept = augmented(pixels, boxes, d.augment, rng)
-    drawn = [drawn_region(sample, r, b, [0], rng, d.train) for r, b, k in zip(regions, boxes, kept) if k]
-    return Example(stable_id(sample.id), pixels[None], np.zeros(1, np.float32), np.ones(1, bool), caption, sample.caption, drawn)
+    "The example of a photo; `pixels` (S,S,3) when they are at hand. Its regions lie in row 0 of its pixels."
+    pixels = (read_image(sample.encoded, d.size) if pixels is None else pixels)[None]
+    in_clip, regions = np.ones(1, bool), draw_regions(sample, d.most, rng) if d.train else sample.regions
+    caption = draw_caption(sample, rng, d.train)
+    drawn = [drawn_region(sample, r, r.box, [0], rng, d.train) for r in regions]
+    if d.train and d.augment == "crop":
+        part = random_part(pixels[0], rng)[None]
+        pixels, in_clip = (np.concatenate([pixels, part]), np.array([False, True])) if drawn else (part, in_clip)
+    return Example(stable_id(sample.id), pixels, np.zeros(len(pixels), np.float32), in_clip, caption, sample.caption, drawn)
 
-# %% ../nbs/04a_batches.ipynb #fb1d5339
-def mirrored(pixels, boxes):
-    "The photo seen in a mirror, with its boxes (n,4)."
-    return pixels[:, ::-1], np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
-
-def cropped(pixels, boxes, rng, least: float = 0.5):
-    "A random part with at least `least` of the area, back at full size; (pixels, boxes, kept (n,) bool: at least half of the box is left)."
+# %% ../nbs/04a_batches.ipynb #1f992f3d
+def random_part(pixels, rng, least: float = 0.5):
+    "A random part (S,S,3) of a photo, at least `least` of its area, back at full size, and mirrored half of the time."
     from PIL import Image
     n = len(pixels)
-    side = np.sqrt(rng.uniform(least, 1.0)) * np.exp(rng.uniform(-0.1, 0.1) * np.array([1, -1]))
-    w, h = np.clip(np.round(side * n), 1, n).astype(int)
+    w, h = np.clip(np.round(np.sqrt(rng.uniform(least, 1.0)) * np.exp(rng.uniform(-0.15, 0.15) * np.array([1, -1])) * n), 1, n).astype(int)
     x, y = int(rng.integers(n - w + 1)), int(rng.integers(n - h + 1))
-    moved = (boxes * n - [x, y, x, y]) / [w, h, w, h]
-    inside = np.clip(moved, 0, 1).astype(np.float32)
-    area = lambda b: (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
     part = Image.fromarray(np.ascontiguousarray(pixels[y:y + h, x:x + w])).resize((n, n), Image.Resampling.BICUBIC)
-    return np.asarray(part), inside, area(inside) >= 0.5 * area(moved)
-
-def augmented(pixels, boxes, how: str, rng):
-    "(pixels, boxes, kept) of a photo, mirrored half of the time and, with `crop`, cut."
-    if rng.random() < 0.5: pixels, boxes = mirrored(pixels, boxes)
-    if how == "crop": return cropped(pixels, boxes, rng)
-    return np.ascontiguousarray(pixels), boxes.astype(np.float32), np.ones(len(boxes), bool)
+    part = np.asarray(part)
+    return np.ascontiguousarray(part[:, ::-1]) if rng.random() < 0.5 else part
 
 # %% ../nbs/04a_batches.ipynb #825a4518
 def clip_example(sample, d: Drawing, rng) -> Example:
     "The example of a video sample: frames over its span (jittered in training) and its visible regions."
-    clip = clip_inputs(sample, d.num_frames, d.size, d.region_source, rng if d.train else None)
+    cache = FrameCache(d.frame_cache, d.size) if d.frame_cache else None
+    clip = clip_inputs(sample, d.num_frames, d.size, d.region_source, rng if d.train else None, cache)
     chosen = sorted(rng.choice(len(clip.regions), d.most, replace=False)) if d.train and len(clip.regions) > d.most else range(len(clip.regions))
     drawn = [drawn_region(sample, clip.regions[i], clip.boxes[i][clip.visible[i]], np.flatnonzero(clip.visible[i]), rng, d.train) for i in chosen]
     return Example(stable_id(sample.id), clip.frames, clip.times, clip.in_clip, draw_caption(sample, rng, d.train), sample.caption, drawn)

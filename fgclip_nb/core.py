@@ -10,7 +10,7 @@ __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomi
            'FolderLock', 'run_folder', 'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
-import ast, dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing
+import ast, dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,9 +67,11 @@ class DataParams:
     min_area: float = param(0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1)
     out_of_range: str = param("reject", "boxes that leave the image: reject them or clip them to it", choices=("reject", "clip"))
     max_regions: int = param(8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
-    augment: str = param("none", "photos of training: none (the reference), flip (mirrored half of the time), crop (mirrored, and a random part of at least half the area)",
-                         choices=("none", "flip", "crop"))
-    num_frames: int = param(256, "frames per video clip, chosen uniformly over its span", 1, 100000)
+    augment: str = param("none", "what the global loss sees of a training photo: the photo itself (none, as the reference), or a mirrored random part of it (crop)",
+                         choices=("none", "crop"))
+    num_frames: int = param(0, "frames per video clip, spread over its span; 0 = 256, or 8 for the shipped video sample", 0, 100000)
+    frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty = decode the frames at every step")
+    make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0 = none are made", 0, 1000)
     region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of the region's own span)", choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
     max_reject_share: float = param(0.05, "the run ends non-zero when more than this share of samples failed to load in flight (0-1)", 0, 1)
@@ -318,6 +320,9 @@ class Run(RunFolder):
     def __repr__(self): return f"Run({str(self.path)!r}, {'finished' if self.finished else 'unfinished'})"
 
 # %% ../nbs/00_core.ipynb #f12bc020
+_locks = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])   # a loader process must not outlive the run as holder of its lock
+
 class FolderLock:
     "Holds `<folder>/.lock` until closed or the process dies; raises `ConfigError` naming the holder when taken."
     def __init__(self, folder):
@@ -331,6 +336,7 @@ class FolderLock:
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()}")
         self.file.flush()
+        _locks.add(self)
 
     def close(self): self.file.close()
 

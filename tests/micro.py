@@ -66,6 +66,7 @@ def _in_line(n):
 def _child(params, event, change):
     import sys, torch
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)     # loader processes inherit what a test has patched
     with open(f"{params['output']}.{os.getpid()}.txt", "w") as sink:      # kept beside the run folder, for whoever reads a failure
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
