@@ -41,8 +41,9 @@ class RunData:
 def data_fingerprint(samples) -> str:
     "Twelve hex digits over the kept samples: media name and size, captions, boxes, phrases, split."
     h = hashlib.sha256()
-    if hasattr(samples, "folder"):                       # shards: their own list of contents, and what the filters were told
-        h.update((samples.folder/"shards.json").read_bytes() + repr(getattr(samples, "limits", "")).encode())
+    if hasattr(samples, "folder"):                       # shards: their own list of contents; how they are filtered stands among the parameters
+        sizes = sorted((p.name, p.stat().st_size) for p in samples.folder.glob("*.parquet"))
+        h.update((samples.folder/"shards.json").read_bytes() + repr(sizes).encode())
         return h.hexdigest()[:12]
     for s in samples:
         size = os.path.getsize(s.media) if os.path.exists(s.media) else -1
