@@ -156,7 +156,7 @@ class Fault(Exception):
 
 def check_number(value, field) -> float:
     "A finite float, or a Fault."
-    if isinstance(value, bool) or not isinstance(value, (int, float)): raise Fault(field, value, f"a {type(value).__name__}, not a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)): raise Fault(field, value, f"{type(value).__name__} instead of a number")
     try: number = float(value)
     except OverflowError: number = math.inf
     if not math.isfinite(number): raise Fault(field, value, "not a finite number", "not_finite")
@@ -179,7 +179,7 @@ MAX_TEXT = 100_000   # characters; the longest captions of FineHARD have about 2
 
 def check_text(value, field) -> str:
     "A string that can be tokenised, or a Fault. It is returned as it is: nothing is stripped or repaired."
-    if not isinstance(value, str): raise Fault(field, value, f"a {type(value).__name__}, not text")
+    if not isinstance(value, str): raise Fault(field, value, f"{type(value).__name__} instead of text")
     if len(value) > MAX_TEXT: raise Fault(field, value, f"{len(value):,} characters, more than {MAX_TEXT:,}", "too_long")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise Fault(field, value, "not UTF-8 (or a lone surrogate): convert the file, e.g. iconv -f GBK -t UTF-8", "encoding")
@@ -217,7 +217,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_mark_duplicates)
 class RowTexts:
     "A JSON object whose faults name their field; here its texts."
     def __init__(self, value, field=""):
-        if not isinstance(value, dict): raise Fault(field or "entry", value, f"a {type(value).__name__}, not a JSON object")
+        if not isinstance(value, dict): raise Fault(field or "entry", value, f"{type(value).__name__} instead of a JSON object")
         if DUPLICATE in value: raise Fault(_join(field, value[DUPLICATE]), value, "the key is written twice", "duplicate_key")
         self.value, self.field = value, field
 
@@ -252,7 +252,7 @@ class Row(RowTexts):
     def items(self, key) -> list:
         "The rows of a list of objects; [] when absent. Each row knows its field, such as `bbox_info[1]`."
         found, name = self.value.get(key), _join(self.field, key)
-        if found is not None and not isinstance(found, list): raise Fault(name, found, f"a {type(found).__name__}, not a list")
+        if found is not None and not isinstance(found, list): raise Fault(name, found, f"{type(found).__name__} instead of a list")
         return [(f"{name}[{i}]", item) for i, item in enumerate(found or ())]
 
     def box(self, key, size=None, form="xyxy"): return check_box(self.value.get(key), _join(self.field, key), size, form)
