@@ -1626,13 +1626,18 @@ def _first_on(ev, column):
     s, forwards = ev.series(column), ev.series("forwards")
     return float(forwards[(s > 0).idxmax()]) if (s > 0).any() and len(forwards) else None
 
+def _floor_in_batch(ev):
+    "The duplicate floor at the steps without bank entries: equal captions in the bank would count too."
+    floor, held = ev.series("duplicate_floor_region"), ev.series("bank_len")
+    return floor[~floor.index.isin(held[held > 0].index)]
+
 OBSERVED = {"total steps": lambda ev: ev.last_step, "regions per forward": lambda ev: float(candidates(ev, "region_in_batch").mean()),
             "bank on at forward": lambda ev: _first_on(ev, "bank_enabled"), "bank full at forward": lambda ev: _first_on(ev, "bank_full"),
             "global chance level": lambda ev: float(chance(ev, "global").mean()),
             "region chance level, in batch": lambda ev: float(chance(ev, "region_in_batch").mean()),
             "region chance level, full bank": lambda ev: float(chance(ev, "region").tail(20).mean()),
             "hard chance level": lambda ev: float(chance(ev, "hard").mean()),
-            "duplicate floor": lambda ev: float(ev.series("duplicate_floor_region").mean()),
+            "duplicate floor": lambda ev: float(_floor_in_batch(ev).mean()),
             "logit_scale prints as": lambda ev: loaded_scale(ev)}
 
 # %% ../nbs/10_diagnostics.ipynb #22a6efdd

@@ -41,7 +41,7 @@ def identity(run) -> dict:
     "Parameters and manifest of a run, flat, without names and times."
     params = {k: v for k, v in run.params().items() if k not in NOT_IDENTITY}
     manifest = {k: v for k, v in flat(run.manifest()).items() if not any(w in k.lower() for w in WHEN_AND_WHERE)}
-    return params | {f"manifest.{k}": v for k, v in manifest.items() if k not in ("seed",)}
+    return params | {f"manifest.{k}": v for k, v in manifest.items() if k not in ("seed", "params_hash")}
 
 # %% ../nbs/12_runs.ipynb #6275ccec
 def differences(runs) -> dict:
@@ -185,7 +185,7 @@ def _overlay(ax, grouped, column):
     for colour, (label, members) in zip(itertools.cycle(COLOURS), grouped.items()):
         found = [s for s in (_series(r, column) for r in members) if len(s)]
         if not found: continue
-        t = pd.concat(found, axis=1)
+        t = pd.concat(found, axis=1).sort_index().interpolate(method="index", limit_area="inside")      # not every step has every term
         ax.plot(t.index, t.mean(axis=1), color=colour, lw=2, label=f"{label} ({len(found)})")
         if len(found) > 1: ax.fill_between(t.index, t.min(axis=1), t.max(axis=1), color=colour, alpha=0.2, lw=0)
     if column.endswith("/chance"): ax.axhline(1, color=dx.GREY, ls="--", lw=1.2)
