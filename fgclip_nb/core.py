@@ -63,16 +63,16 @@ def param(default, help: str, low=None, high=None, choices=None):
 class DataParams:
     "What is read and what is rejected."
     data: str = param("sample", "data set: `sample` (shipped photos), `video_sample`, or a file, list of files or folder in any known format")
-    media_root: str = param("", "folder that the data's image and video paths start from; empty = the data file's own folder")
+    media_root: str = param("", "folder that image and video paths start from; empty: the folder of the data file")
     min_area: float = param(0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1)
     out_of_range: str = param("reject", "boxes that leave the image: reject them or clip them to it", choices=("reject", "clip"))
     max_regions: int = param(8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
     augment: str = param("none", "what the global loss sees of a training photo: the photo itself (none, as the reference), or a mirrored random part of it (crop)",
                          choices=("none", "crop"))
-    num_frames: int = param(0, "frames per video clip, spread over its span; 0 = 256, or 8 for the shipped video sample", 0, 100000)
-    frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty = decode the frames at every step")
-    make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0 = none are made", 0, 1000)
-    region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of the region's own span)", choices=("boxes", "span"))
+    num_frames: int = param(0, "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample", 0, 100000)
+    frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty: decode the frames at every step")
+    make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0: none are made", 0, 1000)
+    region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)", choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
     max_reject_share: float = param(0.05, "the run ends non-zero when more than this share of samples failed to load in flight (0-1)", 0, 1)
 
@@ -81,12 +81,12 @@ class DataParams:
 class ModelParams:
     "Which model, at which size and precision."
     model: str = param("tiny", "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336: random weights), or a checkpoint folder, OpenAI file or hub id")
-    revision: str = param("", "branch, tag or commit of a hub id; empty = its default")
-    image_size: int = param(0, "pixels of the square model input; 0 = the model's own", 0, 4096)
+    revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
+    image_size: int = param(0, "pixels of the square model input; 0: as the model was made for", 0, 4096)
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
-    logit_scale_init: float | None = param(None, "stored (log) temperature of all three losses: 4.6052 = x100, 2.6592 = x14.29; none = from the weights", -5, 4.6052)
+    logit_scale_init: float | None = param(None, "stored (log) temperature of all three losses: 4.6052 is x100, 2.6592 is x14.29; none: from the weights", -5, 4.6052)
     override_logit_scale: bool = param(False, "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused")
-    precision: str = param("fp32", "fp32, or bf16 = autocast with fp32 master weights", choices=("fp32", "bf16"))
+    precision: str = param("fp32", "fp32, or bf16: autocast with fp32 master weights", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, about a third more time")
 
 # %% ../nbs/00_core.ipynb #2543afab
@@ -98,7 +98,7 @@ class LossParams:
     hard_weight: float = param(0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000)
     duplicates: str = param("mask", "equal captions as candidates: mask them, count them as positive, or ignore that they are equal (the reference)",
                             choices=("mask", "positive", "ignore"))
-    memory_bank_size: int = param(32, "regions kept as extra candidates; 0 = no bank (a model that changes fast makes old entries wrong: 128 slows the shipped run)", 0, 10_000_000)
+    memory_bank_size: int = param(32, "regions kept as extra candidates; 0: no bank (a model that changes fast makes old entries wrong: 128 slows the shipped run)", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(50, "region forwards (not optimiser steps) before the bank turns itself on", 0, 10_000_000)
 
 # %% ../nbs/00_core.ipynb #056b6a04
@@ -107,13 +107,13 @@ class OptimParams:
     "How it is minimised."
     batch_size: int = param(8, "images per process contrasted with each other", 1, 1_000_000)
     gradient_accumulation_steps: int = param(1, "batches whose gradients are averaged per optimiser step; adds no negatives", 1, 100_000)
-    gradient_caching: int = param(0, "images per chunk of an exact large batch (GradCache); 0 = the whole batch at once", 0, 1_000_000)
+    gradient_caching: int = param(0, "images per chunk of an exact large batch (GradCache); 0: the whole batch at once", 0, 1_000_000)
     learning_rate: float = param(5e-4, "peak learning rate of AdamW (the reference fine-tunes at 1e-6; the shipped tiny model starts from nothing)", 0, 1)
-    adam_beta2: float = param(0.98, "AdamW's second-moment decay (CLIP and the FG-CLIP paper: 0.98; the official script's default: 0.999)", 0, 0.999999)
-    weight_decay: float = param(0.001, "AdamW's weight decay, not on biases and LayerNorms", 0, 1)
+    adam_beta2: float = param(0.98, "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; default of the official script: 0.999)", 0, 0.999999)
+    weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000)
-    max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0 = no clipping", 0, 1e9)
-    max_steps: int = param(0, "optimiser steps of the whole run; 0 = as many as `epochs` takes", 0, 1_000_000_000)
+    max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: no clipping", 0, 1e9)
+    max_steps: int = param(0, "optimiser steps of the whole run; 0: as many as `epochs` takes", 0, 1_000_000_000)
     epochs: int = param(70, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
     max_bad_steps: int = param(10, "the run stops non-zero after this many skipped (non-finite) steps in a row", 1, 1_000_000)
 
@@ -121,16 +121,16 @@ class OptimParams:
 @dataclass
 class RunParams:
     "Where it runs, what is written and how often."
-    output: str = param("", "run folder; empty = runs/train-<hash of the parameters>, resumed when unfinished")
+    output: str = param("", "run folder; empty: runs/train-<hash of the parameters>, resumed when unfinished")
     seed: int = param(0, "seed of initialisation, order and every random choice", 0, 2**31 - 1)
-    device: str = param("auto", "auto = CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    device: str = param("auto", "auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
     num_workers: int = param(0, "loader processes", 0, 1024)
     log_every: int = param(20, "optimiser steps between [LOSS] lines", 1, 1_000_000)
     diag_every: int = param(10, "optimiser steps between looks at logits, norms, gradients and updates", 1, 1_000_000)
     save_every: int = param(200, "optimiser steps between checkpoints", 1, 1_000_000_000)
     keep_checkpoints: int = param(2, "newest checkpoints kept (the best by validation is kept besides)", 1, 1000)
-    eval_every: int = param(100, "optimiser steps between validations; 0 = only at the end", 0, 1_000_000_000)
-    early_stop: int = param(0, "validations without improvement before stopping; 0 = never", 0, 1_000_000)
+    eval_every: int = param(100, "optimiser steps between validations; 0: only at the end", 0, 1_000_000_000)
+    early_stop: int = param(0, "validations without improvement before stopping; 0: never", 0, 1_000_000)
     tracker: str = param("tensorboard", "trackers of accelerate, by name, separated by commas (tensorboard, wandb, ...), or none")
     allow_changed: str = param("", "what may differ from the checkpoint on resume: parameter names separated by commas, `data` for changed data")
 

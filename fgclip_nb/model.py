@@ -36,7 +36,7 @@ def _sizes(image, patch, vision, vision_layers, text, text_layers, projection):
                 vision_config=dict(tower(vision, vision_layers), image_size=image, patch_size=patch))
 
 PRESETS = {
-    "tiny": _sizes(112, 16, 192, 6, 192, 5, 128),
+    "tiny": _sizes(112, 16, 192, 6, 192, 3, 128),
     "ViT-B/32": _sizes(224, 32, 768, 12, 512, 12, 512),
     "ViT-B/16": _sizes(224, 16, 768, 12, 512, 12, 512),
     "ViT-L/14@336": _sizes(336, 14, 1024, 24, 768, 12, 768),
