@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomic', 'sha256_file', 'read_jsonl', 'param',
            'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'nearest',
-           'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params', 'note_notebook',
-           'parameter_cell', 'params_hash', 'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run',
-           'FolderLock', 'run_folder', 'changed_params', 'check_params', 'code_identity', 'versions']
+           'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params', 'refuse_unknown',
+           'note_notebook', 'parameter_cell', 'params_hash', 'project_root', 'resolve_path', 'get_logger', 'RunFolder',
+           'Run', 'FolderLock', 'run_folder', 'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
 import ast, dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
@@ -212,15 +212,24 @@ def describe_parameter(name) -> str:
     return f"{name} ({kind}{span}; default {f.default!r}): {f.metadata['help']}"
 
 # %% ../nbs/00_core.ipynb #1e30dd28
+def _assigned(source: str) -> list:
+    "Names that a cell assigns at its top level."
+    found = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found += [t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("PAPERMILL_")]
+    return found
+
 def notebook_params(namespace: dict) -> dict:
     "Names assigned in the executed cells that begin with `# Parameters`, with their values; `namespace` is the notebook's `globals()`."
-    names = {}
-    for source in namespace.get("In", ()):
-        if not source.lstrip().startswith("# Parameters"): continue
-        for node in ast.parse(source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-            names |= {t.id: None for t in targets if isinstance(t, ast.Name)}
-    return {n: namespace[n] for n in names if n in namespace and not n.startswith("PAPERMILL_")}
+    cells = [_assigned(c) for c in namespace.get("In", ()) if c.lstrip().startswith("# Parameters")]
+    return {n: namespace[n] for names in cells for n in names if n in namespace}
+
+def refuse_unknown(namespace: dict):
+    "For a notebook with parameters of its own: raise `ConfigError` when papermill was given a name that its first `# Parameters` cell does not assign."
+    cells = [_assigned(c) for c in namespace.get("In", ()) if c.lstrip().startswith("# Parameters")]
+    for name in (n for names in cells[1:] for n in names if n not in cells[0]):
+        raise ConfigError(f"unknown parameter `{name}` = {namespace.get(name)!r}{nearest(name, cells[0])}")
 
 def note_notebook(namespace: dict):
     "Remember the executed notebook's path for the manifest, where papermill was told to pass it (`--inject-paths`)."

@@ -63,7 +63,7 @@ def test_notebooks_are_sound(path):
 
 
 def test_imports_point_only_to_lower_numbers():
-    place = {re.search(r"#\s*\|\s*default_exp (\w+)", "".join(map(source, cells(p))))[1]: i for i, p in enumerate(LIBRARY)}
+    place = {re.search(r"#\s*\|\s*default_exp (\w+)", "\n".join(map(source, cells(p))))[1]: i for i, p in enumerate(LIBRARY)}
     for module, at in place.items():
         tree = ast.parse((ROOT/f"fgclip_nb/{module}.py").read_text())
         top = [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("fgclip_nb.")]
