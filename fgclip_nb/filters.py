@@ -101,7 +101,8 @@ def check_visible(sample, region, limits):
     if region.keyframes and not visible_spans(region.keyframes):
         raise Fault("keyframes", len(region.keyframes), "all keyframes are disabled: the region is never visible", "never_visible")
     if limits.frames is None or not (region.keyframes or region.span): return
-    frames = np.asarray(limits.frames(sample))
+    try: frames = np.asarray(limits.frames(sample))
+    except DataError as e: raise Fault("span", sample.span, str(e), "never_visible") from e     # a span beyond the end of its clip
     seen = boxes_at(region.keyframes, frames)[1] if region.keyframes else (frames >= region.span[0]) & (frames <= region.span[1])
     if not seen.any():
         span = (region.keyframes[0].frame, region.keyframes[-1].frame) if region.keyframes else region.span
