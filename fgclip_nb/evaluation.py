@@ -418,7 +418,14 @@ class _MediaEncoder(_ImageEncoder):
         "Encode a clip that is not known yet."
         if key in self._images or (found := self.clip(sample)) is None: return
         features = self._in_parts(found[1], lambda part: _tensor(self.model.get_image_features(pixel_values=found[1][part])))
-        self._images[key] = _stack([features.mean(0, keepdim=True)])[0]
+        self._images[key] = _stack([self._clip_feature(features, found[0])])[0]
+
+    def _clip_feature(self, frames, inputs):
+        "Frame features (T,D) -> (1,D) by the model's temporal head, or their mean where it has none."
+        import torch
+        from fgclip_nb.temporal import pool_clips
+        times = torch.from_numpy(inputs.times).to(frames.device)
+        return pool_clips(getattr(self.model, "temporal", None), frames, times, torch.zeros(len(frames), dtype=torch.int64, device=frames.device), 1)
 
     def images(self, items):
         """Global features of the readable ones among `items` (paths, or samples of photos and clips): (float32 (k,D), rows (k,) int64).

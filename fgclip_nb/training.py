@@ -105,10 +105,11 @@ def retrieval_table(run: Run):
     "Held-out caption retrieval of a finished run beside chance and the band of shuffled pairs (DataFrame; empty without validation captions)."
     import pandas as pd
     score = json.loads((run.path/"retrieval.json").read_text()) if (run.path/"retrieval.json").exists() else {}
-    shown = dict(r1="recall at 1", r5="recall at 5", r10="recall at 10", mean_rank="mean rank")
-    rows = [dict(question=q, measure=shown[k], value=score[d][k], chance=score[d]["chance"][k], chance_band="{:.3g} … {:.3g}".format(*score[d]["chance_interval"][k]),
-                 beyond_chance="yes" if score[d]["above_chance"][k] else "no")
-            for d, q in (("i2t", "which caption belongs to this photo?"), ("t2i", "which photo belongs to this caption?")) if d in score for k in shown]
+    found = {"short captions": score} | ({"long captions": score["long"]} if "long" in score else {})
+    shown = dict(r1="recall at 1", r10="recall at 10", mean_rank="mean rank")
+    rows = [dict(texts=texts, measure=shown[k], photo_to_text=part["i2t"][k], text_to_photo=part["t2i"][k], mean=part[k], chance=part["chance"][k],
+                 chance_band="{:.3g} … {:.3g}".format(*part["chance_interval"][k]), beyond_chance="yes" if part["above_chance"][k] else "no")
+            for texts, part in found.items() if "i2t" in part for k in shown]
     return pd.DataFrame(rows).round(3)
 
 # %% ../nbs/11_training.ipynb #f828af78
@@ -654,11 +655,13 @@ def announce(s: TrainState):
 def finish(s: TrainState, val_samples):
     "Held-out retrieval, verdicts and report; the folder counts as finished from here on."
     from fgclip_nb.diagnostics import conclude
-    from fgclip_nb.evaluation import caption_retrieval
+    from fgclip_nb.evaluation import Encoder, caption_retrieval
     captioned = [v for v in val_samples if v.captions or v.short_caption]
     if len(captioned) > 1:
         s.model.eval()
-        write_atomic(s.path/"retrieval.json", json.dumps(caption_retrieval(s.model, captioned, s.cfg.image_size or None), indent=1))
+        encoder = Encoder(s.model, s.cfg.image_size or None, frames=clip_frames(s.cfg))
+        score = caption_retrieval(encoder, captioned) | ({"long": caption_retrieval(encoder, captioned, long=True)} if all(v.caption for v in captioned) else {})
+        write_atomic(s.path/"retrieval.json", json.dumps(score, indent=1))
     write_atomic(s.path/"finished.json", json.dumps(dict(steps=s.step, of=s.total_steps, skipped=s.skipped, load_rejects=s.load_rejects, best=s.best)))
     for v in conclude(Run(s.path)): s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
 
