@@ -992,8 +992,7 @@ def _judge_chance(ev, kind):
     level = chance(ev, "region_in_batch" if kind == "region" and ev.has("loss_region_in_batch") else kind)
     ratio = (loss / level).dropna()
     if not len(ratio): return None
-    value, size = float(ratio.tail(20).mean()), float(candidates(ev, kind).tail(20).mean())
-    mean, ln = float(loss.tail(20).mean()), float(level.tail(20).mean())
+    value, mean, ln = float(ratio.tail(20).mean()), float(loss.tail(20).mean()), float(level.tail(20).mean())
     if value < ev.limit("chance_ratio_limit"): return PASS, value, f"loss {mean:.3f}, chance {ln:.3f}"
     if ev.last_step is not None and ev.last_step < 50: return LATER, value, f"at chance ({mean:.3f}), as expected before step 50"
     if _above_luck(ev, kind, 20):

@@ -1,6 +1,7 @@
 """Faults planted into real, tiny trainings: whether a rule finds its fault, and stays silent in a healthy run, shows only over whole runs.
 
-The whole table of faults against rules is in nbs/faults.ipynb; here run a healthy training and the quickest faults, the others with FGCLIP_TEST_ALL=1."""
+The whole table of faults against rules is in nbs/faults.ipynb; here run a healthy training and the quickest faults, the others with
+FGCLIP_TEST_ALL=1."""
 import sys
 from pathlib import Path
 import pandas as pd, pytest
@@ -33,11 +34,13 @@ def test_metrics_are_bitwise_reproducible_and_hold_no_clock(healthy, tmp_path):
 
 def test_each_line_is_what_the_schema_says(healthy):
     m = healthy.metrics()
-    every = ["step", "forwards", "epoch", "regions", "loss", "loss_global", "loss_global_short", "loss_region", "loss_region_in_batch", "candidates_global",
+    every = ["step", "forwards", "epoch", "regions", "loss", "loss_global", "loss_global_short", "loss_region", "loss_region_in_batch",
+             "candidates_global",
              "chance_global", "chance_region_in_batch", "top1_region", "positive_cosine_region", "masked_share_region", "logit_scale",
              "logit_scale_finegraind", "logit_scale_hardneg", "lr", "grad_norm", "clipped", "skipped"]
     assert not [c for c in every if c not in m or m[c].isna().any()]
-    seldom = ["logits_i2t_min", "cosine_region_p95", "norm_image_mean", "zero_share_region", "effective_rank_region", "grad_norm/vision", "update_norm/text",
+    seldom = ["logits_i2t_min", "cosine_region_p95", "norm_image_mean", "zero_share_region", "effective_rank_region", "grad_norm/vision",
+              "update_norm/text",
               "changed_share/projections"]
     for c in seldom: assert list(m.loc[m[c].notna(), "step"]) == [1, *range(5, 101, 5)], c
     assert list(m["step"]) == list(range(1, 101))
@@ -56,6 +59,7 @@ def test_runtime_lines_only_when_asked(tmp_path, monkeypatch, caplog):
     assert dx.runtime_interval() == 0
 
 def test_weights_that_do_not_fit_are_named():
-    ev = dx.Evidence(pd.DataFrame([dict(step=1, loss=1.0)]), facts=dict(load_report=dict(matched=["a"] * 127, missing=["b"] * 72, misshaped={})))
+    ev = dx.Evidence(pd.DataFrame([dict(step=1, loss=1.0)]), facts=dict(load_report=dict(matched=["a"] * 127, missing=["b"] * 72,
+                                                                                         misshaped={})))
     v = next(v for v in dx.verdicts(ev) if v.name == "weights_loaded")
     assert v.result == "fail" and v.value == "127 of 199"

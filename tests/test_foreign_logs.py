@@ -1,4 +1,4 @@
-"""Logs that this package did not write, and folders of runs that are still going: whole files and processes, which a notebook cell cannot show."""
+"""Logs that this package did not write, and runs that are still going: whole files and processes, which a notebook cell cannot show."""
 import json, math, subprocess, sys
 from pathlib import Path
 import pytest
@@ -38,7 +38,8 @@ def test_trainer_state_at_chance():
 def test_tensorboard_events(tmp_path):
     board = dx.Board(tmp_path/"tb")
     for step in range(1, 101):
-        board.scalars(dict(step=step, loss=3.0, loss_region=1.4, regions=4.0, logit_scale_finegraind=2.65625, bank_ptr=0, bank_full=False, bank_enabled=False))
+        board.scalars(dict(step=step, loss=3.0, loss_region=1.4, regions=4.0, logit_scale_finegraind=2.65625, bank_ptr=0, bank_full=False,
+                           bank_enabled=False))
     board.close()
     found = results(tmp_path/"tb")
     assert found["region_above_chance"] == "fail" and found["scale_as_asked"] == "fail" and found["bank_comes_on"] == "fail"
@@ -48,7 +49,8 @@ def test_tensorboard_events(tmp_path):
 def test_colours_carriage_returns_nan_and_noise_do_not_matter(tmp_path):
     log = tmp_path/"messy.log"
     lines = ["\x1b[32mINFO\x1b[0m starting  50%|#####     | 3/6\r"]
-    lines += [f"\x1b[32mINFO\x1b[0m [LOSS] Step {s} Epoch 0.1 total={'nan' if s == 30 else 3.0} global=1.0 region=1.4 hard=2.0\r" for s in range(10, 100, 10)]
+    lines += [f"\x1b[32mINFO\x1b[0m [LOSS] Step {s} Epoch 0.1 total={'nan' if s == 30 else 3.0} global=1.0 region=1.4 hard=2.0\r"
+              for s in range(10, 100, 10)]
     log.write_text("\n".join(lines) + "\n[LOSS] Step 100 Ep", encoding="latin-1")
     found = {v.name: v for v in dx.verdicts(log)}
     assert found["finite_numbers"].result == "fail" and "step 30" in found["finite_numbers"].why

@@ -1,4 +1,4 @@
-"""The report as a browser shows it: only a real one tells whether the first screen holds the cause and nothing spills over a narrow screen."""
+"""The report as a browser shows it: only a real one tells whether the first screen holds the cause and nothing spills over."""
 import re, shutil, subprocess
 import pytest
 from fgclip_nb import diagnostics as dx
@@ -28,12 +28,14 @@ def shown(page, width, height, probe):
     "What a headless browser makes of the page: the text that the script `probe` leaves in the title."
     scripted = page.with_name(f"probe{width}.html")
     scripted.write_text(page.read_text().replace("</body>", f"<script>document.title = {probe}</script></body>"))
-    r = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},{height}", "--dump-dom", scripted.as_uri()],
+    r = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},{height}", "--dump-dom",
+                        scripted.as_uri()],
                        capture_output=True, text=True, timeout=120)
     return re.search(r"<title>(.*?)</title>", r.stdout)[1]
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("width,height", [(1280, 800), (500, 900)])
 def test_the_first_screen_holds_the_cause_and_nothing_spills(page, width, height):
-    probe = "[document.documentElement.scrollWidth <= innerWidth, document.querySelector('.cause').getBoundingClientRect().bottom < innerHeight].join()"
+    probe = ("[document.documentElement.scrollWidth <= innerWidth, document.querySelector('.cause').getBoundingClientRect().bottom < "
+             "innerHeight].join()")
     assert shown(page, width, height, probe) == "true,true"

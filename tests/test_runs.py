@@ -12,7 +12,8 @@ from fgclip_nb.core import ConfigError, DataError, Run
 def short(tmp_path_factory): return planted.run_planted(tmp_path_factory.mktemp("short"), steps=6)
 
 def again(run, output=None, tell=None):
-    with patch.dict(model.PRESETS, tiny=planted.MICRO), patch.object(dx, "conclude", lambda run: []): return runs.reproduce(run, output, tell)
+    with patch.dict(model.PRESETS, tiny=planted.MICRO), patch.object(dx, "conclude", lambda run: []): return runs.reproduce(run, output,
+            tell)
 
 def test_a_run_reproduces_bitwise_from_its_folder(short):
     said = []
@@ -47,27 +48,34 @@ def toy(tmp_path):
     "A notebook that makes a run folder, fails for seed 1 and dies for seed 2."
     body = ("import os, pathlib, signal\nassert seed != 1, 'planted'\nif seed == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
             "p = pathlib.Path(output); p.mkdir(parents=True, exist_ok=True)\n"
-            "(p/'params.yaml').write_text(f'seed: {seed}\\nlearning_rate: {learning_rate}\\n'); (p/'metrics.jsonl').write_text('{\"step\": 1, \"loss\": 1.0}\\n')\n"
+            "(p/'params.yaml').write_text(f'seed: {seed}\\nlearning_rate: {learning_rate}\\n'); "
+            "(p/'metrics.jsonl').write_text('{\"step\": 1, \"loss\": 1.0}\\n')\n"
             "(p/'finished.json').write_text('{}')")
-    cells = [nbf.v4.new_code_cell("seed, learning_rate, output = 0, 1e-3, ''", metadata=dict(tags=["parameters"])), nbf.v4.new_code_cell(body)]
+    cells = [nbf.v4.new_code_cell("seed, learning_rate, output = 0, 1e-3, ''", metadata=dict(tags=["parameters"])),
+             nbf.v4.new_code_cell(body)]
     path = tmp_path/"toy.ipynb"
-    nbf.write(nbf.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), path)
+    nbf.write(nbf.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))),
+              path)
     return path
 
 def test_a_sweep_goes_on_after_failures_and_resumes(toy, tmp_path):
     pytest.importorskip("submitit")
-    command = [sys.executable, "-m", "fgclip_nb.runs", "sweep", str(toy), "-p", "seed", "0,1,2,3", "-p", "learning_rate", "1e-4", "--output", str(tmp_path/"out"),
+    command = [sys.executable, "-m", "fgclip_nb.runs", "sweep", str(toy), "-p", "seed", "0,1,2,3", "-p", "learning_rate", "1e-4",
+               "--output", str(tmp_path/"out"),
                "--jobs", "2", "--cluster", "local"]
     first = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert first.returncode == 1, first.stdout + first.stderr
-    assert first.stdout.count(": finished after") == 2 and first.stdout.count(": failed after") == 2 and "AssertionError: planted" in first.stdout
+    assert first.stdout.count(": finished after") == 2 and first.stdout.count(": failed after") == 2
+    assert "AssertionError: planted" in first.stdout
     assert json.loads((tmp_path/"out/sweep.json").read_text())["state"]["seed=0,learning_rate=0.0001"] == "finished"
     toy.write_text(toy.read_text().replace("seed != 1", "True").replace("seed == 2", "False"))
     second = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert second.returncode == 0 and "2 of 4 finished before" in second.stdout and second.stdout.count(": finished after") == 2, second.stdout
+    assert second.returncode == 0 and "2 of 4 finished before" in second.stdout, second.stdout
+    assert second.stdout.count(": finished after") == 2
 
 def test_a_misspelt_name_in_a_sweep_says_what_was_meant(toy):
-    r = subprocess.run([sys.executable, "-m", "fgclip_nb.runs", "sweep", str(toy), "-p", "logit_scal_init", "4"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "fgclip_nb.runs", "sweep", str(toy), "-p", "logit_scal_init", "4"], capture_output=True,
+                       text=True)
     assert r.returncode == 2 and "did you mean `logit_scale_init`" in r.stderr
 
 def test_runs_of_other_data_are_not_comparable(short, tmp_path):
