@@ -52,7 +52,8 @@ def bf16_spacing(x: float) -> float:
 
 # %% ../nbs/10_diagnostics.ipynb #ed96c2b7
 def jsonable(row: dict) -> dict:
-    "The row with non-finite floats as the texts `nan`, `inf`, `-inf`, and their names under `nonfinite`."
+    "The row with floats to nine digits (all that float32 has), non-finite ones as texts `nan`, `inf`, `-inf`, and their names under `nonfinite`."
+    row = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
     bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     if not bad: return row
     return {k: str(v) if k in bad else v for k, v in row.items()} | {"nonfinite": ",".join(bad)}
@@ -1134,8 +1135,11 @@ def held_out_above_chance(ev):
     "Held-out caption retrieval is better than shuffled pairs are (mean rank or R@10, 95 % permutation interval)."
     last = lambda c: float(ev.series(c).iloc[-1]) if ev.has(c) else math.nan
     rank, low, r10, high = map(last, ("val_mean_rank", "val_mean_rank_chance_low", "val_r10", "val_r10_chance_high"))
-    told = (f"mean rank {rank:.1f} (chance {last('val_mean_rank_chance'):.1f}, interval from {low:.1f}), R@10 {r10:.2f} (interval to "
-            f"{high:.2f})")
+    score, chance = ev.facts.get("retrieval"), last("val_mean_rank_chance")
+    if score:                                       # the run's last look, at all captions
+        rank, r10, chance = score["mean_rank"], score["r10"], score["chance"]["mean_rank"]
+        low, high = score["chance_interval"]["mean_rank"][0], score["chance_interval"]["r10"][1]
+    told = f"mean rank {rank:.1f} (chance {chance:.1f}, interval from {low:.1f}), R@10 {r10:.2f} (interval to {high:.2f})"
     if rank < low or r10 > high: return PASS, rank, told
     return (FAIL, rank, f"held-out retrieval cannot be told from luck: {told}",
             "More data or more steps; if the training loss fell, it was learnt by heart.")
@@ -1151,6 +1155,7 @@ def run_evidence(run) -> Evidence:
     facts = text_facts(run.path/"training.log") if (run.path/"training.log").exists() else {}
     report = run.manifest().get("load_report")
     if report: facts["load_report"] = report
+    if (run.path/"retrieval.json").exists(): facts["retrieval"] = json.loads((run.path/"retrieval.json").read_text())
     timing = metrics_frame(run.timing())
     return Evidence(metrics_frame(run.metrics()), run.params(), timing if len(timing) else None, facts, run.finished, str(run.path))
 
