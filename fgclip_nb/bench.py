@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LONG_TOKENS', 'SLOTS', 'WEIGHTS', 'KINDS', 'BenchConfig', 'bench_batch', 'plain_text', 'plain_image', 'PlainInputs',
-           'plain_inputs', 'plain_loss', 'plain_parts', 'fast_parts', 'apart_parts', 'fast_loss', 'Clock', 'Step',
-           'gradients', 'compare', 'disagreement', 'bench_model', 'setting_batch', 'positions', 'in_turns', 'spread',
-           'time_rows', 'multiplications', 'matmul_rate', 'one_step_memory', 'precision_of', 'peak_memory',
+           'plain_inputs', 'plain_loss', 'plain_parts', 'fast_parts', 'apart_parts', 'fast_loss', 'Clock', 'Memory',
+           'Measured', 'Step', 'gradients', 'compare', 'disagreement', 'bench_model', 'setting_batch', 'positions',
+           'in_turns', 'spread', 'time_rows', 'ratio_rows', 'multiplications', 'matmul_rate', 'precision_of',
            'Disagreement', 'check_agreement', 'BenchResult', 'benchmark', 'agreement_line', 'ratios_line', 'main']
 
 # %% ../nbs/13_bench.ipynb #070e8ae0
-import argparse, contextlib, json, resource, statistics, subprocess, sys, time
+import argparse, contextlib, ctypes, statistics, sys, time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +31,20 @@ from .training import parameter_groups
 # %% ../nbs/13_bench.ipynb #4625e74b
 @dataclass
 class BenchConfig:
-    "What is measured. model: a preset; batch: photos; boxes, hard: per photo; repeats: timed steps of each kind."
+    "What is measured. model: a preset; batch, compared: photos timed and compared; boxes, hard: per photo; repeats, warmup: turns."
     model: str = "ViT-B/32"
     batch: int = 8
     boxes: int = 4
     hard: int = 2
     repeats: int = 5
     device: str = "auto"
-    memory: bool = True
+    warmup: int = 1
+    compared: int = 8
     seed: int = 0
 
     def __post_init__(self):
         if self.model not in PRESETS: raise ConfigError(f"model is {self.model!r}; known are {', '.join(PRESETS)}")
-        for name, least in dict(batch=2, boxes=1, hard=1, repeats=1).items():
+        for name, least in dict(batch=2, boxes=1, hard=1, repeats=1, warmup=0, compared=2).items():
             if getattr(self, name) < least: raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least {least}")
         if self.hard > self.boxes: raise ConfigError(f"hard is {self.hard}, but a photo has only {self.boxes} boxes")
         if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,10 +75,13 @@ def _region(described, k, with_negatives):
     return ExampleRegion(phrase, np.array([r.box], np.float32), np.zeros(1, np.int64), negatives, phrase, k + 1)
 
 # %% ../nbs/13_bench.ipynb #7f436975
+@lru_cache
+def _sample(): return load_samples("sample")[0]
+
 def bench_batch(size, boxes, hard) -> Batch:
     "Batch of shipped photos (size x size); boxes and hard: one number per photo, of regions and of regions with negatives."
     import numpy as np
-    samples = load_samples("sample")[0]
+    samples = _sample()
     described = list({r.phrase: r for s in samples for r in s.regions if len(r.negatives) == 10}.values())
     captions, examples, k = [s.short_caption for s in samples], [], 0
     for i, (n, h) in enumerate(zip(boxes, hard)):
@@ -250,6 +255,42 @@ class Clock:
     def _wait(self):
         if self.device.type == "cuda": torch.cuda.synchronize()
 
+# %% ../nbs/13_bench.ipynb #14a6a1c9
+def _status(field) -> float:
+    "A memory line of this process in bytes; nan where the kernel does not tell."
+    try:
+        with open("/proc/self/status") as f: return next(1024.0 * int(line.split()[1]) for line in f if line.startswith(field))
+    except (OSError, StopIteration): return float("nan")
+
+def _reset_peak():
+    "Hand unused memory back and start a new peak (Linux)."
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as f: f.write("5")
+    except (OSError, AttributeError, TypeError): return False
+    return True
+
+class Memory:
+    "Bytes held now (`before`), and the peak from here on."
+    def __init__(self, device):
+        self.cuda, self.known = torch.device(device).type == "cuda", True
+        if self.cuda: torch.cuda.reset_peak_memory_stats()
+        else: self.known = _reset_peak()
+        self.before = float(torch.cuda.memory_allocated()) if self.cuda else _status("VmRSS")
+
+    def peak(self):
+        if self.cuda: return float(torch.cuda.max_memory_allocated())
+        return _status("VmHWM") if self.known else float("nan")
+
+# %% ../nbs/13_bench.ipynb #ff6a8a40
+@dataclass
+class Measured:
+    "A step: wall-clock seconds by part, processor seconds of the process, bytes before it and at its peak."
+    parts: dict
+    processor: float
+    before: float
+    peak: float
+
 # %% ../nbs/13_bench.ipynb #6c5a40b8
 class Step:
     "One kind of step (plain, fast, apart) on one batch. precision: torch.bfloat16 for autocast, torch.float32 for none."
@@ -274,13 +315,14 @@ class Step:
         return total.detach()
 
     def __call__(self):
-        "A whole step -> seconds by part; the sum is `step`."
-        clock = Clock(self.device)
+        "A whole step -> what it took."
+        memory, clock, begun = Memory(self.device), Clock(self.device), time.process_time()
         self.backward(clock)
         with clock("optimiser"):
             if self.optimizer: self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
-        return dict(clock.seconds, step=sum(clock.seconds.values()))
+        parts = dict(clock.seconds, step=sum(clock.seconds.values()))
+        return Measured(parts, time.process_time() - begun, memory.before, memory.peak())
 
 # %% ../nbs/13_bench.ipynb #057de6b0
 def gradients(step: Step) -> tuple:
@@ -338,9 +380,10 @@ def positions(batch: Batch) -> list:
     return rows + [dict(part="text together", padded=sum(r["padded"] for r in rows), real=sum(r["real"] for r in rows), computed=together)]
 
 # %% ../nbs/13_bench.ipynb #128cc100
-def in_turns(steps: dict, repeats: int) -> dict:
-    "Kind -> list of seconds by part, one entry per turn after the first."
-    for step in steps.values(): step()
+def in_turns(steps: dict, repeats: int, warmup: int) -> dict:
+    "Kind -> list of Measured, one per turn after the first `warmup`."
+    for _ in range(warmup):
+        for step in steps.values(): step()
     found = {kind: [] for kind in steps}
     for _ in range(repeats):
         for kind, step in steps.items(): found[kind].append(step())
@@ -350,7 +393,15 @@ def spread(values) -> dict: return dict(median=statistics.median(values), low=mi
 
 def time_rows(found: dict, setting) -> list:
     "One row per kind and part: median, lowest, highest seconds."
-    return [dict(setting=setting, kind=kind, part=part, **spread([t[part] for t in turns])) for kind, turns in found.items() for part in turns[0]]
+    return [dict(setting=setting, kind=kind, part=part, **spread([t.parts[part] for t in turns])) for kind, turns in found.items() for part in turns[0].parts]
+
+# %% ../nbs/13_bench.ipynb #f101f974
+def ratio_rows(found: dict, setting) -> list:
+    "Plain over fast within each turn: wall-clock seconds, processor seconds (CPU), peak bytes as fast over plain."
+    pairs = list(zip(found["plain"], found["fast"]))
+    rows = dict(wall=[p.parts["step"] / f.parts["step"] for p, f in pairs], processor=[p.processor / f.processor for p, f in pairs],
+                memory=[f.peak / p.peak for p, f in pairs])
+    return [dict(setting=setting, of=of, **spread(values)) for of, values in rows.items()]
 
 # %% ../nbs/13_bench.ipynb #422ffbb7
 def multiplications(step: Step) -> int:
@@ -371,39 +422,16 @@ def matmul_rate(device, precision) -> float:
         best = min(best, clock.seconds["product"])
     return 2 * n**3 / best
 
-# %% ../nbs/13_bench.ipynb #60815428
-def _peak(device):
-    "Highest memory of this process in bytes."
-    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-def one_step_memory(cfg: BenchConfig, kind, setting) -> dict:
-    "Peak before and after a step, the optimiser's state made beforehand."
-    model, optimizer = bench_model(cfg)
-    for p in model.parameters(): p.grad = torch.zeros_like(p)
-    optimizer.step()
-    step, idle = Step(kind, model, setting_batch(cfg, setting), optimizer, precision_of(cfg)), _peak(cfg.device)
-    model.zero_grad(set_to_none=True)
-    step()
-    return dict(idle=idle, peak=_peak(cfg.device))
-
+# %% ../nbs/13_bench.ipynb #9667d69a
 def precision_of(cfg): return torch.bfloat16 if torch.device(cfg.device).type == "cuda" else torch.float32
-
-# %% ../nbs/13_bench.ipynb #95759ae7
-def peak_memory(cfg: BenchConfig, kind, setting) -> dict:
-    "The same, in a process of its own; bytes."
-    code = "import json, sys; from fgclip_nb.bench import *; a = json.loads(sys.argv[1]); print(json.dumps(one_step_memory(BenchConfig(**a[0]), *a[1:])))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([asdict(cfg), kind, setting])], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode: raise RuntimeError(f"the {kind} step did not run in a process of its own: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/13_bench.ipynb #aeb896b4
 class Disagreement(RuntimeError):
     "The fast step does not compute what the plain step computes."
 
 def check_agreement(cfg: BenchConfig, model, setting) -> dict:
-    "Compare the steps in float32, on at most 8 photos; raises `Disagreement`."
-    batch = setting_batch(cfg, setting, min(cfg.batch, 8))
+    "Compare the steps in float32, on at most `compared` photos; raises `Disagreement`."
+    batch = setting_batch(cfg, setting, min(cfg.batch, cfg.compared))
     found = compare(Step("fast", model, batch), Step("plain", model, batch))
     if wrong := disagreement(found): raise Disagreement(f"{setting}: {wrong}; nothing was timed")
     return dict(setting=setting, **found)
@@ -423,26 +451,22 @@ def _add_setting(out: BenchResult, cfg: BenchConfig, model, optimizer, setting):
     "Time one setting and add its rows."
     batch, precision = setting_batch(cfg, setting), precision_of(cfg)
     steps = {kind: Step(kind, model, batch, optimizer, precision) for kind in KINDS}
-    found = in_turns(steps, cfg.repeats)
+    found = in_turns(steps, cfg.repeats, cfg.warmup)
     out.times += time_rows(found, setting)
     out.positions += [dict(setting=setting, **row) for row in positions(batch)]
-    out.ratios.append(dict(setting=setting, **spread([p["step"] / f["step"] for p, f in zip(found["plain"], found["fast"])])))
-    work, seconds = multiplications(steps["fast"]), statistics.median(t["step"] for t in found["fast"])
+    out.memory += [dict(setting=setting, kind=k, before=max(t.before for t in turns), peak=max(t.peak for t in turns)) for k, turns in found.items()]
+    out.ratios += ratio_rows(found, setting)
+    work, seconds = multiplications(steps["fast"]), statistics.median(t.parts["step"] for t in found["fast"])
     out.rates.append(dict(setting=setting, kind="fast", samples_per_s=cfg.batch / seconds, operations=work, share_of_product=work / seconds / matmul_rate(cfg.device, precision)))
 
 # %% ../nbs/13_bench.ipynb #dffb5fce
 def benchmark(cfg: BenchConfig, say=lambda text: None) -> BenchResult:
-    "Agreement, then memory, then time, of every setting; `say` is told what is going on. Raises `Disagreement`."
+    "Agreement of every setting, then time and memory of every setting; `say` is told what is going on. Raises `Disagreement`."
     out = BenchResult([], [], [], [], [], [])
     model, optimizer = bench_model(cfg)
     for setting in cfg.settings():
         out.agreement.append(check_agreement(cfg, model, setting))
         say(agreement_line(out.agreement[-1]))
-    del model, optimizer
-    last = list(cfg.settings())[-1]
-    for kind in ("plain", "fast") if cfg.memory else ():
-        out.memory.append(dict(setting=last, kind=kind, **peak_memory(cfg, kind, last)))
-    model, optimizer = bench_model(cfg)
     for setting in cfg.settings():
         _add_setting(out, cfg, model, optimizer, setting)
         say(f"{setting}: timed")
@@ -462,18 +486,19 @@ def _table(rows) -> str:
 
 def ratios_line(out: BenchResult) -> str:
     "One line: how many times faster each setting is, and the share of memory."
-    parts = [f"{r['setting']} {r['median']:.2f} x ({r['low']:.2f} to {r['high']:.2f})" for r in out.ratios]
-    if out.memory: parts.append("peak memory {:.2f} of plain".format(out.memory[1]["peak"] / out.memory[0]["peak"]))
-    return "plain / fast: " + ", ".join(parts)
+    by = {(r["setting"], r["of"]): r for r in out.ratios}
+    part = lambda name: (f"{name} {by[name, 'wall']['median']:.2f} x wall ({by[name, 'wall']['low']:.2f} to {by[name, 'wall']['high']:.2f}), "
+                         f"{by[name, 'processor']['median']:.2f} x processor, {by[name, 'memory']['median']:.2f} of the memory")
+    return "plain / fast: " + "; ".join(part(name) for name in dict.fromkeys(r["setting"] for r in out.ratios))
 
 # %% ../nbs/13_bench.ipynb #bc23ad28
 def _arguments(args):
     parser = argparse.ArgumentParser("fgclip_nb.bench", description="The training step beside a plain one: agreement, time, memory.")
-    parser.add_argument("--quick", action="store_true", help="tiny model, 4 photos, 3 repeats: under a minute")
+    parser.add_argument("--quick", action="store_true", help="tiny model, 2 photos, 2 repeats: under a minute")
     for name in ("model", "device"): parser.add_argument(f"--{name}")
-    for name in ("batch", "boxes", "hard", "repeats", "seed"): parser.add_argument(f"--{name}", type=int)
+    for name in ("batch", "boxes", "hard", "repeats", "warmup", "compared", "seed"): parser.add_argument(f"--{name}", type=int)
     given = vars(parser.parse_args(args))
-    quick = dict(model="tiny", batch=4, repeats=3) if given.pop("quick") else {}
+    quick = dict(model="tiny", batch=2, repeats=2) if given.pop("quick") else {}
     return BenchConfig(**quick | {k: v for k, v in given.items() if v is not None})
 
 def main(args=None) -> int:
