@@ -67,7 +67,7 @@ class DataParams:
     min_area: float = param(0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1)
     out_of_range: str = param("reject", "boxes that leave the image: reject them or clip them to it", choices=("reject", "clip"))
     max_regions: int = param(8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
-    augment: str = param("none", "what the global loss sees of a training photo: the photo itself (none, as the reference), or a mirrored random part of it (crop)",
+    augment: str = param("crop", "what the global loss sees of a training photo: the photo itself (none, as the reference), or a mirrored random part of it (crop)",
                          choices=("none", "crop"))
     num_frames: int = param(0, "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample", 0, 100000)
     frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty: decode the frames at every step")
@@ -94,11 +94,11 @@ class ModelParams:
 class LossParams:
     "What is minimised."
     global_weight: float = param(1.0, "weight of the image-caption loss, long and short each (the reference: 1)", 0, 1000)
-    region_weight: float = param(3.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
+    region_weight: float = param(4.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
     hard_weight: float = param(0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000)
     duplicates: str = param("mask", "equal captions as candidates: mask them, count them as positive, or ignore that they are equal (the reference)",
                             choices=("mask", "positive", "ignore"))
-    memory_bank_size: int = param(32, "regions kept as extra candidates; 0: no bank (a model that changes fast makes old entries wrong: 128 slows the shipped run)", 0, 10_000_000)
+    memory_bank_size: int = param(16, "regions kept as extra candidates; 0: no bank (a model that changes fast makes old entries wrong: 128 slows the shipped run)", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(50, "region forwards (not optimiser steps) before the bank turns itself on", 0, 10_000_000)
 
 # %% ../nbs/00_core.ipynb #056b6a04
@@ -108,13 +108,13 @@ class OptimParams:
     batch_size: int = param(8, "images per process contrasted with each other", 1, 1_000_000)
     gradient_accumulation_steps: int = param(1, "batches whose gradients are averaged per optimiser step; adds no negatives", 1, 100_000)
     gradient_caching: int = param(0, "images per chunk of an exact large batch (GradCache); 0: the whole batch at once", 0, 1_000_000)
-    learning_rate: float = param(5e-4, "peak learning rate of AdamW (the reference fine-tunes at 1e-6; the shipped tiny model starts from nothing)", 0, 1)
+    learning_rate: float = param(8e-4, "peak learning rate of AdamW (the reference fine-tunes at 1e-6; the shipped tiny model starts from nothing)", 0, 1)
     adam_beta2: float = param(0.98, "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; default of the official script: 0.999)", 0, 0.999999)
     weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000)
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: no clipping", 0, 1e9)
     max_steps: int = param(0, "optimiser steps of the whole run; 0: as many as `epochs` takes", 0, 1_000_000_000)
-    epochs: int = param(70, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
+    epochs: int = param(80, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
     max_bad_steps: int = param(10, "the run stops non-zero after this many skipped (non-finite) steps in a row", 1, 1_000_000)
 
 # %% ../nbs/00_core.ipynb #56c94d0d
