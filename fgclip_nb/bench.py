@@ -219,7 +219,8 @@ def fast_parts(model, batch: Batch) -> dict:
 def _groups(batch: Batch) -> dict:
     "Kind of text -> (name of its features, TextBatch, long)."
     C, R, N = batch.n_captions, batch.n_regions, len(batch.texts)
-    found = {"text short": ("text_features", batch.texts.select(range(C)), False), "text long": ("long_text_features", batch.long_texts, True)}
+    found = {"text short": ("text_features", batch.texts.select(range(C)), False),
+             "text long": ("long_text_features", batch.long_texts, True)}
     if R: found["text boxes"] = ("region_text_features", batch.texts.select(range(C, C + R)), False)
     if N > C + R: found["text hard"] = ("hard_text_features", batch.texts.select(range(C + R, N)), False)
     return found
@@ -306,7 +307,7 @@ class Step:
         seen, leaves = {}, {}
         for part, compute in self.parts.items():
             with clock(part), self.autocast(): seen[part] = compute()
-            leaves |= {k: v.detach().float().requires_grad_() if v.dtype == torch.bfloat16 else v.detach().requires_grad_() for k, v in seen[part].items()}
+            leaves |= {k: v.detach().to(torch.promote_types(v.dtype, torch.float32)).requires_grad_() for k, v in seen[part].items()}
         with clock("loss"):
             total = self.loss(self.model, leaves, self.batch)
             total.backward()
@@ -343,17 +344,21 @@ def compare(fast: Step, plain: Step) -> dict:
     (loss, mine), (expected, theirs) = gradients(fast), gradients(plain)
     whole = torch.stack([g.norm() for g in theirs.values()]).norm()
     sizes = {n: theirs[n].norm() if n in theirs else whole for n in mine | theirs}
-    rows = {n: _difference(mine.get(n), theirs.get(n), whole if n.endswith("k_proj.bias") else sizes[n].clamp(min=1e-6*float(whole))) for n in sizes}
+    beside = lambda n: whole if n.endswith("k_proj.bias") else sizes[n].clamp(min=1e-6 * float(whole))
+    rows = {n: _difference(mine.get(n), theirs.get(n), beside(n)) for n in sizes}
     keys = max(d for n, d in rows.items() if n.endswith("k_proj.bias"))
     worst = max((n for n in rows if not n.endswith("k_proj.bias")), key=rows.get)
-    return dict(loss=expected, loss_difference=abs(loss - expected) / abs(expected), gradient_difference=rows[worst], parameter=worst, key_bias=keys)
+    return dict(loss=expected, loss_difference=abs(loss - expected) / abs(expected),
+                gradient_difference=rows[worst], parameter=worst, key_bias=keys)
 
 def disagreement(found: dict) -> str:
     "What is wrong with a comparison; empty if nothing."
-    if not found["loss_difference"] <= 1e-5: return f"the losses differ by {found['loss_difference']:.1e} of {found['loss']:.4f} (allowed 1e-5)"
+    if not found["loss_difference"] <= 1e-5:
+        return f"the losses differ by {found['loss_difference']:.1e} of {found['loss']:.4f} (allowed 1e-5)"
     if not found["gradient_difference"] <= 1e-4:
         return f"the gradients of {found['parameter']} differ by {found['gradient_difference']:.1e} of their norm (allowed 1e-4)"
-    return "" if found["key_bias"] <= 1e-5 else f"the gradients of the keys' biases differ by {found['key_bias']:.1e} of the whole gradient (allowed 1e-5)"
+    if found["key_bias"] <= 1e-5: return ""
+    return f"the gradients of the keys' biases differ by {found['key_bias']:.1e} of the whole gradient (allowed 1e-5)"
 
 # %% ../nbs/13_bench.ipynb #e3f7d801
 def bench_model(cfg: BenchConfig):
@@ -393,7 +398,8 @@ def spread(values) -> dict: return dict(median=statistics.median(values), low=mi
 
 def time_rows(found: dict, setting) -> list:
     "One row per kind and part: median, lowest, highest seconds."
-    return [dict(setting=setting, kind=kind, part=part, **spread([t.parts[part] for t in turns])) for kind, turns in found.items() for part in turns[0].parts]
+    return [dict(setting=setting, kind=kind, part=part, **spread([t.parts[part] for t in turns]))
+            for kind, turns in found.items() for part in turns[0].parts]
 
 # %% ../nbs/13_bench.ipynb #f101f974
 def ratio_rows(found: dict, setting) -> list:
@@ -454,10 +460,12 @@ def _add_setting(out: BenchResult, cfg: BenchConfig, model, optimizer, setting):
     found = in_turns(steps, cfg.repeats, cfg.warmup)
     out.times += time_rows(found, setting)
     out.positions += [dict(setting=setting, **row) for row in positions(batch)]
-    out.memory += [dict(setting=setting, kind=k, before=max(t.before for t in turns), peak=max(t.peak for t in turns)) for k, turns in found.items()]
+    out.memory += [dict(setting=setting, kind=k, before=max(t.before for t in turns), peak=max(t.peak for t in turns))
+                   for k, turns in found.items()]
     out.ratios += ratio_rows(found, setting)
     work, seconds = multiplications(steps["fast"]), statistics.median(t.parts["step"] for t in found["fast"])
-    out.rates.append(dict(setting=setting, kind="fast", samples_per_s=cfg.batch / seconds, operations=work, share_of_product=work / seconds / matmul_rate(cfg.device, precision)))
+    out.rates.append(dict(setting=setting, kind="fast", samples_per_s=cfg.batch / seconds, operations=work,
+                          share_of_product=work / seconds / matmul_rate(cfg.device, precision)))
 
 # %% ../nbs/13_bench.ipynb #dffb5fce
 def benchmark(cfg: BenchConfig, say=lambda text: None) -> BenchResult:
@@ -487,8 +495,10 @@ def _table(rows) -> str:
 def ratios_line(out: BenchResult) -> str:
     "One line: how many times faster each setting is, and the share of memory."
     by = {(r["setting"], r["of"]): r for r in out.ratios}
-    part = lambda name: (f"{name} {by[name, 'wall']['median']:.2f} x wall ({by[name, 'wall']['low']:.2f} to {by[name, 'wall']['high']:.2f}), "
-                         f"{by[name, 'processor']['median']:.2f} x processor, {by[name, 'memory']['median']:.2f} of the memory")
+    def part(name):
+        wall, processor, memory = (by[name, of] for of in ("wall", "processor", "memory"))
+        return (f"{name} {wall['median']:.2f} x wall ({wall['low']:.2f} to {wall['high']:.2f}), {processor['median']:.2f} x processor, "
+                f"{memory['median']:.2f} of the memory")
     return "plain / fast: " + "; ".join(part(name) for name in dict.fromkeys(r["setting"] for r in out.ratios))
 
 # %% ../nbs/13_bench.ipynb #bc23ad28
