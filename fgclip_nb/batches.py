@@ -328,7 +328,7 @@ def plot_samples(samples, n: int = 6, most: int = 4):
     shown = ranked[:n // 2] + ranked[n // 2:][::max(1, (len(ranked) - n // 2) // max(1, n - n // 2))][:n - n // 2]
     columns = min(3, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    fig, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 3.6 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
     for ax, s in zip(axes.flat, shown):
         pixels, boxes = _picture_of(s)

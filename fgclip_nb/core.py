@@ -10,7 +10,7 @@ __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomi
            'Run', 'FolderLock', 'run_folder', 'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
-import ast, dataclasses, difflib, fcntl, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
+import ast, dataclasses, difflib, fcntl, gzip, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def sha256_file(path) -> str:
 # %% ../nbs/00_core.ipynb #9e2a85d4
 def read_jsonl(path):
     "Yield the objects of a JSON-lines file; a torn last line (a killed writer) ends the reading, a broken line elsewhere raises `DataError`."
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    data = Path(path).read_bytes()
+    lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         if not line: continue
         try: yield json.loads(line)
@@ -310,8 +311,8 @@ class Run(RunFolder):
     "A run folder with its tables and checkpoints."
     def _frame(self, name):
         import pandas as pd
-        p = self.path/name
-        return pd.DataFrame(read_jsonl(p) if p.exists() else [])
+        found = [p for p in (self.path/name, self.path/f"{name}.gz") if p.exists()]     # a run that is kept for reading may be packed
+        return pd.DataFrame(read_jsonl(found[0]) if found else [])
 
     def metrics(self):
         "One row per optimiser step (pandas)."

@@ -1137,7 +1137,7 @@ def held_out_above_chance(ev):
     rank, low, r10, high = map(last, ("val_mean_rank", "val_mean_rank_chance_low", "val_r10", "val_r10_chance_high"))
     score, chance = ev.facts.get("retrieval"), last("val_mean_rank_chance")
     if score:                                       # the run's last look, at all captions
-        rank, r10, chance = score["mean_rank"], score["r10"], score["chance"]["mean_rank"]
+        rank, r10, chance = score["mean_rank"], score["r10"], score.get("permuted", score["chance"])["mean_rank"]
         low, high = score["chance_interval"]["mean_rank"][0], score["chance_interval"]["r10"][1]
     told = f"mean rank {rank:.1f} (chance {chance:.1f}, interval from {low:.1f}), R@10 {r10:.2f} (interval to {high:.2f})"
     if rank < low or r10 > high: return PASS, rank, told

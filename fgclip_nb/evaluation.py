@@ -1662,7 +1662,7 @@ def plot_neighbours(model, samples, queries, k=4, image_size=None):
     for q, text in enumerate(queries):
         for place, i in enumerate(np.argsort(-scores[q], kind="stable")[:k]):
             ax, sample = axes[q * k + place], samples[rows[i]]
-            image = read_image(sample.media)
+            image = read_image(sample.encoded)
             ax.imshow(image)
             if text in captions_of(sample, most=10**6): _draw_box(ax, (0, 0, 1, 1), *image.shape[:2], color="tab:green")
             ax.set_title((_wrapped(text, 38) + "\n" if place == 0 else "") + f"cosine {scores[q, i]:.3f}", fontsize=7, loc="left")

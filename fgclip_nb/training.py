@@ -107,7 +107,7 @@ def retrieval_table(run: Run):
     score = json.loads((run.path/"retrieval.json").read_text()) if (run.path/"retrieval.json").exists() else {}
     found = {"short captions": score} | ({"long captions": score["long"]} if "long" in score else {})
     shown = dict(r1="recall at 1", r10="recall at 10", mean_rank="mean rank")
-    rows = [dict(texts=texts, measure=shown[k], photo_to_text=part["i2t"][k], text_to_photo=part["t2i"][k], mean=part[k], chance=part["chance"][k],
+    rows = [dict(texts=texts, measure=shown[k], photo_to_text=part["i2t"][k], text_to_photo=part["t2i"][k], mean=part[k], chance=part.get("permuted", part["chance"])[k],
                  chance_band="{:.3g} … {:.3g}".format(*part["chance_interval"][k]), beyond_chance="yes" if part["above_chance"][k] else "no")
             for texts, part in found.items() if "i2t" in part for k in shown]
     return pd.DataFrame(rows).round(3)
