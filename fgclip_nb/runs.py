@@ -328,7 +328,7 @@ class Sweep:
 
     def _executor(self):
         try: import submitit
-        except ImportError as e: raise ConfigError("sweeps need submitit: pip install 'fgclip_nb[sweeps]'") from e
+        except ImportError as e: raise ConfigError("sweeps need submitit: pip install 'fgclip_nb[sweep]'") from e
         executor = submitit.AutoExecutor(folder=self.folder/".jobs", cluster=self.cluster)
         executor.update_parameters(timeout_min=7 * 24 * 60, name="fgclip_nb")
         return executor
