@@ -14,7 +14,7 @@ PARTS = [
 
 
 def main() -> int:
-    env = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg", HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore::DeprecationWarning")
+    env = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore::DeprecationWarning")
     for name, command in PARTS:
         begun = time.perf_counter()
         print(f"== {name}: {' '.join(Path(c).name if i == 0 else str(c) for i, c in enumerate(command))}", flush=True)
