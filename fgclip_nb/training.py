@@ -12,7 +12,7 @@ __all__ = ['COUNTERS', 'RunData', 'data_fingerprint', 'role_of', 'split_samples'
            'run_step', 'record_step', 'Collate', 'make_loader', 'count_rejects', 'read_batches', 'validation_losses',
            'validate', 'validation_score', 'note_validation', 'Interrupted', 'stop_signals', 'checkpoint', 'restore',
            'due', 'leave_if_asked', 'train_loop', 'open_folder', 'file_logger', 'write_manifest', 'weights_fingerprint',
-           'prepare', 'expected_counts', 'announce', 'finish', 'train', 'config_from_args', 'main']
+           'prepare', 'expected_counts', 'announce', 'finish', 'train', 'examples_of', 'config_from_args', 'main']
 
 # %% ../nbs/11_training.ipynb #18780766
 import contextlib, ctypes, dataclasses, hashlib, json, logging, math, os, shutil, signal, sys, time
@@ -685,15 +685,18 @@ def train(cfg: TrainConfig) -> Run:
         if lock: lock.close()
     return Run(path)
 
+def examples_of(s: TrainState) -> tuple:
+    "(training, validation) examples, drawn as the run's parameters say."
+    cfg, size = s.cfg, s.cfg.image_size or s.model.config.vision_config.image_size
+    drawing = Drawing(size, cfg.max_regions, True, cfg.augment, clip_frames(cfg), cfg.region_source, cfg.frame_cache)
+    return Examples(s.data.train, drawing, cfg.seed), Examples(s.data.val, dataclasses.replace(drawing, train=False), cfg.seed)
+
 def _train(cfg, accelerator, path, log):
     log.info(f"run folder {path}")
     s = prepare(cfg, accelerator, path, log)
     restore(s)
     if s.is_main: announce(s)
-    size = cfg.image_size or s.model.config.vision_config.image_size
-    drawing = Drawing(size, cfg.max_regions, True, cfg.augment, clip_frames(cfg), cfg.region_source, cfg.frame_cache)
-    examples, val_examples = Examples(s.data.train, drawing, cfg.seed), Examples(s.data.val, dataclasses.replace(drawing, train=False), cfg.seed)
-    with stop_signals(s): train_loop(s, examples, val_examples)
+    with stop_signals(s): train_loop(s, *examples_of(s))
     if s.is_main:
         s.recorder.close()
         finish(s, s.data.val)
