@@ -7,19 +7,21 @@ __all__ = ['LONG_TOKENS', 'SLOTS', 'WEIGHTS', 'KINDS', 'BenchConfig', 'bench_bat
            'plain_inputs', 'plain_loss', 'plain_parts', 'fast_parts', 'apart_parts', 'fast_loss', 'Clock', 'Memory',
            'Measured', 'Step', 'gradients', 'compare', 'disagreement', 'bench_model', 'setting_batch', 'positions',
            'in_turns', 'spread', 'time_rows', 'ratio_rows', 'multiplications', 'matmul_rate', 'precision_of',
-           'Disagreement', 'check_agreement', 'BenchResult', 'benchmark', 'agreement_line', 'ratios_line', 'main']
+           'Disagreement', 'check_agreement', 'BenchResult', 'benchmark', 'agreement_line', 'growth_batches', 'growth',
+           'straight_line', 'Stopwatch', 'training_costs', 'seconds_to_first_step', 'ratios_line', 'main']
 
 # %% ../nbs/13_bench.ipynb #070e8ae0
-import argparse, contextlib, ctypes, statistics, sys, time
+import argparse, contextlib, ctypes, os, signal, statistics, subprocess, sys, time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from .batches import Batch, Example, ExampleRegion, collate
-from .core import ConfigError, stable_id
+from .core import ConfigError, Run, TrainConfig, get_logger, stable_id
 from .losses import compute_losses
 from .media import normalize, read_image
 from .model import PRESETS, FGCLIP, FGCLIPConfig
@@ -56,10 +58,10 @@ class BenchConfig:
 # %% ../nbs/13_bench.ipynb #7ac56132
 LONG_TOKENS = 130
 
-def _long_caption(captions, i):
-    "Captions from the `i`-th on, joined until about LONG_TOKENS tokens are reached."
+def _long_caption(captions, i, tokens=LONG_TOKENS):
+    "Captions from the `i`-th on, joined until about `tokens` tokens are reached."
     words = captions[i % len(captions)]
-    while len(encode([words])[0]) < LONG_TOKENS - 7:
+    while len(encode([words])[0]) < tokens - 7:
         i += 1
         words += " " + captions[i % len(captions)]
     return words
@@ -78,8 +80,8 @@ def _region(described, k, with_negatives):
 @lru_cache
 def _sample(): return load_samples("sample")[0]
 
-def bench_batch(size, boxes, hard) -> Batch:
-    "Batch of shipped photos (size x size); boxes and hard: one number per photo, of regions and of regions with negatives."
+def bench_batch(size, boxes, hard, tokens=LONG_TOKENS) -> Batch:
+    "Batch of shipped photos (size x size); boxes and hard: one number per photo, of regions and of regions with negatives; tokens per long caption."
     import numpy as np
     samples = _sample()
     described = list({r.phrase: r for s in samples for r in s.regions if len(r.negatives) == 10}.values())
@@ -90,7 +92,7 @@ def bench_batch(size, boxes, hard) -> Batch:
         k += n
         caption = _numbered(s.short_caption, i // len(samples))
         examples.append(Example(stable_id(f"{i}"), pixels, np.zeros(1, np.float32), np.ones(1, bool), caption,
-                                _numbered(_long_caption(captions, i), i // len(samples)), regions))
+                                _numbered(_long_caption(captions, i, tokens), i // len(samples)), regions))
     return collate(examples)
 
 # %% ../nbs/13_bench.ipynb #b9f46252
@@ -484,6 +486,81 @@ def agreement_line(row) -> str:
     return (f"{row['setting']}: loss {row['loss']:.5f} differs by {row['loss_difference']:.1e}, "
             f"gradients by at most {row['gradient_difference']:.1e} ({row['parameter']})")
 
+# %% ../nbs/13_bench.ipynb #8f9479d8
+def growth_batches(size: int, axis: str, largest: int = 512) -> list:
+    "(amount, batch) pairs that grow along one axis: `photos` (4 boxes, 2 with negatives each), `boxes` (of 64 photos) or `tokens` (of 64 long captions)."
+    amounts = [n for n in (8, 32, 64, 128, 256, 512) if n <= largest]
+    photos = min(64, largest)
+    if axis == "photos": return [(n, bench_batch(size, [4] * n, [2] * n)) for n in amounts]
+    if axis == "boxes":
+        return [(n, bench_batch(size, [n // photos + (i < n % photos) for i in range(photos)], [0] * photos)) for n in amounts]
+    made = [bench_batch(size, [0] * photos, [0] * photos, tokens) for tokens in (20, 60, 120, 180, 240)]
+    return [(len(b.texts.pack().tokens) + len(b.long_texts.pack().tokens), b) for b in made]
+
+def growth(cfg: BenchConfig, axis: str, largest: int = 512) -> list:
+    "Rows of (axis, amount, median, low, high seconds of the fast step), the amounts timed in turns."
+    model, optimizer = bench_model(cfg)
+    made = growth_batches(PRESETS[cfg.model]["vision_config"]["image_size"], axis, largest)
+    steps = {amount: Step("fast", model, batch.to(cfg.device), optimizer, precision_of(cfg)) for amount, batch in made}
+    found = in_turns(steps, cfg.repeats, cfg.warmup)
+    return [dict(axis=axis, amount=n, **spread([t.parts["step"] for t in turns])) for n, turns in found.items()]
+
+# %% ../nbs/13_bench.ipynb #ce528aac
+def straight_line(rows) -> dict:
+    "The least-squares line through the medians of one axis: seconds at none, seconds per unit, largest distance over the slowest median."
+    import numpy as np
+    x, y = np.array([r["amount"] for r in rows], float), np.array([r["median"] for r in rows])
+    slope, start = np.polyfit(x, y, 1)
+    return dict(axis=rows[0]["axis"], at_none=start, per_unit=slope, distance=float(np.abs(start + slope * x - y).max() / y.max()))
+
+# %% ../nbs/13_bench.ipynb #40e1f497
+class Stopwatch:
+    "Passes calls on to an object and adds up their seconds by name."
+    def __init__(self, target): self.target, self.seconds = target, defaultdict(float)
+
+    def __getattr__(self, name):
+        found = getattr(self.target, name)
+        if not callable(found): return found
+        def timed(*args, **named):
+            begun = time.perf_counter()
+            try: return found(*args, **named)
+            finally: self.seconds[name] += time.perf_counter() - begun
+        return timed
+
+# %% ../nbs/13_bench.ipynb #8b3cebec
+def training_costs(folder, **params) -> dict:
+    "A training into `folder` -> median step, shares of it that are waiting for data and recording. `params` as of `TrainConfig`."
+    from fgclip_nb import training as t
+    cfg = TrainConfig(output=str(folder), save_every=1_000_000, eval_every=0, **params)
+    path, lock = t.open_folder(cfg, True)
+    try:
+        s = t.prepare(cfg, t.make_accelerator(cfg), path, get_logger())
+        s.recorder = watch = Stopwatch(s.recorder)
+        t.train_loop(s, *t.examples_of(s))
+        s.recorder.close()
+    finally: lock.close()
+    rows = Run(path).timing().iloc[5:]                   # the first steps warm up
+    whole, per_step = rows.step_time_s.sum(), len(Run(path).timing())
+    recorded = sum(watch.seconds[n] for n in ("forward", "before_update", "step"))
+    return dict(workers=cfg.num_workers, steps=per_step, step=float(rows.step_time_s.median()), data_share=float(rows.data_time_s.sum() / whole),
+                recorder_share=recorded / per_step / float(rows.step_time_s.mean()))
+
+# %% ../nbs/13_bench.ipynb #bd619f2d
+def seconds_to_first_step(command, folder, limit: float = 120.0) -> float:
+    "Start `command`, which trains into `folder`, and wait for the first line of its metrics; the process is then stopped. Raises `RuntimeError`."
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics, taken = Path(folder)/"metrics.jsonl", None
+    try:
+        while taken is None and process.poll() is None and time.perf_counter() - begun < limit:
+            if metrics.exists() and metrics.stat().st_size: taken = time.perf_counter() - begun
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+    if taken is None: raise RuntimeError(f"no step within {limit:g} s of {' '.join(map(str, command))}; its last words: {said[-500:]}")
+    return taken
+
 # %% ../nbs/13_bench.ipynb #06d2deb1
 def _table(rows) -> str:
     "Rows of equal keys as aligned text."
@@ -504,20 +581,30 @@ def ratios_line(out: BenchResult) -> str:
 # %% ../nbs/13_bench.ipynb #bc23ad28
 def _arguments(args):
     parser = argparse.ArgumentParser("fgclip_nb.bench", description="The training step beside a plain one: agreement, time, memory.")
+    parser.add_argument("--growth", action="store_true", help="time per step as photos, boxes and tokens grow to 512 (the tiny preset is enough)")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 photos, 2 repeats: under a minute")
     for name in ("model", "device"): parser.add_argument(f"--{name}")
     for name in ("batch", "boxes", "hard", "repeats", "warmup", "compared", "seed"): parser.add_argument(f"--{name}", type=int)
     given = vars(parser.parse_args(args))
     quick = dict(model="tiny", batch=2, repeats=2) if given.pop("quick") else {}
-    return BenchConfig(**quick | {k: v for k, v in given.items() if v is not None})
+    growing = given.pop("growth")
+    return BenchConfig(**quick | {k: v for k, v in given.items() if v is not None}), growing
+
+def _say(text): print(text, flush=True)
+
+def _measure_growth(cfg):
+    for axis in ("photos", "boxes", "tokens"):
+        rows = growth(cfg, axis)
+        _say("\n" + _table(rows) + "\n" + _table([straight_line(rows)]))
 
 def main(args=None) -> int:
     "Command line: 0 measured, 1 the steps disagree, 2 wrong parameters. The last line holds the ratios."
     try:
-        cfg = _arguments(args)
-        print(f"{cfg.model} on {cfg.device}, {cfg.batch} photos, {cfg.boxes} boxes, {cfg.hard} with negatives, {precision_of(cfg)}, "
-              f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-        out = benchmark(cfg, lambda text: print(text, flush=True))
+        cfg, growing = _arguments(args)
+        _say(f"{cfg.model} on {cfg.device}, {cfg.batch} photos, {cfg.boxes} boxes, {cfg.hard} with negatives, {precision_of(cfg)}, "
+              f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        if growing: _measure_growth(cfg); return 0
+        out = benchmark(cfg, _say)
     except ConfigError as e: return _failed(e, 2)
     except Disagreement as e: return _failed(e, 1)
     for rows in (out.times, out.positions, out.memory, out.rates):
