@@ -9,10 +9,12 @@ __all__ = ['COUNTERS', 'RunData', 'data_fingerprint', 'role_of', 'split_samples'
            'newest_checkpoint', 'prune_checkpoints', 'TrainState', 'keep_freed_memory', 'make_accelerator',
            'training_order', 'total_steps', 'loss_weights', 'total_loss', 'forward_backward', 'average_gradients',
            'first_non_finite', 'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update', 'feed_bank',
-           'run_step', 'record_step', 'Collate', 'make_loader', 'count_rejects', 'read_batches', 'validation_losses',
-           'validate', 'validation_score', 'note_validation', 'Interrupted', 'stop_signals', 'checkpoint', 'restore',
-           'due', 'leave_if_asked', 'train_loop', 'open_folder', 'file_logger', 'write_manifest', 'weights_fingerprint',
-           'prepare', 'expected_counts', 'announce', 'finish', 'train', 'examples_of', 'config_from_args', 'main']
+           'run_step', 'record_step', 'memory_advice', 'batch_shapes', 'OutOfMemory', 'ran_out_of_memory',
+           'asked_names', 'explain_memory', 'Collate', 'make_loader', 'count_rejects', 'read_batches',
+           'validation_losses', 'validate', 'validation_score', 'note_validation', 'Interrupted', 'stop_signals',
+           'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step', 'train_loop', 'open_folder', 'file_logger',
+           'write_manifest', 'weights_fingerprint', 'prepare', 'expected_counts', 'announce', 'finish', 'train',
+           'examples_of', 'config_from_args', 'main']
 
 # %% ../nbs/11_training.ipynb #18780766
 import contextlib, ctypes, dataclasses, hashlib, json, logging, math, os, shutil, signal, sys, time
@@ -343,9 +345,10 @@ def note_bad_step(s: TrainState, batches, culprit: str):
     s.skipped += 1
     s.bad_in_a_row += 1
     ids = [int(i) for b in batches for i in b.sample_ids]
+    names = [n for n in asked_names(s, s.step) if stable_id(n) in ids]
     if s.is_main:
         s.log.warning(f"step {s.step}: not finite: {culprit}; the step is skipped ({s.skipped} so far)")
-        with open(s.path/"bad_steps.jsonl", "a") as f: f.write(json.dumps(dict(step=s.step, first_non_finite=culprit, sample_ids=ids)) + "\n")
+        with open(s.path/"bad_steps.jsonl", "a") as f: f.write(json.dumps(dict(step=s.step, first_non_finite=culprit, samples=names, sample_ids=ids)) + "\n")
     if s.bad_in_a_row >= s.cfg.max_bad_steps:
         raise FloatingPointError(f"{s.bad_in_a_row} non-finite steps in a row (first non-finite: {culprit}): see {s.path/'bad_steps.jsonl'}; "
                                  "lower learning_rate or logit_scale_init, or look at the named samples")
@@ -404,6 +407,54 @@ def record_step(s: TrainState, norm: float, culprit: str, times: tuple, validati
     epoch = (s.step - 1) * s.cfg.gradient_accumulation_steps // s.order.per_epoch
     s.recorder.step(step=s.step, epoch=epoch, forwards=s.forwards, model=s.model, bank=s.bank, lr=s.optimizer.param_groups[0]["lr"],
                     grad_norm=norm, skipped=bool(culprit), times=times, extra=validation)
+
+# %% ../nbs/11_training.ipynb #6b894bd4
+def memory_advice(cfg: TrainConfig, clips: bool = False) -> list:
+    "What to change when memory does not suffice, first things first, each with the value to set."
+    chunk, half = cfg.gradient_caching or cfg.batch_size, lambda name: f"`{name}` from {getattr(cfg, name)} to {getattr(cfg, name) // 2}"
+    caching = f"`gradient_caching` from {cfg.gradient_caching}{'' if cfg.gradient_caching else ' (the whole batch at once)'} to {chunk // 2}: the gradient stays exact"
+    instead = f", with `gradient_accumulation_steps` 1 and `batch_size` {cfg.batch_size * cfg.gradient_accumulation_steps}" if cfg.gradient_accumulation_steps > 1 else ""
+    frames = f"`num_frames` from {clip_frames(cfg)} to {clip_frames(cfg) // 2}" if clips else ""
+    return [tip for wanted, tip in (
+        (chunk > 1, caching + instead), (not cfg.gradient_checkpointing, "`gradient_checkpointing` to True: a third more time"),
+        (cfg.precision == "fp32", "`precision` to bf16"), (clips, frames), (cfg.max_regions > 1, half("max_regions")),
+        (cfg.batch_size > 1, half("batch_size") + ": fewer candidates")) if wanted]
+
+def batch_shapes(batch) -> str:
+    "What makes a batch large, in words."
+    frames, *_, side = batch.pixel_values.shape
+    texts = [f"{len(t)} {kind} texts ({t.input_ids.shape[0]} different) of up to {t.input_ids.shape[1]} tokens" for kind, t in
+             (("short", batch.texts), ("long", batch.long_texts)) if t is not None]
+    return f"{len(batch)} samples as {frames} pictures of {side} x {side} pixels, {', '.join(texts)}, {batch.n_regions} regions in {len(batch.boxes)} boxes"
+
+# %% ../nbs/11_training.ipynb #0b06302c
+class OutOfMemory(RuntimeError):
+    "Memory did not suffice; the message names the samples, the shapes, and the parameter to lower first."
+
+def ran_out_of_memory(error) -> bool:
+    "Whether an error is an allocator's: CUDA's, torch's on the CPU, or Python's."
+    told = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in told for words in ("defaultcpuallocator", "out of memory", "alloc_failed"))
+
+def asked_names(s: TrainState, step: int) -> list:
+    "Names of the samples that this process's batches of optimiser step `step` are made of."
+    accumulate, rank = s.cfg.gradient_accumulation_steps, s.accelerator.process_index
+    return [s.data.train[i].id for k in range((step - 1) * accumulate, step * accumulate) for _, i in s.order.indices(k, rank)]
+
+# %% ../nbs/11_training.ipynb #bb427a8c
+@contextlib.contextmanager
+def explain_memory(s: TrainState, doing: str, step: int = 0, batches=()):
+    "Turn an allocator's error into one `OutOfMemory` that says what was in the batch and what to lower; other errors pass."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out_of_memory(e): raise
+        clips = bool(len(s.data.train)) and s.data.train[0].kind == "video"
+        names = asked_names(s, step) if step else []
+        held = f"; its samples: {', '.join(names[:32])}{f' and {len(names) - 32} more' if len(names) > 32 else ''}" if names else ""
+        shapes = "".join(f"; {batch_shapes(b)}" for b in batches)
+        advice = "; then ".join(memory_advice(s.cfg, clips)) or "a smaller model or `image_size`"
+        raise OutOfMemory(f"out of memory on {s.accelerator.device} in {doing} ({str(e).splitlines()[0] if str(e) else type(e).__name__}){held}{shapes}. "
+                          f"Lower first: {advice}") from e
 
 # %% ../nbs/11_training.ipynb #2209f5e6
 class _BatchNumbers(torch.utils.data.Sampler):
@@ -559,17 +610,25 @@ def leave_if_asked(s: TrainState):
     raise Interrupted(f"stopped by {s.stop_signal} at step {s.step} of {s.total_steps}; the same command resumes {s.path}",
                       128 + signal.Signals[s.stop_signal])
 
+def timed_step(s: TrainState, batches) -> tuple:
+    "The next step, from waiting for its batches on: (gradient norm, culprit of a skipped step or '', (seconds in all, seconds of waiting))."
+    begun, step, group = time.perf_counter(), s.step + 1, []
+    with explain_memory(s, f"step {step}", step, group):
+        for _ in range(s.cfg.gradient_accumulation_steps):
+            if (batch := next(batches)) is not None: group.append(batch)
+        group[:] = [b.to(s.accelerator.device) for b in group]
+        waited = time.perf_counter() - begun
+        norm, culprit = run_step(s, group)
+    return norm, culprit, (time.perf_counter() - begun, waited)
+
 def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate, stop = s.cfg.gradient_accumulation_steps, False
     batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
     while s.step < s.total_steps and not stop:
-        begun = time.perf_counter()
-        group = [b.to(s.accelerator.device) for _ in range(accumulate) if (b := next(batches)) is not None]
-        waited = time.perf_counter() - begun
-        norm, culprit = run_step(s, group)
-        times = (time.perf_counter() - begun, waited)
-        found = validate(s, val_examples) if due(s, s.cfg.eval_every) and not culprit else {}
+        norm, culprit, times = timed_step(s, batches)
+        with explain_memory(s, f"the validation after step {s.step}"):
+            found = validate(s, val_examples) if due(s, s.cfg.eval_every) and not culprit else {}
         stop = note_validation(s, found)
         record_step(s, norm, culprit, times, found)
         if stop or s.stop_signal or due(s, s.cfg.save_every): checkpoint(s)
@@ -670,7 +729,7 @@ def train(cfg: TrainConfig) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run and leaves a finished one (explicit `output`) as it is.
 
     Raises `ConfigError` / `DataError` before the first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
-    `max_bad_steps` non-finite steps in a row, `OSError` when a checkpoint cannot be written."""
+    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to lower, `OSError` when a checkpoint cannot be written."""
     accelerator = make_accelerator(cfg)
     if cfg.output and Run(run_folder(cfg)).finished:
         check_params(run_folder(cfg), cfg)
@@ -715,10 +774,11 @@ def config_from_args(args) -> TrainConfig:
     return TrainConfig.from_params(params)
 
 def main(args=None) -> int:
-    "Command line: 0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 128+n stopped by signal n."
+    "Command line: 0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 5 out of memory, 128+n stopped by signal n."
     try: train(config_from_args(sys.argv[1:] if args is None else args))
     except (ConfigError, DataError) as e: return _failed(e, 2)
     except FloatingPointError as e: return _failed(e, 3)
+    except OutOfMemory as e: return _failed(e, 5)
     except OSError as e: return _failed(e, 4)
     except Interrupted as e: return _failed(e, e.status)
     return 0

@@ -159,6 +159,36 @@ def test_too_many_bad_steps_stop_the_run(world, tmp_path):
     assert len((tmp_path/"run/bad_steps.jsonl").read_text().splitlines()) == 3
 
 
+class NoMemory:
+    """An allocator that fails in step 4, in the words of the CPU's, of CUDA's, or of Python's."""
+    def __init__(self, kind): self.kind = kind
+    def __call__(self):
+        from fgclip_nb import training
+        import torch
+        error = dict(cpu=RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+                     cuda=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99.00 GiB."), python=MemoryError())[self.kind]
+        work = training.forward_backward
+        def fails(s, batch):
+            if s.step == 4: raise error
+            return work(s, batch)
+        training.forward_backward = fails
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "python"])
+def test_out_of_memory_names_the_batch_and_what_to_lower(world, tmp_path, kind):
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(params, change=NoMemory(kind)) == 5
+    [told] = [line for p in tmp_path.glob("run.*.txt") for line in p.read_text().splitlines() if line.startswith("OutOfMemory")]
+    for words in ("in step 4", ".png", "4 samples as", "pictures of 64 x 64", "short texts", "regions in", "Lower first: `gradient_caching` from 0"): assert words in told, words
+    assert told.count(".png") == 4 and told.index("gradient_caching") < told.index("max_regions") < told.index("`batch_size`")
+    assert micro.run(params) == 0, "the checkpoint of step 3 is intact"
+
+
+def test_another_runtime_error_is_left_as_it_is():
+    from fgclip_nb.training import explain_memory
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explain_memory(None, "step 1"): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
 def vanish():
     """After the data were checked, one photo disappears."""
     from fgclip_nb import training
