@@ -82,7 +82,8 @@ def region_identity(sample, region) -> int:
 def drawn_region(sample, region, boxes, frames, rng, train: bool) -> ExampleRegion:
     "A region with its boxes (V,4) on the rows `frames` (V,) of the example's pixels."
     phrase = draw_phrase(region, rng, train)
-    return ExampleRegion(phrase, np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(frames, np.int64), region.negatives, region.phrase, region_identity(sample, region))
+    boxes, frames = np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(frames, np.int64)
+    return ExampleRegion(phrase, boxes, frames, region.negatives, region.phrase, region_identity(sample, region))
 
 def image_example(sample, d: Drawing, rng, pixels=None) -> Example:
     "The example of a photo; `pixels` (S,S,3) when they are at hand. Its regions lie in row 0 of its pixels."
@@ -93,7 +94,8 @@ def image_example(sample, d: Drawing, rng, pixels=None) -> Example:
     if d.train and d.augment == "crop":
         part = random_part(pixels[0], rng)[None]
         pixels, in_clip = (np.concatenate([pixels, part]), np.array([False, True])) if drawn else (part, in_clip)
-    return Example(stable_id(sample.id), pixels, np.zeros(len(pixels), np.float32), in_clip, caption, draw_long_caption(sample, rng, d.train), drawn)
+    times, long_caption = np.zeros(len(pixels), np.float32), draw_long_caption(sample, rng, d.train)
+    return Example(stable_id(sample.id), pixels, times, in_clip, caption, long_caption, drawn)
 
 # %% ../nbs/04a_batches.ipynb #1f992f3d
 def random_part(pixels, rng, least: float = 0.35):
@@ -111,9 +113,12 @@ def clip_example(sample, d: Drawing, rng) -> Example:
     "The example of a video sample: frames over its span (jittered in training) and its visible regions."
     cache = FrameCache(d.frame_cache, d.size) if d.frame_cache else None
     clip = clip_inputs(sample, d.num_frames, d.size, d.region_source, rng if d.train else None, cache)
-    chosen = sorted(rng.choice(len(clip.regions), d.most, replace=False)) if d.train and len(clip.regions) > d.most else range(len(clip.regions))
-    drawn = [drawn_region(sample, clip.regions[i], clip.boxes[i][clip.visible[i]], np.flatnonzero(clip.visible[i]), rng, d.train) for i in chosen]
-    return Example(stable_id(sample.id), clip.frames, clip.times, clip.in_clip, draw_caption(sample, rng, d.train), draw_long_caption(sample, rng, d.train), drawn)
+    n = len(clip.regions)
+    chosen = sorted(rng.choice(n, d.most, replace=False)) if d.train and n > d.most else range(n)
+    rows = [np.flatnonzero(seen) for seen in clip.visible]
+    drawn = [drawn_region(sample, clip.regions[i], clip.boxes[i][rows[i]], rows[i], rng, d.train) for i in chosen]
+    captions = draw_caption(sample, rng, d.train), draw_long_caption(sample, rng, d.train)
+    return Example(stable_id(sample.id), clip.frames, clip.times, clip.in_clip, *captions, drawn)
 
 # %% ../nbs/04a_batches.ipynb #2bdfca65
 @dataclass
@@ -219,8 +224,9 @@ def select_clips(batch: Batch, lo: int, hi: int) -> Batch:
     v, h = _rows_in(batch.region_clip[batch.box_region], lo, hi), _rows_in(batch.region_clip[batch.hard_regions], lo, hi)
     c, l = _rows_in(batch.caption_rows, lo, hi), _rows_in(batch.long_caption_rows, lo, hi)
     first_region = int(r[0]) if len(r) else 0
-    return Batch(pixel_values=batch.pixel_values[f], frame_times=batch.frame_times[f], in_clip=batch.in_clip[f], frame_clip=batch.frame_clip[f] - lo,
-                 sample_ids=batch.sample_ids[lo:hi], boxes=batch.boxes[v], box_image=batch.box_image[v] - (int(f[0]) if len(f) else 0),
+    return Batch(pixel_values=batch.pixel_values[f], frame_times=batch.frame_times[f], in_clip=batch.in_clip[f],
+                 frame_clip=batch.frame_clip[f] - lo, sample_ids=batch.sample_ids[lo:hi],
+                 boxes=batch.boxes[v], box_image=batch.box_image[v] - (int(f[0]) if len(f) else 0),
                  box_region=batch.box_region[v] - first_region, region_ids=batch.region_ids[r], region_clip=batch.region_clip[r] - lo,
                  long_texts=select_texts(batch.long_texts, l) if len(l) else None, long_caption_rows=batch.long_caption_rows[l] - lo,
                  **_select_texts_of(batch, c, r, h, lo))
@@ -292,7 +298,8 @@ class Examples(ExampleSource):
             try: return self._read(epoch, index)
             except (OSError, DataError) as e: reason = f"{type(e).__name__}: {e}"
         sample = self.samples[index]
-        return Reject(sample.file, sample.entry, "media", sample.media, f"{reason} (tried {self.retries + 1} times)", sample.id, "unreadable_media")
+        reason += f" (tried {self.retries + 1} times)"
+        return Reject(sample.file, sample.entry, "media", sample.media, reason, sample.id, "unreadable_media")
 
 def collate_loaded(items, context_length: int = 248):
     "A list of examples and rejects -> (Batch or None, rejects)."
@@ -317,12 +324,13 @@ def _draw_boxes(ax, pixels, boxes):
     for k, (phrase, (x1, y1, x2, y2)) in enumerate(boxes):
         colour = f"C{k % 10}"
         ax.add_patch(Rectangle((x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h, fill=False, edgecolor=colour, linewidth=2))
-        ax.text(x1 * w, y1 * h, textwrap.shorten(phrase, 34, placeholder="…"), fontsize=7, color="white", va="top", backgroundcolor=colour)
+        name = textwrap.shorten(phrase, 34, placeholder="…")
+        ax.text(x1 * w, y1 * h, name, fontsize=7, color="white", va="top", backgroundcolor=colour)
     ax.set_axis_off()
 
 # %% ../nbs/04a_batches.ipynb #b0442ad6
 def plot_samples(samples, n: int = 6, most: int = 4):
-    "A figure of `n` samples spread over the list, those with negatives first, with at most `most` boxes each and the first caption as title."
+    "Figure of `n` samples spread over the list, those with negatives first, with up to `most` boxes each and the first caption as title."
     import matplotlib.pyplot as plt
     ranked = sorted((s for s in samples if s.regions), key=lambda s: -any(r.negatives for r in s.regions))
     shown = ranked[:n // 2] + ranked[n // 2:][::max(1, (len(ranked) - n // 2) // max(1, n - n // 2))][:n - n // 2]

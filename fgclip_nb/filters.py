@@ -8,9 +8,9 @@ __all__ = ['RULES', 'READING', 'EDGE', 'MAX_REJECTS', 'ENGLISH', 'ADVICE', 'area
            'count_rules', 'filter_regions', 'FilteredShards', 'filter_shards', 'media_fault', 'check_media',
            'write_rejects', 'Word', 'read_words', 'shipped_words', 'Swapper', 'like_case', 'swap', 'swapped',
            'like_style', 'load_class_sentences', 'negatives_for', 'add_negatives', 'repeated_phrases',
-           'negative_counts', 'usual_negatives', 'language', 'media_name', 'read_names', 'overlap', 'Finding',
-           'sort_findings', 'rule_findings', 'negative_findings', 'repeat_findings', 'text_findings',
-           'overlap_findings', 'ReportConfig']
+           'negative_counts', 'usual_negatives', 'language', 'media_name', 'read_names', 'overlap', 'clip_range',
+           'stretches', 'not_hit', 'Finding', 'sort_findings', 'rule_findings', 'negative_findings', 'repeat_findings',
+           'text_findings', 'overlap_findings', 'ReportConfig']
 
 # %% ../nbs/03_filters.ipynb #bf9508d5
 import dataclasses, json, math, random, re
@@ -224,12 +224,14 @@ def media_fault(sample) -> Fault | None:
 
 # %% ../nbs/03_filters.ipynb #c9dad7d3
 def _media_later(samples) -> list:
-    get_logger().info(f"media: the {len(samples)} samples of {samples.folder} are not opened one by one; training counts what cannot be read")
+    get_logger().info(f"media: {len(samples)} samples of {samples.folder} are not opened one by one; training counts what cannot be read")
     return []
 
 # %% ../nbs/03_filters.ipynb #d97e6434
 def check_media(samples) -> tuple:
-    "(samples, rejects): the samples whose media decode, each file opened once. Shards are left to training, which counts what it cannot read."
+    """(samples, rejects): the samples whose media decode, each file opened once.
+
+    Shards are left to training, which counts what it cannot read."""
     if isinstance(samples, ShardedSamples): return samples, _media_later(samples)
     known, kept, rejects = {}, [], []
     for s in samples:
@@ -396,7 +398,7 @@ def usual_negatives(samples) -> int:
     return max(counts, key=counts.get, default=0)
 
 # %% ../nbs/03_filters.ipynb #7ddf7fb8
-ENGLISH = set("a an the of in on at to with and is are was has his her by for from that this it there near next while as two his into".split())
+ENGLISH = set("a an the of in on at to with and is are was has his her by for from that this it there near next while as two into".split())
 
 def language(text) -> str:
     "`English`, `not ASCII` (some letters) or `not English` (mostly other scripts, or not one common English word), by simple rules."
@@ -427,6 +429,37 @@ def overlap(samples, test_names=None) -> dict:
     same = [n for n in both if any(_meet(a, b) for a in parts["train"][n] for b in parts["held out"][n])]
     return {"train and held out": same, "train and held out, at other times": [n for n in both if n not in set(same)],
             "train and test list": sorted(parts["train"].keys() & (test_names or set()))}
+
+# %% ../nbs/03_filters.ipynb #0587ab57
+def clip_range(sample, fps=0.0) -> tuple:
+    "(first, last) frame of a sample's span: by its video, or with `fps` by the annotation alone. `DataError` when no frame lies in it."
+    from fgclip_nb.media import frame_times, span_frames
+    if not fps: return span_frames(frame_times(sample.media), sample.span)
+    marked = [k.frame for r in sample.regions for k in r.keyframes] + [f for r in sample.regions for f in r.span or ()]
+    frames = 1 + max([*marked, math.ceil(sample.span[1] * fps) if sample.span else 0])
+    return span_frames(np.arange(frames) / fps, sample.span)
+
+def stretches(sample, first, last) -> list:
+    "[(`captions` or `regions`, frames)] of what a sample says about time within the frames first..last."
+    from fgclip_nb.media import region_presence
+    captions = [("captions", np.arange(first, last + 1))] if sample.span else []
+    return captions + [("regions", region_presence(r, first, last)) for r in sample.regions if r.keyframes or r.span]
+
+# %% ../nbs/03_filters.ipynb #9078e9d0
+def not_hit(samples, choose, fps=0.0) -> dict:
+    """{`captions`: (stretches of time, those that no chosen frame lies in), `regions`: the same}.
+
+    `choose(first, last)`: the frame numbers looked at for a sample whose span holds the frames first..last; `fps` as in `clip_range`."""
+    counts = {"captions": [0, 0], "regions": [0, 0]}
+    for s in samples:
+        if s.kind != "video": continue
+        try: first, last = clip_range(s, fps)
+        except DataError: first, last = 0, -1      # beyond the end of its clip: nothing of it is there
+        chosen = choose(first, last) if last >= first else ()
+        for kind, frames in stretches(s, first, last):
+            counts[kind][0] += 1
+            counts[kind][1] += not np.isin(frames, chosen).any()
+    return {kind: tuple(map(int, found)) for kind, found in counts.items()}
 
 # %% ../nbs/03_filters.ipynb #c622fe95
 @dataclass(frozen=True)
@@ -474,8 +507,9 @@ def negative_findings(samples) -> list:
     usual, counts = usual_negatives(samples), negative_counts(samples)
     total = sum(counts.values())
     few = sum(k for n, k in counts.items() if 0 < n < usual)
-    return [Finding("look", f"regions with hard negatives, but fewer than {usual}", few, total, "Chance differs from row to row: compare losses with `loss / chance`."),
-            Finding("know", "regions without hard negatives", counts.get(0, 0), total, "`filters.add_negatives` makes some by swapping words.")]
+    chance = "Chance differs from row to row: compare losses with `loss / chance`."
+    return [Finding("look", f"regions with hard negatives, but fewer than {usual}", few, total, chance),
+            Finding("know", "regions without hard negatives", counts.get(0, 0), total, "`make_negatives` makes some by swapping words.")]
 
 # %% ../nbs/03_filters.ipynb #9f2eb713
 def repeat_findings(samples) -> list:
@@ -483,7 +517,8 @@ def repeat_findings(samples) -> list:
     captions, n = Counter(folded(s.caption or s.short_caption) for s in samples), len(samples)
     silent, phrases, equal = captions.pop("", 0), sum(map(repeated_phrases, samples)), sum(k for k in captions.values() if k > 1)
     floor = "Keep `duplicates=mask`: as negatives they set a floor under the loss."
-    return [Finding("look", "regions whose phrase stands more than once in their image", phrases, sum(len(s.regions) for s in samples), floor),
+    regions = sum(len(s.regions) for s in samples)
+    return [Finding("look", "regions whose phrase stands more than once in their image", phrases, regions, floor),
             Finding("look", "captions that stand more than once", equal, n, floor),
             Finding("know", "samples without a caption", silent, n, "They add nothing to the global loss."),
             Finding("know", "samples without a region", sum(not s.regions for s in samples), n, "They add nothing to the region loss.")]
@@ -492,8 +527,9 @@ def repeat_findings(samples) -> list:
 def text_findings(texts, kind, lengths, context_length) -> list:
     "Truncation and language of one kind of text; `lengths` in tokens, start and end included."
     spoken, cut, n = Counter(map(language, texts)), int(sum(n > context_length for n in lengths)), len(texts)
-    return [Finding("look", f"{kind} longer than {context_length} tokens, cut off", cut, n, "Put what matters first, or use the long text path."),
-            Finding("look", f"{kind} not in English", spoken["not English"], n, "CLIP's vocabulary splits them into bytes: translate them."),
+    shorten, translate = "Put what matters first, or use the long text path.", "CLIP's vocabulary splits them into bytes: translate them."
+    return [Finding("look", f"{kind} longer than {context_length} tokens, cut off", cut, n, shorten),
+            Finding("look", f"{kind} not in English", spoken["not English"], n, translate),
             Finding("know", f"{kind} with letters outside ASCII", spoken["not ASCII"], n, "They cost a token per byte.")]
 
 def overlap_findings(samples, test_names=None) -> list:
@@ -502,7 +538,8 @@ def overlap_findings(samples, test_names=None) -> list:
     do = {"train and held out": ("fix", "Split by photo or video, not by entry.", media),
           "train and held out, at other times": ("look", "Seconds of one video resemble each other: held-out scores flatter.", media),
           "train and test list": ("fix", "Remove them from training before any score is published.", len(test_names or ()))}
-    return [Finding(do[where][0], f"media in {where}", len(names), do[where][2], do[where][1]) for where, names in overlap(samples, test_names).items()]
+    found = overlap(samples, test_names)
+    return [Finding(level, f"media in {where}", len(found[where]), of, advice) for where, (level, advice, of) in do.items()]
 
 # %% ../nbs/03_filters.ipynb #88a5be4c
 @dataclass

@@ -217,7 +217,7 @@ def _index_by_decoding(container, stream):
 # %% ../nbs/02_media.ipynb #3195eedc
 _untrusted = set()   # files whose decoder returned a frame that their packets do not know
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)      # more than UCF-Crime has clips; 16 bytes per frame of each
 def _index_of(path, size, changed, trusted):
     with _video(path) as (container, stream):
         index = _index_by_packets(container, stream) if trusted else None
@@ -651,7 +651,7 @@ def build_cache(cache, samples, count=256, say=print) -> list:
 # %% ../nbs/02_media.ipynb #38812c3f
 def _parser():
     import argparse
-    parser = argparse.ArgumentParser("python -m fgclip_nb.media", description="Decode the frames of a data set's clips once, into a cache folder.")
+    parser = argparse.ArgumentParser("python -m fgclip_nb.media", description="Frames of a data set's clips, decoded once into a folder.")
     cache = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="fill a frame cache; run it again to resume")
     cache.add_argument("data", help="data set as for training: video_sample, a file, a list of files or a folder")
     cache.add_argument("folder", help="cache folder, made when it does not exist")

@@ -12,27 +12,31 @@ NOTEBOOK = ROOT/"nbs/data_report.ipynb"
 
 def papermill(out, *parameters, cwd=ROOT):
     args = [x for k, v in parameters for x in ("-p", k, str(v))]
-    return subprocess.run([sys.executable, "-m", "papermill", str(NOTEBOOK), str(out), *args], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(out), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def test_the_parameters_cell_is_tagged_and_read():
     cell = next(c for c in json.loads(NOTEBOOK.read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(NOTEBOOK))
-    assert len(found) == sum(": " in line and " = " in line for line in "".join(cell["source"]).splitlines()[1:]) and all(p["help"] for p in found.values())
+    written = [line for line in "".join(cell["source"]).splitlines()[1:] if ": " in line and " = " in line]
+    assert len(found) == len(written) and all(p["help"] for p in found.values())
     assert {"data", "media_root", "model", "context_length", "strict"} <= set(found)
 
 
 def test_a_users_folder_and_strict(tmp_path):
     media_root(tmp_path/"photos")
     write(tmp_path/"photos.json", put_box(FINEHARD, 1, [0.5, 0.5, 0.5, 0.9]))
-    done = papermill(tmp_path/"o.ipynb", ("data", "photos.json"), ("media_root", "photos"), ("output", tmp_path/"out"), ("strict", True), cwd=tmp_path)
+    asked = ("data", "photos.json"), ("media_root", "photos"), ("output", tmp_path/"out"), ("strict", True)
+    done = papermill(tmp_path/"o.ipynb", *asked, cwd=tmp_path)
     assert done.returncode != 0 and "strict: 1 thing(s) must be fixed" in done.stderr and "no_area" in done.stderr, done.stderr[-2000:]
     summary = json.loads((tmp_path/"out/summary.json").read_text())
     assert (summary["regions"], summary["regions_kept"], summary["rules"]) == (6, 5, {"no_area": 1})
     rejects = [json.loads(line) for line in (tmp_path/"out/rejects.jsonl").read_text().splitlines()]
     assert [(r["rule"], r["entry"]) for r in rejects] == [("no_area", "[1]")]
-    pictures = [o for c in json.loads((tmp_path/"o.ipynb").read_text())["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    cells = json.loads((tmp_path/"o.ipynb").read_text())["cells"]
+    pictures = [o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) >= 5
 
 
@@ -41,7 +45,8 @@ def test_the_shipped_sample_has_nothing_to_fix(tmp_path):
     done = papermill(tmp_path/"o.ipynb", ("output", tmp_path/"out"), ("strict", True))
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path/"out/summary.json").read_text())
-    assert summary["counts"]["samples"] == 151 and summary["regions"] == 1014 and not [f for f in summary["findings"] if f["level"] == "fix"]
+    assert summary["counts"]["samples"] == 151 and summary["regions"] == 1014
+    assert not [f for f in summary["findings"] if f["level"] == "fix"]
 
 
 @pytest.mark.all

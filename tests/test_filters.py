@@ -27,7 +27,8 @@ def test_what_came_in_stays_as_it_was():
 
 def test_a_track_is_judged_as_a_whole():
     good, flat, outside, tiny = (0, 0, 0.5, 0.5), (0.2, 0.2, 0.2, 0.9), (0.8, 0, 1.3, 1), (0, 0, 0.02, 0.02)
-    rule = lambda *boxes, **kw: Counter(r.rule for r in filter_regions([sample(Region("x", keyframes=tuple(Keyframe(10 * i, b) for i, b in enumerate(boxes))), kind="video")], **kw)[1])
+    track = lambda boxes: Region("x", keyframes=tuple(Keyframe(10 * i, b) for i, b in enumerate(boxes)))
+    rule = lambda *boxes, **kw: Counter(r.rule for r in filter_regions([sample(track(boxes), kind="video")], **kw)[1])
     assert rule(good, flat) == {"no_area": 1} and rule(good, outside) == {"out_of_range": 1} and rule(tiny, tiny) == {"min_area": 1}
     assert rule(good, tiny) == {} and rule(good, outside, out_of_range="clip") == {}
     off = sample(Region("x", keyframes=(Keyframe(0, good), Keyframe(5, good, False), Keyframe(9, flat, False))), kind="video")
@@ -79,29 +80,33 @@ def test_negatives_are_wrong_and_all_different(made):
     for s in made[1]:
         phrases = {folded(r.phrase) for r in s.regions} | {folded(c) for c in s.captions}
         for r in s.regions:
-            assert not {folded(n) for n in r.negatives} & phrases and len({folded(n) for n in r.negatives}) == len(r.negatives) <= 10
+            negatives = {folded(n) for n in r.negatives}
+            assert not negatives & phrases and len(negatives) == len(r.negatives) <= 10
 
 
 def test_style_does_not_give_the_answer_away(made):
     for s in made[1]:
         for r in s.regions:
-            for n in r.negatives: assert n.endswith(".") == r.phrase.endswith(".") and n[0].isupper() == r.phrase[0].isupper() and "  " not in n
+            for n in r.negatives:
+                assert n.endswith(".") == r.phrase.endswith(".") and n[0].isupper() == r.phrase[0].isupper() and "  " not in n
     for model in ("A RED MUG.", "Red mug", "a red mug"):
-        for n in add_negatives([sample(Region(model))])[0].regions[0].negatives: assert n.isupper() == model.isupper() and n[0].isupper() == model[0].isupper()
+        for n in add_negatives([sample(Region(model))])[0].regions[0].negatives:
+            assert n.isupper() == model.isupper() and n[0].isupper() == model[0].isupper()
 
 
 def test_articles_and_plurals_fit(made):
-    texts = [n for s in made[1] for r in s.regions for n in r.negatives] + list(add_negatives([sample(Region("An elephant and two old dogs"))], n=200)[0].regions[0].negatives)
-    for t in texts:
+    texts = [n for s in made[1] for r in s.regions for n in r.negatives]
+    for t in [*texts, *add_negatives([sample(Region("An elephant and two old dogs"))], n=200)[0].regions[0].negatives]:
         words = t.lower().replace(".", "").split()
         for a, b in zip(words, words[1:]):
             if a in ("a", "an"): assert (a == "an") == (b[0] in "aeiou" and not b.startswith(("uni", "use"))), t
-    assert not any("two" in t and t.endswith(" dog") for t in texts)
+        assert not ("two" in t and t.endswith(" dog"))
 
 
 def test_negatives_depend_on_seed_and_region_only(made):
     bare, done = made
-    assert add_negatives(bare, seed=3) == done and add_negatives(bare[::-1], seed=3)[::-1] == done and add_negatives(bare[5:6], seed=3)[0] == done[5]
+    assert add_negatives(bare, seed=3) == done and add_negatives(bare[::-1], seed=3)[::-1] == done
+    assert add_negatives(bare[5:6], seed=3)[0] == done[5]
     assert add_negatives(bare, seed=4) != done
 
 
@@ -110,9 +115,11 @@ def test_own_negatives_stay():
 
 
 def test_class_sentences(tmp_path):
-    (tmp_path/"classes.json").write_text(json.dumps({"Abuse": ["A man hits a dog."], "Arson": ["A house burns.", "Somebody lights a fire."], "Normal": ["People walk by."]}))
-    found = add_negatives([sample(Region("a man strikes a dog"), label="Abuse")], n=3, class_sentences=load_class_sentences(tmp_path/"classes.json"))[0].regions[0].negatives
-    assert set(found) == {"a house burns", "somebody lights a fire", "people walk by"}
+    classes = {"Abuse": ["A man hits a dog."], "Arson": ["A house burns.", "Somebody lights a fire."], "Normal": ["People walk by."]}
+    (tmp_path/"classes.json").write_text(json.dumps(classes))
+    region = Region("a man strikes a dog")
+    found = add_negatives([sample(region, label="Abuse")], n=3, class_sentences=load_class_sentences(tmp_path/"classes.json"))
+    assert set(found[0].regions[0].negatives) == {"a house burns", "somebody lights a fire", "people walk by"}
     for bad in ("[]", '{"a": "b"}', '{"a": [1]}', "x"):
         (tmp_path/"classes.json").write_text(bad)
         with pytest.raises(DataError, match="class sentences"): load_class_sentences(tmp_path/"classes.json")
@@ -124,18 +131,22 @@ def test_word_lists_are_sound():
     assert len(words) > 300 and min(groups.values()) >= 1
     replaced = filters.Swapper(words)
     for w in words:      # no word is put in for its own synonym
-        for match in replaced.found(w.text): assert not {x.concept for x in words if x.text in replaced.replacements(match, w.text)} & {replaced.words[match[0].lower()].concept}
+        for match in replaced.found(w.text):
+            concepts = {x.concept for x in words if x.text in replaced.replacements(match, w.text)}
+            assert replaced.words[match[0].lower()].concept not in concepts
 
 
 # ---- what the report says about real files
 
 @needs_shared
-@pytest.mark.parametrize("name, regions, few, positive, repeated", [("h", 3545, 37, 0, 1780), ("m", 2968, 0, 4, 1411), ("e", 1299, 0, 0, 516), ("shuffle", 3545, 37, 0, 1780)])
+@pytest.mark.parametrize("name, regions, few, positive, repeated", [
+    ("h", 3545, 37, 0, 1780), ("m", 2968, 0, 4, 1411), ("e", 1299, 0, 0, 516), ("shuffle", 3545, 37, 0, 1780)])
 def test_fgovd(name, regions, few, positive, repeated):
     file = next((SHARED/"fgovd").glob(f"{name}_*"))
     samples, rejects = load_samples(file)
     counts = filters.negative_counts(samples)
-    assert (rejects, sum(counts.values()), sum(k for n, k in counts.items() if n < 10), filters.usual_negatives(samples)) == ([], regions, few, 10)
+    assert rejects == [] and sum(counts.values()) == regions
+    assert sum(k for n, k in counts.items() if n < 10) == few and filters.usual_negatives(samples) == 10
     assert sum(map(filters.repeated_phrases, samples)) == repeated
     _, dropped = filter_regions(samples)
     assert filters.count_rules(dropped).get("positive_among_negatives", 0) == positive
@@ -151,5 +162,6 @@ def test_uca_and_the_test_list():
 
 
 def test_findings_are_ordered():
-    f = filters.sort_findings([filters.Finding("know", "c", 9, 10, ""), filters.Finding("look", "b", 1, 10, ""), filters.Finding("fix", "a", 1, 100, ""), filters.Finding("fix", "x", 0, 5, "")])
+    made = [("know", "c", 9, 10), ("look", "b", 1, 10), ("fix", "a", 1, 100), ("fix", "x", 0, 5)]
+    f = filters.sort_findings([filters.Finding(*m, "") for m in made])
     assert [x.what for x in f] == ["a", "b", "c"] and "1.0 %" in str(f[0])
