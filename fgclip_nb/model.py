@@ -120,12 +120,24 @@ class _QuickGELU(torch.autograd.Function):
     def backward(ctx, grad): return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
 
 # %% ../nbs/06_model.ipynb #da893f7e
-def _mlp(mlp, x): return mlp(x) if mlp.config.hidden_act != "quick_gelu" else mlp.fc2(_QuickGELU.apply(mlp.fc1(x)))
+def _mlp(mlp, x):
+    if mlp.config.hidden_act != "quick_gelu" or torch.compiler.is_compiling(): return mlp(x)    # a compiler fuses the plain formula by itself
+    return mlp.fc2(_QuickGELU.apply(mlp.fc1(x)))
 
-def _finish(layer, x, attended):
-    "The rest of a layer after attention: output projection, residual, MLP, residual."
+def _enter(layer, x):
+    "A layer before attention, (...,W) -> queries, keys, values side by side (...,3W)."
+    return _project(layer.self_attn, layer.layer_norm1(x))
+
+def _leave(layer, x, attended):
+    "A layer after attention: output projection, residual, MLP, residual."
     x = x + layer.self_attn.out_proj(attended)
     return x + _mlp(layer.mlp, layer.layer_norm2(x))
+
+TOKENWISE = dict(enter=_enter, leave=_leave)
+
+def _part(layer, name, *args):
+    "What a layer does to every token by itself, compiled where that was asked for."
+    return getattr(layer, "compiled", TOKENWISE)[name](layer, *args)
 
 # %% ../nbs/06_model.ipynb #f6231957
 def _rows(x, blocks):
@@ -135,9 +147,9 @@ def _rows(x, blocks):
 
 def _text_layer(layer, x, packed, training):
     "A layer of the text tower for all nodes (T,W) -> (T,W)."
-    cells = _Spread.apply(_project(layer.self_attn, layer.layer_norm1(x)), packed.cells, packed.pick, packed.again, packed.again_node)
+    cells = _Spread.apply(_part(layer, "enter", x), packed.cells, packed.pick, packed.again, packed.again_node)
     out = [_attend(layer.self_attn, *rows.chunk(3, -1), training, is_causal=True).flatten(0, 1) for rows in _rows(cells, packed.blocks)]
-    return _finish(layer, x, _Pick.apply(torch.cat(out), packed.pick))
+    return _part(layer, "leave", x, _Pick.apply(torch.cat(out), packed.pick))
 
 # %% ../nbs/06_model.ipynb #2e771b3d
 def _last_text_layer(layer, x, packed, training):
@@ -150,7 +162,7 @@ def _last_text_layer(layer, x, packed, training):
     for q, kv, n in zip(queries, _rows(cells, packed.blocks), lengths):
         seen = torch.arange(kv.shape[1], device=x.device) < n[:, None]
         out.append(_attend(layer.self_attn, q, *kv.chunk(2, -1), training, attn_mask=seen[:, None, None]).flatten(0, 1))
-    return _finish(layer, x[end], torch.cat(out))
+    return _part(layer, "leave", x[end], torch.cat(out))
 
 # %% ../nbs/06_model.ipynb #ce9e0c8a
 def join_packed(a, b):
@@ -180,7 +192,7 @@ def _embed_patches(conv, pixels, grid):
 # %% ../nbs/06_model.ipynb #a3142294
 def _vision_layer(layer, x, training):
     "A layer of the vision tower for all tokens (B,1+N,V) -> (B,1+N,V)."
-    return _finish(layer, x, _attend(layer.self_attn, *_project(layer.self_attn, layer.layer_norm1(x)).chunk(3, -1), training))
+    return _part(layer, "leave", x, _attend(layer.self_attn, *_part(layer, "enter", x).chunk(3, -1), training))
 
 # %% ../nbs/06_model.ipynb #dcb7a863
 def _last_vision_layer(layer, x, dense, training):
@@ -188,8 +200,8 @@ def _last_vision_layer(layer, x, dense, training):
     attention, h = layer.self_attn, layer.layer_norm1(x)
     k, v = _project(attention, h, "kv").chunk(2, -1)
     attended = _attend(attention, attention.q_proj(h[:, :1]), k, v, training)
-    cls = _finish(layer, x[:, 0], attended[:, 0])
-    return cls, None if dense is None else _finish(layer, x[dense, 1:], v[dense, 1:])
+    cls = _part(layer, "leave", x[:, 0], attended[:, 0])
+    return cls, None if dense is None else _part(layer, "leave", x[dense, 1:], v[dense, 1:])
 
 # %% ../nbs/06_model.ipynb #b3701e76
 SCALES = ("logit_scale", "logit_scale_finegraind", "logit_scale_hardneg")  # "finegraind" is the official spelling
@@ -258,6 +270,13 @@ class Layers(Parameters):
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()): return function(*args, self.training)
         from torch.utils.checkpoint import checkpoint
         return checkpoint(function, *args, self.training, use_reentrant=False)
+
+    def compile_layers(self, **options):
+        """Compile what the layers do to each token by itself (norms, projections, MLP), with `options` of torch.compile.
+
+        One graph serves every number of tokens, so changing batches do not compile again; attention stays with torch's fused kernels."""
+        compiled = {name: torch.compile(part, dynamic=True, **options) for name, part in TOKENWISE.items()}
+        for layer in (*self.text_model.encoder.layers, *self.vision_model.encoder.layers): layer.compiled = compiled
 
 # %% ../nbs/06_model.ipynb #e293be10
 class TextTower(Layers):
