@@ -13,7 +13,7 @@ import logging, textwrap
 from dataclasses import dataclass, field, fields
 import numpy as np, torch
 from .core import DataError, stable_id
-from .media import FrameCache, clip_inputs, read_frames, read_image
+from .media import FrameCache, MemoryCache, clip_inputs, read_frames, read_image
 from .regions import Reject, boxes_at, epoch_order
 from .text import TextBatch, tokenize
 
@@ -109,9 +109,9 @@ def random_part(pixels, rng, least: float = 0.35):
     return np.ascontiguousarray(part[:, ::-1]) if rng.random() < 0.5 else part
 
 # %% ../nbs/04a_batches.ipynb #825a4518
-def clip_example(sample, d: Drawing, rng) -> Example:
-    "The example of a video sample: frames over its span (jittered in training) and its visible regions."
-    cache = FrameCache(d.frame_cache, d.size) if d.frame_cache else None
+def clip_example(sample, d: Drawing, rng, cache=None) -> Example:
+    "The example of a video sample: frames over its span (jittered in training) and its visible regions; from `cache` or `d.frame_cache`."
+    cache = FrameCache(d.frame_cache, d.size) if d.frame_cache else cache
     clip = clip_inputs(sample, d.num_frames, d.size, d.region_source, rng if d.train else None, cache)
     n = len(clip.regions)
     chosen = sorted(rng.choice(n, d.most, replace=False)) if d.train and n > d.most else range(n)
@@ -271,10 +271,20 @@ class ExampleSource:
     "Examples of a sequence of samples by (epoch, index), as `drawing` says; a sample that cannot be read comes back as a `Reject`."
     retries = 2
     cache_bytes = 1 << 29
+    most_clips = 16              # more are not even measured
 
     def __init__(self, samples, drawing: Drawing, seed: int = 0):
         self.samples, self.drawing, self.seed = samples, drawing, seed
         self.cache = {} if len(samples) * drawing.size**2 * 3 <= self.cache_bytes else None
+        self.clips = self._memory_for_clips() if self.cache is not None else None
+
+    def _memory_for_clips(self):
+        "A MemoryCache where all clips fit into `cache_bytes`, else None."
+        paths = {s.media for s in self.samples if s.kind == "video"}
+        if not paths or len(paths) > self.most_clips or self.drawing.frame_cache: return None
+        try: needed = MemoryCache.bytes_for(paths, self.drawing.size)
+        except DataError: return None     # reading names what is wrong with the clip
+        return MemoryCache(self.drawing.size) if needed <= self.cache_bytes else None
 
     def __len__(self): return len(self.samples)
 
@@ -286,7 +296,7 @@ class ExampleSource:
 
     def _read(self, epoch, index):
         sample, rng = self.samples[index], np.random.default_rng([self.seed, epoch, index])
-        if sample.kind == "video": return clip_example(sample, self.drawing, rng)
+        if sample.kind == "video": return clip_example(sample, self.drawing, rng, self.clips)
         return image_example(sample, self.drawing, rng, self._pixels(sample, index))
 
 # %% ../nbs/04a_batches.ipynb #f3795e18

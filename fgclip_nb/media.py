@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'read_image', 'normalize', 'VideoInfo', 'video_info', 'frame_times', 'read_counted',
            'read_frames', 'sample_frames', 'span_frames', 'coverage', 'CachedClip', 'FrameCache', 'cache_clip',
-           'needed_frames', 'build_cache', 'region_presence', 'ClipInputs', 'clip_inputs', 'balanced_order',
-           'ucf_crime_prompts', 'class_negatives']
+           'needed_frames', 'build_cache', 'MemoryCache', 'region_presence', 'ClipInputs', 'clip_inputs',
+           'balanced_order', 'ucf_crime_prompts', 'class_negatives']
 
 # %% ../nbs/02_media.ipynb #9a9ab29a
 import hashlib, io, json, logging, os, socket, sys, time, zlib
@@ -687,6 +687,32 @@ def open_clip(path, size, cache=None):
     cached = cache.get(path) if cache is not None else None
     return _FileClip(str(path), size, frame_times(path)) if cached is None else cached
 
+# %% ../nbs/02_media.ipynb #d32d18be
+@dataclass(frozen=True)
+class _HeldClip:
+    "A clip whose pixels are in memory; same face as CachedClip."
+    times: np.ndarray
+    pixels: np.ndarray                 # (all frames, size, size, 3) uint8
+    frames: np.ndarray | None = None   # all are there
+
+    def read(self, frames): return self.pixels[np.asarray(frames, int)]
+
+class MemoryCache:
+    "Whole clips, squashed to size x size, decoded when first asked for and kept; stands where a FrameCache can."
+    def __init__(self, size): self.size, self.clips = size, {}
+
+    @staticmethod
+    def bytes_for(paths, size) -> int:
+        "What holding these clips would take. Raises DataError as video_info does."
+        return sum(video_info(path).frames * size * size * 3 for path in paths)
+
+    def get(self, path):
+        "The clip, all its frames in memory."
+        if path not in self.clips:
+            times = frame_times(path)
+            self.clips[path] = _HeldClip(times, read_frames(path, range(len(times)), self.size))
+        return self.clips[path]
+
 # %% ../nbs/02_media.ipynb #7a937e51
 def region_presence(region, first, last) -> np.ndarray:
     "Rising frame numbers within first..last where a region is visible: its track, or its span, or everywhere."
@@ -735,8 +761,8 @@ def clip_inputs(sample, num_frames=256, size=224, region_source="boxes", rng=Non
     """Frames and region tracks of one video sample.
 
     `num_frames` spread over the sample's span, jittered when `rng` (numpy Generator) is given. With region_source="span" every
-    region gets up to `region_frames` frames of its own span as well. `cache` (FrameCache): frames come from there when it
-    holds the clip. Raises DataError when the clip cannot be read or its span holds no frame."""
+    region gets up to `region_frames` frames of its own span as well. `cache` (FrameCache, MemoryCache): frames come from there when
+    it holds the clip. Raises DataError when the clip cannot be read or its span holds no frame."""
     clip = open_clip(sample.media, size, cache)
     first, last = span_frames(clip.times, sample.span)
     present = [region_presence(r, first, last) for r in sample.regions]
