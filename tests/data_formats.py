@@ -31,17 +31,19 @@ COCO = {"images": [{"id": i, "file_name": p, "width": 100, "height": 200} for i,
         "annotations": [{"id": i, "image_id": i % 3, "category_id": 1 + i % 2, "bbox": [10, 20, 30, 40], "iscrowd": 0} for i in range(5)],
         "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "apple"}]}
 COCO_CAPTIONS = {"images": COCO["images"], "annotations": [{"id": i, "image_id": i % 2, "caption": f"Caption {i}"} for i in range(5)]}
+SUGARCREPE = {str(i): {"filename": p, "caption": f"A mug on table {i}.", "negative_caption": f"A table on mug {i}."} for i, p in enumerate(PHOTOS)}
 UCA = {"Abuse001_x264": {"duration": 91.0, "timestamps": [[0.0, 5.3], [7.0, 8.5]], "sentences": ["A man enters.", "He leaves."]},
        "Normal_Videos_003_x264": {"duration": 20.0, "timestamps": [[1.0, 3.0]], "sentences": ["Cars pass."]}}
 REGIONS = [{"image": PHOTOS[0], "width": 100, "height": 200, "split": "train", "captions": ["A mug.", "a red mug on a table"],
             "caption_negatives": [{"caption": "A mug.", "negative": "A bowl.", "type": "replace_obj"}],
-            "regions": [{"bbox": [10, 20, 50, 180], "caption": "a red mug", "negatives": ["a green mug"]}],
+            "regions": [{"bbox": [10, 20, 50, 180], "caption": "a red mug", "negatives": ["a green mug"], "negatives_level": "hard",
+                         "negatives_by_level": {"hard": ["a green mug"], "trivial": ["a dog"]}}],
             "objects": [{"bbox": [0, 0, 100, 100], "category": "apple"}]},
            {"image": PHOTOS[1], "caption": "Long.", "short_caption": "short", "regions": [{"bbox": BOX, "caption": "fractions"}]},
            {"video": VIDEOS[0], "caption": "A man is beaten.", "span": [1.0, 9.0], "label": "Abuse", "regions": [{"keyframes": TRACK, "caption": "a man hits"}]}]
 
 DOCUMENTS = dict(finehard=FINEHARD, video_dict=VIDEO_DICT, video_list=VIDEO_LIST, video_times=VIDEO_TIMES, label_studio=LABEL_STUDIO, fgovd=FGOVD,
-                 coco=COCO, coco_captions=COCO_CAPTIONS, uca=UCA, regions=REGIONS)
+                 coco=COCO, coco_captions=COCO_CAPTIONS, uca=UCA, regions=REGIONS, sugarcrepe=SUGARCREPE)
 
 
 def write(path, document, lines=False):

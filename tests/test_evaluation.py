@@ -8,7 +8,7 @@ import torch
 
 from fgclip_nb.core import ConfigError, DataError
 from fgclip_nb.evaluation import (CachedFeatures, Encoder, TASKS, caption_retrieval, compare_evaluations, evaluate, evaluation_parameter_cell, load_evaluation,
-                                  load_model, read_labels, read_templates, retrieval, rows, save_evaluation, save_features, sugarcrepe_samples)
+                                  load_model, read_labels, retrieval, rows, save_evaluation, save_features)
 from fgclip_nb.regions import Region, Sample, load_samples, sample_path
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +61,8 @@ class Fake:
 
     def describe(self): return {}
 
+    def why_lost(self, item): return "photo missing"
+
 
 def single_caption(samples):
     "One caption a photo and the class name alone as phrase, so that an oracle can know the one right vector."
@@ -93,18 +95,32 @@ def test_denominators_keep_what_is_missing(model, coco):
     tables = result.results["hard_negatives"]
     assert list(tables) == ["hard", "medium", "easy", "trivial"]
     for table in tables.values():
-        assert table["lost"] == {"unreadable or not visible": 2} and table["asked"] == table["queries"] + 2
+        assert table["lost"] == {"photo missing": 2} and table["asked"] == table["queries"] + 2 and 0 < table["photos_missing"] < table["photos"]
         assert table["texts"] > table["distinct_texts"] > 0 and -1 <= table["nearest_wrong_text_cosine"] <= 1
     assert "no such file" in result.unreadable[0]["reason"]
+    assert result.table().groupby("list", sort=False).first()[["scored", "asked"]].values.tolist() == [[t["queries"], t["asked"]] for t in tables.values()]
+
+
+def test_levels_of_the_shipped_sample_are_those_of_its_regions(model, photos):
+    tables = evaluate(model, photos, ["hard_negatives"], permutations=20).results["hard_negatives"]
+    counts = {level: sum(level in r.levels() for s in photos for r in s.regions) for level in tables}
+    assert counts == {level: t["asked"] for level, t in tables.items()} == dict(hard=22, medium=21, easy=10, trivial=22, pattern=2)
+    assert not any(t["right_among_wrong"] for t in tables.values())
+
+
+def test_a_right_sentence_among_the_wrong_ones_is_counted(model, photos):
+    regions = [Region("a red bowl", box=(0, 0, 1, 1), negatives=("A red  bowl", "a blue bowl"))]
+    [table] = evaluate(model, [dataclasses.replace(photos[0], regions=regions)], ["hard_negatives"], permutations=20).results["hard_negatives"].values()
+    assert table["right_among_wrong"] == 1 and table["acc1"] == 0, "equal texts tie, and a tie counts against the model"
 
 
 def test_sugarcrepe_files(model, coco, tmp_path):
-    samples = sugarcrepe_samples(DATA/"sugar_crepe", coco/"val2017")
-    tables = evaluate(model, samples, ["caption_negatives"], permutations=20).results["caption_negatives"]
+    tables = evaluate(model, DATA/"sugar_crepe", ["caption_negatives"], coco/"val2017", permutations=20).results["caption_negatives"]
     assert len(tables) == 8 and tables["all"]["asked"] == sum(t["asked"] for k, t in tables.items() if k != "all")
-    assert tables["all"]["lost"] == {"unreadable photo": 7} and tables["swap_obj"]["chance"]["acc1"] == 0.5
-    (tmp_path/"bad.json").write_text('{"0": {"caption": "a"}}')
-    with pytest.raises(DataError, match="filename"): sugarcrepe_samples(tmp_path/"bad.json", coco)
+    assert tables["all"]["lost"] == {"photo missing": 7} and tables["swap_obj"]["chance"]["acc1"] == 0.5
+    (tmp_path/"bad.json").write_text('{"0": {"filename": "a.jpg", "caption": "a"}}')
+    samples, [reject] = load_samples(tmp_path/"bad.json", coco)
+    assert not samples and reject.field == "negative_caption" and reject.reason == "missing"
 
 
 def test_region_features_lie_on_the_models_own_grid(model, photos):
@@ -130,7 +146,7 @@ def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
     (tmp_path/"cut.jpg").write_bytes(Path(photos[1].media).read_bytes()[:2000])
     samples = [Sample(n, str(tmp_path/f"{n}.jpg"), captions=(f"photo {n}",)) for n in ("whole", "cut", "absent")]
     found = caption_retrieval(model, samples, permutations=20)
-    assert found["lost"] == {"unreadable": 2, "without caption": 0} and found["i2t"]["queries"] == 1
+    assert found["lost"] == {"photo unreadable": 1, "photo missing": 1} and found["i2t"]["queries"] == 1
     with pytest.raises(DataError, match="no readable photo"): caption_retrieval(model, samples[1:])
 
 
@@ -180,7 +196,7 @@ def test_a_transformers_clip_model_scores_photos_and_captions(photos, tmp_path):
     ours = load_model(tmp_path/"clip")
     through = evaluate(ours, photos, ["short_retrieval", "long_retrieval", "caption_negatives", "hard_negatives"], permutations=20)
     assert through.manifest["context_length"] == {"short": 77, "long": 77}, "plain CLIP was never trained beyond 77 tokens"
-    assert (compare_evaluations(direct, through).difference.abs() < 0.02).all() and through.results["hard_negatives"]["given"]["queries"] > 10
+    assert (compare_evaluations(direct, through).difference.abs() < 0.02).all() and through.results["hard_negatives"]["hard"]["queries"] > 10
 
 
 def test_checkpoint_folders_and_run_folders(model, photos, tmp_path):
@@ -239,8 +255,9 @@ def test_much_faster_than_one_pair_at_a_time(model):
     from fgclip_nb.evaluation import Settings
     from fgclip_nb.media import normalize, read_image
     from fgclip_nb.text import tokenize       # processor time: other processes on the machine do not count
-    samples = [s for s in load_samples("sample")[0] if any(r.negatives for r in s.regions)]
-    pairs = [(s, r) for s in samples for r in s.regions if r.negatives][:10]
+    hard = lambda s: [dataclasses.replace(r, other_negatives=()) for r in s.regions if r.negatives_level == "hard"]
+    samples = [dataclasses.replace(s, regions=hard(s)) for s in load_samples("sample")[0] if hard(s)]
+    pairs = [(s, r) for s in samples for r in s.regions][:10]
     def score(sample, region, text):
         "One pair, as the official scripts do it: one picture, one box, one caption padded to 77."
         pixels = normalize(torch.from_numpy(read_image(sample.media, 112)[None]))
@@ -253,7 +270,7 @@ def test_much_faster_than_one_pair_at_a_time(model):
         begun = time.process_time()
         slow = [score(s, r, r.phrase) > max(score(s, r, n) for n in r.negatives) for s, r in pairs]
         middle = time.process_time()
-    scored = TASKS["hard_negatives"](Encoder(model), samples, Settings(permutations=0)).ranked["given"]
+    scored = TASKS["hard_negatives"](Encoder(model), samples, Settings(permutations=0)).ranked["hard"]
     each = (middle - begun)/len(pairs), (time.process_time() - middle)/len(scored)
     place = dict(zip(scored.ids, scored.ranks))
     assert [place[r.id] == 1 for _, r in pairs] == slow
@@ -287,5 +304,6 @@ def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
     begun = time.perf_counter()
     tables = evaluate(model, SHARED/"fgovd", ["hard_negatives"], media_root=coco, permutations=20).results["hard_negatives"]
     assert [tables[k]["asked"] for k in ("hard", "medium", "easy", "trivial")] == [3545, 2968, 1299, 3545]
-    assert all(t["queries"] + t["lost"]["unreadable or not visible"] == t["asked"] for t in tables.values()) and tables["hard"]["queries"] > 20
+    assert all(t["queries"] + t["lost"]["photo missing"] == t["asked"] for t in tables.values()) and tables["hard"]["queries"] > 20
+    assert [tables[k]["right_among_wrong"] for k in ("hard", "medium", "easy", "trivial")] == [0, 4, 0, 0]
     assert time.perf_counter() - begun < 600

@@ -4,7 +4,8 @@ import gzip, json, os, subprocess, sys
 import numpy as np
 import pytest
 
-from data_formats import BOX, COCO, COCO_CAPTIONS, DOCUMENTS, FGOVD, FINEHARD, LABEL_STUDIO, PHOTOS, REGIONS, TRACK, UCA, VIDEO_DICT, VIDEO_LIST, VIDEO_TIMES, VIDEOS, media_root, write
+from data_formats import (BOX, COCO, COCO_CAPTIONS, DOCUMENTS, FGOVD, FINEHARD, LABEL_STUDIO, PHOTOS, REGIONS, SUGARCREPE, TRACK, UCA,
+                          VIDEO_DICT, VIDEO_LIST, VIDEO_TIMES, VIDEOS, media_root, write)
 from fgclip_nb.core import DataError
 from fgclip_nb.regions import Keyframe, boxes_at, convert, data_dir, epoch_order, load_samples, open_shards, sample_path
 
@@ -39,6 +40,15 @@ def test_array_named_jsonl_and_gzip_and_lines(tmp_path, root):
 def test_grit_fragment_is_dropped(tmp_path, root):
     s, _ = load(tmp_path, root, [dict(FINEHARD[0], f_path="grit-20m/data-12m/a.jpg")])
     assert s[0].media == str(root/"a.jpg")
+
+
+def test_short_captions_of_finehard_itself_read_as_the_reference_reads_them(tmp_path, root):
+    short = lambda path, caption: load(tmp_path, root, [dict(FINEHARD[0], f_path=path, short_caption=caption)])[0][0]
+    released = short("grit-20m/data-12m/a.jpg", "two cats")
+    assert (released.short_caption, released.captions) == ("a photo of two cats", ("a photo of two cats",))
+    assert short("a.jpg", "two cats").short_caption == "two cats", "a file of one's own keeps its captions as they are written"
+    assert short("grit-20m/data-12m/a.jpg", "A photo of two cats").short_caption == "A photo of two cats"
+    assert short("grit-20m/data-12m/a.jpg", "").captions == ()
 
 
 @pytest.mark.parametrize("document", [VIDEO_DICT, VIDEO_LIST, VIDEO_TIMES], ids=["dict", "list", "times"])
@@ -79,6 +89,21 @@ def test_fgovd_gathers_an_image(tmp_path, root):
     assert [len(x.regions) for x in s] == [2, 2] and s[0].regions[0].box == pytest.approx((0.1, 0.1, 0.4, 0.3)) and s.counts["entries"] == 4
 
 
+def test_fgovd_level_is_the_files(tmp_path, root):
+    for name, level in (("h_attributes_llava.jsonl", "hard"), ("shuffle_negatives_llava.jsonl", "trivial"), ("mine.jsonl", "given")):
+        s, _ = load(tmp_path, root, FGOVD, name, lines=True)
+        assert [list(r.levels()) for x in s for r in x.regions] == [[level]] * 4
+
+
+def test_sugarcrepe_gathers_a_photo_over_its_files(tmp_path, root):
+    for name in ("swap_att.json", "add_obj.json"): write(tmp_path/name, SUGARCREPE)
+    s, r = load_samples(tmp_path, root)
+    assert len(s) == 3 and not r and set(s.formats.values()) == {"sugarcrepe"} and s.counts["entries_kept"] == 6
+    assert [(n.negative, n.type) for n in s[1].caption_negatives] == [("A table on mug 1.", "add_obj"), ("A table on mug 1.", "swap_att")]
+    s, r = load(tmp_path, root, dict(SUGARCREPE, **{"9": {"filename": "a.jpg", "caption": "A mug."}}), "swap_att.json")
+    assert len(s) == 3 and [(x.field, x.reason) for x in r] == [("negative_caption", "missing")]
+
+
 def test_coco_boxes_and_captions_meet(tmp_path, root):
     for name, d in (("instances_val2017.json", COCO), ("captions_val2017.json", COCO_CAPTIONS)): write(tmp_path/name, d)
     s, r = load_samples([tmp_path/"instances_val2017.json", tmp_path/"captions_val2017.json"], root)
@@ -110,7 +135,19 @@ def test_own_format(tmp_path, root):
     assert r == [] and [x.kind for x in s] == ["image", "image", "video"]
     assert s[0].captions == ("A mug.", "a red mug on a table") and s[0].caption == "A mug. a red mug on a table." and s[0].short_caption == "A mug."
     assert [(x.phrase, x.source) for x in s[0].regions] == [("a red mug", "expression"), ("an apple", "category")] and s[0].regions[0].box == (0.1, 0.1, 0.5, 0.9)
+    assert s[0].regions[0].levels() == {"hard": ("a green mug",), "trivial": ("a dog",)}
     assert s[1].regions[0].box == tuple(BOX) and s[2].span == (1.0, 9.0) and s[0].caption_negatives[0].negative == "A bowl."
+
+
+def test_levels_without_plain_negatives(tmp_path, root):
+    region = {"bbox": BOX, "caption": "a red mug"}
+    for extra, found in (({"negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}}, {"easy": ("a dog",), "hard": ("a red jug",)}),
+                         ({"negatives_level": "hard", "negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}}, {"hard": ("a red jug",), "easy": ("a dog",)}),
+                         ({"negatives_level": "hard"}, {}), ({"negatives": ["a jug"]}, {"given": ("a jug",)})):
+        s, _ = load(tmp_path, root, [{"image": "a.jpg", "regions": [region | extra]}], "regions.jsonl", lines=True)
+        assert s[0].regions[0].levels() == found and s[0].regions[0].negatives == next(iter(found.values()), ())
+    s, r = load(tmp_path, root, [{"image": "a.jpg", "regions": [region | {"negatives_by_level": {"easy": [3]}}]}], "regions.jsonl", lines=True)
+    assert r[0].field == "regions[0].negatives_by_level.easy[0]"
 
 
 def test_pixels_need_a_size(tmp_path, root):
