@@ -93,6 +93,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_pat
     assert "checkpoint step_00000006 is not used" in log and "resumed from step_00000003" in log
 
 
+def test_a_resumed_run_keeps_the_facts_of_its_start(world, finished, tmp_path):
+    from fgclip_nb.core import Run
+    params = dict(world, output=str(tmp_path/"run"))
+    assert micro.run(params, "step:8") == -9
+    start = Run(params["output"]).manifest()
+    assert micro.run(params) == 0
+    manifest = Run(params["output"]).manifest()
+    [again] = manifest.pop("resumed")
+    assert manifest == start and start["weights"] == Run(finished["output"]).manifest()["weights"], "the weights it started from, not those it went on with"
+    assert again["step"] == 6 and again["versions"] == start["versions"] and set(again) == {"step", "versions", "code", "device", "processes", "threads"}
+    assert "resumed" not in Run(finished["output"]).manifest()
+
+
 def test_changed_data_is_refused_unless_allowed(world, tmp_path):
     params = dict(world, output=str(tmp_path/"run"))
     assert micro.run(params, "step:5") == -9
@@ -245,6 +258,32 @@ def test_a_second_writer_is_kept_out(world, tmp_path):
     assert micro.run(dict(world, output=str(tmp_path/"run"))) == 2
     lock.close()
     assert micro.run(dict(world, output=str(tmp_path/"run"), max_steps=2)) == 0
+
+
+def test_a_dry_run_says_what_it_takes_and_starts_nothing(world, tmp_path, monkeypatch, capsys):
+    from fgclip_nb.training import main
+    monkeypatch.chdir(tmp_path)
+    words = [f"{k}={json.dumps(v)}" for k, v in world.items()]
+    assert main(["--dry-run", *words, "max_steps=1000"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert lines["total steps"].startswith("1,000 (computed") and lines["step"].endswith("(measured: 1 x 4 photos, forward, backward, update)")
+    for name in ("parameters", "weights, gradients, moments", "activations", "memory per process", "fits", "reading a sample", "whole run"): assert name in lines
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    assert main(["--dry-run", *words, "batch_sice=3"]) == 2
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(gradient_caching=2), dict(gradient_checkpointing=True)])
+def test_probes_measure_what_a_step_really_takes(world, changes):
+    """Peak of the whole batch, probed at once, against the line through the probes of two and four photos."""
+    from fgclip_nb import training
+    from fgclip_nb.core import TrainConfig, get_logger
+    cfg = TrainConfig(**world | dict(batch_size=16) | changes)
+    s = training.new_state(cfg, training.prepare_data(cfg), training.make_accelerator(cfg), Path("nowhere"), get_logger())
+    training.probe_step(s, training.probe_batch(s, 1))
+    found = [training.probe(s, n) for n in (2, 4, 16)]
+    chunk = cfg.gradient_caching or 16
+    line = training.straight([(p.size, p.bytes) for p in found[:2] if p.size <= chunk], chunk)
+    assert 0.7 < line / found[-1].bytes < 1.4, (line, found)
 
 
 def test_clear_errors_before_the_first_step(world, tmp_path):
