@@ -9,20 +9,20 @@ __all__ = ['MAX_STORED_SCALE', 'TERM_FIELDS', 'QUANTILES', 'PAIRS', 'MODULES', '
            'chance_level', 'round_bf16', 'bf16_spacing', 'jsonable', 'JsonLines', 'metrics_frame', 'to_floats',
            'term_values', 'total_loss', 'spread', 'effective_rank', 'equal_share', 'pair_cosines', 'similarity_values',
            'norm_values', 'module_of', 'UpdateProbe', 'bank_values', 'bank_health', 'loss_line', 'runtime_lines',
-           'runtime_interval', 'board_tag', 'Board', 'RecorderFiles', 'ForwardRecorder', 'StepRecorder', 'Recorder',
-           'count_samples', 'duplicate_floor', 'html_table', 'Expectations', 'show', 'asked_scale', 'expectations',
-           'Verdict', 'Evidence', 'interval', 'candidates', 'chance', 'in_batch', 'Rule', 'rule', 'finite_numbers',
-           'weights_loaded', 'zero_regions', 'image_embeddings_differ', 'region_embeddings_differ', 'loaded_scale',
-           'first_scale', 'scale_as_asked', 'scale_can_move', 'modules_train', 'bank_timetable', 'bank_comes_on',
-           'bank_fills', 'bank_clean', 'bank_fresh', 'duplicate_floor_reached', 'region_loss_rise', 'global_loss_rise',
-           'region_above_chance', 'global_above_chance', 'hard_above_chance', 'noise_allows_a_verdict', 'val_loss',
-           'no_overfitting', 'not_data_bound', 'logits_in_range', 'region_loss_by_step_50', 'region_loss_by_step_200',
-           'region_loss_by_step_500', 'no_large_oscillation', 'losses_fall_together', 'held_out_above_chance',
-           'run_evidence', 'verdicts', 'by_cause', 'headline', 'column_of', 'text_facts', 'text_rows',
-           'trainer_state_rows', 'event_rows', 'evidence', 'new_figure', 'plot_losses', 'plot_similarities',
-           'plot_temperatures', 'plot_norms', 'plot_bank', 'plot_positives', 'plot_validation', 'plot_updates',
-           'plot_time', 'VerdictTable', 'verdict_table', 'phases', 'phase_lines', 'figure_uri', 'expected_and_observed',
-           'report_html', 'conclude', 'synthetic_run', 'verdict_text', 'main']
+           'runtime_interval', 'board_tag', 'tagged', 'Board', 'RecorderFiles', 'ForwardRecorder', 'StepRecorder',
+           'Recorder', 'count_samples', 'duplicate_floor', 'html_table', 'Expectations', 'show', 'asked_scale',
+           'expectations', 'Verdict', 'Evidence', 'interval', 'candidates', 'chance', 'in_batch', 'Rule', 'rule',
+           'finite_numbers', 'weights_loaded', 'zero_regions', 'image_embeddings_differ', 'region_embeddings_differ',
+           'loaded_scale', 'first_scale', 'scale_as_asked', 'scale_can_move', 'modules_train', 'bank_timetable',
+           'bank_comes_on', 'bank_fills', 'bank_clean', 'bank_fresh', 'duplicate_floor_reached', 'region_loss_rise',
+           'global_loss_rise', 'region_above_chance', 'global_above_chance', 'hard_above_chance',
+           'noise_allows_a_verdict', 'val_loss', 'no_overfitting', 'not_data_bound', 'logits_in_range',
+           'region_loss_by_step_50', 'region_loss_by_step_200', 'region_loss_by_step_500', 'no_large_oscillation',
+           'losses_fall_together', 'held_out_above_chance', 'run_evidence', 'verdicts', 'by_cause', 'headline',
+           'column_of', 'text_facts', 'text_rows', 'trainer_state_rows', 'event_rows', 'evidence', 'new_figure',
+           'plot_losses', 'plot_similarities', 'plot_temperatures', 'plot_norms', 'plot_bank', 'plot_positives',
+           'plot_validation', 'plot_updates', 'plot_time', 'VerdictTable', 'verdict_table', 'phases', 'phase_lines',
+           'figure_uri', 'expected_and_observed', 'report_html', 'conclude', 'synthetic_run', 'verdict_text', 'main']
 
 # %% ../nbs/10_diagnostics.ipynb #dbef50ba
 import dataclasses, json, math, os, re, struct, sys
@@ -323,6 +323,10 @@ def board_tag(key: str) -> str:
     if key in ("loss", "loss_global", "loss_region", "loss_hard"): return f"train/{key}"
     return f"memory_bank/{key[5:]}" if key.startswith("bank_") else f"diagnostics/{key}"
 
+def tagged(row: dict) -> dict:
+    "The numbers of a metrics row under TensorBoard's names."
+    return {board_tag(k): float(v) for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
+
 # %% ../nbs/10_diagnostics.ipynb #d0fd9d07
 class Board:
     "Writes scalars, histograms and figures below `path`; opened at the first write."
@@ -336,8 +340,7 @@ class Board:
 
     def scalars(self, row: dict):
         from tensorboard.compat.proto.summary_pb2 import Summary
-        values = [Summary.Value(tag=board_tag(k), simple_value=float(v)) for k, v in row.items() if k != "step"
-                  and isinstance(v, (int, float))]
+        values = [Summary.Value(tag=tag, simple_value=v) for tag, v in tagged(row).items()]
         self._open().file_writer.add_summary(Summary(value=values), row["step"])
 
     def histogram(self, tag, values, step): self._open().add_histogram(tag, values, step)
@@ -349,12 +352,12 @@ class Board:
 
 # %% ../nbs/10_diagnostics.ipynb #609fea9a
 class RecorderFiles:
-    "The files behind a recorder: metrics, timing, TensorBoard."
-    def __init__(self, path, cfg, logger=None):
+    "The files behind a recorder: metrics, timing, TensorBoard (or another `board` that is given)."
+    def __init__(self, path, cfg, logger=None, board=None):
         self.path, self.cfg, self.log = Path(path), cfg, logger or get_logger()
         self.path.mkdir(parents=True, exist_ok=True)
         self.metrics, self.timing = JsonLines(self.path/"metrics.jsonl"), JsonLines(self.path/"timing.jsonl")
-        self.board = Board(self.path/"tensorboard") if "tensorboard" in getattr(cfg, "tracker", "tensorboard") else None
+        self.board = board or (Board(self.path/"tensorboard") if "tensorboard" in getattr(cfg, "tracker", "tensorboard") else None)
 
     def truncate(self, step: int):
         "Cut all files back to `step` before training goes on from its checkpoint."
@@ -370,8 +373,8 @@ class RecorderFiles:
 # %% ../nbs/10_diagnostics.ipynb #2f89d5cd
 class ForwardRecorder(RecorderFiles):
     "Collects the region forwards of an optimiser step."
-    def __init__(self, path, cfg, logger=None):
-        super().__init__(path, cfg, logger)
+    def __init__(self, path, cfg, logger=None, board=None):
+        super().__init__(path, cfg, logger, board)
         self.last_step = self.forwards = 0
         self.pending, self.runtime = [], runtime_interval()
 
@@ -391,8 +394,8 @@ class ForwardRecorder(RecorderFiles):
 # %% ../nbs/10_diagnostics.ipynb #681062eb
 class StepRecorder(ForwardRecorder):
     "What an optimiser step's line is made of."
-    def __init__(self, path, cfg, logger=None):
-        super().__init__(path, cfg, logger)
+    def __init__(self, path, cfg, logger=None, board=None):
+        super().__init__(path, cfg, logger, board)
         self.probe = UpdateProbe()
 
     def _means(self, seen, loss) -> dict:
@@ -963,7 +966,7 @@ def _judge_rise(ev, kind):
     if found is None: return LATER, None, "fewer than 10 steps so far"
     first, last, noise, n = found
     rise = last - first
-    if rise <= max(0.05, noise): return PASS, rise, f"{first:.3f} → {last:.3f}"
+    if rise <= max(0.05, noise * (1.5 if n == 20 else 3)): return PASS, rise, f"{first:.3f} → {last:.3f}"    # few steps are no sample of their noise
     cause = _rise_cause(ev, kind, n)
     if cause and cause[1] >= 0.5 * rise:
         return (UNLIKE, rise, f"the {kind} loss rose by {rise:.2f} because {cause[0]}; no divergence",
