@@ -371,7 +371,7 @@ class _EncoderBase:
 
     def why_lost(self, item):
         "Why a photo or clip (sample or path) has no feature."
-        there = getattr(item, "data", None) is not None or Path(getattr(item, "media", item)).is_file()
+        there = getattr(item, "data", None) is not None or Path(_media(item)).is_file()
         return f"{'clip' if _is_clip(item) else 'photo'} {'unreadable' if there else 'missing'}"
 
 # %% ../nbs/09_evaluation.ipynb #211cd46e
@@ -380,28 +380,33 @@ def _stack(parts, width=0):
     return np.concatenate([p.detach().float().cpu().numpy() for p in parts]) if parts else np.zeros((0, width), dtype=np.float32)
 
 # %% ../nbs/09_evaluation.ipynb #614cf6c4
-class _ImageEncoder(_EncoderBase):
-    def _readable(self, paths):
-        "Yield (row, uint8 (S,S,3)) of the images that can be read; the others are noted in `unreadable`."
-        from fgclip_nb.media import read_image
-        for row, path in enumerate(paths):
-            try: yield row, read_image(path, self.image_size)
-            except DataError as e: self.unreadable.append({"file": str(path), "reason": str(e)})
+def _media(item): return str(getattr(item, "media", item))
 
-    def pixel_batches(self, paths):
+def _encoded(item): return getattr(item, "encoded", item)
+
+class _ImageEncoder(_EncoderBase):
+    def _readable(self, items):
+        "Yield (row, uint8 (S,S,3)) of the images (samples or paths) that can be read; the others are noted in `unreadable`."
+        from fgclip_nb.media import read_image
+        for row, item in enumerate(items):
+            try: yield row, read_image(_encoded(item), self.image_size)
+            except DataError as e: self.unreadable.append({"file": _media(item), "reason": str(e)})
+
+    def pixel_batches(self, items):
         "Yield (rows, pixel_values (b,3,S,S)) of the readable images, on the model's device."
         import itertools, torch
         from fgclip_nb.media import normalize
-        readable = self._readable(paths)
+        readable = self._readable(items)
         while batch := list(itertools.islice(readable, self.batch_size)):
             rows, pixels = zip(*batch)
             yield list(rows), normalize(torch.from_numpy(np.stack(pixels)).to(self.device))
 
-    def _new_photos(self, paths):
+    def _new_photos(self, items):
         "Encode photos that are not known yet."
-        new = [p for p in dict.fromkeys(paths) if (p, None) not in self._images]
-        for kept, pixels in self.pixel_batches(new):
-            self._images.update(zip([(new[i], None) for i in kept], _stack([_tensor(self.model.get_image_features(pixel_values=pixels))])))
+        new = {(_media(x), None): x for x in items if (_media(x), None) not in self._images}
+        keys = list(new)
+        for kept, pixels in self.pixel_batches(new.values()):
+            self._images.update(zip([keys[i] for i in kept], _stack([_tensor(self.model.get_image_features(pixel_values=pixels))])))
 
 # %% ../nbs/09_evaluation.ipynb #1a30e85c
 class _MediaEncoder(_ImageEncoder):
@@ -434,9 +439,9 @@ class _MediaEncoder(_ImageEncoder):
     def images(self, items):
         """Global features of the readable ones among `items` (paths, or samples of photos and clips): (float32 (k,D), rows (k,) int64).
         Each is encoded once."""
-        keys = [(str(getattr(x, "media", x)), getattr(x, "span", None) if _is_clip(x) else None) for x in items]
+        keys = [(_media(x), getattr(x, "span", None) if _is_clip(x) else None) for x in items]
         with _Frozen(self.model):
-            self._new_photos([k[0] for k, x in zip(keys, items) if not _is_clip(x)])
+            self._new_photos([x for x in items if not _is_clip(x)])
             for key, x in zip(keys, items):
                 if _is_clip(x): self._new_clip(x, key)
         rows = [i for i, k in enumerate(keys) if k in self._images]
@@ -469,12 +474,13 @@ class _RegionEncoder(_TextEncoder):
     @property
     def grid(self): return self.image_size // self.patch_size
 
-    def regions(self, paths, boxes):
-        "boxes: one float (n,4) array per path, 0-1 xyxy -> (float32 (k,D), image number (k,), region number within all boxes (k,))."
+    def regions(self, items, boxes):
+        """items: photos (samples or paths); boxes: one float (n,4) array per photo, 0-1 xyxy -> (float32 (k,D), photo number (k,), region
+        number within all boxes (k,))."""
         import torch
         first, rows, parts = np.cumsum([0, *map(len, boxes)]), [], []
         with _Frozen(self.model):
-            for kept, pixels in self.pixel_batches(paths):
+            for kept, pixels in self.pixel_batches(items):
                 cells = [torch.as_tensor(np.asarray(boxes[i], dtype=np.float32).reshape(-1, 4) * np.float32(self.grid), device=self.device)
                          for i in kept]
                 parts.append(self.model.get_image_box_roi_features(pixels, box_info=cells))
@@ -508,10 +514,10 @@ class Encoder(_RegionEncoder):
         return {"class": type(self.model).__name__, "weights": weights_fingerprint(self.model), "image_size": self.image_size,
                 "patch_size": self.patch_size, "grid": self.grid, "frames_per_clip": self.frames, "context_length": context}
 
-    def dense(self, path):
-        "Dense map of one image: float32 (grid, grid, D)."
+    def dense(self, item):
+        "Dense map of one photo (sample or path): float32 (grid, grid, D)."
         with _Frozen(self.model):
-            maps = [self.model.get_image_dense_features(pixels) for _, pixels in self.pixel_batches([path])]
+            maps = [self.model.get_image_dense_features(pixels) for _, pixels in self.pixel_batches([item])]
         if not maps: raise DataError(self.unreadable[-1]["reason"])
         return _stack(maps).reshape(self.grid, self.grid, -1)
 
@@ -774,7 +780,7 @@ def _photo_regions(encoder, pairs):
     photos = {}
     for s, r in pairs: photos.setdefault(s.media, []).append((s, r))
     boxes = [np.array([r.box for _, r in own]) for own in photos.values()]
-    features, _, rows = encoder.regions(list(photos), boxes)
+    features, _, rows = encoder.regions([own[0][0] for own in photos.values()], boxes)
     items = [pair for own in photos.values() for pair in own]
     return features, [items[i] for i in rows]
 
@@ -880,9 +886,9 @@ def hard_negatives_task(encoder, samples, settings):
 def caption_negatives_task(encoder, samples, settings):
     "Photos: caption against an altered one, per type of alteration (SugarCrepe), and all together."
     pairs = [(s, n) for s in samples for n in s.caption_negatives]
-    media = list(dict.fromkeys(s.media for s, _ in pairs))
-    images, rows = encoder.images(media)
-    row = {media[r]: i for i, r in enumerate(rows)}
+    photos = list({s.media: s for s, _ in pairs}.values())
+    images, rows = encoder.images(photos)
+    row = {photos[r].media: i for i, r in enumerate(rows)}
     types = sorted({n.type or "given" for _, n in pairs})
     out = {t: _pairs_of(encoder, [(s, n) for s, n in pairs if (n.type or "given") == t], images, row, settings) for t in types}
     if len(types) > 1: out["all"] = _pairs_of(encoder, pairs, images, row, settings)
@@ -1087,13 +1093,15 @@ def evaluate(model, data="sample", tasks=("short_retrieval", "region_classificat
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
         results[task], items[task] = _tables(result, settings), result.ranked
-    return Evaluation(results, items, _manifest(encoder, samples, settings, name or type(model).__name__), list(encoder.unreadable))
+    unreadable = list({x["file"]: x for x in encoder.unreadable}.values())
+    return Evaluation(results, items, _manifest(encoder, samples, settings, name or type(model).__name__), unreadable)
 
 # %% ../nbs/09_evaluation.ipynb #988a5e67
 def _plain_npy(path):
     "An array without pickle."
-    try: return np.load(path, allow_pickle=False)
-    except (ValueError, OSError) as e:
+    try:
+        with open(path, "rb") as f: return np.lib.format.read_array(f, allow_pickle=False)
+    except (ValueError, OSError, MemoryError) as e:
         raise DataError(f"{path}: no plain npy array ({e}); save it with numpy.save from a float array") from e
 
 def _load_npy(path):
@@ -1104,83 +1112,120 @@ def _load_npy(path):
     return array
 
 # %% ../nbs/09_evaluation.ipynb #5bc18da6
-def _named_rows(folder, features, names, key=lambda x: x):
-    "name -> row of a feature file and its list of names, or {} when neither is there."
-    features, names = Path(folder) / features, Path(folder) / names
-    if not features.is_file(): return {}
-    array, lines = _load_npy(features), names.read_text(encoding="utf-8").splitlines()
-    if len(array) != len(lines): raise DataError(f"{names}: {len(lines)} lines for the {len(array)} rows of {features.name}")
-    return {key(line): row for line, row in zip(lines, array)}
+def _read_names(folder, name):
+    "Lines of <name>.txt, or the entries of the JSON list <name>.json."
+    listed, lines = Path(folder) / f"{name}.json", Path(folder) / f"{name}.txt"
+    if listed.is_file(): return [str(x) for x in json.loads(listed.read_text(encoding="utf-8"))]
+    if not lines.is_file(): raise DataError(f"{lines}: missing; write the names of the rows, one per line")
+    return lines.read_text(encoding="utf-8").splitlines()
 
-def _box_key(name, box): return (Path(name).name, *(round(float(v), 4) for v in box))
+def _named_rows(folder, kind, names):
+    "[(name, feature row)] of `<kind>_features.npy` and its list of names; [] when there is no such file."
+    features = Path(folder) / f"{kind}_features.npy"
+    if not features.is_file(): return []
+    array, found = _load_npy(features), _read_names(folder, names)
+    if len(array) != len(found): raise DataError(f"{folder}: {len(found)} names in {names} for the {len(array)} rows of {features.name}")
+    return list(zip(found, array))
+
+# %% ../nbs/09_evaluation.ipynb #d785f83b
+def _by_file_name(folder, rows):
+    "file name -> feature row; DataError where two photos have one name."
+    names = Counter(Path(name).name for name, _ in rows)
+    twice = next((name for name, n in names.items() if n > 1), None)
+    if twice: raise DataError(f"{folder}: {twice} stands among the image names twice; photos are found by file name, without folders")
+    return {Path(name).name: row for name, row in rows}
+
+def _item_name(item):
+    "Name of a photo or clip in a feature folder: its file name, and for a part of a video its seconds."
+    span = getattr(item, "span", None)
+    return Path(_media(item)).name + (f"@{span[0]:g}-{span[1]:g}" if span else "")
+
+def _box_key(name, box): return (Path(name).name, *(round(float(v), 4) for v in box)) if np.isfinite(box).all() else (name,)
 
 # %% ../nbs/09_evaluation.ipynb #ea823f36
 class _CachedBase:
     "Feature rows of a folder by name."
     def __init__(self, folder):
         self.folder, self.unreadable, self.cut = Path(folder), [], set()
-        self._images = _named_rows(folder, "image_features.npy", "image_names.txt", lambda n: Path(n).name)
-        self._texts = _named_rows(folder, "text_features.npy", "texts.txt")
+        self._images = _by_file_name(folder, _named_rows(folder, "image", "image_names"))
+        self._texts = {False: dict(_named_rows(folder, "text", "texts")), True: dict(_named_rows(folder, "long_text", "long_texts"))}
         self._regions = self._read_regions()
         if not (self._images or self._regions): raise DataError(f"{folder}: neither image_features.npy nor region_features.npy is there")
 
     def _read_regions(self):
-        rows = list(_named_rows(self.folder, "region_features.npy", "region_names.txt", lambda n: object()).values())
+        rows = _named_rows(self.folder, "region", "region_names")
         if not rows: return {}
-        names = (self.folder / "region_names.txt").read_text(encoding="utf-8").splitlines()
         boxes = _load_npy(self.folder / "region_boxes.npy")
-        return {_box_key(n, b): row for n, b, row in zip(names, boxes, rows, strict=True)}
+        if len(boxes) != len(rows): raise DataError(f"{self.folder}: {len(boxes)} rows in region_boxes.npy for {len(rows)} region features")
+        return {_box_key(name, box): row for (name, row), box in zip(rows, boxes)}
 
     def describe(self):
         "Entries for the manifest."
-        files = [p for p in sorted(self.folder.iterdir()) if p.suffix in (".npy", ".txt")]
+        files = [p for p in sorted(self.folder.iterdir()) if p.suffix in (".npy", ".txt", ".json")]
         return {"features": str(self.folder), "feature_files": {p.name: sha256_file(p) for p in files}}
 
-# %% ../nbs/09_evaluation.ipynb #686dc9e6
-class CachedFeatures(_CachedBase):
-    "Stands in for an `Encoder`, with features from a folder. Photos are found by file name, texts by themselves, regions by photo and box."
+# %% ../nbs/09_evaluation.ipynb #8b912b60
+class _CachedTexts(_CachedBase):
+    "Photos, clips and texts by name."
     def _pick(self, table, keys):
         "(features (k,D), rows (k,)) of the keys that are there."
         rows = [i for i, k in enumerate(keys) if k in table]
         found = np.array([table[keys[i]] for i in rows], dtype=np.float32) if rows else np.zeros((0, 0), dtype=np.float32)
         return found, np.array(rows, dtype=np.int64)
 
-    def images(self, items): return self._pick(self._images, [Path(getattr(x, "media", x)).name for x in items])
+    def images(self, items): return self._pick(self._images, [_item_name(x) for x in items])
 
-    def clip_regions(self, sample, wanted): return np.zeros((0, 0), dtype=np.float32), []
+    def texts(self, texts, long=False):
+        table = self._texts[long] or self._texts[False]
+        missing = next((t for t in texts if t not in table), None)
+        if missing is not None:
+            raise DataError(f"{self.folder}: the text {missing[:80]!r} has no feature; write all that the task asks for")
+        return self._pick(table, list(texts))[0]
 
     def why_lost(self, item): return "no cached feature"
 
-    def texts(self, texts, long=False):
-        missing = next((t for t in texts if t not in self._texts), None)
-        if missing is not None:
-            raise DataError(f"{self.folder / 'texts.txt'}: the text {missing[:80]!r} has no feature; write all that the task asks for")
-        return self._pick(self._texts, list(texts))[0]
-
-    def regions(self, paths, boxes):
-        keys = [(i, _box_key(p, b)) for i, (p, bs) in enumerate(zip(paths, boxes)) for b in bs]
+# %% ../nbs/09_evaluation.ipynb #686dc9e6
+class CachedFeatures(_CachedTexts):
+    """Stands in for an `Encoder`, with features from a folder. Photos are found by file name, texts by themselves, regions by photo and
+    box, and regions of clips by their id."""
+    def regions(self, items, boxes):
+        keys = [(i, _box_key(_media(x), b)) for i, (x, own) in enumerate(zip(items, boxes)) for b in own]
         features, rows = self._pick(self._regions, [k for _, k in keys])
         return features, np.array([keys[r][0] for r in rows], dtype=np.int64), rows
 
+    def clip_regions(self, sample, wanted):
+        asked = [r for r in sample.regions if wanted(r)]
+        features, rows = self._pick(self._regions, [(_region_id(sample, r),) for r in asked])
+        return features, [asked[i] for i in rows]
+
+# %% ../nbs/09_evaluation.ipynb #e0c5e08c
+def _texts_of(sample):
+    "Every sentence that a task may ask for: about the whole, about regions, and the wrong ones."
+    regions = [t for r in sample.regions for t in (r.phrase, *(t for texts in r.levels().values() for t in texts))]
+    return [*captions_of(sample, most=10**6), *regions, *(t for n in sample.caption_negatives for t in (n.caption, n.negative))]
+
+def _write_features(folder, arrays, names):
+    "Arrays as npy, names as JSON lists."
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items(): np.save(folder / f"{name}.npy", array)
+    for name, entries in names.items(): write_atomic(folder / f"{name}.json", json.dumps(entries, ensure_ascii=False) + "\n")
+
 # %% ../nbs/09_evaluation.ipynb #b5b47738
 def save_features(model, samples, folder, texts=(), image_size=None):
-    "Write photo, region and text features of `samples` (and of further `texts`) into `folder` for `CachedFeatures`. Returns the folder."
-    encoder, folder = _as_encoder(model, image_size), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    media = [s.media for s in samples]
-    images, rows = encoder.images(media)
-    boxes = [np.array([r.box for r in s.regions if r.box is not None], dtype=np.float64).reshape(-1, 4) for s in samples]
-    regions, photo, order = encoder.regions(media, boxes)
-    told = lambda r: (r.phrase, *(t for texts in r.levels().values() for t in texts))
-    own = [t for s in samples for t in (*captions_of(s), *captions_of(s, True), *(x for r in s.regions for x in told(r)),
-                                        *(x for n in s.caption_negatives for x in (n.caption, n.negative)))]
-    texts = list(dict.fromkeys(t for t in (*own, *texts) if "\n" not in t))
-    arrays = {"image_features": images, "region_features": regions, "region_boxes": np.concatenate(boxes)[order],
-        "text_features": encoder.texts(texts)}
-    names = {"image_names": [media[i] for i in rows], "region_names": [media[i] for i in photo], "texts": texts}
-    for name, array in arrays.items(): np.save(folder / f"{name}.npy", array)
-    for name, lines in names.items(): write_atomic(folder / f"{name}.txt", "\n".join(Path(x).name if name != "texts" else x
-            for x in lines) + "\n")
+    "Write features of photos, clips, regions and texts of `samples` (and of further `texts`) into `folder`. Returns the folder."
+    encoder, samples, folder = _as_encoder(model, image_size), list(samples), Path(folder)
+    whole = list({(s.media, s.span): s for s in samples}.values())
+    images, rows = encoder.images(whole)
+    regions = encode_regions(encoder, samples, lambda r: True)
+    nowhere = (float("nan"),) * 4
+    boxes = np.array([nowhere if _is_clip(s) else r.box for s, r in regions.items], dtype=np.float64).reshape(-1, 4)
+    short = list(dict.fromkeys([*(t for s in samples for t in _texts_of(s)), *texts]))
+    long = list(dict.fromkeys(t for s in samples for t in captions_of(s, long=True)))
+    arrays = {"image_features": images, "region_features": regions.features, "region_boxes": boxes, "text_features": encoder.texts(short),
+              "long_text_features": encoder.texts(long, long=True)}
+    owners = [_region_id(s, r) if _is_clip(s) else _item_name(s) for s, r in regions.items]
+    images_of = list(_by_file_name(folder, [(_item_name(whole[i]), i) for i in rows]))
+    _write_features(folder, arrays, {"image_names": images_of, "region_names": owners, "texts": short, "long_texts": long})
     return folder
 
 # %% ../nbs/09_evaluation.ipynb #ded7c26a
@@ -1617,19 +1662,21 @@ def _draw_box(ax, box, height, width, color="tab:red"):
     for edge, line in (("white", 3.5), (color, 1.8)): ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=edge, lw=line))
 
 # %% ../nbs/09_evaluation.ipynb #c3c222d4
-def _first_picture(path):
-    "A photo, or the middle frame of a clip."
+def _first_picture(item):
+    "A photo, or the middle frame of a clip; sample or path."
     from fgclip_nb.media import read_frames, read_image, video_info
     from fgclip_nb.regions import is_video
-    return read_frames(path, [video_info(path).frames // 2])[0] if is_video(path) else read_image(path)
+    path = _media(item)
+    return read_frames(path, [video_info(path).frames // 2])[0] if is_video(path) else read_image(_encoded(item))
 
 # %% ../nbs/09_evaluation.ipynb #9146e809
-def plot_mistakes(mistakes, title="Worst mistakes"):
+def plot_mistakes(mistakes, title="Worst mistakes", samples=()):
     """The rows of `Evaluation.mistakes` as photos with their box: what was right, what was answered, and by how much. A wrongly retrieved
-    photo is named by file."""
+    photo is named by file. samples: needed where photos are embedded in shards."""
     fig, axes = _panels(len(mistakes), size=3)
+    known = {s.media: s for s in samples}
     for ax, row in zip(axes, mistakes.to_dict("records")):
-        image = _first_picture(row["media"])
+        image = _first_picture(known.get(row["media"], row["media"]))
         ax.imshow(image)
         if row.get("box") is not None: _draw_box(ax, row["box"], *image.shape[:2])
         answer = Path(row["predicted"]).name if str(row["predicted"]).startswith("/") else row["predicted"]
@@ -1639,18 +1686,18 @@ def plot_mistakes(mistakes, title="Worst mistakes"):
     return fig
 
 # %% ../nbs/09_evaluation.ipynb #4f11bafb
-def similarity_map(encoder, path, texts):
-    "Cosines of each patch of one photo with each text: float32 (texts, grid, grid)."
-    patches = encoder.dense(path)
+def similarity_map(encoder, photo, texts):
+    "Cosines of each patch of one photo (sample or path) with each text: float32 (texts, grid, grid)."
+    patches = encoder.dense(photo)
     grid, words = len(patches), unit(encoder.texts(texts))
     return cosines(words, unit(patches.reshape(grid * grid, -1))).reshape(len(texts), grid, grid)
 
 # %% ../nbs/09_evaluation.ipynb #663ca01d
-def plot_similarity(model, path, texts, image_size=None):
-    "Dense similarity of one photo with texts, each over the photo, on one colour scale."
+def plot_similarity(model, photo, texts, image_size=None):
+    "Dense similarity of one photo (sample or path) with texts, each over the photo, on one colour scale."
     encoder = _as_encoder(model, image_size)
     from fgclip_nb.media import read_image
-    maps, image = similarity_map(encoder, path, texts), read_image(path, encoder.image_size)
+    maps, image = similarity_map(encoder, photo, texts), read_image(_encoded(photo), encoder.image_size)
     fig, axes = _panels(len(texts) + 1, 4)
     axes[0].imshow(image)
     axes[0].set_title(f"{encoder.grid} x {encoder.grid} patches", fontsize=8)

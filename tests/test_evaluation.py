@@ -55,7 +55,7 @@ class Fake:
         return np.stack(found), np.arange(len(found))
 
     def regions(self, paths, boxes):
-        keys = [(i, str(p), tuple(np.float32(b))) for i, (p, bs) in enumerate(zip(paths, boxes)) for b in bs]
+        keys = [(i, str(getattr(p, "media", p)), tuple(np.float32(b))) for i, (p, bs) in enumerate(zip(paths, boxes)) for b in bs]
         found = [self.vector(self.phrase[k[1:]]) if self.oracle else self.vector(k[1:]) for k in keys]
         return np.stack(found), np.array([k[0] for k in keys]), np.arange(len(keys))
 
@@ -150,6 +150,34 @@ def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
     with pytest.raises(DataError, match="no readable photo"): caption_retrieval(model, samples[1:])
 
 
+def test_shards_with_embedded_photos_need_no_files(model, photos, tmp_path):
+    pytest.importorskip("datasets")
+    from fgclip_nb.evaluation import plot_mistakes, plot_neighbours, plot_similarity
+    from fgclip_nb.regions import convert
+    shutil.copytree(sample_path().parent/"images", tmp_path/"root/images")
+    convert(sample_path(), tmp_path/"shards", tmp_path/"root", embed=True)
+    shutil.rmtree(tmp_path/"root")
+    embedded = [s for s in load_samples(tmp_path/"shards")[0] if s.split == "val"]
+    assert len(embedded) == len(photos) and not any(Path(s.media).exists() for s in embedded)
+    here, there = (evaluate(model, data, ALL, templates="photo", permutations=20) for data in (photos, embedded))
+    assert not there.unreadable and rows(here.results) == rows(there.results)
+    assert len(plot_mistakes(there.mistakes("hard_negatives", "hard", 2), samples=embedded).axes) == 2
+    plot_similarity(model, embedded[0], ["a bowl"]), plot_neighbours(model, embedded, ["a bowl"])
+    cached = save_features(model, embedded, tmp_path/"features")
+    assert rows(evaluate(cached, embedded, ["long_retrieval", "hard_negatives"], permutations=20).results) == rows(
+        evaluate(model, photos, ["long_retrieval", "hard_negatives"], permutations=20).results)
+
+
+def test_cached_features_of_clips_and_their_regions(model, tmp_path):
+    pytest.importorskip("av")
+    clips = [s for s in load_samples("video_sample")[0] if s.split == "val"]
+    encoder, tasks = Encoder(model, frames=4), ["long_retrieval", "hard_negatives"]
+    folder = save_features(encoder, clips, tmp_path/"features")
+    direct, cached = (evaluate(m, clips, tasks, permutations=20) for m in (encoder, folder))
+    assert rows(direct.results) == rows(cached.results) and cached.results["hard_negatives"]["given"]["queries"] > 10
+    assert len(set(json.loads((folder/"image_names.json").read_text()))) == len(clips), "parts of one video are told apart by their seconds"
+
+
 def test_clips_are_the_mean_of_their_frames_and_regions_of_theirs(model):
     pytest.importorskip("av")
     from fgclip_nb.media import clip_inputs, normalize
@@ -226,6 +254,14 @@ def test_cached_features_from_elsewhere(photos, tmp_path):
     with pytest.raises(DataError, match="has no feature"): evaluate(tmp_path, photos, ["hard_negatives"])
     np.save(tmp_path/"image_features.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="image_features.npy"): CachedFeatures(tmp_path)
+    np.save(tmp_path/"image_features.npy", rng.normal(size=(len(photos), 16)))
+    (tmp_path/"image_names.txt").write_text("\n".join(f"{i}/same.jpg" for i in range(len(photos))))
+    with pytest.raises(DataError, match="same.jpg stands among the image names twice"): CachedFeatures(tmp_path)
+    (tmp_path/"image_names.txt").write_text("only one")
+    with pytest.raises(DataError, match="1 names"): CachedFeatures(tmp_path)
+    for broken in (b"", b"no array", b"PK\x03\x04", b"\x93NUMPY\x01\x00"):
+        (tmp_path/"image_features.npy").write_bytes(broken)
+        with pytest.raises(DataError, match="image_features.npy"): CachedFeatures(tmp_path)
     with pytest.raises(DataError, match="neither"): CachedFeatures(tmp_path/"..")
 
 
