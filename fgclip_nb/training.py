@@ -6,18 +6,18 @@
 __all__ = ['COUNTERS', 'GIB', 'RunData', 'data_fingerprint', 'role_of', 'split_samples', 'clip_frames', 'planned_frames',
            'prepare_data', 'data_table', 'retrieval_table', 'random_model', 'weights_source', 'build_model',
            'parameter_groups', 'learning_rate_at', 'optimizer_tensors', 'load_optimizer_tensors', 'save_checkpoint',
-           'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints', 'TrainState', 'keep_freed_memory',
-           'make_accelerator', 'training_order', 'total_steps', 'loss_weights', 'total_loss', 'forward_backward',
-           'average_gradients', 'first_non_finite', 'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update',
-           'feed_bank', 'run_step', 'record_step', 'memory_advice', 'batch_shapes', 'OutOfMemory', 'ran_out_of_memory',
-           'asked_names', 'explain_memory', 'Collate', 'make_loader', 'count_rejects', 'read_batches',
-           'validation_losses', 'validate', 'validation_score', 'note_validation', 'Interrupted', 'stop_signals',
-           'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step', 'train_loop', 'open_folder', 'file_logger',
-           'machine_facts', 'start_facts', 'write_manifest', 'weights_fingerprint', 'has_clips', 'model_for',
-           'new_state', 'prepare', 'expected_counts', 'announce', 'finish', 'train', 'examples_of', 'duration',
-           'count_parameters', 'size_rows', 'peak_bytes', 'free_memory', 'Probe', 'straight', 'probe_batch',
-           'probe_step', 'probe', 'probes', 'reading_times', 'probed_unit', 'origin', 'memory_rows', 'time_rows',
-           'estimate_rows', 'estimate', 'config_from_args', 'print_estimate', 'main']
+           'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints', 'TrainState', 'tracker_names', 'trackers_of',
+           'Trackers', 'keep_freed_memory', 'make_accelerator', 'training_order', 'total_steps', 'loss_weights',
+           'total_loss', 'forward_backward', 'average_gradients', 'first_non_finite', 'gradient_norm', 'note_bad_step',
+           'clip_gradients', 'apply_update', 'feed_bank', 'run_step', 'record_step', 'memory_advice', 'batch_shapes',
+           'OutOfMemory', 'ran_out_of_memory', 'asked_names', 'explain_memory', 'Collate', 'make_loader',
+           'count_rejects', 'read_batches', 'validation_losses', 'validate', 'validation_score', 'note_validation',
+           'Interrupted', 'stop_signals', 'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step', 'train_loop',
+           'open_folder', 'file_logger', 'machine_facts', 'start_facts', 'write_manifest', 'weights_fingerprint',
+           'has_clips', 'model_for', 'new_state', 'prepare', 'expected_counts', 'announce', 'finish', 'train',
+           'examples_of', 'duration', 'count_parameters', 'size_rows', 'peak_bytes', 'free_memory', 'Probe', 'straight',
+           'probe_batch', 'probe_step', 'probe', 'probes', 'reading_times', 'probed_unit', 'origin', 'memory_rows',
+           'time_rows', 'estimate_rows', 'estimate', 'config_from_args', 'print_estimate', 'main']
 
 # %% ../nbs/11_training.ipynb #18780766
 import contextlib, ctypes, dataclasses, hashlib, itertools, json, logging, math, os, shutil, signal, sys, time
@@ -29,6 +29,7 @@ from .bank import MemoryBank
 from .batches import Drawing, Examples, TrainingOrder, collate_loaded
 from .core import (ConfigError, DataError, FolderLock, Run, TrainConfig, changed_params, check_params, code_identity, get_logger,
                             known_parameters, nearest, params_hash, read_jsonl, resolve_path, run_folder, sha256_file, stable_id, versions, write_atomic)
+from .diagnostics import Board, tagged
 from .filters import add_negatives, check_media, filter_regions
 from .losses import compute_losses, gradient_cached_backward, push_regions
 from .model import FGCLIP, FGCLIPConfig, PRESETS
@@ -264,6 +265,55 @@ class TrainState:
     @property
     def is_main(self): return self.accelerator.is_main_process
 
+# %% ../nbs/11_training.ipynb #d3788f7e
+def tracker_names(cfg: TrainConfig) -> list:
+    "Names of the trackers asked for; raises `ConfigError` for one that accelerate does not know or that is not installed."
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+    asked = [name for part in cfg.tracker.split(",") if (name := part.strip()) not in ("", "none")]
+    known, own = list(map(str, LOGGER_TYPE_TO_CLASS)), LoggerType.list()
+    there = [n for n in known if n not in own or n in map(str, get_available_trackers())]
+    for name in asked:
+        if name in there: continue
+        why = f"is not installed (pip install {name})" if name in known else f"accelerate does not know{nearest(name, known)}"
+        raise ConfigError(f"parameter `tracker` names {name!r}, which {why}; installed are {', '.join(there)}; or write none")
+    return asked
+
+def trackers_of(cfg: TrainConfig) -> list:
+    "What accelerate is told to log with; nothing is opened yet."
+    from accelerate.tracking import TensorBoardTracker
+    return [TensorBoardTracker("tensorboard", str(run_folder(cfg))) if name == "tensorboard" else name for name in tracker_names(cfg)]
+
+# %% ../nbs/11_training.ipynb #da677bcc
+class Trackers(Board):
+    "The recorder's board in a training: rows go to all trackers of accelerate, pictures to TensorBoard alone."
+    def __init__(self, path, accelerator, cfg):
+        super().__init__(path)
+        self.accelerator, self.cfg, self.started = accelerator, cfg, False
+
+    def start(self):
+        "Open all trackers; TensorBoard forgets what it has beyond the checkpoint, W&B goes on with the folder's own run."
+        if self.started: return
+        self.started = True
+        for t in self.accelerator.log_with:
+            if getattr(t, "name", "") == "tensorboard": t.init_kwargs["purge_step"] = self.purge
+        own = hashlib.sha256(str(self.path).encode()).hexdigest()[:16]
+        self.accelerator.init_trackers("fgclip_nb", init_kwargs=dict(wandb=dict(name=self.path.name, id=own, resume="allow", dir=str(self.path))))
+        for t in self.accelerator.trackers:
+            if t.name == "tensorboard": self.writer = t.tracker
+            else: t.store_init_configuration(self.cfg.as_dict())
+
+    def scalars(self, row: dict):
+        self.start()
+        self.accelerator.log(tagged(row), step=row["step"])
+
+    def histogram(self, tag, values, step):
+        if self.writer is not None: self.writer.add_histogram(tag, values, step)
+
+    def close(self):
+        for t in self.accelerator.trackers if self.started else (): t.finish()
+        self.writer = None
+
 # %% ../nbs/11_training.ipynb #acb9dec0
 def keep_freed_memory():
     "Let the C library keep freed memory instead of handing it back to the kernel: CPU steps ask for the same large blocks again and again."
@@ -272,14 +322,16 @@ def keep_freed_memory():
         for option in (-3, -1): libc.mallopt(option, 1 << 30)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 def make_accelerator(cfg: TrainConfig):
-    "accelerate's view of device, processes and precision; a former training in the same Python process leaves nothing behind."
+    "accelerate's view of device, processes, precision and trackers; a former training in the same Python process leaves nothing behind."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("parameter `device` = 'cuda', but torch sees no CUDA device: use auto or cpu")
+    trackers = trackers_of(cfg)
     AcceleratorState._reset_state()
     keep_freed_memory()
-    return Accelerator(cpu=cfg.device == "cpu", mixed_precision="bf16" if cfg.precision == "bf16" else "no")
+    return Accelerator(cpu=cfg.device == "cpu", mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+                       log_with=trackers or None, project_dir=run_folder(cfg) if trackers else None)
 
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
     "The order of training; with labelled clips `abnormal_share` of every batch is abnormal."
@@ -709,7 +761,8 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
 def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
     "Data, model, optimiser, bank and recorder of a run, not yet trained."
     from fgclip_nb.diagnostics import Recorder
-    return new_state(cfg, prepare_data(cfg), accelerator, path, log, Recorder(path, cfg, log) if accelerator.is_main_process else None)
+    board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
+    return new_state(cfg, prepare_data(cfg), accelerator, path, log, Recorder(path, cfg, log, board) if accelerator.is_main_process else None)
 
 # %% ../nbs/11_training.ipynb #e449928c
 def expected_counts(s: TrainState) -> dict:
@@ -776,6 +829,7 @@ def _train(cfg, accelerator, path, log):
     s = prepare(cfg, accelerator, path, log)
     restore(s)
     if s.is_main: announce(s)
+    if s.is_main and s.recorder.board: s.recorder.board.start()
     with stop_signals(s): train_loop(s, *examples_of(s))
     if s.is_main:
         s.recorder.close()

@@ -106,6 +106,61 @@ def test_a_resumed_run_keeps_the_facts_of_its_start(world, finished, tmp_path):
     assert "resumed" not in Run(finished["output"]).manifest()
 
 
+class Remembering:
+    """A tracker of somebody else's, known to accelerate by name, that keeps what it is told in a file."""
+    def __init__(self, file): self.file = str(file)
+    def __call__(self):
+        from accelerate.tracking import GeneralTracker, register_tracker_class
+        file = self.file
+        class Memory(GeneralTracker):
+            name, requires_logging_directory = "memory", False
+            def __init__(self, project): super().__init__(); self.project = project
+            def _note(self, **what):
+                with open(file, "a") as f: f.write(json.dumps(what) + "\n")
+            @property
+            def tracker(self): return self
+            def store_init_configuration(self, values): self._note(project=self.project, seed=values["seed"])
+            def log(self, values, step=None, **kw): self._note(step=step, values=values)
+            def finish(self): self._note(finished=True)
+        register_tracker_class(Memory)
+
+
+def test_trackers_by_name(world, tmp_path):
+    params = dict(world, output=str(tmp_path/"run"), tracker="memory,tensorboard")
+    assert micro.run(params, change=Remembering(tmp_path/"told.jsonl")) == 0
+    first, *rows, last = [json.loads(line) for line in (tmp_path/"told.jsonl").read_text().splitlines()]
+    assert first == dict(project="fgclip_nb", seed=0) and last == dict(finished=True)
+    metrics = [json.loads(line) for line in (tmp_path/"run/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [m["step"] for m in metrics] == list(range(1, 11)), "every step once"
+    for tag, column in (("train/loss", "loss"), ("train/loss_region", "loss_region"), ("memory_bank/len", "bank_len"), ("diagnostics/lr", "lr")):
+        assert [r["values"][tag] for r in rows] == pytest.approx([m[column] for m in metrics])
+
+
+def test_tensorboard_holds_every_step_once_also_after_a_kill(world, tmp_path):
+    from fgclip_nb.diagnostics import event_rows
+    params = dict(world, output=str(tmp_path/"run"), tracker="tensorboard")
+    assert micro.run(params, "step:8") == -9
+    assert micro.run(params) == 0
+    metrics = [json.loads(line) for line in (tmp_path/"run/metrics.jsonl").read_text().splitlines()]
+    rows = event_rows(tmp_path/"run/tensorboard")
+    assert [r["step"] for r in rows] == list(range(1, 11))
+    assert [r["loss"] for r in rows] == pytest.approx([m["loss"] for m in metrics], rel=1e-6)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path/"run/tensorboard"), size_guidance=dict(scalars=0)).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/loss_global", "train/loss_region", "memory_bank/ptr", "diagnostics/grad_norm"} <= set(tags["scalars"])
+    assert "diagnostics/cosine_region" in tags["histograms"]
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11)), "no scalar is written twice"
+
+
+def test_an_unknown_tracker_ends_the_run_before_it_begins(world, tmp_path):
+    for name, told in (("wanbd", "did you mean `wandb`?"), ("aim", "not installed (pip install aim)")):
+        assert micro.run(dict(world, output=str(tmp_path/name), tracker=name)) == 2
+        assert not (tmp_path/name).exists()
+        [line] = [x for p in tmp_path.glob(f"{name}.*.txt") for x in p.read_text().splitlines() if x.startswith("ConfigError")]
+        assert told in line and "installed are tensorboard" in line
+
+
 def test_changed_data_is_refused_unless_allowed(world, tmp_path):
     params = dict(world, output=str(tmp_path/"run"))
     assert micro.run(params, "step:5") == -9
