@@ -125,7 +125,8 @@ class RunParams:
     output: str = param("", "run folder; empty: runs/train-<hash of the parameters>, resumed when unfinished")
     seed: int = param(0, "seed of initialisation, order and every random choice", 0, 2**31 - 1)
     device: str = param("auto", "auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
-    num_workers: int = param(0, "loader processes", 0, 1024)
+    processes: int = param(1, "training processes, one per GPU; above 1 they are started as a torch.distributed.run and followed live", 1, 4096)
+    num_workers: int = param(0, "loader processes of each training process", 0, 1024)
     log_every: int = param(20, "optimiser steps between [LOSS] lines", 1, 1_000_000)
     diag_every: int = param(10, "optimiser steps between looks at logits, norms, gradients and updates", 1, 1_000_000)
     save_every: int = param(200, "optimiser steps between checkpoints", 1, 1_000_000_000)
@@ -252,7 +253,7 @@ NOT_IDENTITY = ("output", "allow_changed", "tracker", "num_workers", "keep_check
 
 def params_hash(cfg: TrainConfig) -> str:
     "Ten hex digits over the parameters that change what is computed."
-    kept = {k: v for k, v in sorted(cfg.as_dict().items()) if k not in NOT_IDENTITY}
+    kept = {k: v for k, v in sorted(cfg.as_dict().items()) if k not in NOT_IDENTITY and (k, v) != ("processes", 1)}
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:10]
 
 # %% ../nbs/00_core.ipynb #e42e5d2b

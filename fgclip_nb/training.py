@@ -6,21 +6,23 @@
 __all__ = ['COUNTERS', 'GIB', 'RunData', 'data_fingerprint', 'role_of', 'split_samples', 'clip_frames', 'planned_frames',
            'prepare_data', 'data_table', 'retrieval_table', 'random_model', 'weights_source', 'build_model',
            'parameter_groups', 'learning_rate_at', 'optimizer_tensors', 'load_optimizer_tensors', 'save_checkpoint',
-           'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints', 'TrainState', 'tracker_names', 'trackers_of',
-           'Trackers', 'keep_freed_memory', 'make_accelerator', 'training_order', 'total_steps', 'loss_weights',
-           'total_loss', 'forward_backward', 'average_gradients', 'first_non_finite', 'gradient_norm', 'note_bad_step',
-           'clip_gradients', 'apply_update', 'feed_bank', 'run_step', 'record_step', 'memory_advice', 'batch_shapes',
-           'OutOfMemory', 'ran_out_of_memory', 'asked_names', 'explain_memory', 'Collate', 'make_loader',
-           'count_rejects', 'read_batches', 'validation_losses', 'validate', 'validation_score', 'note_validation',
-           'Interrupted', 'stop_signals', 'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step', 'train_loop',
-           'open_folder', 'file_logger', 'machine_facts', 'start_facts', 'write_manifest', 'weights_fingerprint',
-           'has_clips', 'model_for', 'new_state', 'prepare', 'expected_counts', 'announce', 'finish', 'train',
-           'examples_of', 'duration', 'count_parameters', 'size_rows', 'peak_bytes', 'free_memory', 'Probe', 'straight',
-           'probe_batch', 'probe_step', 'probe', 'probes', 'reading_times', 'probed_unit', 'origin', 'memory_rows',
-           'time_rows', 'estimate_rows', 'estimate', 'config_from_args', 'print_estimate', 'main']
+           'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints', 'TrainState', 'tracker_names',
+           'tensorboard_in', 'trackers_of', 'Trackers', 'keep_freed_memory', 'make_accelerator', 'training_order',
+           'total_steps', 'loss_weights', 'total_loss', 'forward_backward', 'average_gradients', 'first_non_finite',
+           'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update', 'feed_bank', 'run_step', 'record_step',
+           'memory_advice', 'batch_shapes', 'OutOfMemory', 'ran_out_of_memory', 'asked_names', 'explain_memory',
+           'Collate', 'make_loader', 'count_rejects', 'read_batches', 'validation_losses', 'validate',
+           'validation_score', 'note_validation', 'Interrupted', 'on_signals', 'stop_signals', 'agree_to_stop',
+           'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step', 'train_loop', 'open_folder', 'file_logger',
+           'machine_facts', 'start_facts', 'write_manifest', 'weights_fingerprint', 'has_clips', 'model_for',
+           'new_state', 'prepare', 'expected_counts', 'announce', 'finish', 'train', 'examples_of', 'duration',
+           'count_parameters', 'size_rows', 'peak_bytes', 'free_memory', 'Probe', 'straight', 'probe_batch',
+           'probe_step', 'probe', 'probes', 'reading_times', 'probed_unit', 'origin', 'memory_rows', 'time_rows',
+           'estimate_rows', 'estimate', 'under_launcher', 'settle_processes', 'LaunchFailed', 'end_with_parent',
+           'follow', 'launch_command', 'launch', 'config_from_args', 'print_estimate', 'main']
 
 # %% ../nbs/11_training.ipynb #18780766
-import contextlib, ctypes, dataclasses, hashlib, itertools, json, logging, math, os, shutil, signal, sys, time
+import collections, contextlib, ctypes, dataclasses, hashlib, itertools, json, logging, math, os, re, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch, yaml
@@ -29,7 +31,7 @@ from .bank import MemoryBank
 from .batches import Drawing, Examples, TrainingOrder, collate_loaded
 from .core import (ConfigError, DataError, FolderLock, Run, TrainConfig, changed_params, check_params, code_identity, get_logger,
                             known_parameters, nearest, params_hash, read_jsonl, resolve_path, run_folder, sha256_file, stable_id, versions, write_atomic)
-from .diagnostics import Board, tagged
+from .diagnostics import Board, tagged, write_scalars
 from .filters import add_negatives, check_media, filter_regions
 from .losses import compute_losses, gradient_cached_backward, push_regions
 from .model import FGCLIP, FGCLIPConfig, PRESETS
@@ -279,10 +281,16 @@ def tracker_names(cfg: TrainConfig) -> list:
         raise ConfigError(f"parameter `tracker` names {name!r}, which {why}; installed are {', '.join(there)}; or write none")
     return asked
 
+def tensorboard_in(folder):
+    "accelerate's TensorBoard tracker that writes to `folder/tensorboard`, a step's numbers in one record."
+    from accelerate.tracking import TensorBoardTracker
+    class InRunFolder(TensorBoardTracker):
+        def log(self, values, step=None, **kwargs): write_scalars(self.writer, values, step)
+    return InRunFolder("tensorboard", str(folder))
+
 def trackers_of(cfg: TrainConfig) -> list:
     "What accelerate is told to log with; nothing is opened yet."
-    from accelerate.tracking import TensorBoardTracker
-    return [TensorBoardTracker("tensorboard", str(run_folder(cfg))) if name == "tensorboard" else name for name in tracker_names(cfg)]
+    return [tensorboard_in(run_folder(cfg)) if name == "tensorboard" else name for name in tracker_names(cfg)]
 
 # %% ../nbs/11_training.ipynb #da677bcc
 class Trackers(Board):
@@ -330,7 +338,7 @@ def make_accelerator(cfg: TrainConfig):
     trackers = trackers_of(cfg)
     AcceleratorState._reset_state()
     keep_freed_memory()
-    return Accelerator(cpu=cfg.device == "cpu", mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+    return Accelerator(cpu=cfg.device == "cpu" or not torch.cuda.is_available(), mixed_precision="bf16" if cfg.precision == "bf16" else "no",
                        log_with=trackers or None, project_dir=run_folder(cfg) if trackers else None)
 
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
@@ -617,14 +625,25 @@ class Interrupted(RuntimeError):
         self.status = status
 
 @contextlib.contextmanager
-def stop_signals(s: TrainState):
-    "While training, remember SIGTERM and SIGINT instead of dying in the middle of a step."
-    def remember(number, frame): s.stop_signal = signal.Signals(number).name
-    try: before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
+def on_signals(do):
+    "While inside, SIGTERM and SIGINT call do(number, frame) instead of ending the process."
+    try: before = {n: signal.signal(n, do) for n in (signal.SIGTERM, signal.SIGINT)}
     except ValueError: before = {}                       # not the main thread: signals stay with their owner
     try: yield
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
+
+def stop_signals(s: TrainState):
+    "While training, remember SIGTERM and SIGINT instead of dying in the middle of a step."
+    def remember(number, frame): s.stop_signal = signal.Signals(number).name
+    return on_signals(remember)
+
+def agree_to_stop(s: TrainState):
+    "Let all processes know of a signal that reached one of them, so that they stop after the same step."
+    if s.accelerator.num_processes == 1: return
+    number = signal.Signals[s.stop_signal].value if s.stop_signal else 0
+    asked = s.accelerator.gather(torch.tensor([number], device=s.accelerator.device)).max().item()
+    if asked: s.stop_signal = signal.Signals(asked).name
 
 # %% ../nbs/11_training.ipynb #68fc960d
 COUNTERS = ("forwards", "bad_in_a_row", "skipped", "loads", "load_rejects", "best")
@@ -685,6 +704,7 @@ def train_loop(s: TrainState, examples, val_examples):
             found = validate(s, val_examples) if due(s, s.cfg.eval_every) and not culprit else {}
         stop = note_validation(s, found)
         record_step(s, norm, culprit, times, found)
+        agree_to_stop(s)
         if stop or s.stop_signal or due(s, s.cfg.save_every): checkpoint(s)
         leave_if_asked(s)
 
@@ -803,12 +823,15 @@ def train(cfg: TrainConfig) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run and leaves a finished one (explicit `output`) as it is.
 
     Raises `ConfigError` / `DataError` before the first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
-    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to lower, `OSError` when a checkpoint cannot be written."""
-    accelerator = make_accelerator(cfg)
+    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to lower, `OSError` when a checkpoint cannot be written.
+    With `processes` above 1 they are started and followed; `LaunchFailed` when one of them fails."""
+    cfg = settle_processes(cfg)
     if cfg.output and Run(run_folder(cfg)).finished:
         check_params(run_folder(cfg), cfg)
         get_logger().info(f"{run_folder(cfg)} is finished: nothing to do")
         return Run(run_folder(cfg))
+    if cfg.processes > 1 and not under_launcher(): return launch(cfg)
+    accelerator = make_accelerator(cfg)
     path, lock = open_folder(cfg, accelerator.is_main_process)
     log, handler = file_logger(path, accelerator.is_main_process)
     try: _train(cfg, accelerator, path, log)
@@ -975,7 +998,7 @@ def time_rows(s: TrainState, found: list, reading: tuple, steps: int):
     step = accumulate * straight([(p.size, p.seconds) for p in found], size)
     yield "step", duration(step), f"{origin(found, size, unit)}: {accumulate} x {size:g} {unit}, forward, backward, update"
     drawn = steps * accumulate * cfg.batch_size
-    reads = min(drawn, len(s.data.train) / s.accelerator.num_processes)
+    reads = min(drawn, len(s.data.train) / cfg.processes)
     loading = reads * first + (drawn - reads) * again
     yield "reading a sample", duration(first), f"measured on the first samples; {duration(again)} when it was read before"
     looks = steps // cfg.eval_every if cfg.eval_every else 1
@@ -990,10 +1013,10 @@ def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
     "Yield rows (name, value, how) as they are found, the cheap ones first; nothing is written. `seconds`: for the probes."
     accelerator, log = make_accelerator(cfg), get_logger()
     data = prepare_data(cfg)
-    order = training_order(cfg, data.train, accelerator.num_processes)
+    order = training_order(cfg, data.train, cfg.processes)
     steps = total_steps(cfg, order)
     yield "samples", len(data.train), "training samples after the filters"
-    yield "total steps", steps, f"computed: {cfg.batch_size} samples x {accelerator.num_processes} process(es) x {cfg.gradient_accumulation_steps} batch(es) per step"
+    yield "total steps", steps, f"computed: {cfg.batch_size} samples x {cfg.processes} process(es) x {cfg.gradient_accumulation_steps} batch(es) per step"
     if len(data.train) < cfg.batch_size: yield "samples per step", len(data.train), f"fewer than `batch_size` {cfg.batch_size}: every step takes them all"
     known, free = count_parameters(cfg, has_clips(data.train)), free_memory(accelerator.device)
     if known:
@@ -1014,6 +1037,72 @@ def estimate(cfg: TrainConfig, seconds: float = 30.0):
     from fgclip_nb.diagnostics import Expectations
     return Expectations(list(estimate_rows(cfg, seconds)))
 
+# %% ../nbs/11_training.ipynb #a77ddea5
+def under_launcher() -> bool:
+    "Whether torchrun or accelerate launch started this process as one of several."
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+def settle_processes(cfg: TrainConfig) -> TrainConfig:
+    "The config with `processes` as it is under a launcher; raises `ConfigError` where another number was asked for, or more than there are devices."
+    if under_launcher():
+        started = int(os.environ["WORLD_SIZE"])
+        if cfg.processes not in (1, started):
+            raise ConfigError(f"parameter `processes` = {cfg.processes}, but {started} processes were started: leave it out under torchrun and accelerate launch")
+        return dataclasses.replace(cfg, processes=started)
+    devices = torch.cuda.device_count() if cfg.device != "cpu" else 0
+    if cfg.processes > 1 and (devices or cfg.device == "cuda") and cfg.processes > devices:
+        raise ConfigError(f"parameter `processes` = {cfg.processes}, but this machine has {devices} CUDA devices: one process per device (or `device` cpu)")
+    return cfg
+
+# %% ../nbs/11_training.ipynb #57a0bbc2
+class LaunchFailed(RuntimeError):
+    "A run of several processes ended badly; `.status` is the exit status of the process that failed first."
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+def end_with_parent():
+    "In a child before it starts: a SIGTERM when the parent dies, so that a dead notebook leaves no training behind (Linux)."
+    if sys.platform.startswith("linux"): ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
+
+def follow(command, tell, env=None) -> tuple:
+    "Run a command, `tell` its lines as they come, pass signals on to it; returns (status, its last lines, name of the first signal or '')."
+    passed, last = [], collections.deque(maxlen=40)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace",
+                             start_new_session=True, preexec_fn=end_with_parent, env=env)
+    def pass_on(number, frame):
+        passed.append(signal.Signals(number).name)
+        child.send_signal(number)
+    try:
+        with on_signals(pass_on):
+            for line in child.stdout:
+                last.append(line.rstrip())
+                tell(last[-1])
+            return child.wait(), list(last), "".join(passed[:1])
+    finally:
+        if child.poll() is None: child.terminate()
+        child.stdout.close()
+
+# %% ../nbs/11_training.ipynb #fef50c38
+def launch_command(cfg: TrainConfig, params_file) -> list:
+    "The program that trains with `processes` processes on this machine."
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cfg.processes), "-m", "fgclip_nb.training", str(params_file)]
+
+def launch(cfg: TrainConfig) -> Run:
+    "Train in `cfg.processes` processes of their own and follow them; raises `Interrupted` after a signal, `LaunchFailed` with the last lines otherwise."
+    path, log = run_folder(cfg), get_logger()
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.processes)), **os.environ, "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory(prefix="fgclip_nb_") as folder:
+        write_atomic(Path(folder)/"params.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False))
+        command = launch_command(cfg, Path(folder)/"params.yaml")
+        log.info(f"starting {cfg.processes} processes: {' '.join(command[1:])}")
+        status, last, passed = follow(command, log.info, env)
+    if Run(path).finished and not status: return Run(path)
+    if passed: raise Interrupted(f"stopped by {passed}; the same command resumes {path}", 128 + signal.Signals[passed])
+    told = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(last))
+    status = int(told[-1]) if told else status or 1
+    raise LaunchFailed(f"the run in {path} ended with status {status}; its last lines:\n" + "\n".join(last[-20:]), status)
+
 # %% ../nbs/11_training.ipynb #91ac9a9b
 def config_from_args(args) -> TrainConfig:
     "A config from an optional YAML file and `key=value` words; raises `ConfigError`."
@@ -1033,7 +1122,9 @@ def print_estimate(cfg: TrainConfig):
     for name, value, how in estimate_rows(cfg): print(f"{name}: {show(value)} ({how})", flush=True)
 
 def main(args=None) -> int:
-    "Command line: 0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 5 out of memory, 128+n stopped by signal n."
+    """Command line: 0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 5 out of memory, 128+n stopped by signal n.
+
+    With `processes` above 1 it is the status of the process that failed first."""
     args = list(sys.argv[1:] if args is None else args)
     dry = "--dry-run" in args
     try:
@@ -1044,7 +1135,7 @@ def main(args=None) -> int:
     except FloatingPointError as e: return _failed(e, 3)
     except OutOfMemory as e: return _failed(e, 5)
     except OSError as e: return _failed(e, 4)
-    except Interrupted as e: return _failed(e, e.status)
+    except (Interrupted, LaunchFailed) as e: return _failed(e, e.status)
     return 0
 
 def _failed(error, status: int) -> int:

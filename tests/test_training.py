@@ -1,5 +1,5 @@
 """Whole runs and injected faults, which no cell can hold: identity of run folders, torn checkpoints, full disks, NaN batches, vanished files, dead workers, second writers."""
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -366,6 +366,90 @@ def test_checkpointing_changes_no_number(world, finished, tmp_path):
     assert micro.run(params) == 0
     ours, plain = ([json.loads(line)["loss"] for line in (Path(p["output"])/"metrics.jsonl").read_text().splitlines()] for p in (params, finished))
     assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def stand_in(monkeypatch, code):
+    """In place of two training processes: a small program."""
+    from fgclip_nb import training
+    monkeypatch.setattr(training, "launch_command", lambda cfg, file: [sys.executable, "-c", code])
+
+
+def test_a_notebook_starts_and_follows_two_processes(world, tmp_path):
+    """`processes` above 1: the run is a program of its own, its lines appear here, and its numbers are those of one process with the same global batch."""
+    from fgclip_nb.core import Run, TrainConfig, get_logger
+    from fgclip_nb.training import train
+    import logging
+    lines, watch = [], logging.Handler()
+    watch.emit = lambda record: lines.append(record.getMessage())
+    get_logger().addHandler(watch)
+    try: run = train(TrainConfig(**world | dict(output=str(tmp_path/"two"), processes=2, batch_size=2, max_steps=4, device="auto")))
+    finally: get_logger().removeHandler(watch)
+    assert run.finished and run.manifest()["processes"] == 2 and run.params()["processes"] == 2
+    assert any("-m torch.distributed.run --standalone --nproc_per_node 2 -m fgclip_nb.training" in line for line in lines)
+    assert sum("[LOSS] Step 1 " in line for line in lines) == 1 and any("[VERDICT]" in line for line in lines)
+    assert micro.run(dict(world, output=str(tmp_path/"one"), max_steps=4)) == 0
+    for ours, theirs in zip(run.metrics()["loss"], Run(tmp_path/"one").metrics()["loss"]): assert ours == pytest.approx(theirs, rel=2e-4)
+    assert micro.run(dict(world, output=str(tmp_path/"two"), batch_size=2, max_steps=4)) == 2, "one process is another run than two"
+
+
+def test_a_failed_child_fails_the_run_with_its_status_and_last_words(world, tmp_path, monkeypatch):
+    from fgclip_nb import training
+    from fgclip_nb.core import TrainConfig
+    cfg = TrainConfig(**world | dict(output=str(tmp_path/"run"), processes=2))
+    stand_in(monkeypatch, "print('ConfigError: something is wrong'); print('  exitcode  : 4 (pid: 7)'); raise SystemExit(1)")
+    with pytest.raises(training.LaunchFailed, match="(?s)ended with status 4.*ConfigError: something is wrong") as e: training.train(cfg)
+    assert e.value.status == 4
+    assert training.main([f"{k}={json.dumps(v)}" for k, v in cfg.as_dict().items()]) == 4
+
+
+def test_a_signal_is_passed_on_to_the_child(world, tmp_path, monkeypatch):
+    from fgclip_nb import training
+    from fgclip_nb.core import TrainConfig
+    stand_in(monkeypatch, f"""import os, signal, time
+def stop(number, frame):
+    open({str(tmp_path/'heard')!r}, "w").write(str(number))
+    raise SystemExit(1)
+signal.signal(signal.SIGTERM, stop)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)""")
+    with pytest.raises(training.Interrupted, match="the same command resumes") as e: training.train(TrainConfig(**world | dict(output=str(tmp_path/"run"), processes=2)))
+    assert e.value.status == 143 and (tmp_path/"heard").read_text() == "15"
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    """A killed notebook leaves no training behind."""
+    child = f"import os, time; open({str(tmp_path/'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import sys, os, signal; from fgclip_nb.training import follow\nfollow([sys.executable, '-c', {child!r}], print)"
+    started = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path/"pid").exists() and (tmp_path/"pid").read_text())
+    started.kill()
+    started.wait()
+    wait_for(lambda: not Path(f"/proc/{(tmp_path/'pid').read_text()}").exists())
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+@pytest.mark.all
+def test_two_processes_stop_after_the_same_step_and_resume(world, tmp_path):
+    """SIGTERM reaches the notebook; both processes save and stop together; the same command goes on to the numbers of the uninterrupted run."""
+    params = dict(world, processes=2, batch_size=2, max_steps=60, save_every=1000, eval_every=0)
+    words = [f"{k}={json.dumps(v)}" for k, v in dict(params, output=str(tmp_path/"run")).items()]
+    child = subprocess.Popen([sys.executable, "-m", "fgclip_nb.training", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in child.stdout:
+        if "[LOSS] Step 5 " in line: child.send_signal(signal.SIGTERM)
+    assert child.wait() == 143
+    from fgclip_nb.core import Run
+    run = Run(tmp_path/"run")
+    assert not run.finished and 5 <= run.checkpoints()[-1][0] < 60 and len(run.metrics()) == run.checkpoints()[-1][0]
+    assert subprocess.run([sys.executable, "-m", "fgclip_nb.training", *words], stdin=subprocess.DEVNULL).returncode == 0
+    whole = [w for w in words if not w.startswith("output=")] + [f"output={tmp_path/'whole'}"]
+    assert subprocess.run([sys.executable, "-m", "fgclip_nb.training", *whole], stdin=subprocess.DEVNULL).returncode == 0
+    assert micro.outcome(tmp_path/"run") == micro.outcome(tmp_path/"whole")
 
 
 def two_processes(params, tmp_path, kill_rank=None):
