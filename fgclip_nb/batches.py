@@ -323,7 +323,9 @@ def _picture_of(sample) -> tuple:
     if sample.kind == "image": return read_image(sample.encoded), [(r.phrase, r.box) for r in sample.regions]
     numbers = sorted({k.frame for r in sample.regions for k in r.keyframes}) or [0]
     seen = {n: [(r.phrase, tuple(b[0])) for r in sample.regions for b, v in [boxes_at(r.keyframes, [n])] if v[0]] for n in numbers}
-    best = max(numbers, key=lambda n: len(seen[n]))
+    most = max(map(len, seen.values()))
+    best = [n for n in numbers if len(seen[n]) == most]
+    best = best[len(best) // 2]     # rather in the middle of what happens than where it begins
     return read_frames(sample.media, [best])[0], seen[best]
 
 def _draw_boxes(ax, pixels, boxes):

@@ -1,5 +1,5 @@
 """The report notebook under papermill: it runs on a user's folder, stops when told to, and checks its parameters."""
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ from data_formats import FINEHARD, media_root, put_box, write
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT/"nbs/data_report.ipynb"
+UCA = ROOT.parent/"shared/data/ucf_crime"
 
 
 def papermill(out, *parameters, cwd=ROOT):
@@ -47,6 +48,30 @@ def test_the_shipped_sample_has_nothing_to_fix(tmp_path):
     summary = json.loads((tmp_path/"out/summary.json").read_text())
     assert summary["counts"]["samples"] == 151 and summary["regions"] == 1014
     assert not [f for f in summary["findings"] if f["level"] == "fix"]
+
+
+@pytest.mark.all
+def test_clips_tell_what_sampled_frames_miss(tmp_path):
+    "Eight frames a segment leave one track out; the first 512 frames of each video would leave out eleven segments and thirty tracks."
+    done = papermill(tmp_path/"o.ipynb", ("data", "video_sample"), ("output", tmp_path/"out"), ("pages", 0))
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path/"out/summary.json").read_text())
+    assert (summary["spans"], summary["spans_not_hit"], summary["rules"]) == (88, 1, {"never_visible": 1})
+    text = (tmp_path/"o.ipynb").read_text()
+    assert "Spans no sampled frame hits: 1 of 88" in text and "not hit by the first 512 frames" in text
+
+
+@pytest.mark.all
+@pytest.mark.skipif(not UCA.exists(), reason="UCA's files are not beside this checkout")
+def test_absent_videos_are_counted_and_reported_quickly(tmp_path):
+    begun = os.times()
+    done = papermill(tmp_path/"o.ipynb", ("data", UCA), ("test_data", UCA/"Anomaly_Test.txt"), ("output", tmp_path/"out"))
+    used = sum(os.times()[2:4]) - sum(begun[2:4])      # processor time: a busy machine makes the clock mean nothing
+    assert done.returncode == 0 and used < 60, (used, done.stderr[-2000:])
+    summary = json.loads((tmp_path/"out/summary.json").read_text())
+    found = {f["what"]: f["count"] for f in summary["findings"]}
+    assert found["samples whose photo or video is not on this machine"] == 23542 and summary["spans_not_hit"] == 0
+    assert found["media in train and test list"] == 214 and summary["files"][-1]["media not here"] == 1854
 
 
 @pytest.mark.all
