@@ -793,8 +793,8 @@ def first_scale(ev):
 
 # %% ../nbs/10_diagnostics.ipynb #320ca050
 def _bf16_twin(value, asked):
-    "The well-known scale that rounds to `value` in bfloat16, if any."
-    return next((a for a in (asked, 2.6592, 4.6052, MAX_STORED_SCALE) if a and value != a and abs(round_bf16(a) - value) < 1e-6), None)
+    "The well-known scale that rounds to `value` in bfloat16, if any; logs show `value` with four decimals."
+    return next((a for a in (asked, 2.6592, 4.6052, MAX_STORED_SCALE) if a and abs(value - a) > 1e-4 and abs(round_bf16(a) - value) < 6e-5), None)
 
 # %% ../nbs/10_diagnostics.ipynb #2e61f2ec
 @rule(limit="scale_tolerance", threshold="asked ± {:g}")
@@ -1087,10 +1087,11 @@ def _target(ev, step):
     if ev.last_step is None: return None
     if ev.last_step < step:
         return LATER, None, f"the run {'ended' if ev.finished else 'is'} at step {ev.last_step}, target {target:g}"
+    if not len(loss.loc[step - 19:step]): return UNLIKE, None, f"no region loss was recorded in steps {step - 19} to {step}", "Log it more often."
     mean, half = interval(loss.loc[step - 19:step])
     level = chance(ev, "region_in_batch")
     here, start = float(level.loc[step - 19:step].mean()), float(level.head(20).mean())
-    told = f"{mean:.3f} ± {half:.3f} at {math.exp(here):.0f} candidates (chance {here:.2f})"
+    told = f"{mean:.3f} {f'± {half:.3f}' if math.isfinite(half) else '(one record)'} at {math.exp(here):.0f} candidates (chance {here:.2f})"
     if here <= target:
         return UNLIKE, mean, f"{told}: chance itself is under the target", "Judge loss / chance, or use more regions per forward."
     if abs(here - start) > 0.25 + 2 * float(level.std() or 0):
@@ -1261,7 +1262,9 @@ def text_rows(lines) -> list:
             new = _diag_columns(line)
             if not has_loss and set(new) & set(current): rows.append(current); current = {}
             current = _joined(current, new)
-    return rows + ([current] if current and not has_loss else [])
+    if not has_loss: return rows + ([current] if current else [])
+    if rows: rows[-1] = current | rows[-1]               # what follows the last loss still belongs to the run
+    return rows
 
 # %% ../nbs/10_diagnostics.ipynb #d0bf55dd
 def _by_step(pairs) -> list:

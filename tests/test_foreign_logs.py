@@ -88,3 +88,17 @@ def test_a_folder_that_just_started(tmp_path):
     (tmp_path/"params.yaml").write_text("max_steps: 10\n")
     assert dx.verdicts(tmp_path) == [] and dx.headline([]) == "Nothing to judge yet."
     assert dx.main([str(tmp_path)]) == 0
+
+
+def test_four_decimals_and_lines_after_the_last_loss_are_enough(tmp_path):
+    "A short excerpt, as somebody pastes it: the printed scale is rounded once more, and the bank's line comes last."
+    log = tmp_path/"old.log"
+    log.write_text("[DIAG] logits_i2t: min=-0.6758, max=0.5508, mean=-0.0410, std=0.2012\n"
+                   "Loaded logit_scale = 2.6562 (exp=14.2)\n"
+                   "[LOSS] Step 200 Epoch 0.10 total=3.1 global=1.38 region=1.4000 hard=n/a candidates=4\n"
+                   "[DIAG] memory_bank: ptr=0, full=False, size=128, len=0, enabled=False\n")
+    found = {v.name: v for v in dx.verdicts(dx.evidence(log))}
+    assert {n for n, v in found.items() if v.result == "fail"} == {"scale_as_asked", "bank_comes_on", "region_above_chance",
+                                                                   "region_loss_by_step_200"}
+    assert "2.6592 rounded to bfloat16" in found["scale_as_asked"].why and "one record" in found["region_loss_by_step_200"].why
+    assert found["region_loss_by_step_50"].result == "not comparable"
