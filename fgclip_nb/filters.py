@@ -6,11 +6,11 @@
 __all__ = ['RULES', 'READING', 'EDGE', 'MAX_REJECTS', 'ENGLISH', 'ADVICE', 'area', 'in_range', 'clip_box', 'Limits', 'places',
            'check_places', 'check_visible', 'folded', 'check_phrases', 'clip_region', 'judge_regions', 'filter_sample',
            'count_rules', 'filter_regions', 'FilteredShards', 'filter_shards', 'media_fault', 'check_media',
-           'write_rejects', 'Word', 'read_words', 'shipped_words', 'Swapper', 'like_case', 'swap', 'swapped',
-           'like_style', 'load_class_sentences', 'negatives_for', 'add_negatives', 'repeated_phrases',
-           'negative_counts', 'usual_negatives', 'language', 'media_name', 'read_names', 'overlap', 'clip_range',
-           'stretches', 'not_hit', 'Finding', 'sort_findings', 'rule_findings', 'negative_findings', 'repeat_findings',
-           'text_findings', 'overlap_findings', 'ReportConfig']
+           'reject_lines', 'write_rejects', 'Word', 'read_words', 'shipped_words', 'Swapper', 'like_case', 'swap',
+           'swapped', 'like_style', 'class_texts', 'load_class_sentences', 'class_negatives_for', 'negatives_for',
+           'add_negatives', 'repeated_phrases', 'negative_counts', 'usual_negatives', 'language', 'media_name',
+           'read_names', 'overlap', 'clip_range', 'stretches', 'not_hit', 'leave_out', 'Finding', 'sort_findings',
+           'rule_findings', 'negative_findings', 'repeat_findings', 'text_findings', 'overlap_findings', 'ReportConfig']
 
 # %% ../nbs/03_filters.ipynb #bf9508d5
 import dataclasses, json, math, random, re
@@ -35,6 +35,7 @@ RULES = dict(
     positive_among_negatives="the phrase stands among its own negatives",
     more_boxes_than_captions="a track without a caption (found while reading)",
     missing_media="the photo or video is not there",
+    test_medium="the photo or video stands in the list of test media",
     unreadable_media="the photo or video cannot be decoded")
 
 # found while reading, before any region is looked at
@@ -243,10 +244,14 @@ def check_media(samples) -> tuple:
     return Samples(kept, getattr(samples, "formats", None), getattr(samples, "counts", None), getattr(samples, "changes", ())), rejects
 
 # %% ../nbs/03_filters.ipynb #b482466c
+def reject_lines(rejects) -> bytes:
+    "The same as bytes of JSON lines, letters of any script readable; what is no letter (bytes of a broken name) is escaped."
+    return "".join(json.dumps(r.as_dict(), ensure_ascii=False) + "\n" for r in rejects).encode("utf-8", "backslashreplace")
+
 def write_rejects(rejects, path):
     "One JSON object per line: file, entry, field, value, reason, sample, rule, entries, regions."
     from fgclip_nb.core import write_atomic
-    write_atomic(path, "".join(json.dumps(r.as_dict()) + "\n" for r in rejects))
+    write_atomic(path, reject_lines(rejects))
 
 # %% ../nbs/03_filters.ipynb #6b3a951d
 @dataclass(frozen=True)
@@ -342,22 +347,37 @@ def like_style(sentence, phrase) -> str:
     return text + "." if phrase.rstrip().endswith(".") else text
 
 # %% ../nbs/03_filters.ipynb #2ae27643
-def load_class_sentences(path) -> dict:
-    "{class: sentences that describe it} from a user's JSON file; a region of one class gets those of the others. Raises `DataError`."
-    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+def class_texts(entry, kind) -> list:
+    "`captions` (sentences that describe a class) or `negatives` (wrong for it, in a like setting); a plain list holds captions."
+    return entry.get(kind, []) if isinstance(entry, dict) else entry if kind == "captions" else []
+
+def _are_sentences(texts) -> bool: return isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
+
+def load_class_sentences(path="ucf_crime") -> dict:
+    """{class: sentences that describe it, or {"captions": […], "negatives": […]}} from a JSON file; `ucf_crime`: the shipped ones.
+
+    Raises `DataError`."""
+    try: found = json.loads((data_dir()/"ucf_crime_prompts.json" if path == "ucf_crime" else Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise DataError(f"class sentences {str(path)!r}: {e}") from e
-    good = isinstance(found, dict) and all(isinstance(v, list) and all(isinstance(t, str) and t.strip() for t in v) for v in found.values())
-    if not good: raise DataError(f"class sentences {str(path)!r}: must be {{\"class\": [\"a sentence\", …]}}")
+    entries = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(e, (list, dict)) and all(_are_sentences(class_texts(e, k)) for k in ("captions", "negatives")) for e in entries):
+        raise DataError(f"class sentences {str(path)!r}: must be {{\"class\": [\"a sentence\", …]}}, "
+                        "or {\"class\": {\"captions\": […], \"negatives\": […]}}")
     return found
+
+def class_negatives_for(label, phrase, class_sentences) -> tuple:
+    "(the class's own negatives, captions of the other classes) in the style of the phrase; both empty without a label."
+    own = class_texts(class_sentences.get(label, []), "negatives")
+    others = [t for c, entry in class_sentences.items() if label and c != label for t in class_texts(entry, "captions")]
+    return tuple([like_style(t, phrase) for t in texts] for texts in (own, others))
 
 # %% ../nbs/03_filters.ipynb #ee71bde9
 def negatives_for(sample, region, n, seed, swapper, class_sentences=None) -> tuple:
-    "At most `n` sentences that are wrong for the region: other classes' sentences, then one word replaced, then two."
+    "At most `n` sentences that are wrong for the region: of its class, of other classes, then one word replaced, then two."
     rng = random.Random(f"{seed}\n{sample.id}\n{region.id}\n{region.phrase}")
     taken = {folded(t) for r in sample.regions for t in (r.phrase, r.long_phrase)} | {folded(c) for c in sample.captions}
-    others = [like_style(t, region.phrase) for c, ts in (class_sentences or {}).items() if sample.label and c != sample.label for t in ts]
-    found = []
-    for candidates in (others, swapped(region.phrase, swapper), swapped(region.phrase, swapper, pairs=True)):
+    of_class, found = class_negatives_for(sample.label, region.phrase, class_sentences or {}), []
+    for candidates in (*of_class, swapped(region.phrase, swapper), swapped(region.phrase, swapper, pairs=True)):
         rng.shuffle(candidates)
         for text in candidates:
             if len(found) == n: return tuple(found)
@@ -370,8 +390,8 @@ def negatives_for(sample, region, n, seed, swapper, class_sentences=None) -> tup
 def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Samples:
     """Samples whose regions all have hard negatives where any can be made; those that have some keep theirs.
 
-    `n`: at most so many per region. `class_sentences`: {class: sentences}, used for samples with a `label`. `words`: Words, default the
-    shipped lists. The same seed gives the same negatives whatever else is in the data set."""
+    `n`: at most so many per region. `class_sentences`: as `load_class_sentences` gives, used for samples with a `label`. `words`: Words,
+    default the shipped lists. The same seed gives the same negatives whatever else is in the data set."""
     swapper, out = Swapper(words or shipped_words()), []
     for s in samples:
         made = lambda r, s=s: dataclasses.replace(r, negatives=negatives_for(s, r, n, seed, swapper, class_sentences))
@@ -460,6 +480,18 @@ def not_hit(samples, choose, fps=0.0) -> dict:
             counts[kind][0] += 1
             counts[kind][1] += not np.isin(frames, chosen).any()
     return {kind: tuple(map(int, found)) for kind, found in counts.items()}
+
+# %% ../nbs/03_filters.ipynb #64f8e2f4
+def leave_out(samples, names) -> tuple:
+    "(samples, rejects): without the media among `names` (`read_names`); samples of the test split stay, they are not trained on."
+    media, splits = ([getattr(s, k) for s in samples] if not hasattr(samples, "column") else samples.column(k) for k in ("media", "split"))
+    lost = {i for i, (m, split) in enumerate(zip(media, splits)) if split.lower() != "test" and media_name(m) in names}
+    kept = [i for i in range(len(samples)) if i not in lost]
+    fault = lambda s: Fault("media", s.media, RULES["test_medium"], "test_medium")
+    rejects = [sample_reject(samples[i], fault(samples[i])) for i in sorted(lost)[:MAX_REJECTS]]
+    get_logger().info(f"test media: {len(samples)} samples = {len(kept)} kept + {len(lost)} left out")
+    if hasattr(samples, "subset"): return samples.subset(kept), rejects
+    return Samples([samples[i] for i in kept], getattr(samples, "formats", None), getattr(samples, "counts", None)), rejects
 
 # %% ../nbs/03_filters.ipynb #c622fe95
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from data_formats import DOCUMENTS, FINEHARD, media_root, write
 from fgclip_nb import filters, media
 from fgclip_nb.core import ConfigError, DataError
 from fgclip_nb.filters import add_negatives, check_media, filter_regions, folded, load_class_sentences
-from fgclip_nb.regions import Keyframe, Region, Sample, convert, load_samples
+from fgclip_nb.regions import UCF_CLASSES, Keyframe, Region, Sample, convert, load_samples
 
 SHARED = Path(__file__).resolve().parents[2]/"shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the benchmark files are not beside this checkout")
@@ -120,9 +120,21 @@ def test_class_sentences(tmp_path):
     region = Region("a man strikes a dog")
     found = add_negatives([sample(region, label="Abuse")], n=3, class_sentences=load_class_sentences(tmp_path/"classes.json"))
     assert set(found[0].regions[0].negatives) == {"a house burns", "somebody lights a fire", "people walk by"}
-    for bad in ("[]", '{"a": "b"}', '{"a": [1]}', "x"):
+    for bad in ("[]", '{"a": "b"}', '{"a": [1]}', '{"a": {"captions": "b"}}', "x"):
         (tmp_path/"classes.json").write_text(bad)
         with pytest.raises(DataError, match="class sentences"): load_class_sentences(tmp_path/"classes.json")
+
+
+def test_shipped_class_sentences_give_every_region_wrong_ones():
+    "A region of each class: first its class's own four, then what describes other classes; never what describes its own."
+    shipped = load_class_sentences("ucf_crime")
+    assert set(UCF_CLASSES) <= set(shipped) and len(UCF_CLASSES) == 14
+    for label in UCF_CLASSES:
+        bare = sample(Region("something happens here"), label=label)
+        found = add_negatives([bare], n=12, class_sentences=shipped)[0].regions[0].negatives
+        lower = lambda texts: {t.rstrip(".").lower() for t in texts}
+        assert len(found) == 12 and lower(found[:4]) == lower(media.class_negatives(label))
+        assert not lower(found) & lower(shipped[label]["captions"])
 
 
 def test_word_lists_are_sound():
@@ -159,6 +171,9 @@ def test_uca_and_the_test_list():
     assert len(samples) == 23542 and len({s.media for s in samples}) == 1854
     shared = filters.overlap(samples, filters.read_names(SHARED/"ucf_crime/Anomaly_Test.txt"))
     assert len(shared["train and test list"]) == 214 and shared["train and held out"] == []
+    left, out = filters.leave_out(samples, filters.read_names(SHARED/"ucf_crime/Anomaly_Test.txt"))
+    assert len({r.value for r in out if "_x264" in r.value}) >= 214 and len(left) + len(out) == len(samples)
+    assert filters.overlap(left, filters.read_names(SHARED/"ucf_crime/Anomaly_Test.txt"))["train and test list"] == []
 
 
 def test_findings_are_ordered():
