@@ -1463,13 +1463,14 @@ def plot_bank(source):
     _mark_bank(axes[0], ev)
     axes[0].set(title="fill", xlabel="optimiser step", ylabel="entries")
     if _line(axes[1], ev, "bank_age_mean", "mean age", BLUE): _line(axes[1], ev, "bank_age_max", "oldest", ORANGE)
+    else: _empty(axes[1], "the bank never held an entry")
     axes[1].set(title="age", xlabel="optimiser step", ylabel="region forwards")
     if ev.has("bank_drift_cosine"):
         other = axes[1].twinx()
         _line(other, ev, "bank_drift_cosine", "same region, now and then (right)", GREEN, "--")
         other.set(ylabel="cosine", ylim=(min(0, float(ev.series("bank_drift_cosine").min())), 1.02)); other.grid(False)
         axes[1].plot([], [], "--", color=GREEN, label="same region then and now (right)")
-    for ax in axes[:2]: ax.legend(fontsize=8)
+    for ax in (ax for ax in axes if ax.get_legend_handles_labels()[0]): ax.legend(fontsize=8)
     return fig
 
 # %% ../nbs/10_diagnostics.ipynb #cf22210f
