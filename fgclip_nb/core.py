@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomic', 'sha256_file', 'read_jsonl', 'param',
-           'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'nearest',
-           'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params', 'refuse_unknown',
-           'note_notebook', 'parameter_cell', 'params_hash', 'project_root', 'resolve_path', 'get_logger', 'RunFolder',
-           'Run', 'FolderLock', 'run_folder', 'changed_params', 'check_params', 'code_identity', 'versions']
+           'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'typed_value',
+           'check_range', 'nearest', 'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params',
+           'refuse_unknown', 'note_notebook', 'parameter_cell', 'params_hash', 'project_root', 'resolve_path',
+           'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder', 'changed_params', 'check_params',
+           'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
 import ast, dataclasses, difflib, fcntl, gzip, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
@@ -152,7 +153,8 @@ def _types(annotation):
     "The plain types of `float | None` and the like."
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
-def _typed(name, value, annotation):
+def typed_value(name, value, annotation):
+    "The value as its annotation says (int, float, str or bool, perhaps `| None`); raises `ConfigError` for another type."
     allowed = _types(annotation)
     if value is None and types.NoneType in allowed: return None
     if float in allowed and isinstance(value, int) and not isinstance(value, bool): return float(value)
@@ -162,7 +164,7 @@ def _typed(name, value, annotation):
     raise ConfigError(f"parameter `{name}` = {value!r} is a {type(value).__name__}, not a {kind.__name__}{hint}")
 
 # %% ../nbs/00_core.ipynb #26baed61
-def _in_range(name, value, meta):
+def check_range(name, value, meta):
     "Raise when a typed value is not finite, out of its range or not one of its choices."
     low, high, choices = meta["low"], meta["high"], meta["choices"]
     if value is None: return
@@ -177,14 +179,16 @@ def nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else ""
 
+_typed, _in_range = typed_value, check_range
+
 # %% ../nbs/00_core.ipynb #0ead8fe1
 @dataclass
 class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams, DataParams):
     "Every parameter of a run, checked. Raises `ConfigError` for a wrong type or an impossible value."
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value = _typed(f.name, getattr(self, f.name), f.type)
-            _in_range(f.name, value, f.metadata)
+            value = typed_value(f.name, getattr(self, f.name), f.type)
+            check_range(f.name, value, f.metadata)
             setattr(self, f.name, value)
         if self.gradient_caching and self.gradient_accumulation_steps > 1:
             raise ConfigError("`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise `batch_size`")

@@ -8,33 +8,34 @@ __all__ = ['COUNTERS', 'GIB', 'RunData', 'data_fingerprint', 'role_of', 'split_s
            'parameter_groups', 'learning_rate_at', 'optimizer_tensors', 'load_optimizer_tensors', 'save_checkpoint',
            'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints', 'TrainState', 'tracker_names',
            'tensorboard_in', 'trackers_of', 'Trackers', 'keep_freed_memory', 'make_accelerator', 'training_order',
-           'total_steps', 'loss_weights', 'total_loss', 'forward_backward', 'average_gradients', 'first_non_finite',
-           'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update', 'feed_bank', 'run_step', 'record_step',
-           'memory_advice', 'batch_shapes', 'OutOfMemory', 'ran_out_of_memory', 'asked_names', 'explain_memory',
-           'Collate', 'make_loader', 'count_rejects', 'read_batches', 'validation_losses', 'validate',
-           'validation_score', 'note_validation', 'Interrupted', 'on_signals', 'stop_signals', 'agree_to_stop',
-           'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step', 'train_loop', 'open_folder', 'file_logger',
-           'machine_facts', 'start_facts', 'write_manifest', 'weights_fingerprint', 'has_clips', 'model_for',
-           'new_state', 'prepare', 'expected_counts', 'announce', 'finish', 'train', 'examples_of', 'duration',
-           'count_parameters', 'size_rows', 'peak_bytes', 'free_memory', 'Probe', 'straight', 'probe_batch',
-           'probe_step', 'probe', 'probes', 'reading_times', 'probed_unit', 'origin', 'memory_rows', 'time_rows',
-           'estimate_rows', 'estimate', 'under_launcher', 'settle_processes', 'LaunchFailed', 'end_with_parent',
-           'follow', 'launch_command', 'launch', 'config_from_args', 'print_estimate', 'main']
+           'total_steps', 'forward_backward', 'average_gradients', 'first_non_finite', 'gradient_norm', 'note_bad_step',
+           'clip_gradients', 'apply_update', 'feed_bank', 'run_step', 'record_step', 'memory_advice', 'batch_shapes',
+           'OutOfMemory', 'ran_out_of_memory', 'asked_names', 'explain_memory', 'Collate', 'make_loader',
+           'count_rejects', 'read_batches', 'validation_losses', 'validate', 'validation_score', 'note_validation',
+           'Interrupted', 'on_signals', 'stop_signals', 'agree_to_stop', 'checkpoint', 'restore', 'due',
+           'leave_if_asked', 'timed_step', 'train_loop', 'open_folder', 'file_logger', 'machine_facts', 'start_facts',
+           'write_manifest', 'weights_fingerprint', 'has_clips', 'model_for', 'new_state', 'prepare', 'expected_counts',
+           'announce', 'finish', 'train', 'examples_of', 'duration', 'count_parameters', 'size_rows', 'peak_bytes',
+           'free_memory', 'Probe', 'straight', 'probe_batch', 'probe_step', 'probe', 'probes', 'reading_times',
+           'probed_unit', 'origin', 'memory_rows', 'time_rows', 'estimate_rows', 'estimate', 'under_launcher',
+           'settle_processes', 'LaunchFailed', 'end_with_parent', 'follow', 'launch_command', 'launch',
+           'config_from_args', 'print_estimate', 'main']
 
 # %% ../nbs/11_training.ipynb #18780766
 import collections, contextlib, ctypes, dataclasses, hashlib, itertools, json, logging, math, os, re, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, torch, yaml
 from safetensors.torch import load_file, save_file
 from .bank import MemoryBank
 from .batches import Drawing, Examples, TrainingOrder, collate_loaded
-from .core import (ConfigError, DataError, FolderLock, Run, TrainConfig, changed_params, check_params, code_identity, get_logger,
-                            known_parameters, nearest, params_hash, read_jsonl, resolve_path, run_folder, sha256_file, stable_id, versions, write_atomic)
-from .diagnostics import Board, tagged, write_scalars
-from .filters import add_negatives, check_media, filter_regions
+from .core import (ConfigError, DataError, FolderLock, Run, TrainConfig, check_params, code_identity, get_logger, nearest, params_hash,
+                            resolve_path, run_folder, sha256_file, stable_id, versions, write_atomic)
+from .diagnostics import Board, Expectations, Recorder, conclude, count_samples, expectations, show, tagged, total_loss, write_scalars
+from .filters import add_negatives, check_media, filter_regions, reject_lines, write_rejects
 from .losses import compute_losses, gradient_cached_backward, push_regions
-from .model import FGCLIP, FGCLIPConfig, PRESETS
+from .model import FGCLIP, FGCLIPConfig, PRESETS, log_scales
 from .regions import load_samples
 
 # %% ../nbs/11_training.ipynb #31aafeac
@@ -102,10 +103,9 @@ def prepare_data(cfg: TrainConfig) -> RunData:
 def data_table(data: RunData):
     "Kept samples, captions and regions per split, and what was rejected by which rule (DataFrame)."
     import pandas as pd
-    from collections import Counter
     rows = {f"kept for {name}": dict(samples=len(part), captions=sum(len(s.captions) or bool(s.short_caption) for s in part), regions=sum(len(s.regions) for s in part),
             with_negatives=sum(bool(r.negatives) for s in part for r in s.regions)) for name, part in (("training", data.train), ("validation", data.val))}
-    rules = Counter((r.rule, r.regions or 0) for r in data.rejects)
+    rules = collections.Counter((r.rule, r.regions or 0) for r in data.rejects)
     for rule in sorted({r for r, _ in rules}): rows[f"rejected: {rule}"] = dict(entries=sum(n for (r, _), n in rules.items() if r == rule))
     return pd.DataFrame(rows).T.fillna(0).astype(int)
 
@@ -121,11 +121,6 @@ def retrieval_table(run: Run):
     return pd.DataFrame(rows).round(3)
 
 # %% ../nbs/11_training.ipynb #f828af78
-def _log_scales(model, log):
-    log.info(f"Loaded logit_scale = {model.logit_scale.item():.4f} (exp={model.logit_scale.exp().item():.1f})")
-    fine = model.logit_scale_finegraind.item()
-    log.info(f"logit_scale (finegrained): {fine:.6f} (exp={math.exp(fine):.4f})")
-
 def random_model(cfg: TrainConfig, log) -> FGCLIP:
     "A preset with random weights from `cfg.seed`; `logit_scale_init` sets all three temperatures."
     torch.manual_seed(cfg.seed)
@@ -135,7 +130,7 @@ def random_model(cfg: TrainConfig, log) -> FGCLIP:
             with torch.no_grad(): p.fill_(cfg.logit_scale_init)
     model.clamp_scales_()
     log.info(f"model {cfg.model}: random weights from seed {cfg.seed}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    _log_scales(model, log)
+    log_scales(model)
     return model
 
 # %% ../nbs/11_training.ipynb #46bdc453
@@ -353,20 +348,11 @@ def total_steps(cfg: TrainConfig, order: TrainingOrder) -> int:
     return cfg.max_steps or cfg.epochs * max(1, order.per_epoch // cfg.gradient_accumulation_steps)
 
 # %% ../nbs/11_training.ipynb #c3278e36
-def loss_weights(cfg: TrainConfig) -> dict:
-    "Weight of each named term."
-    return dict(loss_global_short=cfg.global_weight, loss_global_long=cfg.global_weight, loss_region=cfg.region_weight, loss_hard=cfg.hard_weight)
-
-def total_loss(terms: dict, weights: dict) -> torch.Tensor:
-    "Weighted sum of the terms that are there."
-    return sum(weights[name] * term.loss for name, term in terms.items())
-
-# %% ../nbs/11_training.ipynb #e7e060db
 def forward_backward(s: TrainState, batch) -> tuple:
     "Losses and gradients of one batch; returns (total, terms, features). Gradients are added to `.grad`."
     def loss_fn(features, b):
         terms = compute_losses(features, b, bank=s.bank, duplicates=s.cfg.duplicates)
-        return total_loss(terms, loss_weights(s.cfg)) / s.cfg.gradient_accumulation_steps, (terms, features)
+        return total_loss(terms, s.cfg) / s.cfg.gradient_accumulation_steps, (terms, features)
     if s.cfg.gradient_caching:
         total, (terms, features) = gradient_cached_backward(s.model, batch.split(s.cfg.gradient_caching), loss_fn, autocast=s.accelerator.autocast)
     else:
@@ -544,7 +530,7 @@ def count_rejects(s: TrainState, rejects, asked: int):
     s.load_rejects += len(rejects)
     for r in rejects:
         s.log.warning(f"{r.sample}: not loaded, left out of the batch: {r.reason}")
-        with open(s.path/"rejects.jsonl", "a") as f: f.write(json.dumps(r.as_dict()) + "\n")
+        with open(s.path/"rejects.jsonl", "ab") as f: f.write(reject_lines([r]))
     share = s.load_rejects / max(1, s.loads)
     if rejects and share > s.cfg.max_reject_share and s.load_rejects > 1:
         raise DataError(f"{s.load_rejects} of {s.loads} samples could not be loaded ({share:.1%}, max_reject_share is {s.cfg.max_reject_share:.1%}); "
@@ -604,7 +590,7 @@ def validate(s: TrainState, examples, permutations: int = 200) -> dict:
 # %% ../nbs/11_training.ipynb #cd094a47
 def validation_score(found: dict, cfg: TrainConfig) -> float:
     "Weighted validation loss, lower is better."
-    return sum(w * found[f"val_{n}"] for n, w in loss_weights(cfg).items() if f"val_{n}" in found)
+    return total_loss({k.removeprefix("val_"): SimpleNamespace(loss=v) for k, v in found.items() if k.startswith("val_loss_")}, cfg)
 
 def note_validation(s: TrainState, found: dict) -> bool:
     "Log and record a validation; True when `early_stop` validations in a row brought no improvement."
@@ -780,24 +766,20 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
 
 def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
     "Data, model, optimiser, bank and recorder of a run, not yet trained."
-    from fgclip_nb.diagnostics import Recorder
     board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
     return new_state(cfg, prepare_data(cfg), accelerator, path, log, Recorder(path, cfg, log, board) if accelerator.is_main_process else None)
 
 # %% ../nbs/11_training.ipynb #e449928c
 def expected_counts(s: TrainState) -> dict:
     "What expectations are computed from: all training samples, or an even thousand of a large memory-mapped set."
-    from fgclip_nb.diagnostics import count_samples
     train = s.data.train
     looked_at = [train[i] for i in range(0, len(train), max(1, len(train) // 1000))] if hasattr(train, "subset") else train
     return count_samples(looked_at, s.cfg) | dict(samples=len(train))
 
 def announce(s: TrainState):
     "Before the first step: rejects written and counted by rule, manifest, and what is to be expected."
-    from collections import Counter
-    from fgclip_nb.diagnostics import expectations, show
-    write_atomic(s.path/"rejects.jsonl", "".join(json.dumps(r.as_dict(), ensure_ascii=False) + "\n" for r in s.data.rejects))
-    rules = ", ".join(f"{k} {v}" for k, v in Counter(r.rule for r in s.data.rejects).most_common()) or "nothing"
+    write_rejects(s.data.rejects, s.path/"rejects.jsonl")
+    rules = ", ".join(f"{k} {v}" for k, v in collections.Counter(r.rule for r in s.data.rejects).most_common()) or "nothing"
     s.log.info(f"data {s.cfg.data}: {len(s.data.train)} train, {len(s.data.val)} val; rejected: {rules}")
     write_manifest(s)
     expected = expectations(s.cfg, expected_counts(s), s.accelerator.num_processes)
@@ -807,7 +789,6 @@ def announce(s: TrainState):
 # %% ../nbs/11_training.ipynb #e2cf0917
 def finish(s: TrainState, val_samples):
     "Held-out retrieval, verdicts and report; the folder counts as finished from here on."
-    from fgclip_nb.diagnostics import conclude
     from fgclip_nb.evaluation import Encoder, caption_retrieval
     captioned = [v for v in val_samples if v.captions or v.short_caption]
     if len(captioned) > 1:
@@ -1034,7 +1015,6 @@ def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
 
 def estimate(cfg: TrainConfig, seconds: float = 30.0):
     "Memory and time that a run will take, before it is started (`Expectations`: rows of name, value, how it is known). Nothing is written."
-    from fgclip_nb.diagnostics import Expectations
     return Expectations(list(estimate_rows(cfg, seconds)))
 
 # %% ../nbs/11_training.ipynb #a77ddea5
@@ -1118,7 +1098,6 @@ def config_from_args(args) -> TrainConfig:
 
 def print_estimate(cfg: TrainConfig):
     "What a run will take, line by line as it becomes known."
-    from fgclip_nb.diagnostics import show
     for name, value, how in estimate_rows(cfg): print(f"{name}: {show(value)} ({how})", flush=True)
 
 def main(args=None) -> int:

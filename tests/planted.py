@@ -41,7 +41,7 @@ def make_world(folder, photos=64, held_out=24, seed=0, two_words=False) -> Path:
     (folder/"regions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder/"regions.jsonl"
 
-MICRO = model._sizes(64, 16, 64, 2, 64, 2, 32)
+MICRO = model.model_sizes(64, 16, 64, 2, 64, 2, 32)
 HEALTHY = dict(model="tiny", augment="none", batch_size=8, max_regions=4, max_steps=100, learning_rate=4e-3, lr_warmup_steps=5, region_weight=1.0,
                hard_weight=0.2, diag_every=5,
                eval_every=25, save_every=10_000, log_every=1000, tracker="none", adam_beta2=0.98, memory_bank_size=0, device="cpu")
