@@ -8,9 +8,10 @@ __all__ = ['RULES', 'READING', 'EDGE', 'MAX_REJECTS', 'ENGLISH', 'ADVICE', 'area
            'count_rules', 'filter_regions', 'FilteredShards', 'filter_shards', 'media_fault', 'check_media',
            'reject_lines', 'write_rejects', 'Word', 'read_words', 'shipped_words', 'Swapper', 'like_case', 'swap',
            'swapped', 'like_style', 'class_texts', 'load_class_sentences', 'class_negatives_for', 'negatives_for',
-           'add_negatives', 'repeated_phrases', 'negative_counts', 'usual_negatives', 'language', 'media_name',
-           'read_names', 'overlap', 'clip_range', 'stretches', 'not_hit', 'leave_out', 'Finding', 'sort_findings',
-           'rule_findings', 'negative_findings', 'repeat_findings', 'text_findings', 'overlap_findings', 'ReportConfig']
+           'add_negatives', 'is_plain_normal', 'add_normal_regions', 'repeated_phrases', 'negative_counts',
+           'usual_negatives', 'language', 'media_name', 'read_names', 'overlap', 'clip_range', 'stretches', 'not_hit',
+           'leave_out', 'Finding', 'sort_findings', 'rule_findings', 'negative_findings', 'repeat_findings',
+           'text_findings', 'overlap_findings', 'ReportConfig']
 
 # %% ../nbs/03_filters.ipynb #bf9508d5
 import dataclasses, json, math, random, re
@@ -400,6 +401,22 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
     had, have = (sum(bool(r.negatives) for s in group for r in s.regions) for group in (samples, out))
     none = sum(len(s.regions) for s in out) - have
     get_logger().info(f"hard negatives: {had} regions had some, {have - had} more have now, {none} have none")
+    return Samples(out, getattr(samples, "formats", None), getattr(samples, "counts", None), getattr(samples, "changes", ()))
+
+# %% ../nbs/03_filters.ipynb #4ff8538b
+def is_plain_normal(sample) -> bool:
+    "Whether a sample is a normal clip with a caption and without a region."
+    return sample.kind == "video" and sample.label == "Normal" and not sample.regions and bool(sample.short_caption or sample.caption)
+
+def add_normal_regions(samples) -> Samples:
+    """Samples whose normal clips all have a region, where any other sample has one: the whole frame of the clip's span, under its caption.
+
+    Memory-mapped shards stay as they are."""
+    if isinstance(samples, ShardedSamples) or not any(s.regions for s in samples): return samples
+    whole = lambda s: [Region(s.short_caption or s.caption, source="clip", id=f"{s.id}#clip")]
+    out = [dataclasses.replace(s, regions=whole(s)) if is_plain_normal(s) else s for s in samples]
+    added = sum(map(is_plain_normal, samples))
+    if added: get_logger().info(f"normal clips: {added} had no region; theirs is the whole frame of their span, under their caption")
     return Samples(out, getattr(samples, "formats", None), getattr(samples, "counts", None), getattr(samples, "changes", ()))
 
 # %% ../nbs/03_filters.ipynb #b18d2942
