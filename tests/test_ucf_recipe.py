@@ -4,7 +4,7 @@ import json, os, shutil, subprocess, sys
 import numpy as np
 import pytest
 
-av = pytest.importorskip("av")
+pytest.importorskip("av")
 pytest.importorskip("pyarrow")
 from fgclip_nb import filters, media
 from fgclip_nb.core import TrainConfig, read_jsonl
