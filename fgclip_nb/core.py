@@ -74,6 +74,7 @@ class DataParams:
     num_frames: int = param(0, "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample", 0, 100000)
     frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty: decode the frames at every step")
     make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0: none are made", 0, 1000)
+    class_negatives: str = param("", "sentences that are wrong for a class, for its regions without negatives: `ucf_crime`, or a JSON or YAML file {class: [sentences]}")
     region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)", choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
     max_reject_share: float = param(0.05, "the run ends non-zero when more than this share of samples failed to load in flight (0-1)", 0, 1)

@@ -341,6 +341,31 @@ def test_probes_measure_what_a_step_really_takes(world, changes):
     assert 0.7 < line / found[-1].bytes < 1.4, (line, found)
 
 
+def test_a_video_run_says_at_its_start_what_its_frames_show(world, tmp_path):
+    from fgclip_nb.core import Run
+    params = dict(world, data="video_sample", num_frames=2, batch_size=2, max_steps=1, output=str(tmp_path/"run"))
+    assert micro.run(params) == 0
+    known = {r["name"]: r["value"] for r in Run(params["output"]).expectations()}
+    assert 0.5 < known["regions shown by the sampled frames"] < 1 and 1 <= known["visible frames per region"] <= 2
+    assert 0 < known["annotated time within the sampled range"] < 1 and known["parameters"] > 1e5
+    assert "expected: regions shown by the sampled frames = 0." in log_of(params)
+
+
+def test_class_negatives_reach_the_loss(world, tmp_path):
+    """Labelled samples without negatives of their own get those of a YAML file; the hard loss then counts them."""
+    rows = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
+    for row in rows:
+        row["label"] = "Squares"
+        for region in row["regions"]: region["negatives"] = []
+    other = Path(world["data"]).with_name("labelled.jsonl")
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path/"wrong.yaml").write_text("Squares: [a circle, a triangle, a star]\n")
+    params = dict(world, data=str(other), output=str(tmp_path/"run"), max_steps=2)
+    assert micro.run(params) == 0 and "loss_hard" not in (tmp_path/"run/metrics.jsonl").read_text()
+    assert micro.run(dict(params, output=str(tmp_path/"more"), class_negatives=str(tmp_path/"wrong.yaml"))) == 0
+    assert [json.loads(line)["candidates_hard"] for line in (tmp_path/"more/metrics.jsonl").read_text().splitlines()] == [4, 4]
+
+
 def test_clear_errors_before_the_first_step(world, tmp_path):
     from fgclip_nb.core import ConfigError, DataError, TrainConfig
     from fgclip_nb.training import train
