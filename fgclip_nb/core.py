@@ -91,6 +91,7 @@ class ModelParams:
     override_logit_scale: bool = param(False, "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused")
     precision: str = param("fp32", "fp32, or bf16: autocast with fp32 master weights", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, about a third more time")
+    compile_layers: bool = param(False, "compile norms, projections and MLPs with torch.compile: for long runs on a GPU; the first step takes a minute longer")
 
 # %% ../nbs/00_core.ipynb #2543afab
 @dataclass

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COUNTERS', 'GIB', 'RunData', 'data_fingerprint', 'class_sentences', 'add_class_negatives', 'role_of', 'split_samples',
            'clip_frames', 'planned_frames', 'prepare_data', 'data_table', 'retrieval_table', 'random_model',
-           'weights_source', 'build_model', 'parameter_groups', 'learning_rate_at', 'optimizer_tensors',
-           'load_optimizer_tensors', 'save_checkpoint', 'checkpoint_fault', 'newest_checkpoint', 'prune_checkpoints',
-           'TrainState', 'tracker_names', 'tensorboard_in', 'trackers_of', 'Trackers', 'keep_freed_memory',
-           'make_accelerator', 'training_order', 'total_steps', 'forward_backward', 'average_gradients',
-           'first_non_finite', 'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update', 'feed_bank',
-           'run_step', 'record_step', 'memory_advice', 'batch_shapes', 'OutOfMemory', 'ran_out_of_memory',
+           'resize_positions_', 'weights_source', 'build_model', 'parameter_groups', 'learning_rate_at',
+           'optimizer_tensors', 'load_optimizer_tensors', 'save_checkpoint', 'checkpoint_fault', 'newest_checkpoint',
+           'prune_checkpoints', 'TrainState', 'tracker_names', 'tensorboard_in', 'trackers_of', 'Trackers',
+           'keep_freed_memory', 'make_accelerator', 'training_order', 'total_steps', 'forward_backward',
+           'average_gradients', 'first_non_finite', 'gradient_norm', 'note_bad_step', 'clip_gradients', 'apply_update',
+           'feed_bank', 'run_step', 'record_step', 'memory_advice', 'batch_shapes', 'OutOfMemory', 'ran_out_of_memory',
            'asked_names', 'explain_memory', 'Collate', 'make_loader', 'count_rejects', 'read_batches',
            'validation_losses', 'validate', 'validation_score', 'note_validation', 'Interrupted', 'on_signals',
            'stop_signals', 'agree_to_stop', 'checkpoint', 'restore', 'due', 'leave_if_asked', 'timed_step',
@@ -37,7 +37,7 @@ from .diagnostics import Board, Expectations, Recorder, conclude, count_samples,
 from .filters import add_negatives, check_media, filter_regions, folded, reject_lines, write_rejects
 from .losses import compute_losses, gradient_cached_backward, push_regions
 from .media import balanced_order, frame_times, region_presence, sample_frames, span_frames, ucf_crime_prompts
-from .model import FGCLIP, FGCLIPConfig, PRESETS, log_scales
+from .model import FGCLIP, FGCLIPConfig, PRESETS, grid_positions, log_scales
 from .regions import Samples, load_samples
 
 # %% ../nbs/11_training.ipynb #31aafeac
@@ -160,6 +160,17 @@ def random_model(cfg: TrainConfig, log) -> FGCLIP:
     return model
 
 # %% ../nbs/11_training.ipynb #46bdc453
+def resize_positions_(model, size: int):
+    "Make a model for pictures of `size` pixels, in place: its table of positions is resampled once, as the model does on the fly for another size."
+    vision, places = model.config.vision_config, model.vision_model.embeddings
+    if size == vision.image_size: return
+    if size % vision.patch_size:
+        raise ConfigError(f"parameter `image_size` = {size} does not divide into patches of {vision.patch_size} pixels: take {size // vision.patch_size * vision.patch_size}")
+    with torch.no_grad(): table = grid_positions(places.position_embedding.weight, (size // vision.patch_size,) * 2).clone()
+    places.position_embedding = torch.nn.Embedding(*table.shape, _weight=table)
+    places.position_ids = torch.arange(len(table))[None]
+    places.image_size = vision.image_size = size
+
 def weights_source(name: str):
     "What a loader is given: the newest checkpoint of a run folder, or the name itself."
     path = resolve_path(name)
@@ -174,7 +185,9 @@ def build_model(cfg: TrainConfig, log) -> FGCLIP:
         scale = dict(logit_scale_init=cfg.logit_scale_init, override_logit_scale=cfg.override_logit_scale)
         is_file = isinstance(source, Path) and source.is_file()
         model = FGCLIP.from_openai(source, **scale) if is_file else FGCLIP.from_clip(str(source), revision=cfg.revision or None, **scale)
+    if cfg.image_size: resize_positions_(model, cfg.image_size)
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.compile_layers: model.compile_layers()
     return model.float()
 
 # %% ../nbs/11_training.ipynb #19be78e3
@@ -917,6 +930,7 @@ def count_parameters(cfg: TrainConfig, clips: bool):
     "Parameters of a preset, counted without making any; None for weights that would have to be read first."
     if cfg.model not in PRESETS: return None
     with torch.device("meta"): model = FGCLIP(FGCLIPConfig.preset(cfg.model))
+    if cfg.image_size: resize_positions_(model, cfg.image_size)
     if clips: model.add_temporal_head()
     return sum(p.numel() for p in model.parameters())
 
