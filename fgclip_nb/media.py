@@ -803,7 +803,7 @@ def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
 # %% ../nbs/02_media.ipynb #8252922e
 @lru_cache(maxsize=1)
 def ucf_crime_prompts() -> dict:
-    "class -> {phrase, captions, negatives} for UCF-Crime's 13 classes and Normal."
+    "class -> {phrase, captions, negatives} for UCF-Crime's 13 classes, XD-Violence's Riot, and Normal."
     return json.loads((data_dir()/"ucf_crime_prompts.json").read_text())
 
 def class_negatives(label) -> tuple:

@@ -7,7 +7,9 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from fgclip_nb.core import ConfigError, DataError
-from fgclip_nb.evaluation import anomaly_scores, fit_heads, frame_auc, match_scores, read_anomaly_annotations, read_frame_counts, read_prompts, read_scores, video_name
+from fgclip_nb.evaluation import (anomaly_scores, fit_heads, frame_auc, match_scores, read_anomaly_annotations, read_frame_counts, read_prompts,
+                                  read_scores, track_annotations, video_features, video_name)
+from fgclip_nb.regions import boxes_at, load_samples
 
 HERE = Path(__file__).resolve().parent
 ANNOTATION, FRAMES = HERE/"data_eval/ucf_annotation.txt", HERE/"data_eval/ucf_frames.csv"
@@ -147,6 +149,62 @@ def test_zero_shot_scores_of_a_video_file(tmp_path):
     assert frames == {"Abuse028_x264": 40} and scores["Abuse028_x264"].shape == (3,) and (0 < scores["Abuse028_x264"]).all() and (scores["Abuse028_x264"] < 1).all()
     found, rejects, *_ = match_scores(scores, ANNOTATION, frames)
     assert not found and "starts after the last of 40 frames" in rejects[0].reason
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    import torch
+    from fgclip_nb.model import FGCLIP, FGCLIPConfig
+    torch.manual_seed(0)
+    return FGCLIP(FGCLIPConfig.preset("tiny"))
+
+
+def somebody(sample, region): return bool({"man", "woman"} & set(region.phrase.split()))
+
+
+def test_tracks_say_when_the_event_is_in_the_picture():
+    clips = load_samples("video_sample")[0]
+    events = track_annotations(clips, somebody)
+    assert not events["car_park"].spans and events["visitors"].classes == ("event",)
+    for s in clips:
+        for r in s.regions:
+            if s.media.endswith("visitors.mp4") and somebody(s, r):
+                frames = np.arange(1394)
+                inside = np.array([any(a <= f <= b for a, b in events["visitors"].spans) for f in frames])
+                assert not (boxes_at(r.keyframes, frames)[1] & ~inside).any(), r.id
+    assert not any(v.spans for v in track_annotations(clips).values()), "all of them are labelled Normal"
+    oracle = {n: [any(a <= f <= b for a, b in v.spans) for f in range(400 if n == "car_park" else 1394)] for n, v in events.items()}
+    assert frame_auc(oracle, events)["auc"] == 1
+
+
+def test_features_of_videos_are_kept_and_belong_to_their_weights(tiny, tmp_path, monkeypatch):
+    import torch
+    from fgclip_nb import evaluation
+    from fgclip_nb.model import FGCLIP, FGCLIPConfig
+    movies = sorted({s.media for s in load_samples("video_sample")[0]})
+    fresh = video_features(tiny, movies, every=100)
+    first = video_features(tiny, movies, every=100, cache=tmp_path/"cache")
+    monkeypatch.setattr(evaluation, "_encode_video", lambda *a: pytest.fail("encoded again"))
+    again = video_features(tiny, movies, every=100, cache=tmp_path/"cache")
+    for n in ("car_park", "visitors"):
+        assert fresh[n].frames == again[n].frames and again[n].regions.shape == (len(again[n].whole), 10, 128) and again[n].bag().shape[1] == 256
+        assert np.allclose(fresh[n].whole, again[n].whole, atol=1e-6) and np.allclose(first[n].regions, again[n].regions, atol=1e-6)
+    with pytest.raises(DataError, match="another every"): video_features(tiny, movies, every=50, cache=tmp_path/"cache")
+    torch.manual_seed(1)
+    with pytest.raises(DataError, match="another weights"): video_features(FGCLIP(FGCLIPConfig.preset("tiny")), movies, every=100, cache=tmp_path/"cache")
+
+
+def test_the_shipped_clips_end_to_end(tiny, tmp_path):
+    clips = load_samples("video_sample")[0]
+    movies, events = sorted({s.media for s in clips}), track_annotations(clips, somebody)
+    scenes = {"Normal": ["an empty room", "an empty car park"], "Visitor": ["a person at a table"]}
+    found = {}
+    for weight in (0, 0.5, 1):
+        scores, frames = anomaly_scores(tiny, movies, scenes, every=25, region_weight=weight, cache=tmp_path/"cache")
+        assert frames == {"car_park": 377, "visitors": 1394}
+        found[weight] = frame_auc(scores, events, frames, smoothing=3, repeats=50)
+        assert found[weight]["frames"] == 1771 and found[weight]["videos"] == 2 and not found[weight]["rejects"]
+    assert len({f["auc"] for f in found.values()}) == 3, "whole frames and regions say different things"
 
 
 @pytest.mark.skipif(not UCF.is_dir(), reason="the full UCF-Crime annotation is not in this checkout")

@@ -227,6 +227,69 @@ def test_a_transformers_clip_model_scores_photos_and_captions(photos, tmp_path):
     assert (compare_evaluations(direct, through).difference.abs() < 0.02).all() and through.results["hard_negatives"]["hard"]["queries"] > 10
 
 
+TOWER = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128)
+WORDS = dict(TOWER, vocab_size=49408, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
+SIZES = dict(projection_dim=32, text_config=WORDS, vision_config=dict(TOWER, image_size=64, patch_size=16))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, photos):
+    "Every kind of weights that somebody may have, as `evaluate` is given it; the same FG-CLIP or the same CLIP each time."
+    from official import GOLDENS
+    from safetensors.torch import save_file
+    from test_loading import as_openai, torchscript
+    from transformers import CLIPConfig, CLIPModel
+    from fgclip_nb.model import FGCLIP, FGCLIPConfig
+    at = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(0)
+    fine, clip = FGCLIP(FGCLIPConfig(**SIZES)).eval(), CLIPModel(CLIPConfig(**SIZES)).eval()
+    fine.save_pretrained(at/"run/checkpoints/step_00000007")
+    clip.save_pretrained(at/"clip")
+    (at/"official").mkdir()
+    config = json.loads((GOLDENS/"golden_a/config.json").read_text()) | json.loads(CLIPConfig(**SIZES).to_json_string())
+    config.update(model_type="clip", architectures=["FGCLIPModel"], auto_map={"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"})
+    (at/"official/config.json").write_text(json.dumps(config))
+    save_file({k: v.clone() for k, v in fine.state_dict().items()}, at/"official/model.safetensors")
+    torch.save(as_openai(clip.state_dict()), at/"state_dict.pt")
+    torchscript(as_openai(clip.state_dict()), at/"archive.pt")
+    save_features(fine, photos[:8], at/"features")
+    return at, fine, clip
+
+
+FINE, PLAIN = ("run", "run/checkpoints/step_00000007", "official", "features", "hub/fine"), ("clip", "state_dict.pt", "archive.pt", "hub/clip")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("source", FINE + PLAIN)
+def test_every_kind_of_weights_through_evaluate(sources, photos, source, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+    at, fine, clip = sources
+    def download(repo, filename, **kw):        # a stand-in for the network
+        found = at/{"hub/fine": "official", "hub/clip": "clip"}[repo]/filename
+        if not found.exists(): raise EntryNotFoundError(filename)
+        return str(found)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    tasks = ["short_retrieval", "long_retrieval", "caption_negatives"] + ["hard_negatives"]*(source in FINE)      # plain CLIP has global tasks only
+    direct = evaluate(fine if source in FINE else clip, photos[:8], tasks, permutations=20)
+    through = evaluate(source if "hub" in source else at/source, photos[:8], tasks, permutations=20)
+    if source == "archive.pt": assert (compare_evaluations(direct, through).difference.abs() < 0.1).all(), "its weights are halves"
+    else: assert rows(direct.results) == rows(through.results)
+    assert through.manifest["model"] == str(source if "hub" in source else at/source)
+    if source not in ("features", "archive.pt") and source in FINE: assert through.manifest["weights"] == direct.manifest["weights"]
+    if source != "features": assert through.manifest["context_length"]["long"] == (248 if source in FINE else 77)
+
+
+def test_plain_clip_has_no_regions_of_its_own(sources, photos):
+    with pytest.raises(ConfigError, match="CLIPModel has no dense features.*FGCLIP.from_clip"): evaluate(sources[2], photos[:2], ["hard_negatives"])
+
+
+def test_what_is_no_model_is_said(tmp_path):
+    for source, said in ((tmp_path, "config.json"), (tmp_path/"none", "no such folder"), (tmp_path/"a.txt", "a.txt")):
+        if source.suffix: source.write_text("no weights")
+        with pytest.raises(DataError, match=said): load_model(source)
+
+
 def test_checkpoint_folders_and_run_folders(model, photos, tmp_path):
     model.save_pretrained(tmp_path/"run/checkpoints/step_00000007")
     for source in (tmp_path/"run", tmp_path/"run/checkpoints/step_00000007"):
@@ -274,6 +337,24 @@ def test_saved_results_are_read_back_and_have_the_keys_others_read(model, photos
     assert set(files["region_classification.json"]["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
     assert set(files["short_retrieval.json"]["metrics"]) == {f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)}
     assert not compare_evaluations(out, result).decided.any() and "NaN" not in (out/"evaluation.json").read_text()
+
+
+def test_evaluations_are_found_and_laid_side_by_side(model, photos, tmp_path):
+    from fgclip_nb.evaluation import ENOUGH_PHOTOS, evaluation_notes, load_evaluations, plot_paired, plot_side_by_side, side_by_side
+    tasks, few = ["short_retrieval", "caption_negatives"], photos[:8]
+    a, b = (evaluate(model, few, tasks, permutations=20, name=f"org/{n}", image_size=size) for n, size in (("a", 112), ("b", 64)))
+    save_evaluation(a, tmp_path/"first/evaluation"), save_evaluation(b, tmp_path/"first/evaluation/baseline"), save_evaluation(a, tmp_path/"second/evaluation")
+    found = load_evaluations(tmp_path/"first", f"{tmp_path}/sec*")
+    assert list(found) == ["first", "second", "baseline b"] and not load_evaluations(tmp_path/"nowhere*")
+    table = side_by_side(found)
+    assert list(table.columns) == ["items", "chance", "first", "second", "baseline b"] and (table["first"] == table["second"]).all()
+    assert ("caption_negatives", "all", "mean_rank") not in table.index and ("short_retrieval", "i2t", "mean_rank") in table.index
+    assert evaluation_notes(found) == ["baseline b and first: another image size, a property of the models."]
+    other = evaluate(model, photos[:9], tasks, permutations=20, ties="official")
+    assert "other samples, another tie rule" in evaluation_notes(found | {"other": other})[0]
+    paired = compare_evaluations(found["first"], found["baseline b"])
+    assert len(few) < ENOUGH_PHOTOS and not paired.decided.any() and set(paired.photos) <= set(range(1, 9))
+    plot_side_by_side(found), plot_paired(paired)
 
 
 def test_wrong_questions_are_refused(model, photos):
