@@ -329,16 +329,17 @@ def _picture_of(sample) -> tuple:
     return read_frames(sample.media, [best])[0], seen[best]
 
 def _draw_boxes(ax, pixels, boxes):
-    "Boxes (0-1 xyxy) with their phrases over a picture."
+    "Boxes (0-1 xyxy) over a picture, and below it their phrases in the boxes' colours. Returns height over width."
     from matplotlib.patches import Rectangle
     ax.imshow(pixels)
     h, w = pixels.shape[:2]
     for k, (phrase, (x1, y1, x2, y2)) in enumerate(boxes):
         colour = f"C{k % 10}"
         ax.add_patch(Rectangle((x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h, fill=False, edgecolor=colour, linewidth=2))
-        name = textwrap.shorten(phrase, 34, placeholder="…")
-        ax.text(x1 * w, y1 * h, name, fontsize=7, color="white", va="top", backgroundcolor=colour)
+        name, place = textwrap.shorten(phrase, 56, placeholder="…"), (0, -3 - 9 * k)
+        ax.annotate(name, (0, 0), place, xycoords="axes fraction", textcoords="offset points", fontsize=7, color=colour, va="top")
     ax.set_axis_off()
+    return h / w
 
 # %% ../nbs/04a_batches.ipynb #b0442ad6
 def plot_samples(samples, n: int = 6, most: int = 4):
@@ -348,12 +349,15 @@ def plot_samples(samples, n: int = 6, most: int = 4):
     shown = ranked[:n // 2] + ranked[n // 2:][::max(1, (len(ranked) - n // 2) // max(1, n - n // 2))][:n - n // 2]
     columns = min(3, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    fig, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
+    highest = 0
     for ax, s in zip(axes.flat, shown):
         pixels, boxes = _picture_of(s)
-        _draw_boxes(ax, pixels, boxes[:most])
-        ax.set_title(textwrap.fill((s.captions[:1] or (s.short_caption or s.caption[:80],))[0], 46), fontsize=8)
-    fig.suptitle(f"{len(shown)} of {len(samples)} samples with their boxes (at most {most} drawn per photo)", fontsize=10)
-    fig.tight_layout()
+        highest = max(highest, _draw_boxes(ax, pixels, boxes[:most]))
+        title = (s.captions[:1] or (s.short_caption or s.caption,))[0]
+        ax.set_title(textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 52), fontsize=8)
+    fig.set_size_inches(3.6 * columns, rows * (3.3 * min(highest, 1) + .45 + .15 * most) + .4)
+    fig.get_layout_engine().set(h_pad=.12)
+    fig.suptitle(f"{len(shown)} of {len(samples)} samples with their boxes (at most {most} drawn per picture)", fontsize=10)
     return fig

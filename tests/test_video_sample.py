@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("av")
+from fgclip_nb.batches import Drawing, Examples
+from fgclip_nb.core import TrainConfig
 from fgclip_nb.media import clip_inputs, frame_times, read_frames, region_presence, span_frames, video_info
 from fgclip_nb.regions import boxes_at, load_samples, sample_path
+from fgclip_nb.training import clip_frames, prepare_data, training_order
 
 FOLDER = sample_path("video_sample").parent
 ROWS = [json.loads(line) for line in (FOLDER/"regions.jsonl").read_text().splitlines()]
@@ -66,6 +69,17 @@ def test_every_region_is_seen_by_sixteen_frames():
     missed = [reject for c in seen for reject in c.rejects]
     assert len(missed) <= 1 and np.nanmean([c.coverage for c in seen]) > 0.95, missed
     assert len({r.phrase for s, c in zip(SAMPLES, seen) if s.split == "train" for r in c.regions}) >= 16
+
+
+def test_every_step_of_the_default_run_contrasts_six_captions():
+    "Regions as training draws them, with jitter, batch for batch over 80 epochs: never fewer than 6 distinct phrases or captions."
+    cfg = TrainConfig(data="video_sample")
+    data = prepare_data(cfg).train
+    examples = Examples(data, Drawing(16, cfg.max_regions, num_frames=clip_frames(cfg)), cfg.seed)
+    order = training_order(cfg, data, 1)
+    for step in range(160):
+        drawn = [examples[where] for where in order.indices(step)]
+        assert len({r.phrase for e in drawn for r in e.regions}) >= 6 and len({e.caption for e in drawn}) >= 6
 
 
 @pytest.mark.parametrize("name", ["car_park", "visitors"])
