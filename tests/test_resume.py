@@ -8,7 +8,9 @@ import pytest
 import micro
 
 SIX = ["line:2", "step:4", "save:6:torn", "save:6:unsealed", "save:9:unrenamed", "step:9"]
-TWENTY = [f"step:{n}" for n in range(1, 10)] + [f"save:{n}:{stage}" for n in (3, 6, 9) for stage in ("torn", "unsealed", "unrenamed")] + ["line:5", "line:8"]
+SAVES = {n: [f"save:{n}:{stage}" for stage in ("torn", "unsealed", "unrenamed")] for n in (3, 6, 9)}
+# in the order of steps: a run that has gone on from step 6 cannot die in the checkpoint of step 3 any more
+TWENTY = ["step:1", "step:2", "step:3", *SAVES[3], "step:4", "line:5", "step:5", "step:6", *SAVES[6], "step:7", "line:8", "step:8", "step:9", *SAVES[9]]
 CHANGES = dict(
     plain=dict(),
     workers=dict(num_workers=2),
