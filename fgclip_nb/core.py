@@ -45,7 +45,7 @@ def sha256_file(path) -> str:
 
 # %% ../nbs/00_core.ipynb #9e2a85d4
 def read_jsonl(path):
-    "Yield the objects of a JSON-lines file; a torn last line (a killed writer) ends the reading, a broken line elsewhere raises `DataError`."
+    "Yield the objects of a JSON-lines file; a torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."
     data = Path(path).read_bytes()
     lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
     for number, line in enumerate(lines, 1):
@@ -64,18 +64,19 @@ def param(default, help: str, low=None, high=None, choices=None):
 @dataclass
 class DataParams:
     "What is read and what is rejected."
-    data: str = param("sample", "data set: `sample` (shipped photos), `video_sample`, or a file, list of files or folder in any known format")
+    data: str = param("sample", "`sample` (shipped photos), `video_sample`, or a file, list of files or folder in any known format")
     media_root: str = param("", "folder that image and video paths start from; empty: the folder of the data file")
     min_area: float = param(0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1)
     out_of_range: str = param("reject", "boxes that leave the image: reject them or clip them to it", choices=("reject", "clip"))
     max_regions: int = param(8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
-    augment: str = param("crop", "what the global loss sees of a training photo: the photo itself (none, as the reference), or a mirrored random part of it (crop)",
+    augment: str = param("crop", "training photos in the global loss: whole (none, as the reference) or a mirrored random part (crop)",
                          choices=("none", "crop"))
     num_frames: int = param(0, "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample", 0, 100000)
     frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty: decode the frames at every step")
     make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0: none are made", 0, 1000)
-    class_negatives: str = param("", "sentences that are wrong for a class, for its regions without negatives: `ucf_crime`, or a JSON or YAML file {class: [sentences]}")
-    region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)", choices=("boxes", "span"))
+    class_negatives: str = param("", "sentences that are wrong for a class: `ucf_crime`, or a JSON or YAML file {class: [sentences]}")
+    region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)",
+                               choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
     max_reject_share: float = param(0.05, "the run ends non-zero when more than this share of samples failed to load in flight (0-1)", 0, 1)
 
@@ -83,42 +84,47 @@ class DataParams:
 @dataclass
 class ModelParams:
     "Which model, at which size and precision."
-    model: str = param("tiny", "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336: random weights), or a checkpoint folder, OpenAI file or hub id")
+    model: str = param("tiny", "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336: random weights), or a folder, OpenAI file or hub id")
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(0, "pixels of the square model input; 0: as the model was made for", 0, 4096)
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
-    logit_scale_init: float | None = param(None, "stored (log) temperature of all three losses: 4.6052 is x100, 2.6592 is x14.29; none: from the weights", -5, 4.6052)
-    override_logit_scale: bool = param(False, "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused")
+    logit_scale_init: float | None = param(
+        None, "stored log temperature of the losses: 4.6052 is x100, 2.6592 x14.29; none: from the weights", -5, 4.6052)
+    override_logit_scale: bool = param(
+        False, "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused")
     precision: str = param("fp32", "fp32, or bf16: autocast with fp32 master weights", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, about a third more time")
-    compile_layers: bool = param(False, "compile norms, projections and MLPs with torch.compile: for long runs on a GPU; the first step takes a minute longer")
+    compile_layers: bool = param(
+        False, "compile norms, projections and MLPs with torch.compile: for long GPU runs; the first step is a minute longer")
 
 # %% ../nbs/00_core.ipynb #2543afab
 @dataclass
 class LossParams:
     "What is minimised."
     global_weight: float = param(1.0, "weight of the image-caption loss, long and short each (the reference: 1)", 0, 1000)
-    region_weight: float = param(4.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
+    region_weight: float = param(10.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
     hard_weight: float = param(0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000)
-    duplicates: str = param("mask", "equal captions as candidates: mask them, count them as positive, or ignore that they are equal (the reference)",
+    duplicates: str = param("mask", "equal captions as candidates: masked, counted as positive, or ignored (the reference)",
                             choices=("mask", "positive", "ignore"))
-    memory_bank_size: int = param(16, "regions kept as extra candidates; 0: no bank (a model that changes fast makes old entries wrong: 128 slows the shipped run)", 0, 10_000_000)
+    memory_bank_size: int = param(
+        16, "regions kept as extra candidates; 0: none (the shipped model changes fast: 128 slows it)", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(50, "region forwards (not optimiser steps) before the bank turns itself on", 0, 10_000_000)
 
 # %% ../nbs/00_core.ipynb #056b6a04
 @dataclass
 class OptimParams:
     "How it is minimised."
-    batch_size: int = param(8, "images per process contrasted with each other", 1, 1_000_000)
+    batch_size: int = param(16, "images per process contrasted with each other", 1, 1_000_000)
     gradient_accumulation_steps: int = param(1, "batches whose gradients are averaged per optimiser step; adds no negatives", 1, 100_000)
     gradient_caching: int = param(0, "images per chunk of an exact large batch (GradCache); 0: the whole batch at once", 0, 1_000_000)
-    learning_rate: float = param(8e-4, "peak learning rate of AdamW (the reference fine-tunes at 1e-6; the shipped tiny model starts from nothing)", 0, 1)
-    adam_beta2: float = param(0.98, "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; default of the official script: 0.999)", 0, 0.999999)
+    learning_rate: float = param(5e-4, "peak learning rate of AdamW (to fine-tune: 1e-6; the shipped model starts from nothing)", 0, 1)
+    adam_beta2: float = param(
+        0.98, "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; the official script: 0.999)", 0, 0.999999)
     weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000)
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: no clipping", 0, 1e9)
     max_steps: int = param(0, "optimiser steps of the whole run; 0: as many as `epochs` takes", 0, 1_000_000_000)
-    epochs: int = param(80, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
+    epochs: int = param(120, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
     max_bad_steps: int = param(10, "the run stops non-zero after this many skipped (non-finite) steps in a row", 1, 1_000_000)
 
 # %% ../nbs/00_core.ipynb #56c94d0d
@@ -128,7 +134,8 @@ class RunParams:
     output: str = param("", "run folder; empty: runs/train-<hash of the parameters>, resumed when unfinished")
     seed: int = param(0, "seed of initialisation, order and every random choice", 0, 2**31 - 1)
     device: str = param("auto", "auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
-    processes: int = param(1, "training processes, one per GPU; above 1 they are started as a torch.distributed.run and followed live", 1, 4096)
+    processes: int = param(
+        1, "training processes, one per GPU; above 1 they are started as a torch.distributed.run and followed live", 1, 4096)
     num_workers: int = param(0, "loader processes of each training process", 0, 1024)
     log_every: int = param(20, "optimiser steps between [LOSS] lines", 1, 1_000_000)
     diag_every: int = param(10, "optimiser steps between looks at logits, norms, gradients and updates", 1, 1_000_000)
@@ -137,7 +144,8 @@ class RunParams:
     eval_every: int = param(100, "optimiser steps between validations; 0: only at the end", 0, 1_000_000_000)
     early_stop: int = param(0, "validations without improvement before stopping; 0: never", 0, 1_000_000)
     tracker: str = param("tensorboard", "trackers of accelerate, by name, separated by commas (tensorboard, wandb, ...), or none")
-    allow_changed: str = param("", "what may differ from the checkpoint on resume: parameter names separated by commas, `data` for changed data")
+    allow_changed: str = param(
+        "", "what may differ from the checkpoint on resume: parameter names separated by commas, `data` for changed data")
 
 # %% ../nbs/00_core.ipynb #c50a6173
 @dataclass
@@ -193,9 +201,11 @@ class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams
             check_range(f.name, value, f.metadata)
             setattr(self, f.name, value)
         if self.gradient_caching and self.gradient_accumulation_steps > 1:
-            raise ConfigError("`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise `batch_size`")
+            raise ConfigError("`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise "
+                              "`batch_size`")
         unknown = [n for n in self.allow_changed.split(",") if n and n not in known_parameters() and n != "data"]
-        if unknown: raise ConfigError(f"`allow_changed` names {unknown[0]!r}, which is no parameter{nearest(unknown[0], known_parameters())}")
+        if unknown:
+            raise ConfigError(f"`allow_changed` names {unknown[0]!r}, which is no parameter{nearest(unknown[0], known_parameters())}")
 
     @classmethod
     def from_params(cls, params: dict):
@@ -234,7 +244,7 @@ def notebook_params(namespace: dict) -> dict:
     return {n: namespace[n] for names in cells for n in names if n in namespace}
 
 def refuse_unknown(namespace: dict):
-    "For a notebook with parameters of its own: raise `ConfigError` when papermill was given a name that its first `# Parameters` cell does not assign."
+    "For a notebook with parameters of its own: `ConfigError` when papermill gave a name that its `# Parameters` cell does not assign."
     cells = [_assigned(c) for c in namespace.get("In", ()) if c.lstrip().startswith("# Parameters")]
     for name in (n for names in cells[1:] for n in names if n not in cells[0]):
         raise ConfigError(f"unknown parameter `{name}` = {namespace.get(name)!r}{nearest(name, cells[0])}")
@@ -338,7 +348,8 @@ class Run(RunFolder):
 
 # %% ../nbs/00_core.ipynb #f12bc020
 _locks = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])   # a loader process must not outlive the run as holder of its lock
+# a loader process must not outlive the run as holder of its lock
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 class FolderLock:
     "Holds `<folder>/.lock` until closed or the process dies; raises `ConfigError` naming the holder when taken."
@@ -394,8 +405,8 @@ def code_identity() -> dict:
     # an installed wheel inside somebody else's repository must not borrow that repository's commit
     ours = bool(git("ls-files", "--error-unmatch", "core.py"))
     diff = git("diff", "HEAD", "--", ".", "../nbs") if ours else ""
-    return dict(commit=git("rev-parse", "HEAD").strip() if ours else "", diff=hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else "",
-                package=files.hexdigest()[:12])
+    return dict(commit=git("rev-parse", "HEAD").strip() if ours else "", package=files.hexdigest()[:12],
+                diff=hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else "")
 
 # %% ../nbs/00_core.ipynb #27ebc497
 def versions() -> dict:

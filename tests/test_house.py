@@ -1,4 +1,5 @@
-"""What no cell can check: notebooks against the library, tags that papermill needs, packaging, import cost. Files of the repository are read, none is changed."""
+"""What no cell can check: notebooks against the library, tags that papermill needs, packaging, import cost. Files of the repository are
+read, none is changed."""
 import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (tmp_path/"fgclip_nb").mkdir()
     (tmp_path/"fgclip_nb/__init__.py").write_text((ROOT/"fgclip_nb/__init__.py").read_text())
-    done = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     made = {p.name: p.read_text() for p in (tmp_path/"fgclip_nb").glob("*.py")}
     kept = {p.name: p.read_text() for p in (ROOT/"fgclip_nb").glob("*.py")}
@@ -41,7 +43,8 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
     shutil.copy(ROOT/"settings.ini", tmp_path)
     (tmp_path/"nbs").mkdir()
     shutil.copy(ROOT/"nbs/train.ipynb", tmp_path/"nbs")
-    subprocess.run([Path(sys.executable).parent/"nbdev_clean", "--fname", "nbs/train.ipynb"], cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
+    clean = [Path(sys.executable).parent/"nbdev_clean", "--fname", "nbs/train.ipynb"]
+    subprocess.run(clean, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
     assert any("parameters" in c["metadata"].get("tags", []) for c in cells(tmp_path/"nbs/train.ipynb"))
 
 
@@ -72,11 +75,13 @@ def test_imports_point_only_to_lower_numbers():
 
 
 def run_python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ, **env), stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, **env), stdin=subprocess.DEVNULL)
 
 
 def test_import_is_light():
-    code = "import sys, fgclip_nb, fgclip_nb.core, fgclip_nb.regions, fgclip_nb.filters; print([m for m in ('torch', 'transformers', 'IPython', 'nbdev', 'papermill', 'pandas') if m in sys.modules])"
+    code = ("import sys, fgclip_nb, fgclip_nb.core, fgclip_nb.regions, fgclip_nb.filters\n"
+            "print([m for m in ('torch', 'transformers', 'IPython', 'nbdev', 'papermill', 'pandas') if m in sys.modules])")
     done = run_python(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -84,8 +89,9 @@ def test_import_is_light():
 def test_library_imports_without_notebook_packages():
     """The exported modules never name nbdev, fastcore, papermill or jupyter at import."""
     names = [p.stem for p in (ROOT/"fgclip_nb").glob("*.py") if p.stem[0] != "_"]
+    absent = ("nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "IPython", "ipywidgets", "datasets", "av")
     blocker = ("import sys\nclass No:\n    def find_spec(self, name, path=None, target=None):\n"
-               "        if name.split('.')[0] in ('nbdev', 'fastcore', 'execnb', 'papermill', 'jupyterlab', 'IPython', 'ipywidgets', 'datasets', 'av'): raise ImportError(name)\n"
+               f"        if name.split('.')[0] in {absent}: raise ImportError(name)\n"
                "sys.meta_path.insert(0, No())\nimport importlib\n" + "\n".join(f"importlib.import_module('fgclip_nb.{n}')" for n in names))
     done = run_python(blocker)
     assert done.returncode == 0, done.stderr
