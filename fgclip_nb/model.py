@@ -36,7 +36,7 @@ def model_sizes(image, patch, vision, vision_layers, text, text_layers, projecti
                 vision_config=dict(tower(vision, vision_layers), image_size=image, patch_size=patch))
 
 PRESETS = {
-    "tiny": model_sizes(112, 16, 192, 6, 192, 3, 128),
+    "tiny": model_sizes(112, 16, 128, 3, 128, 2, 64),
     "ViT-B/32": model_sizes(224, 32, 768, 12, 512, 12, 512),
     "ViT-B/16": model_sizes(224, 16, 768, 12, 512, 12, 512),
     "ViT-L/14@336": model_sizes(336, 14, 1024, 24, 768, 12, 768),

@@ -187,7 +187,7 @@ def test_features_of_videos_are_kept_and_belong_to_their_weights(tiny, tmp_path,
     monkeypatch.setattr(evaluation, "_encode_video", lambda *a: pytest.fail("encoded again"))
     again = video_features(tiny, movies, every=100, cache=tmp_path/"cache")
     for n in ("car_park", "visitors"):
-        assert fresh[n].frames == again[n].frames and again[n].regions.shape == (len(again[n].whole), 10, 128) and again[n].bag().shape[1] == 256
+        assert fresh[n].frames == again[n].frames and again[n].regions.shape == (len(again[n].whole), 10, 64) and again[n].bag().shape[1] == 256
         assert np.allclose(fresh[n].whole, again[n].whole, atol=1e-6) and np.allclose(first[n].regions, again[n].regions, atol=1e-6)
     with pytest.raises(DataError, match="another every"): video_features(tiny, movies, every=50, cache=tmp_path/"cache")
     torch.manual_seed(1)
