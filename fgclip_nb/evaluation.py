@@ -258,8 +258,8 @@ def _null_table(scores, draws, names):
 # %% ../nbs/09_evaluation.ipynb #b960e619
 def wilson(share, n, z=1.96):
     "Wilson's 95 % interval of a share of n items."
-    centre, half = (share + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1
-        + z * z / n)
+    shrink = 1 + z * z / n
+    centre, half = (share + z * z / (2 * n)) / shrink, z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 def _score_interval(name, values, groups, repeats, seed):
@@ -546,8 +546,8 @@ def _checkpoint_in(source):
 # %% ../nbs/09_evaluation.ipynb #365828a5
 def load_model(source):
     """A model, or cached features, from: a run folder (its newest checkpoint), a checkpoint folder of this package or of official FG-CLIP,
-    a transformers CLIP
-    folder or hub id, OpenAI's file, a folder with image_features.npy, or the name of a preset (random weights, with a warning)."""
+    a transformers CLIP folder or hub id, OpenAI's file, a folder with image_features.npy, or the name of a preset (random weights, with a
+    warning)."""
     from fgclip_nb.model import FGCLIP, PRESETS
     path = Path(source)
     if path.is_dir() and any((path / f"{kind}_features.npy").is_file() for kind in ("image", "region")): return CachedFeatures(path)
@@ -951,13 +951,13 @@ def _file_hashes(samples, *sources):
 def _manifest(encoder, samples, settings, name):
     "What the scores depend on."
     from fgclip_nb.core import code_identity, versions
-    labels, templates = read_labels(settings.labels), read_templates(settings.templates)
+    labels, lists = read_labels(settings.labels), ((settings.labels, ""), (settings.templates, "templates_"))
+    files = _file_hashes(samples, *(_list_file(x, start) for x, start in lists if isinstance(x, (str, Path))))
     return {"model": name, **encoder.describe(), "tie_rule": settings.ties, "permutations": settings.permutations, "seed": settings.seed,
-            "captions_per_photo": settings.captions, "labels": len(labels), "label_set": settings.labels
-                if isinstance(settings.labels, str) else labels,
-            "templates": templates, "samples": len(samples), "samples_id": stable_id(" ".join(sorted(s.id for s in samples))),
-            "files": _file_hashes(samples, *(_list_file(x, start) for x, start in ((settings.labels, ""), (settings.templates,
-                "templates_")) if isinstance(x, (str, Path)))), "code": code_identity(), "versions": versions()}
+            "captions_per_photo": settings.captions, "labels": len(labels),
+            "label_set": settings.labels if isinstance(settings.labels, str) else labels, "templates": read_templates(settings.templates),
+            "samples": len(samples), "samples_id": stable_id(" ".join(sorted(s.id for s in samples))), "files": files,
+            "code": code_identity(), "versions": versions()}
 
 # %% ../nbs/09_evaluation.ipynb #cb0cee66
 def _row(task, name, table, metric):
@@ -974,16 +974,18 @@ def rows(results):
     metric = lambda k, table: (k.rstrip("0123456789") in ("r", "acc") or k == "mean_per_class_recall"
                                or k == "mean_rank" and table.get("candidates") != 2)      # of two options the rank is 2 - acc1
     return [_row(task, name, table, m) for task, lists in results.items() for name, table in lists.items()
-            if isinstance(table, dict) and "queries" in table for m in table if metric(m, table)]
+            if isinstance(table, dict) and table.get("asked") for m in table if metric(m, table)]
 
 # %% ../nbs/09_evaluation.ipynb #efce5eb0
 @dataclass
 class Evaluation:
-    "results: task -> list -> table; items: task -> list -> `Ranked`; manifest; unreadable: files left out, with reasons."
+    """results: task -> list -> table; items: task -> list -> `Ranked`; manifest; unreadable: files left out, with reasons; rejects: entries
+    of the annotation that could not be used."""
     results: dict
     items: dict
     manifest: dict
     unreadable: list = field(default_factory=list)
+    rejects: list = field(default_factory=list)
 
     def table(self):
         "The scores as a pandas table."
@@ -995,6 +997,7 @@ class Evaluation:
         rank."""
         import pandas as pd
         ranked = self.items[task][name]
+        if not len(ranked): return pd.DataFrame()
         kept = ("media", "span", "frame", "box", "answer", "predicted", "margin")
         columns = {k: pd.Series(list(ranked.detail[k]), dtype=object if k in ("span", "frame", "box") else None) for k in kept
                    if k in ranked.detail}
@@ -1003,9 +1006,8 @@ class Evaluation:
 
 # %% ../nbs/09_evaluation.ipynb #61f6d505
 BENCHMARK_TASK = {"short_retrieval": "zeroshot_retrieval", "long_retrieval": "zeroshot_retrieval",
-    "region_classification": "zeroshot_classification",
-                  "classification": "zeroshot_classification", "hard_negatives": "image_caption_selection",
-                      "caption_negatives": "image_caption_selection"}
+                  "region_classification": "zeroshot_classification", "classification": "zeroshot_classification",
+                  "hard_negatives": "image_caption_selection", "caption_negatives": "image_caption_selection"}
 
 def _benchmark_metrics(task, name, table):
     "Flat metrics under CLIP_benchmark's names."
@@ -1021,7 +1023,7 @@ def benchmark_files(results, model, pretrained, dataset):
     files = {}
     for task, lists in results.items():
         for name, table in lists.items():
-            if task not in BENCHMARK_TASK or name == "both" or not isinstance(table, dict): continue
+            if task not in BENCHMARK_TASK or name == "both" or not isinstance(table, dict) or not table.get("asked"): continue
             whole = name in ("i2t", "t2i", "labels")
             data = dataset if whole and task != "long_retrieval" else f"{dataset}/{task if whole else name}"
             entry = files.setdefault(f"{task}.json" if whole else f"{task}_{name}.json", {
@@ -1033,10 +1035,9 @@ def benchmark_files(results, model, pretrained, dataset):
 def _items_frame(items):
     "Every scored item in one pandas table."
     import pandas as pd
+    margin = lambda r: r.detail.get("margin", np.zeros(len(r)))
     parts = [pd.DataFrame({"task": task, "list": name, "id": r.ids, "group": r.groups, "rank": r.ranks, "options": r.options,
-        "right": r.right,
-                           "margin": r.detail.get("margin", np.zeros(len(r)))}) for task, lists in items.items() for name,
-                               r in lists.items() if len(r)]
+                           "right": r.right, "margin": margin(r)}) for task, lists in items.items() for name, r in lists.items() if len(r)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 # %% ../nbs/09_evaluation.ipynb #a80c7d0e
@@ -1045,7 +1046,7 @@ def save_evaluation(evaluation, folder, dataset=""):
     folder."""
     folder = Path(folder)
     (folder / "clip_benchmark").mkdir(parents=True, exist_ok=True)
-    whole = {"manifest": evaluation.manifest, "results": evaluation.results, "unreadable": evaluation.unreadable}
+    whole = {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
     write_atomic(folder / "evaluation.json", json.dumps(whole, indent=1, ensure_ascii=False, default=float) + "\n")
     write_atomic(folder / "evaluation.csv", evaluation.table().to_csv(index=False))
     write_atomic(folder / "items.csv", _items_frame(evaluation.items).to_csv(index=False))
@@ -1058,9 +1059,8 @@ def save_evaluation(evaluation, folder, dataset=""):
 def _ranked_from(frame, prefix, ks):
     "A `Ranked` from rows of items.csv."
     column = lambda c: frame[c].to_numpy()
-    return Ranked(frame["id"].astype(str).tolist(), frame["group"].astype(str).tolist(), column("rank"), column("options"), column("right"),
-        ks, prefix,
-                  detail={"margin": column("margin")})
+    return Ranked(frame["id"].astype(str).tolist(), frame["group"].astype(str).tolist(), column("rank"), column("options"),
+                  column("right"), ks, prefix, detail={"margin": column("margin")})
 
 # %% ../nbs/09_evaluation.ipynb #29ba8cf0
 def load_evaluation(folder):
@@ -1075,11 +1075,12 @@ def load_evaluation(folder):
     for (task, name), part in frame.groupby(["task", "list"], sort=False):
         prefix, ks = ("r", (1, 5, 10)) if task.endswith("retrieval") else ("acc", (1, 5) if task.endswith("classification") else (1,))
         items.setdefault(task, {})[name] = _ranked_from(part, prefix, ks)
-    return Evaluation(whole["results"], items, whole["manifest"], whole["unreadable"])
+    return Evaluation(whole["results"], items, whole["manifest"], whole["unreadable"], whole.get("rejects", []))
 
 # %% ../nbs/09_evaluation.ipynb #8b051cae
 def read_evaluation_samples(data, media_root=None, split=None):
-    "Samples from `sample`, a path in any known format, or a list; one split of them when `split` is given."
+    "(samples, rejects) of `sample`, a path in any known format, or a list; of one split when `split` is given. Missing media stay in."
+    rejects = []
     if isinstance(data, (str, Path)):
         from fgclip_nb.regions import load_samples
         data, rejects = load_samples(data, media_root or None, missing="keep")
@@ -1087,20 +1088,19 @@ def read_evaluation_samples(data, media_root=None, split=None):
     if split == "auto": split = "val" if any(s.split == "val" for s in data) else None
     samples = [s for s in data if split in (None, "", "all") or s.split == split]
     if not samples: raise DataError(f"no samples{f' of split {split!r}' if split else ''}; splits there: {sorted({s.split for s in data})}")
-    return samples
+    return samples, rejects
 
 # %% ../nbs/09_evaluation.ipynb #3b29da97
 def _tables(result, settings):
     "Tables of a TaskResult: summaries with the extras, and the task's own notes."
-    tables = {name: summarise(r, max(settings.permutations, 200), settings.seed) | result.tables.get(name, {}) for name,
-        r in result.ranked.items()}
+    tables = {name: summarise(r, max(settings.permutations, 200), settings.seed) | result.tables.get(name, {})
+              for name, r in result.ranked.items()}
     if set(tables) == {"i2t", "t2i"}: tables |= {"both": _both_directions(*result.ranked.values(), tables.values())}
     return tables | result.notes
 
 # %% ../nbs/09_evaluation.ipynb #2316ebf7
 def evaluate(model, data="sample", tasks=("short_retrieval", "region_classification", "hard_negatives"), media_root=None, split=None,
-        name="",
-             image_size=None, batch_size=64, **settings):
+             name="", image_size=None, batch_size=64, **settings):
     """Run `tasks` (names in TASKS) over `data` -> `Evaluation`.
 
     model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a path that `load_samples` reads, or samples.
@@ -1111,14 +1111,15 @@ def evaluate(model, data="sample", tasks=("short_retrieval", "region_classificat
     if wrong:
         raise ConfigError(f"{wrong[0]!r} is neither a task ({', '.join(TASKS)}) nor a setting ({', '.join(Settings.__dataclass_fields__)})")
     if isinstance(model, (str, Path)): model, name = load_model(model), name or str(model)
-    encoder, settings, samples = _as_encoder(model, image_size, batch_size), Settings(**settings), read_evaluation_samples(data, media_root,
-        split)
+    encoder, settings = _as_encoder(model, image_size, batch_size), Settings(**settings)
+    samples, rejects = read_evaluation_samples(data, media_root, split)
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
         results[task], items[task] = _tables(result, settings), result.ranked
     unreadable = list({x["file"]: x for x in encoder.unreadable}.values())
-    return Evaluation(results, items, _manifest(encoder, samples, settings, name or type(model).__name__), unreadable)
+    manifest = _manifest(encoder, samples, settings, name or type(model).__name__)
+    return Evaluation(results, items, manifest, unreadable, [r.as_dict() for r in rejects])
 
 # %% ../nbs/09_evaluation.ipynb #988a5e67
 def _plain_npy(path):
@@ -1471,8 +1472,8 @@ def read_frame_counts(source):
 def read_scores(source):
     """{name: scores (T,)} from a dictionary, a folder of npy files (no pickle), or a JSON object. NaN, Inf, empty or nested scores raise
     DataError."""
-    if isinstance(source, (str, Path)) and Path(source).is_dir(): source = {p.name: _plain_npy(p)
-            for p in sorted(Path(source).glob("*.npy"))}
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        source = {p.name: _plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
     elif isinstance(source, (str, Path)): source = json.loads(Path(source).read_text(encoding="utf-8"))
     out = {}
     for name, scores in source.items():
@@ -1532,8 +1533,8 @@ def _auc_ap(labels, scores):
 
 def _pooled(found):
     "All frames of some videos: labels, scores."
-    return (np.concatenate([f.labels for f in found]), np.concatenate([f.scores for f in found])) if found else (np.zeros(0, dtype=bool),
-        np.zeros(0))
+    if not found: return np.zeros(0, dtype=bool), np.zeros(0)
+    return np.concatenate([f.labels for f in found]), np.concatenate([f.scores for f in found])
 
 # %% ../nbs/09_evaluation.ipynb #d4fd52a4
 class WeightedCurves:
@@ -1561,8 +1562,8 @@ def _video_bootstrap(found, curves, repeats, seed):
     of a kind that is there: drawing the same one or two again and again would look like certainty."""
     rng, kinds = np.random.default_rng(seed), [np.flatnonzero([bool(f.video.spans) == k for f in found]) for k in (False, True)]
     if any(0 < len(k) < 3 for k in kinds): return {}
-    draws = [curves(sum(np.bincount(rng.choice(k, len(k)), minlength=len(found)) for k in kinds if len(k)).astype(float))
-        for _ in range(repeats)]
+    weights = lambda: sum(np.bincount(rng.choice(k, len(k)), minlength=len(found)) for k in kinds if len(k)).astype(float)
+    draws = [curves(weights()) for _ in range(repeats)]
     draws = np.array([d for d in draws if d[0] is not None])
     return {"auc": interval(draws[:, 0]), "ap": interval(draws[:, 1])} if len(draws) else {}
 
@@ -1573,41 +1574,42 @@ def _class_scores(found, curves):
     for c in sorted({c for f in found for c in f.video.classes}):
         own = np.array([c in f.video.classes for f in found])
         (auc, ap), (within, _) = (curves(weights.astype(float)) for weights in (own | normal, own))
-        out[c] = {"auc": auc, "ap": ap, "auc_within": within, "videos": int(own.sum()), "frames": int(sum(len(f.scores) for f,
-            o in zip(found, own) if o))}
+        frames = sum(len(f.scores) for f, o in zip(found, own) if o)
+        out[c] = {"auc": auc, "ap": ap, "auc_within": within, "videos": int(own.sum()), "frames": int(frames)}
     return out
+
+# %% ../nbs/09_evaluation.ipynb #71095516
+def _frame_figures(found, threshold):
+    "The figures of matched videos and their denominators."
+    labels, values = _pooled(found)
+    normal, anomalous = ([f for f in found if bool(f.video.spans) == k] for k in (False, True))
+    (auc, ap), (auc_anomalous, ap_anomalous) = _auc_ap(labels, values), _auc_ap(*_pooled(anomalous))
+    alarms = _pooled(normal)[1] >= threshold
+    return {"auc": auc, "ap": ap, "chance": {"auc": 0.5, "ap": float(labels.mean())}, "auc_anomalous": auc_anomalous,
+            "ap_anomalous": ap_anomalous, "false_alarm_rate": float(alarms.mean()) if len(alarms) else None, "threshold": threshold,
+            "videos": len(found), "normal_videos": len(normal), "anomalous_videos": len(anomalous), "frames": len(labels),
+            "anomalous_frames": int(labels.sum()), "annotated_frames_cut": sum(f.cut for f in found)}
 
 # %% ../nbs/09_evaluation.ipynb #36db803d
 def frame_auc(scores, annotation_file, frames=None, segment=None, smoothing=1, threshold=0.5, repeats=200, seed=0):
     """Frame-level ROC AUC and AP of any method's scores.
 
-    scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or without suffix; annotation_file: UCF-
-    Crime or XD-Violence
-    test labels; frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`, `smooth`; threshold: for the false-alarm
-    rate.
-    Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos only), per_class, false_alarm_rate (share of the
-    frames of
-    normal videos at or over the threshold), denominators, missing, unannotated and rejects. A figure that needs two classes is None with
-    only one."""
+    scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or without suffix; annotation_file: UCF-Crime
+    or XD-Violence test labels, or {name: AnomalyVideo}; frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`,
+    `smooth`; threshold: for the false-alarm rate. Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos
+    only), per_class, false_alarm_rate (share of the frames of normal videos at or over the threshold), denominators, missing, unannotated
+    and rejects. A figure that needs two classes is None with only one."""
     found, rejects, missing, extra = match_scores(scores, annotation_file, frames, segment, smoothing)
     if not found:
         where = "the annotation" if isinstance(annotation_file, dict) else annotation_file
         raise DataError(f"{where}: none of the scored videos has a usable line; scored: {extra[:3]}, rejects: {len(rejects)}")
-    if missing: logging.getLogger("fgclip_nb").warning("%d of %d annotated videos have no scores, e.g. %s", len(missing), len(missing)
-            + len(found), missing[0])
-    labels, values = _pooled(found)
-    normal, anomalous = ([f for f in found if bool(f.video.spans) == k] for k in (False, True))
-    auc, ap = _auc_ap(labels, values)
-    auc_anomalous, ap_anomalous = _auc_ap(*_pooled(anomalous))
-    alarms, curves = _pooled(normal)[1] >= threshold, WeightedCurves(found)
-    return {"auc": auc, "ap": ap, "interval": _video_bootstrap(found, curves, repeats, seed) if repeats and auc is not None else {},
-        "chance": {"auc": 0.5, "ap": float(labels.mean())},
-            "auc_anomalous": auc_anomalous, "ap_anomalous": ap_anomalous, "per_class": _class_scores(found, curves),
-            "false_alarm_rate": float(alarms.mean()) if len(alarms) else None, "threshold": threshold, "smoothing": smoothing,
-            "videos": len(found), "normal_videos": len(normal), "anomalous_videos": len(anomalous), "frames": len(labels),
-                "anomalous_frames": int(labels.sum()),
-            "annotated_frames_cut": sum(f.cut for f in found), "missing": missing, "unannotated": extra,
-                "rejects": [r.as_dict() for r in rejects]}
+    if missing:
+        logging.getLogger("fgclip_nb").warning("%d of %d annotated videos have no scores, e.g. %s", len(missing),
+                                               len(missing) + len(found), missing[0])
+    curves = WeightedCurves(found)
+    return _frame_figures(found, threshold) | {
+        "interval": _video_bootstrap(found, curves, repeats, seed) if repeats else {}, "per_class": _class_scores(found, curves),
+        "smoothing": smoothing, "missing": missing, "unannotated": extra, "rejects": [r.as_dict() for r in rejects]}
 
 # %% ../nbs/09_evaluation.ipynb #7e3142e9
 def _bags(videos):
@@ -1704,12 +1706,15 @@ class AnomalyHeads:
         if leaked:
             raise DataError(f"{len(leaked)} test videos were used for training or selection, e.g. {sorted(leaked)[0]}: take them out of it")
         runs = [frame_auc(s, annotation_file, **options) for s in self.scores(features)]
-        spread = lambda key: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "values": v} if None not in (v := [r[key]
-            for r in runs]) else None
-        return {k: spread(k) for k in ("auc", "ap", "auc_anomalous", "false_alarm_rate")} | {
-            "seeds": [f["seed"] for f in self.fits], "chosen_steps": [f["step"] for f in self.fits],
-                "val_auc": [f["val_auc"] for f in self.fits],
-            "videos": runs[0]["videos"], "frames": runs[0]["frames"], "missing": runs[0]["missing"], "rejects": runs[0]["rejects"]}
+        chosen = {"seeds": [f["seed"] for f in self.fits], "chosen_steps": [f["step"] for f in self.fits],
+                  "val_auc": [f["val_auc"] for f in self.fits]}
+        return {k: _seed_spread([r[k] for r in runs]) for k in ("auc", "ap", "auc_anomalous", "false_alarm_rate")} | chosen | {
+            k: runs[0][k] for k in ("videos", "frames", "missing", "rejects")}
+
+def _seed_spread(values):
+    "Mean, standard deviation and values over seeds; None where a figure could not be had."
+    if None in values: return None
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
 
 # %% ../nbs/09_evaluation.ipynb #afcf8f17
 def read_prompts(source=None):

@@ -81,13 +81,49 @@ def test_an_oracle_scores_everything(photos):
         assert r.value == 1, (r.task, r.list, r.metric)
 
 
+def test_an_oracle_classifies_everything(photos):
+    names = read_labels("coco80")
+    samples = [dataclasses.replace(s, label=names[i % 30], captions=(names[i % 30],)) for i, s in enumerate(photos)]
+    table = evaluate(Fake(samples, True), samples, ["classification"], templates=["{}"], permutations=50).table()
+    assert (table.value == 1).all() and table.scored.tolist() == [len(photos)]*4
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_classification_agrees_with_scikit_learn():
+    from sklearn.metrics import balanced_accuracy_score, coverage_error, top_k_accuracy_score
+    from fgclip_nb.evaluation import classify, cosines, first_answer, per_class, summarise, unit
+    rng = np.random.default_rng(0)
+    features, classes, target = rng.normal(size=(300, 6)), rng.normal(size=(12, 6)), rng.integers(0, 11, 300)     # class 11 has no items
+    ranked = classify(features, classes, target, permutations=0)
+    scores, table = cosines(unit(features), unit(classes)), summarise(ranked, 10)
+    for k in (1, 5): assert table[f"acc{k}"] == pytest.approx(top_k_accuracy_score(target, scores, k=k, labels=range(12)), abs=1e-12)
+    assert per_class(ranked, list(map(str, range(12))))["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(target, scores.argmax(1)), abs=1e-12)
+    assert (first_answer(ranked) == scores.argmax(1)).all()
+    few, names = np.round(rng.normal(size=(300, 3))), np.round(rng.normal(size=(12, 3)))       # few distinct rows: many equal scores
+    places = classify(few, names, target, permutations=0)
+    assert places.ranks.mean() == pytest.approx(coverage_error(np.eye(12)[target], cosines(unit(few), unit(names))), abs=1e-12), "ties count against"
+
+
+def test_wrong_lines_of_an_annotation_are_told_with_the_scores(model, coco, tmp_path):
+    lines = (DATA/"fgovd/h_attributes_llava.jsonl").read_text().splitlines()
+    bad = ["{not json", json.dumps({"img_path": "a.jpg"}), json.dumps(json.loads(lines[0]) | {"bbox": [1, 2, 3]}), json.dumps(json.loads(lines[0]) | {"width": None})]
+    (tmp_path/"h_attributes.jsonl").write_text("\n".join([*lines, *bad]))
+    result = evaluate(model, tmp_path/"h_attributes.jsonl", ["hard_negatives"], media_root=coco, permutations=20)
+    assert result.results["hard_negatives"]["hard"]["asked"] == len(lines) and [r["entry"] for r in result.rejects] == [f"line {len(lines) + i}" for i in (1, 2, 3, 4)]
+    assert load_evaluation(save_evaluation(result, tmp_path/"out")).rejects == result.rejects
+
+
 def test_gaussian_features_score_chance_on_every_task(photos):
     samples, outside, total = single_caption(photos), 0, 0
     for seed in range(6):
         table = evaluate(Fake(samples, False, seed), samples, ALL, templates=["{}"], permutations=200).table()
         table = table[table.above_chance.notna()]
         outside, total = outside + table.above_chance.astype(bool).sum(), total + len(table)
-    assert total > 150 and outside / total < 0.06, f"{outside} of {total} scores of noise stand above the 97.5 % limit"
+    labelled = [dataclasses.replace(s, label=read_labels("coco80")[i % 7]) for i, s in enumerate(samples)]
+    for seed in range(20):
+        above = evaluate(Fake(samples, False, seed), labelled, ["classification"], templates=["{}"], permutations=200).table().above_chance.dropna()
+        outside, total = outside + above.astype(bool).sum(), total + len(above)
+    assert total > 200 and outside / total < 0.06, f"{outside} of {total} scores of noise stand above the 97.5 % limit"
 
 
 def test_denominators_keep_what_is_missing(model, coco):
@@ -135,10 +171,20 @@ def test_region_features_lie_on_the_models_own_grid(model, photos):
             return model.get_image_box_roi_features(pixels, box_info)
     encoder = Encoder(Spy())
     features, photo, region = encoder.regions([photos[0].media], [np.array([[0.25, 0.5, 1, 1]])])
-    assert encoder.grid == 112//16 and torch.equal(seen[0], torch.tensor([[1.75, 3.5, 7, 7]])) and features.shape == (1, 128)
+    assert encoder.grid == 112//16 and torch.equal(seen[0], torch.tensor([[1.75, 3.5, 7, 7]])) and features.shape == (1, 64)
     dense = encoder.dense(photos[0].media)
     cell = encoder.regions([photos[0].media], [np.array([[3/7, 2/7, 4/7, 3/7]])])[0][0]
-    assert dense.shape == (7, 7, 128) and np.abs(cell - dense[2, 3]).max() < 1e-4, "a box of one cell pools that cell"
+    assert dense.shape == (7, 7, 64) and np.abs(cell - dense[2, 3]).max() < 1e-4, "a box of one cell pools that cell"
+
+
+def test_what_the_data_does_not_ask_for_has_no_row(model, photos):
+    bare = [dataclasses.replace(s, regions=[], caption_negatives=()) for s in photos[:4]]
+    result = evaluate(model, bare, ["short_retrieval", "region_classification", "hard_negatives", "caption_negatives"], permutations=20)
+    assert set(result.table().task) == {"short_retrieval"} and result.results["region_classification"]["labels"]["asked"] == 0
+    assert result.mistakes("region_classification", "labels").empty
+    gone = [dataclasses.replace(s, media="/nowhere.jpg") for s in photos[:4]]
+    table = evaluate(model, gone, ["hard_negatives"], permutations=20).table()
+    assert (table.scored == 0).all() and (table.asked > 0).all() and table.value.isna().all(), "what is asked and cannot be scored keeps its row"
 
 
 def test_broken_files_are_named_and_left_out(model, photos, tmp_path):

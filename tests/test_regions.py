@@ -1,5 +1,6 @@
 """Readers on files: every format, every way to name them, shards. A cell cannot hold this much material."""
 import gzip, json, os, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,33 @@ def test_folder_list_and_txt(tmp_path, root):
     assert len(load_samples(tmp_path, root)[0]) == 6 and len(load_samples([tmp_path/"one.json", tmp_path/"two.jsonl"], root)[0]) == 6
     s, r = load_samples(tmp_path/"list.txt", root)
     assert len(s) == 6 and [(x.rule, "line 3" in x.entry) for x in r] == [("missing_file", True)]
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "temporal"])
+def test_every_format_from_file_list_and_folder(tmp_path, root, name):
+    "The same samples, however the file is named."
+    folder = tmp_path/"data"
+    folder.mkdir()
+    if name == "temporal":
+        file = folder/"labels.txt"
+        file.write_text("Abuse001_x264  Abuse  165  240  -1  -1\n")
+    else: file = write(folder/f"{name}.json", DOCUMENTS[name])
+    (tmp_path/"list.txt").write_text(f"data/{file.name}\n")
+    whole, rejects = load_samples(file, root)
+    assert whole and not rejects and list(whole.formats.values()) == ["coco" if name == "coco_captions" else name]
+    ways = [[file], [str(file)], tmp_path/"list.txt", str(file)] + [folder]*(name != "temporal")
+    for way in ways: assert list(load_samples(way, root)[0]) == list(whole), way
+
+
+def test_the_json_of_the_readme_is_read(tmp_path, root):
+    text = (Path(__file__).resolve().parent.parent/"README.md").read_text(encoding="utf-8")
+    block = text.split("```json\n")[1].split("```")[0]
+    assert len(block.splitlines()) <= 12
+    (tmp_path/"my.json").write_text(block)
+    (root/"kitchen.jpg").write_bytes((root/"a.jpg").read_bytes())
+    [sample], rejects = load_samples(tmp_path/"my.json", root)
+    assert not rejects and sample.short_caption == "a kitchen with a table" and sample.caption.startswith("A small kitchen")
+    assert [len(r.negatives) for r in sample.regions] == [2, 0] and all(0 <= v <= 1 for r in sample.regions for v in r.box)
 
 
 def test_what_is_not_there_is_named(tmp_path):
