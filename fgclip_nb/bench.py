@@ -7,8 +7,9 @@ __all__ = ['LONG_TOKENS', 'SLOTS', 'WEIGHTS', 'KINDS', 'BenchConfig', 'bench_bat
            'plain_inputs', 'plain_loss', 'plain_parts', 'fast_parts', 'apart_parts', 'fast_loss', 'Clock', 'Memory',
            'Measured', 'Step', 'gradients', 'compare', 'disagreement', 'bench_model', 'setting_batch', 'positions',
            'in_turns', 'spread', 'time_rows', 'ratio_rows', 'multiplications', 'matmul_rate', 'precision_of',
-           'Disagreement', 'check_agreement', 'BenchResult', 'benchmark', 'agreement_line', 'growth_batches', 'growth',
-           'straight_line', 'Stopwatch', 'training_costs', 'seconds_to_first_step', 'ratios_line', 'main']
+           'Disagreement', 'check_agreement', 'BenchResult', 'rate_row', 'benchmark', 'agreement_line',
+           'growth_batches', 'growth', 'straight_line', 'Stopwatch', 'training_costs', 'seconds_to_first_step',
+           'ratios_line', 'main']
 
 # %% ../nbs/13_bench.ipynb #070e8ae0
 import argparse, contextlib, ctypes, os, signal, statistics, subprocess, sys, time
@@ -33,7 +34,9 @@ from .training import parameter_groups
 # %% ../nbs/13_bench.ipynb #4625e74b
 @dataclass
 class BenchConfig:
-    "What is measured. model: a preset; batch, compared: photos timed and compared; boxes, hard: per photo; repeats, warmup: turns."
+    """What is measured. model: a preset; batch, compared: photos timed and compared; boxes, hard: per photo; repeats, warmup: turns.
+
+    most: photos of the fast step whose rate is told (0: `batch`), where the plain step would not fit; compiled: with `compile_layers`."""
     model: str = "ViT-B/32"
     batch: int = 8
     boxes: int = 4
@@ -43,10 +46,12 @@ class BenchConfig:
     warmup: int = 1
     compared: int = 8
     seed: int = 0
+    most: int = 0
+    compiled: bool = False
 
     def __post_init__(self):
         if self.model not in PRESETS: raise ConfigError(f"model is {self.model!r}; known are {', '.join(PRESETS)}")
-        for name, least in dict(batch=2, boxes=1, hard=1, repeats=1, warmup=0, compared=2).items():
+        for name, least in dict(batch=2, boxes=1, hard=1, repeats=1, warmup=0, compared=2, most=0).items():
             if getattr(self, name) < least: raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least {least}")
         if self.hard > self.boxes: raise ConfigError(f"hard is {self.hard}, but a photo has only {self.boxes} boxes")
         if self.device == "auto": self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -367,6 +372,7 @@ def bench_model(cfg: BenchConfig):
     "A model with random weights on the device, and its optimiser."
     torch.manual_seed(cfg.seed)
     model = FGCLIP(FGCLIPConfig.preset(cfg.model)).to(cfg.device).train()
+    if cfg.compiled: model.compile_layers()
     return model, torch.optim.AdamW(parameter_groups(model, 0.001), lr=1e-6, fused=True)
 
 def setting_batch(cfg: BenchConfig, setting, photos=None):
@@ -415,7 +421,7 @@ def ratio_rows(found: dict, setting) -> list:
 def multiplications(step: Step) -> int:
     "Floating-point operations of the matrix products of a step, forward and backward."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: step.backward(Clock(step.device))
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter: step.backward(Clock(step.device))
     step.model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -465,9 +471,16 @@ def _add_setting(out: BenchResult, cfg: BenchConfig, model, optimizer, setting):
     out.memory += [dict(setting=setting, kind=k, before=max(t.before for t in turns), peak=max(t.peak for t in turns))
                    for k, turns in found.items()]
     out.ratios += ratio_rows(found, setting)
-    work, seconds = multiplications(steps["fast"]), statistics.median(t.parts["step"] for t in found["fast"])
-    out.rates.append(dict(setting=setting, kind="fast", samples_per_s=cfg.batch / seconds, operations=work,
-                          share_of_product=work / seconds / matmul_rate(cfg.device, precision)))
+    out.rates.append(rate_row(cfg, setting, steps["fast"], found["fast"]))
+
+def rate_row(cfg: BenchConfig, setting, fast: Step, turns) -> dict:
+    "Samples per second of the fast step, and its operations over its time as a share of what one matrix product reaches; timed anew with `most` photos."
+    if cfg.most:
+        fast = Step("fast", fast.model, setting_batch(cfg, setting, cfg.most), fast.optimizer, fast.precision)
+        turns = in_turns(dict(fast=fast), cfg.repeats, cfg.warmup)["fast"]
+    work, seconds = multiplications(fast), statistics.median(t.parts["step"] for t in turns)
+    return dict(setting=setting, kind="fast", photos=len(fast.batch), samples_per_s=len(fast.batch) / seconds, operations=work,
+                share_of_product=work / seconds / matmul_rate(cfg.device, fast.precision))
 
 # %% ../nbs/13_bench.ipynb #dffb5fce
 def benchmark(cfg: BenchConfig, say=lambda text: None) -> BenchResult:
@@ -583,7 +596,8 @@ def _arguments(args):
     parser.add_argument("--growth", action="store_true", help="time per step as photos, boxes and tokens grow to 512 (the tiny preset is enough)")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 photos, 2 repeats: under a minute")
     for name in ("model", "device"): parser.add_argument(f"--{name}")
-    for name in ("batch", "boxes", "hard", "repeats", "warmup", "compared", "seed"): parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--compiled", action="store_true", help="compile norms, projections and MLPs of the fast step")
+    for name in ("batch", "boxes", "hard", "repeats", "warmup", "compared", "seed", "most"): parser.add_argument(f"--{name}", type=int)
     given = vars(parser.parse_args(args))
     quick = dict(model="tiny", batch=2, repeats=2) if given.pop("quick") else {}
     growing = given.pop("growth")
