@@ -1,5 +1,5 @@
 """The report notebook under papermill: it runs on a user's folder, stops when told to, and checks its parameters."""
-import json, os, subprocess, sys
+import ast, json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,16 @@ def test_the_parameters_cell_is_tagged_and_read():
     written = [line for line in "".join(cell["source"]).splitlines()[1:] if ": " in line and " = " in line]
     assert len(found) == len(written) and all(p["help"] for p in found.values())
     assert {"data", "media_root", "model", "context_length", "strict"} <= set(found)
+
+
+def test_the_report_has_the_defaults_of_training():
+    "What it says about floors, drawn regions and small boxes is about the run that the same command without parameters starts."
+    from papermill.inspection import inspect_notebook
+    from fgclip_nb.core import known_parameters
+    own = {"output", "model"}
+    for name, found in inspect_notebook(str(NOTEBOOK)).items():
+        if name in known_parameters() and name not in own:
+            assert ast.literal_eval(found["default"]) == known_parameters()[name].default, name
 
 
 def test_a_users_folder_and_strict(tmp_path):

@@ -72,7 +72,7 @@ def test_every_region_is_seen_by_sixteen_frames():
 
 
 def test_every_step_of_the_default_run_contrasts_six_captions():
-    "Regions as training draws them, with jitter, batch for batch over 80 epochs: never fewer than 6 distinct phrases or captions."
+    "Regions as training draws them, with jitter, batch for batch over 160 steps: never fewer than 6 distinct phrases or captions."
     cfg = TrainConfig(data="video_sample")
     data = prepare_data(cfg).train
     examples = Examples(data, Drawing(16, cfg.max_regions, num_frames=clip_frames(cfg)), cfg.seed)
