@@ -1063,8 +1063,8 @@ def origin(found: list, size: float, unit: str) -> str:
     sizes = " and ".join(str(p.size) for p in found[-2:])
     return "measured" if found[-1].size == size else f"extrapolated from steps with {sizes} {unit}"
 
-def memory_rows(s: TrainState, found: list, per_sample: float):
-    "Rows about memory per process."
+def memory_rows(s: TrainState, found: list, per_sample: float, free: float):
+    "Rows about memory per process; `free`: bytes that were free before anything was made."
     cfg, device, unit = s.cfg, s.accelerator.device, probed_unit(s)
     chunk = min(cfg.gradient_caching or cfg.batch_size, cfg.batch_size) * (per_sample if unit == "frames" else 1)
     fitting = [p for p in found if p.size <= chunk] or found[:1]
@@ -1073,7 +1073,7 @@ def memory_rows(s: TrainState, found: list, per_sample: float):
     side = cfg.image_size or s.model.config.vision_config.image_size
     pixels = per_sample * cfg.batch_size * 3 * side * side
     parameters = sum(p.numel() for p in s.model.parameters())
-    need, free = 16 * parameters + activations + pixels, free_memory(device) + 16 * parameters     # the probes' own weights take it now
+    need = 16 * parameters + activations + pixels
     batch = f"the batch's pixels ({pixels / GIB:.2f} GiB, computed)"
     yield "memory per process", f"{need / GIB:.2f} GiB", f"sum of these and of {batch}; Python and its libraries come on top"
     advice = "" if need < free else "; lower first: " + "; then ".join(memory_advice(cfg, has_clips(s.data.train)))
@@ -1121,7 +1121,7 @@ def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
     if has_clips(data.train):
         yield "frames per clip", reading[2], f"mean of the first samples; a clip shorter than {clip_frames(cfg)} frames gives all it has"
     found = probes(s, clip_frames(cfg) if has_clips(data.train) else cfg.batch_size, seconds)
-    yield from memory_rows(s, found, reading[2])
+    yield from memory_rows(s, found, reading[2], free)
     yield from time_rows(s, found, reading, steps)
 
 def estimate(cfg: TrainConfig, seconds: float = 30.0):
