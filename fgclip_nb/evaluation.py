@@ -12,13 +12,14 @@ __all__ = ['TIE_RULES', 'DATA', 'TASKS', 'BENCHMARK_TASK', 'ENOUGH_PHOTOS', 'ONE
            'long_retrieval_task', 'RegionSet', 'subset', 'encode_regions', 'region_classification_task',
            'classification_task', 'hard_negatives_task', 'caption_negatives_task', 'weights_fingerprint', 'rows',
            'Evaluation', 'benchmark_files', 'save_evaluation', 'load_evaluation', 'read_evaluation_samples', 'evaluate',
-           'CachedFeatures', 'save_features', 'compare_evaluations', 'load_evaluations', 'evaluation_notes',
-           'side_by_side', 'plot_side_by_side', 'plot_paired', 'video_name', 'AnomalyVideo', 'read_anomaly_annotations',
-           'smooth', 'to_frames', 'read_frame_counts', 'read_scores', 'FrameScores', 'match_scores', 'WeightedCurves',
-           'frame_auc', 'fit_heads', 'AnomalyHeads', 'read_prompts', 'grid_boxes', 'anomaly_probability',
-           'VideoFeatures', 'video_features', 'anomaly_scores', 'plot_mistakes', 'similarity_map', 'plot_similarity',
-           'plot_neighbours', 'plot_scores', 'plot_anomaly', 'plot_curves', 'track_annotations', 'EvaluateConfig',
-           'evaluation_parameter_cell', 'evaluate_config', 'anomaly_input', 'evaluation_folder']
+           'trained_spans', 'seen_in_training', 'CachedFeatures', 'save_features', 'compare_evaluations',
+           'load_evaluations', 'evaluation_notes', 'side_by_side', 'plot_side_by_side', 'plot_paired', 'video_name',
+           'AnomalyVideo', 'read_anomaly_annotations', 'smooth', 'to_frames', 'read_frame_counts', 'read_scores',
+           'FrameScores', 'match_scores', 'WeightedCurves', 'frame_auc', 'fit_heads', 'AnomalyHeads', 'read_prompts',
+           'grid_boxes', 'anomaly_probability', 'VideoFeatures', 'video_features', 'anomaly_scores', 'plot_mistakes',
+           'similarity_map', 'plot_similarity', 'plot_neighbours', 'plot_scores', 'plot_anomaly', 'plot_curves',
+           'track_annotations', 'EvaluateConfig', 'evaluation_parameter_cell', 'evaluate_config', 'anomaly_input',
+           'evaluation_folder']
 
 # %% ../nbs/09_evaluation.ipynb #902eb849
 import csv, json, logging, math
@@ -1121,6 +1122,28 @@ def evaluate(model, data="sample", tasks=("short_retrieval", "region_classificat
     manifest = _manifest(encoder, samples, settings, name or type(model).__name__)
     return Evaluation(results, items, manifest, unreadable, [r.as_dict() for r in rejects])
 
+# %% ../nbs/09_evaluation.ipynb #a82f1f3b
+def trained_spans(source):
+    "media name -> spans in seconds (None = whole) of the training part of a run folder, or of a checkpoint in one; {} where nobody says."
+    from fgclip_nb.core import Run, resolve_path
+    from fgclip_nb.filters import media_name
+    from fgclip_nb.regions import load_samples
+    params = next((p for f in (Path(source), *Path(source).parents[:2]) if (p := Run(f).params())), {})
+    if not params.get("data"): return {}
+    place, found = lambda path: resolve_path(path) if path and resolve_path(path).exists() else path or None, {}
+    try: samples, _ = load_samples(place(params["data"]), place(params.get("media_root")), missing="keep")
+    except DataError: return {}
+    for s in samples:
+        if s.split.lower() not in ("val", "valid", "validation", "test"): found.setdefault(media_name(s.media), []).append(s.span)
+    return found
+
+def seen_in_training(source, samples):
+    "The samples whose photo, or stretch of video, stands in the training part of the run folder `source`."
+    from fgclip_nb.filters import media_name
+    seen = trained_spans(source)
+    meet = lambda a, b: a is None or b is None or (a[0] < b[1] and b[0] < a[1])
+    return [s for s in samples if any(meet(s.span, span) for span in seen.get(media_name(s.media), ()))]
+
 # %% ../nbs/09_evaluation.ipynb #988a5e67
 def _plain_npy(path):
     "An array without pickle."
@@ -1316,13 +1339,15 @@ ANOTHER_EYE = {"image_size": "another image size", "context_length": "another co
 
 def evaluation_notes(named):
     "Sentences that say what keeps evaluations (name -> `Evaluation`) from being compared; empty when nothing does."
-    if len(named) < 2: return []
+    told = [f"{name} was trained on {n} of the {e.manifest['samples']} samples that it is scored on." for name, e in named.items()
+            if (n := e.manifest.get("seen_in_training"))]
+    if len(named) < 2: return told
     (first, base), *others = named.items()
     pair = lambda k, e: (base.manifest.get(k), e.manifest.get(k))
     unlike = lambda keys, e: [said for k, said in keys.items() if None not in pair(k, e) and pair(k, e)[0] != pair(k, e)[1]]
     apart = {name: unlike(ONE_QUESTION, e) for name, e in others}
-    told = [f"{name} and {first}: {', '.join(why)}. Their scores do not compare; evaluate them with the same parameters." for name, why in
-            apart.items() if why]
+    told += [f"{name} and {first}: {', '.join(why)}. Their scores do not compare; evaluate them with the same parameters."
+             for name, why in apart.items() if why]
     seen = {name: unlike(ANOTHER_EYE, e) for name, e in others}
     return told + [f"{name} and {first}: {', '.join(why)}, a property of the models." for name, why in seen.items() if why]
 
@@ -1364,7 +1389,7 @@ def plot_side_by_side(named, title="Models side by side"):
     return fig
 
 # %% ../nbs/09_evaluation.ipynb #e06c71ef
-def plot_paired(paired, names=("first", "second"), title="Difference on the same items"):
+def plot_paired(paired, names=("first", "second")):
     "Paired differences of `compare_evaluations` with their intervals; filled where the interval excludes zero."
     import matplotlib.pyplot as plt
     paired = paired[paired.metric != "mean_rank"].iloc[::-1]
@@ -1374,7 +1399,8 @@ def plot_paired(paired, names=("first", "second"), title="Difference on the same
         ax.plot(r.difference, y, "o", color="tab:blue", mfc="tab:blue" if r.decided else "white", ms=5)
     ax.axvline(0, color="black", lw=1)
     ax.set_yticks(range(len(paired)), [f"{r.task} {r.list} {r.metric} ({r.items})" for r in paired.itertuples()], fontsize=7)
-    ax.set(xlabel=f"{names[1]} minus {names[0]}, with 95 % interval (hollow: undecided)", title=title)
+    ax.set(xlabel="difference on the same items, with 95 % interval (hollow: undecided)")
+    ax.set_title(f"{names[1]}\nminus {names[0]}", fontsize=9)
     return fig
 
 # %% ../nbs/09_evaluation.ipynb #d61c18a8

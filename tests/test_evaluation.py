@@ -344,6 +344,25 @@ def test_checkpoint_folders_and_run_folders(model, photos, tmp_path):
     assert evaluate(tmp_path/"run", photos[:4], "short_retrieval", permutations=20).manifest["context_length"]["long"] == 248
 
 
+def test_what_a_run_was_trained_on_is_known(model, photos, coco, tmp_path):
+    from fgclip_nb.evaluation import evaluation_notes, seen_in_training
+    from fgclip_nb.regions import load_samples as load
+    (tmp_path/"run/checkpoints/step_00000007").mkdir(parents=True)
+    (tmp_path/"run/params.yaml").write_text("data: sample\n")
+    fgovd = load(DATA/"fgovd", coco, missing="keep")[0]
+    train = {Path(s.media).name for s in load("sample")[0] if s.split == "train"}
+    for source in (tmp_path/"run", tmp_path/"run/checkpoints/step_00000007"):
+        assert not seen_in_training(source, photos), "the held-out part"
+        assert {s.id for s in seen_in_training(source, fgovd)} == {s.id for s in fgovd if Path(s.media).name in train} != set()
+    assert not seen_in_training(tmp_path, fgovd) and not seen_in_training("openai/clip-vit-base-patch32", fgovd)
+    (tmp_path/"run/params.yaml").write_text("data: video_sample\n")
+    clips = load("video_sample")[0]
+    assert {s.split for s in seen_in_training(tmp_path/"run", clips)} == {"train"}, "other seconds of one video are another matter"
+    e = evaluate(model, photos[:4], ["short_retrieval"], permutations=20)
+    e.manifest["seen_in_training"] = 3
+    assert "trained on 3 of the 4 samples" in evaluation_notes({"a": e, "b": e})[0]
+
+
 def test_presets_say_that_their_weights_are_random(caplog):
     import logging
     logging.getLogger("fgclip_nb").propagate = True
