@@ -1143,7 +1143,7 @@ def held_out_above_chance(ev):
     last = lambda c: float(ev.series(c).iloc[-1]) if ev.has(c) else math.nan
     rank, low, r10, high = map(last, ("val_mean_rank", "val_mean_rank_chance_low", "val_r10", "val_r10_chance_high"))
     score, chance = ev.facts.get("retrieval"), last("val_mean_rank_chance")
-    if score:                                       # the run's last look, at all captions
+    if score:                                       # the run's last look, with more shuffles
         rank, r10, chance = score["mean_rank"], score["r10"], score.get("permuted", score["chance"])["mean_rank"]
         low, high = score["chance_interval"]["mean_rank"][0], score["chance_interval"]["r10"][1]
     told = f"mean rank {rank:.1f} (chance {chance:.1f}, interval from {low:.1f}), R@10 {r10:.3f} (interval to {high:.3f})"

@@ -144,7 +144,7 @@ def retrieval_table(run: Run):
     "Held-out caption retrieval of a finished run beside chance and the band of shuffled pairs (DataFrame; empty without captions)."
     import pandas as pd
     score = json.loads((run.path/"retrieval.json").read_text()) if (run.path/"retrieval.json").exists() else {}
-    found = {"short captions": score} | ({"long captions": score["long"]} if "long" in score else {})
+    found = {"first short caption": score} | ({"long caption": score["long"]} if "long" in score else {})
     shown = dict(r1="recall at 1", r10="recall at 10", mean_rank="mean rank")
     rows = [dict(texts=texts, measure=shown[k], photo_to_text=part["i2t"][k], text_to_photo=part["t2i"][k], mean=part[k],
                  chance=part.get("permuted", part["chance"])[k], chance_band="{:.3g} … {:.3g}".format(*part["chance_interval"][k]),
@@ -896,7 +896,7 @@ def finish(s: TrainState, val_samples):
     if len(captioned) > 1:
         s.model.eval()
         encoder = Encoder(s.model, s.cfg.image_size or None, frames=clip_frames(s.cfg))
-        score = caption_retrieval(encoder, captioned)
+        score = caption_retrieval(encoder, captioned, captions=1)     # as the validations before it: one caption, one photo
         if all(v.caption for v in captioned): score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path/"retrieval.json", json.dumps(score, indent=1))
     summary = dict(steps=s.step, of=s.total_steps, skipped=s.skipped, load_rejects=s.load_rejects, best=s.best)
