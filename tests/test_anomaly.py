@@ -1,4 +1,5 @@
-"""What a cell cannot check: frame figures over excerpts of UCF-Crime's own files and over all of them, XD-Violence lists, scores read from files, videos on disk."""
+"""What a cell cannot check: frame figures over excerpts of UCF-Crime's own files and over all of them, XD-Violence lists, scores read from
+files, videos on disk."""
 import inspect, json
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from fgclip_nb.core import ConfigError, DataError
-from fgclip_nb.evaluation import (anomaly_scores, fit_heads, frame_auc, match_scores, read_anomaly_annotations, read_frame_counts, read_prompts,
-                                  read_scores, track_annotations, video_features, video_name)
+from fgclip_nb.evaluation import (anomaly_scores, fit_heads, frame_auc, match_scores, read_anomaly_annotations, read_frame_counts,
+                                  read_prompts, read_scores, track_annotations, video_features, video_name)
 from fgclip_nb.regions import boxes_at, load_samples
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +32,10 @@ def ucf():
 @pytest.mark.parametrize("suffix", ["", ".mp4", ".npy"])
 def test_an_oracle_scores_one(ucf, suffix):
     found = frame_auc({f"Testing/{n}{suffix}": v for n, v in ucf.items()}, ANNOTATION, frames=FRAMES)
-    assert found["auc"] == found["ap"] == found["auc_anomalous"] == 1 and found["false_alarm_rate"] == 0 and not found["missing"] and not found["rejects"]
-    assert all(c["auc"] == c["auc_within"] == 1 for c in found["per_class"].values()) and set(found["per_class"]) == {"Abuse", "Arrest", "Arson", "Fighting", "Shooting"}
+    assert found["auc"] == found["ap"] == found["auc_anomalous"] == 1 and found["false_alarm_rate"] == 0
+    assert not found["missing"] and not found["rejects"]
+    assert all(c["auc"] == c["auc_within"] == 1 for c in found["per_class"].values())
+    assert set(found["per_class"]) == {"Abuse", "Arrest", "Arson", "Fighting", "Shooting"}
     assert found["frames"] == sum(map(len, ucf.values())) and found["anomalous_frames"] == sum(v.sum() for v in ucf.values())
     assert found["annotated_frames_cut"] == (1267 + 1 - 1264) + (3103 + 1 - 3088)
 
@@ -40,7 +43,8 @@ def test_an_oracle_scores_one(ucf, suffix):
 @pytest.mark.parametrize("kind", ["noise", "ties", "constant"])
 def test_figures_are_scikit_learns(ucf, kind):
     rng = np.random.default_rng(0)
-    scores = {n: dict(noise=rng.random(len(v)), ties=np.round(rng.random(len(v)) + v, 1), constant=np.full(len(v), 0.3))[kind] for n, v in ucf.items()}
+    made = lambda v: dict(noise=rng.random(len(v)), ties=np.round(rng.random(len(v)) + v, 1), constant=np.full(len(v), 0.3))[kind]
+    scores = {n: made(v) for n, v in ucf.items()}
     found = frame_auc(scores, ANNOTATION, frames=FRAMES)
     y, s = (np.concatenate([d[n] for n in sorted(ucf)]) for d in (ucf, scores))
     assert found["auc"] == roc_auc_score(y, s) and found["ap"] == average_precision_score(y, s)
@@ -58,11 +62,13 @@ def test_segments_are_repeated_to_the_frame_count(ucf):
     spread, repeated = (frame_auc(segments, ANNOTATION, frames=FRAMES, segment=s, repeats=0) for s in (None, 16))
     by_hand = {n: np.repeat(v, 16)[:counts[n]] for n, v in segments.items()}
     assert repeated["auc"] == frame_auc(by_hand, ANNOTATION, repeats=0)["auc"]
-    assert spread["frames"] == repeated["frames"] == sum(counts.values()) and spread["auc"] == repeated["auc"], "all counts are multiples of 16"
+    assert spread["frames"] == repeated["frames"] == sum(counts.values())
+    assert spread["auc"] == repeated["auc"], "all counts are multiples of 16"
 
 
 def test_videos_without_scores_are_named_not_called_normal(ucf):
-    found = frame_auc({n: v for n, v in ucf.items() if n != "Arson011_x264"} | {"Elsewhere001": [0.1, 0.2]}, ANNOTATION, frames=FRAMES, repeats=0)
+    found = frame_auc({n: v for n, v in ucf.items() if n != "Arson011_x264"} | {"Elsewhere001": [0.1, 0.2]}, ANNOTATION, frames=FRAMES,
+                      repeats=0)
     assert found["missing"] == ["Arson011_x264"] and found["unannotated"] == ["Elsewhere001"] and found["videos"] == 10
 
 
@@ -75,7 +81,8 @@ def test_single_frames_and_one_sided_sets(tmp_path):
 
 
 def test_xd_violence_lists(tmp_path):
-    lines = ["v=S-7rRLrxnVQ__#1_label_B4-0-0 2 4", "Bad.Boys.1995__#01-11-55_00_label_G-B2-B6 0 1 5 7", "A.Beautiful.Mind.2001__#00-25-20_label_A", "v=x__#1_label_B1-0-0"]
+    lines = ["v=S-7rRLrxnVQ__#1_label_B4-0-0 2 4", "Bad.Boys.1995__#01-11-55_00_label_G-B2-B6 0 1 5 7",
+             "A.Beautiful.Mind.2001__#00-25-20_label_A", "v=x__#1_label_B1-0-0"]
     (tmp_path/"annotations.txt").write_text("\n".join(lines))
     videos, rejects = read_anomaly_annotations(tmp_path/"annotations.txt")
     assert videos["Bad.Boys.1995__#01-11-55_00_label_G-B2-B6"].classes == ("G", "B2", "B6") and len(videos) == 3
@@ -87,8 +94,10 @@ def test_xd_violence_lists(tmp_path):
 
 def test_every_wrong_line_is_a_reject_with_its_reason(tmp_path):
     good = ANNOTATION.read_text().splitlines()
-    bad = {"A Abuse 9 3 -1 -1": "ends before", "B Abuse 3": "pair off", "C Abuse one 3": "no frame number", "D Abuse -1 -1 -1 -1": "without an anomalous span",
-           "E Normal 3 4 -1 -1": "normal video with", "F Abuse -5 4": "negative", "G": "no class", good[0]: "twice", "H Abuse": "cut off", "I Abuse 3 -1": "negative"}
+    bad = {"A Abuse 9 3 -1 -1": "ends before", "B Abuse 3": "pair off", "C Abuse one 3": "no frame number",
+           "D Abuse -1 -1 -1 -1": "without an anomalous span",
+           "E Normal 3 4 -1 -1": "normal video with", "F Abuse -5 4": "negative", "G": "no class", good[0]: "twice", "H Abuse": "cut off",
+           "I Abuse 3 -1": "negative"}
     (tmp_path/"a.txt").write_text("\n".join([*good, *bad]))
     videos, rejects = read_anomaly_annotations(tmp_path/"a.txt")
     assert len(videos) == len(good) and len(rejects) == len(bad)
@@ -97,7 +106,8 @@ def test_every_wrong_line_is_a_reject_with_its_reason(tmp_path):
 
 
 def test_scores_are_checked(tmp_path):
-    for scores, said in (({"a": [0.1, float("nan")]}, "entry 1 is NaN"), ({"a": []}, "non-empty"), ({"a": [[1, 2]]}, "flat"), ({"a": [1], "x/a.mp4": [1]}, "twice")):
+    for scores, said in (({"a": [0.1, float("nan")]}, "entry 1 is NaN"), ({"a": []}, "non-empty"), ({"a": [[1, 2]]}, "flat"),
+                         ({"a": [1], "x/a.mp4": [1]}, "twice")):
         with pytest.raises(DataError, match=said): read_scores(scores)
     np.save(tmp_path/"v1.npy", np.array([0.5, 0.25]))
     assert read_scores(tmp_path)["v1"].tolist() == [0.5, 0.25]
@@ -119,7 +129,8 @@ def test_smoothing_helps_noisy_scores_of_long_events(ucf):
 
 
 def test_heads_choose_on_validation_and_report_every_seed(tmp_path):
-    assert not {"test", "test_features", "annotation_file"} & set(inspect.signature(fit_heads).parameters), "no way for a test score to reach a choice"
+    taken = set(inspect.signature(fit_heads).parameters)
+    assert not {"test", "test_features", "annotation_file"} & taken, "no way for a test score to reach a choice"
     rng = np.random.default_rng(3)
     bags = {f"v{i}": (rng.normal(size=(20, 8)) + (i % 2)*np.eye(8)[0]*4*(np.arange(20) > 14)[:, None], bool(i % 2)) for i in range(24)}
     train, val = {k: bags[k] for k in list(bags)[:16]}, {k: bags[k] for k in list(bags)[16:]}
@@ -127,7 +138,9 @@ def test_heads_choose_on_validation_and_report_every_seed(tmp_path):
     test = {"t0.mp4": rng.normal(size=(20, 8)), "t1": rng.normal(size=(20, 8)) + np.eye(8)[0]*4*(np.arange(20) > 14)[:, None]}
     (tmp_path/"a.txt").write_text("t0 Normal -1 -1 -1 -1\nt1 Abuse 240 319 -1 -1\n")
     report, second = (h.report(test, tmp_path/"a.txt", frames={"t0": 320, "t1": 320}, repeats=0) for h in (heads, again))
-    assert report == second and report["seeds"] == [5, 6, 7] and report["auc"]["mean"] == pytest.approx(np.mean(report["auc"]["values"])) and report["auc"]["mean"] > 0.8
+    assert report == second and report["seeds"] == [5, 6, 7]
+    assert report["auc"]["mean"] == pytest.approx(np.mean(report["auc"]["values"]))
+    assert report["auc"]["mean"] > 0.8
     for fit in heads.fits: assert fit["val_auc"] == max(h["val_auc"] for h in fit["history"])
     with pytest.raises(DataError, match="used for training or selection"): heads.report({"v3.mp4": bags["v3"][0]}, tmp_path/"a.txt")
     with pytest.raises(ConfigError, match="three"): fit_heads(train, val, seeds=(1, 2))
@@ -146,7 +159,8 @@ def test_zero_shot_scores_of_a_video_file(tmp_path):
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 6*i, np.uint8), format="rgb24")): out.mux(packet)
         for packet in stream.encode(): out.mux(packet)
     scores, frames = anomaly_scores(FGCLIP(FGCLIPConfig.preset("tiny")), [tmp_path/"Abuse028_x264.mp4"])
-    assert frames == {"Abuse028_x264": 40} and scores["Abuse028_x264"].shape == (3,) and (0 < scores["Abuse028_x264"]).all() and (scores["Abuse028_x264"] < 1).all()
+    assert frames == {"Abuse028_x264": 40} and scores["Abuse028_x264"].shape == (3,)
+    assert (0 < scores["Abuse028_x264"]).all() and (scores["Abuse028_x264"] < 1).all()
     found, rejects, *_ = match_scores(scores, ANNOTATION, frames)
     assert not found and "starts after the last of 40 frames" in rejects[0].reason
 
@@ -187,11 +201,13 @@ def test_features_of_videos_are_kept_and_belong_to_their_weights(tiny, tmp_path,
     monkeypatch.setattr(evaluation, "_encode_video", lambda *a: pytest.fail("encoded again"))
     again = video_features(tiny, movies, every=100, cache=tmp_path/"cache")
     for n in ("car_park", "visitors"):
-        assert fresh[n].frames == again[n].frames and again[n].regions.shape == (len(again[n].whole), 10, 64) and again[n].bag().shape[1] == 256
+        assert fresh[n].frames == again[n].frames and again[n].regions.shape == (len(again[n].whole), 10, tiny.config.projection_dim)
+        assert again[n].bag().shape == (len(again[n].whole), 2 * tiny.config.projection_dim)
         assert np.allclose(fresh[n].whole, again[n].whole, atol=1e-6) and np.allclose(first[n].regions, again[n].regions, atol=1e-6)
     with pytest.raises(DataError, match="another every"): video_features(tiny, movies, every=50, cache=tmp_path/"cache")
     torch.manual_seed(1)
-    with pytest.raises(DataError, match="another weights"): video_features(FGCLIP(FGCLIPConfig.preset("tiny")), movies, every=100, cache=tmp_path/"cache")
+    other = FGCLIP(FGCLIPConfig.preset("tiny"))
+    with pytest.raises(DataError, match="another weights"): video_features(other, movies, every=100, cache=tmp_path/"cache")
 
 
 def test_the_shipped_clips_end_to_end(tiny, tmp_path):

@@ -1,4 +1,5 @@
-"""What a cell cannot check: whole evaluations over excerpts of the public benchmarks, other programs' models and features, speed, the notebook under papermill."""
+"""What a cell cannot check: whole evaluations over excerpts of the public benchmarks, other programs' models and features,
+speed, the notebook under papermill."""
 import dataclasses, json, shutil, subprocess, sys, time
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from fgclip_nb.core import ConfigError, DataError
-from fgclip_nb.evaluation import (CachedFeatures, Encoder, TASKS, caption_retrieval, compare_evaluations, evaluate, evaluation_parameter_cell, load_evaluation,
-                                  load_model, read_labels, retrieval, rows, save_evaluation, save_features)
+from fgclip_nb.evaluation import (CachedFeatures, Encoder, TASKS, caption_retrieval, compare_evaluations, evaluate,
+                                  evaluation_parameter_cell, load_evaluation, load_model, read_labels, retrieval, rows, save_evaluation,
+                                  save_features)
 from fgclip_nb.regions import Region, Sample, load_samples, sample_path
 
 HERE = Path(__file__).resolve().parent
@@ -69,7 +71,8 @@ def single_caption(samples):
     out = []
     for s in samples:
         if not s.captions: continue
-        regions = [dataclasses.replace(r, phrase=next((c for c in read_labels("coco80") if r.phrase.endswith(c)), r.phrase)) if r.source == "category" else r for r in s.regions]
+        name = lambda r: next((c for c in read_labels("coco80") if r.phrase.endswith(c)), r.phrase)
+        regions = [dataclasses.replace(r, phrase=name(r)) if r.source == "category" else r for r in s.regions]
         negatives = tuple(n._replace(caption=s.captions[0]) for n in s.caption_negatives)
         out.append(dataclasses.replace(s, captions=s.captions[:1], caption=s.captions[0], regions=regions, caption_negatives=negatives))
     return out
@@ -97,19 +100,23 @@ def test_classification_agrees_with_scikit_learn():
     ranked = classify(features, classes, target, permutations=0)
     scores, table = cosines(unit(features), unit(classes)), summarise(ranked, 10)
     for k in (1, 5): assert table[f"acc{k}"] == pytest.approx(top_k_accuracy_score(target, scores, k=k, labels=range(12)), abs=1e-12)
-    assert per_class(ranked, list(map(str, range(12))))["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(target, scores.argmax(1)), abs=1e-12)
+    recall = per_class(ranked, list(map(str, range(12))))["mean_per_class_recall"]
+    assert recall == pytest.approx(balanced_accuracy_score(target, scores.argmax(1)), abs=1e-12)
     assert (first_answer(ranked) == scores.argmax(1)).all()
     few, names = np.round(rng.normal(size=(300, 3))), np.round(rng.normal(size=(12, 3)))       # few distinct rows: many equal scores
     places = classify(few, names, target, permutations=0)
-    assert places.ranks.mean() == pytest.approx(coverage_error(np.eye(12)[target], cosines(unit(few), unit(names))), abs=1e-12), "ties count against"
+    theirs = coverage_error(np.eye(12)[target], cosines(unit(few), unit(names)))
+    assert places.ranks.mean() == pytest.approx(theirs, abs=1e-12), "ties count against"
 
 
 def test_wrong_lines_of_an_annotation_are_told_with_the_scores(model, coco, tmp_path):
     lines = (DATA/"fgovd/h_attributes_llava.jsonl").read_text().splitlines()
-    bad = ["{not json", json.dumps({"img_path": "a.jpg"}), json.dumps(json.loads(lines[0]) | {"bbox": [1, 2, 3]}), json.dumps(json.loads(lines[0]) | {"width": None})]
+    bad = ["{not json", json.dumps({"img_path": "a.jpg"}), json.dumps(json.loads(lines[0]) | {"bbox": [1, 2, 3]}),
+           json.dumps(json.loads(lines[0]) | {"width": None})]
     (tmp_path/"h_attributes.jsonl").write_text("\n".join([*lines, *bad]))
     result = evaluate(model, tmp_path/"h_attributes.jsonl", ["hard_negatives"], media_root=coco, permutations=20)
-    assert result.results["hard_negatives"]["hard"]["asked"] == len(lines) and [r["entry"] for r in result.rejects] == [f"line {len(lines) + i}" for i in (1, 2, 3, 4)]
+    assert result.results["hard_negatives"]["hard"]["asked"] == len(lines)
+    assert [r["entry"] for r in result.rejects] == [f"line {len(lines) + i}" for i in (1, 2, 3, 4)]
     assert load_evaluation(save_evaluation(result, tmp_path/"out")).rejects == result.rejects
 
 
@@ -121,7 +128,8 @@ def test_gaussian_features_score_chance_on_every_task(photos):
         outside, total = outside + table.above_chance.astype(bool).sum(), total + len(table)
     labelled = [dataclasses.replace(s, label=read_labels("coco80")[i % 7]) for i, s in enumerate(samples)]
     for seed in range(20):
-        above = evaluate(Fake(samples, False, seed), labelled, ["classification"], templates=["{}"], permutations=200).table().above_chance.dropna()
+        table = evaluate(Fake(samples, False, seed), labelled, ["classification"], templates=["{}"], permutations=200).table()
+        above = table.above_chance.dropna()
         outside, total = outside + above.astype(bool).sum(), total + len(above)
     assert total > 200 and outside / total < 0.06, f"{outside} of {total} scores of noise stand above the 97.5 % limit"
 
@@ -131,10 +139,12 @@ def test_denominators_keep_what_is_missing(model, coco):
     tables = result.results["hard_negatives"]
     assert list(tables) == ["hard", "medium", "easy", "trivial"]
     for table in tables.values():
-        assert table["lost"] == {"photo missing": 2} and table["asked"] == table["queries"] + 2 and 0 < table["photos_missing"] < table["photos"]
+        assert table["lost"] == {"photo missing": 2} and table["asked"] == table["queries"] + 2
+        assert 0 < table["photos_missing"] < table["photos"]
         assert table["texts"] > table["distinct_texts"] > 0 and -1 <= table["nearest_wrong_text_cosine"] <= 1
     assert "no such file" in result.unreadable[0]["reason"]
-    assert result.table().groupby("list", sort=False).first()[["scored", "asked"]].values.tolist() == [[t["queries"], t["asked"]] for t in tables.values()]
+    shown = result.table().groupby("list", sort=False).first()[["scored", "asked"]].values.tolist()
+    assert shown == [[t["queries"], t["asked"]] for t in tables.values()]
 
 
 def test_levels_of_the_shipped_sample_are_those_of_its_regions(model, photos):
@@ -146,7 +156,8 @@ def test_levels_of_the_shipped_sample_are_those_of_its_regions(model, photos):
 
 def test_a_right_sentence_among_the_wrong_ones_is_counted(model, photos):
     regions = [Region("a red bowl", box=(0, 0, 1, 1), negatives=("A red  bowl", "a blue bowl"))]
-    [table] = evaluate(model, [dataclasses.replace(photos[0], regions=regions)], ["hard_negatives"], permutations=20).results["hard_negatives"].values()
+    sample = dataclasses.replace(photos[0], regions=regions)
+    [table] = evaluate(model, [sample], ["hard_negatives"], permutations=20).results["hard_negatives"].values()
     assert table["right_among_wrong"] == 1 and table["acc1"] == 0, "equal texts tie, and a tie counts against the model"
 
 
@@ -165,7 +176,8 @@ def test_region_features_lie_on_the_models_own_grid(model, photos):
         def __init__(self):
             super().__init__()
             self.inner, self.config = model, model.config
-        def __getattr__(self, name): return getattr(super().__getattr__("inner"), name) if name not in ("inner", "config") else super().__getattr__(name)
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name in ("inner", "config") else getattr(super().__getattr__("inner"), name)
         def get_image_box_roi_features(self, pixels, box_info):
             seen.extend(box_info)
             return model.get_image_box_roi_features(pixels, box_info)
@@ -184,7 +196,8 @@ def test_what_the_data_does_not_ask_for_has_no_row(model, photos):
     assert result.mistakes("region_classification", "labels").empty
     gone = [dataclasses.replace(s, media="/nowhere.jpg") for s in photos[:4]]
     table = evaluate(model, gone, ["hard_negatives"], permutations=20).table()
-    assert (table.scored == 0).all() and (table.asked > 0).all() and table.value.isna().all(), "what is asked and cannot be scored keeps its row"
+    assert (table.scored == 0).all() and (table.asked > 0).all(), "what is asked and cannot be scored keeps its row"
+    assert table.value.isna().all()
 
 
 def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
@@ -262,15 +275,16 @@ def test_a_transformers_clip_model_scores_photos_and_captions(photos, tmp_path):
     from transformers import CLIPConfig, CLIPModel
     tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
     torch.manual_seed(0)
-    clip = CLIPModel(CLIPConfig(projection_dim=32, text_config=dict(tower, vocab_size=49408, eos_token_id=49407, bos_token_id=49406, pad_token_id=49407),
-                                vision_config=dict(tower, image_size=64, patch_size=16))).eval()
+    words = dict(tower, vocab_size=49408, eos_token_id=49407, bos_token_id=49406, pad_token_id=49407)
+    clip = CLIPModel(CLIPConfig(projection_dim=32, text_config=words, vision_config=dict(tower, image_size=64, patch_size=16))).eval()
     direct = evaluate(clip, photos, ["short_retrieval", "long_retrieval", "caption_negatives"], permutations=20)
     assert direct.manifest["context_length"] == {"short": 77, "long": 77}
     clip.save_pretrained(tmp_path/"clip")
     ours = load_model(tmp_path/"clip")
     through = evaluate(ours, photos, ["short_retrieval", "long_retrieval", "caption_negatives", "hard_negatives"], permutations=20)
     assert through.manifest["context_length"] == {"short": 77, "long": 77}, "plain CLIP was never trained beyond 77 tokens"
-    assert (compare_evaluations(direct, through).difference.abs() < 0.02).all() and through.results["hard_negatives"]["hard"]["queries"] > 10
+    assert (compare_evaluations(direct, through).difference.abs() < 0.02).all()
+    assert through.results["hard_negatives"]["hard"]["queries"] > 10
 
 
 TOWER = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128)
@@ -302,7 +316,8 @@ def sources(tmp_path_factory, photos):
     return at, fine, clip
 
 
-FINE, PLAIN = ("run", "run/checkpoints/step_00000007", "official", "features", "hub/fine"), ("clip", "state_dict.pt", "archive.pt", "hub/clip")
+FINE = ("run", "run/checkpoints/step_00000007", "official", "features", "hub/fine")
+PLAIN = ("clip", "state_dict.pt", "archive.pt", "hub/clip")      # global tasks only
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -316,7 +331,7 @@ def test_every_kind_of_weights_through_evaluate(sources, photos, source, monkeyp
         if not found.exists(): raise EntryNotFoundError(filename)
         return str(found)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    tasks = ["short_retrieval", "long_retrieval", "caption_negatives"] + ["hard_negatives"]*(source in FINE)      # plain CLIP has global tasks only
+    tasks = ["short_retrieval", "long_retrieval", "caption_negatives"] + ["hard_negatives"]*(source in FINE)
     direct = evaluate(fine if source in FINE else clip, photos[:8], tasks, permutations=20)
     through = evaluate(source if "hub" in source else at/source, photos[:8], tasks, permutations=20)
     if source == "archive.pt": assert (compare_evaluations(direct, through).difference.abs() < 0.1).all(), "its weights are halves"
@@ -327,7 +342,8 @@ def test_every_kind_of_weights_through_evaluate(sources, photos, source, monkeyp
 
 
 def test_plain_clip_has_no_regions_of_its_own(sources, photos):
-    with pytest.raises(ConfigError, match="CLIPModel has no dense features.*FGCLIP.from_clip"): evaluate(sources[2], photos[:2], ["hard_negatives"])
+    with pytest.raises(ConfigError, match="CLIPModel has no dense features.*FGCLIP.from_clip"):
+        evaluate(sources[2], photos[:2], ["hard_negatives"])
 
 
 def test_what_is_no_model_is_said(tmp_path):
@@ -400,7 +416,8 @@ def test_saved_results_are_read_back_and_have_the_keys_others_read(model, photos
     files = {p.name: json.loads(p.read_text()) for p in (out/"clip_benchmark").iterdir()}
     assert all(set(f) == {"dataset", "model", "pretrained", "task", "metrics", "language"} for f in files.values())
     assert set(files["region_classification.json"]["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
-    assert set(files["short_retrieval.json"]["metrics"]) == {f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)}
+    names = {f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)}
+    assert set(files["short_retrieval.json"]["metrics"]) == names
     assert not compare_evaluations(out, result).decided.any() and "NaN" not in (out/"evaluation.json").read_text()
 
 
@@ -408,7 +425,8 @@ def test_evaluations_are_found_and_laid_side_by_side(model, photos, tmp_path):
     from fgclip_nb.evaluation import ENOUGH_PHOTOS, evaluation_notes, load_evaluations, plot_paired, plot_side_by_side, side_by_side
     tasks, few = ["short_retrieval", "caption_negatives"], photos[:8]
     a, b = (evaluate(model, few, tasks, permutations=20, name=f"org/{n}", image_size=size) for n, size in (("a", 112), ("b", 64)))
-    save_evaluation(a, tmp_path/"first/evaluation"), save_evaluation(b, tmp_path/"first/evaluation/baseline"), save_evaluation(a, tmp_path/"second/evaluation")
+    for e, place in ((a, "first/evaluation"), (b, "first/evaluation/baseline"), (a, "second/evaluation")):
+        save_evaluation(e, tmp_path/place)
     found = load_evaluations(tmp_path/"first", f"{tmp_path}/sec*")
     assert list(found) == ["first", "second", "baseline b"] and not load_evaluations(tmp_path/"nowhere*")
     table = side_by_side(found)
@@ -469,8 +487,10 @@ def test_notebook_offers_exactly_the_known_parameters():
 @pytest.mark.all
 def test_notebook_runs_under_papermill(tmp_path):
     pytest.importorskip("papermill")
-    command = [sys.executable, "-m", "papermill", "nbs/evaluate.ipynb", str(tmp_path/"out.ipynb"), "-p", "output", str(tmp_path/"out"), "-p", "templates", "photo",
-               "-p", "annotations", str(DATA/"ucf_annotation.txt"), "-p", "scores", str(tmp_path/"scores.json"), "-p", "frame_counts", str(DATA/"ucf_frames.csv")]
+    command = [sys.executable, "-m", "papermill", "nbs/evaluate.ipynb", str(tmp_path/"out.ipynb"), "-p", "output", str(tmp_path/"out"),
+               "-p", "templates", "photo",
+               "-p", "annotations", str(DATA/"ucf_annotation.txt"), "-p", "scores", str(tmp_path/"scores.json"), "-p", "frame_counts",
+               str(DATA/"ucf_frames.csv")]
     (tmp_path/"scores.json").write_text(json.dumps({"Abuse028_x264.mp4": [0.1]*10 + [0.9]*3 + [0.1]*75, "Abuse030_x264": [0.2]*96}))
     done = subprocess.run(command, cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -28,7 +28,8 @@ def test_finehard(tmp_path, root):
     a = s[0]
     assert (a.caption, a.short_caption, a.media, a.kind) == ("A long caption of photo 0.", "photo 0", str(root/"a.jpg"), "image")
     mug, table = a.regions
-    assert mug.box == tuple(BOX) and len(mug.negatives) == 10 and mug.negatives[0] == "a green mug" and mug.long_phrase.startswith("a red mug that")
+    assert mug.box == tuple(BOX) and len(mug.negatives) == 10 and mug.negatives[0] == "a green mug"
+    assert mug.long_phrase.startswith("a red mug that")
     assert table.box == (0.5, 0.5, 0.9, 0.9) and table.negatives == ()      # the fifth number is a score; flag_short_neg 0
 
 
@@ -57,7 +58,8 @@ def test_video_forms(tmp_path, root, document):
     s, r = load(tmp_path, root, document)
     assert (len(s), r) == (2, []) and s[0].kind == "video" and (s[0].label, s[1].label) == ("Abuse", "Normal")
     region = s[0].regions[0]
-    assert region.phrase == "a man hits" and region.keyframes == (Keyframe(192, (0.1, 0.2, 0.3, 0.6)), Keyframe(333, (0.2, 0.2, 0.4, 0.6), False))
+    assert region.phrase == "a man hits"
+    assert region.keyframes == (Keyframe(192, (0.1, 0.2, 0.3, 0.6)), Keyframe(333, (0.2, 0.2, 0.4, 0.6), False))
     assert not s[1].regions or s[1].regions[0].keyframes == ()
 
 
@@ -82,7 +84,8 @@ def test_label_studio(tmp_path, root):
     s, r = load(tmp_path, root, LABEL_STUDIO)
     assert r == [] and s[0].caption == "A man is beaten." and s[0].media == str(root/VIDEOS[0])
     region = s[0].regions[0]
-    assert region.phrase == "a man hits" and region.keyframes[0].bbox == pytest.approx((0.1, 0.2, 0.3, 0.6)) and not region.keyframes[1].enabled
+    assert region.phrase == "a man hits" and region.keyframes[0].bbox == pytest.approx((0.1, 0.2, 0.3, 0.6))
+    assert not region.keyframes[1].enabled
 
 
 def test_fgovd_gathers_an_image(tmp_path, root):
@@ -109,15 +112,18 @@ def test_coco_boxes_and_captions_meet(tmp_path, root):
     for name, d in (("instances_val2017.json", COCO), ("captions_val2017.json", COCO_CAPTIONS)): write(tmp_path/name, d)
     s, r = load_samples([tmp_path/"instances_val2017.json", tmp_path/"captions_val2017.json"], root)
     assert len(s) == 3 and r == [] and {x.split for x in s} == {"val"}
-    assert s[0].captions == ("Caption 0", "Caption 2", "Caption 4") and s[0].caption == "Caption 0. Caption 2. Caption 4." and s[2].captions == ()
+    assert s[0].captions == ("Caption 0", "Caption 2", "Caption 4")
+    assert s[0].caption == "Caption 0. Caption 2. Caption 4." and s[2].captions == ()
     assert [x.phrase for x in s[0].regions] == ["a dog", "an apple"] and s[0].regions[0].box == pytest.approx((0.1, 0.1, 0.4, 0.3))
 
 
 def test_coco_rejects(tmp_path, root):
     bad = [{"image_id": 99, "category_id": 1, "bbox": [1, 1, 2, 2]}, {"image_id": 0, "category_id": 77, "bbox": [1, 1, 2, 2]},
-           {"image_id": 0, "category_id": 1, "bbox": [1, 1, 2, 2], "iscrowd": 1}, {"image_id": 0, "category_id": 1, "bbox": [1, 1, "2", 2]}, 3]
+           {"image_id": 0, "category_id": 1, "bbox": [1, 1, 2, 2], "iscrowd": 1}, {"image_id": 0, "category_id": 1, "bbox": [1, 1, "2", 2]},
+           3]
     s, r = load(tmp_path, root, dict(COCO, annotations=COCO["annotations"] + bad))
-    assert [x.rule for x in r] == ["unknown_image", "unknown_category", "crowd", "malformed", "malformed"] and sum(len(x.regions) for x in s) == 5
+    assert [x.rule for x in r] == ["unknown_image", "unknown_category", "crowd", "malformed", "malformed"]
+    assert sum(len(x.regions) for x in s) == 5
 
 
 def test_uca_a_sample_per_sentence(tmp_path, root):
@@ -126,16 +132,20 @@ def test_uca_a_sample_per_sentence(tmp_path, root):
 
 
 def test_temporal_annotation(tmp_path):
-    (tmp_path/"Temporal_Anomaly_Annotation.txt").write_text("Abuse028_x264  Abuse  165  240  -1  -1\nNormal_Videos_003_x264 Normal -1 -1 -1 -1\nbroken line\n")
+    lines = ["Abuse028_x264  Abuse  165  240  -1  -1", "Normal_Videos_003_x264 Normal -1 -1 -1 -1", "broken line"]
+    (tmp_path/"Temporal_Anomaly_Annotation.txt").write_text("\n".join(lines))
     s, r = load_samples(tmp_path/"Temporal_Anomaly_Annotation.txt")
-    assert [(x.label, [y.span for y in x.regions], x.split) for x in s] == [("Abuse", [(165, 240)], "test"), ("Normal", [], "test")] and len(r) == 1
+    assert [(x.label, [y.span for y in x.regions], x.split) for x in s] == [("Abuse", [(165, 240)], "test"), ("Normal", [], "test")]
+    assert len(r) == 1
 
 
 def test_own_format(tmp_path, root):
     s, r = load(tmp_path, root, REGIONS, "regions.jsonl", lines=True)
     assert r == [] and [x.kind for x in s] == ["image", "image", "video"]
-    assert s[0].captions == ("A mug.", "a red mug on a table") and s[0].caption == "A mug. a red mug on a table." and s[0].short_caption == "A mug."
-    assert [(x.phrase, x.source) for x in s[0].regions] == [("a red mug", "expression"), ("an apple", "category")] and s[0].regions[0].box == (0.1, 0.1, 0.5, 0.9)
+    assert s[0].captions == ("A mug.", "a red mug on a table")
+    assert s[0].caption == "A mug. a red mug on a table." and s[0].short_caption == "A mug."
+    assert [(x.phrase, x.source) for x in s[0].regions] == [("a red mug", "expression"), ("an apple", "category")]
+    assert s[0].regions[0].box == (0.1, 0.1, 0.5, 0.9)
     assert s[0].regions[0].levels() == {"hard": ("a green mug",), "trivial": ("a dog",)}
     assert s[1].regions[0].box == tuple(BOX) and s[2].span == (1.0, 9.0) and s[0].caption_negatives[0].negative == "A bowl."
 
@@ -143,11 +153,13 @@ def test_own_format(tmp_path, root):
 def test_levels_without_plain_negatives(tmp_path, root):
     region = {"bbox": BOX, "caption": "a red mug"}
     for extra, found in (({"negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}}, {"easy": ("a dog",), "hard": ("a red jug",)}),
-                         ({"negatives_level": "hard", "negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}}, {"hard": ("a red jug",), "easy": ("a dog",)}),
+                         ({"negatives_level": "hard", "negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}},
+                          {"hard": ("a red jug",), "easy": ("a dog",)}),
                          ({"negatives_level": "hard"}, {}), ({"negatives": ["a jug"]}, {"given": ("a jug",)})):
         s, _ = load(tmp_path, root, [{"image": "a.jpg", "regions": [region | extra]}], "regions.jsonl", lines=True)
         assert s[0].regions[0].levels() == found and s[0].regions[0].negatives == next(iter(found.values()), ())
-    s, r = load(tmp_path, root, [{"image": "a.jpg", "regions": [region | {"negatives_by_level": {"easy": [3]}}]}], "regions.jsonl", lines=True)
+    s, r = load(tmp_path, root, [{"image": "a.jpg", "regions": [region | {"negatives_by_level": {"easy": [3]}}]}], "regions.jsonl",
+                lines=True)
     assert r[0].field == "regions[0].negatives_by_level.easy[0]"
 
 
@@ -208,7 +220,8 @@ def test_missing_media(tmp_path, root):
 def test_paths_stay_inside(tmp_path, root):
     (tmp_path/"secret.jpg").write_bytes((root/"a.jpg").read_bytes())
     (root/"link.jpg").symlink_to(tmp_path/"secret.jpg"), (root/"inner.jpg").symlink_to(root/"a.jpg"), (root/"up").symlink_to(tmp_path)
-    names = ["../secret.jpg", str(tmp_path/"secret.jpg"), "link.jpg", "up/secret.jpg", "sub/../../secret.jpg", "a\0.jpg", "", ".", "x" * 5000, "file:///etc/passwd"]
+    names = ["../secret.jpg", str(tmp_path/"secret.jpg"), "link.jpg", "up/secret.jpg", "sub/../../secret.jpg", "a\0.jpg", "", ".",
+             "x" * 5000, "file:///etc/passwd"]
     s, r = load(tmp_path, root, [dict(FINEHARD[0], f_path=n) for n in names + ["inner.jpg", str(root/"a.jpg"), "sub/../b.jpg"]])
     assert len(r) == len(names) and [x.media for x in s] == [str(root/"a.jpg")] * 2 + [str(root/"b.jpg")]
 
@@ -218,7 +231,8 @@ def test_rejects_name_the_place(tmp_path, root):
     rows[1]["bbox_info"][1]["bbox"] = [0.1, "0.2", 0.3, 0.4]
     rows[2]["caption"] = 5
     s, r = load(tmp_path, root, rows)
-    assert [(x.entry, x.field) for x in r] == [("[1]", "bbox_info[1].bbox[1]"), ("[2]", "caption")] and r[0].value == "'0.2'" and len(s) == 2
+    assert [(x.entry, x.field) for x in r] == [("[1]", "bbox_info[1].bbox[1]"), ("[2]", "caption")]
+    assert r[0].value == "'0.2'" and len(s) == 2
 
 
 def test_all_formats_are_told(tmp_path, root):
@@ -284,7 +298,8 @@ def test_a_lost_shard_is_noticed(tmp_path, root):
 
 def test_command_line(tmp_path, root):
     write(tmp_path/"d.json", FINEHARD)
-    run = lambda *a: subprocess.run([sys.executable, "-m", "fgclip_nb.regions", *map(str, a)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    run = lambda *a: subprocess.run([sys.executable, "-m", "fgclip_nb.regions", *map(str, a)], capture_output=True, text=True,
+                                    stdin=subprocess.DEVNULL)
     done = run("convert", tmp_path/"d.json", tmp_path/"out", "--media-root", root)
     assert done.returncode == 0 and "3 samples in 1 shard" in done.stdout, done.stderr
     again = run("convert", tmp_path/"d.json", tmp_path/"out")
@@ -293,13 +308,15 @@ def test_command_line(tmp_path, root):
 
 def test_order_is_a_permutation_and_a_function():
     for n in (1, 2, 3, 151, 4096): assert np.array_equal(np.sort(epoch_order(n, 5, 2)), np.arange(n))
-    assert np.array_equal(epoch_order(999, 5, 2), epoch_order(999, 5, 2)) and not np.array_equal(epoch_order(999, 5, 2), epoch_order(999, 5, 3))
+    assert np.array_equal(epoch_order(999, 5, 2), epoch_order(999, 5, 2))
+    assert not np.array_equal(epoch_order(999, 5, 2), epoch_order(999, 5, 3))
     first = np.bincount([epoch_order(6, s, 0)[0] for s in range(3000)], minlength=6)
     assert abs(first - 500).max() < 90      # every sample comes first about as often
 
 
 def test_import_is_light():
-    code = "import sys, fgclip_nb.regions, fgclip_nb.filters; bad = {'torch', 'pandas', 'datasets', 'av', 'PIL', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    heavy = {"torch", "pandas", "datasets", "av", "PIL", "matplotlib"}
+    code = f"import sys, fgclip_nb.regions, fgclip_nb.filters; bad = {heavy} & set(sys.modules); assert not bad, bad"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
