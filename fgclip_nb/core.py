@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomic', 'sha256_file', 'read_jsonl', 'param',
            'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'typed_value',
-           'check_range', 'nearest', 'TrainConfig', 'known_parameters', 'describe_parameter', 'notebook_params',
-           'refuse_unknown', 'note_notebook', 'parameter_cell', 'params_hash', 'project_root', 'resolve_path',
-           'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder', 'changed_params', 'check_params',
-           'code_identity', 'versions']
+           'check_range', 'nearest', 'TrainConfig', 'epochs_of', 'known_parameters', 'describe_parameter',
+           'notebook_params', 'refuse_unknown', 'note_notebook', 'parameter_cell', 'params_hash', 'project_root',
+           'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder', 'changed_params',
+           'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
 import ast, dataclasses, difflib, fcntl, gzip, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
@@ -124,7 +124,7 @@ class OptimParams:
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000)
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: no clipping", 0, 1e9)
     max_steps: int = param(0, "optimiser steps of the whole run; 0: as many as `epochs` takes", 0, 1_000_000_000)
-    epochs: int = param(120, "passes over the training samples, unless `max_steps` is given", 1, 100_000)
+    epochs: int = param(0, "passes over the training samples, unless `max_steps` is given; 0: 120, or 520 for the video sample", 0, 100_000)
     max_bad_steps: int = param(10, "the run stops non-zero after this many skipped (non-finite) steps in a row", 1, 1_000_000)
 
 # %% ../nbs/00_core.ipynb #56c94d0d
@@ -216,6 +216,11 @@ class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams
         return cls(**params)
 
     def as_dict(self) -> dict: return dataclasses.asdict(self)
+
+# %% ../nbs/00_core.ipynb #6fe7b95d
+def epochs_of(cfg) -> int:
+    "Passes over the training samples: as asked for, or what the shipped data take; an epoch of the video sample is a single batch."
+    return cfg.epochs or (520 if cfg.data == "video_sample" else 120)
 
 # %% ../nbs/00_core.ipynb #333c367d
 def known_parameters() -> dict:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from .core import DataError, Run, get_logger, read_jsonl, stable_id, write_atomic
+from .core import DataError, Run, epochs_of, get_logger, read_jsonl, stable_id, write_atomic
 
 # %% ../nbs/10_diagnostics.ipynb #bb38ae3e
 MAX_STORED_SCALE = math.log(100)
@@ -520,7 +520,7 @@ def _plan(cfg, counts, processes) -> SimpleNamespace:
     "Steps, forwards and the bank's timetable."
     images = cfg.batch_size * cfg.gradient_accumulation_steps * processes
     per_epoch = counts.get("steps_per_epoch") or max(1, counts["samples"] // images)
-    p = SimpleNamespace(accumulation=cfg.gradient_accumulation_steps, per_epoch=per_epoch, total=cfg.max_steps or per_epoch * cfg.epochs)
+    p = SimpleNamespace(accumulation=cfg.gradient_accumulation_steps, per_epoch=per_epoch, total=cfg.max_steps or per_epoch * epochs_of(cfg))
     p.batch = min(cfg.batch_size * processes, max(counts["samples"], 1))
     p.regions = p.batch * counts["regions_per_sample"]
     p.on = max(cfg.memory_bank_warmup_steps, 1)
@@ -532,7 +532,7 @@ def _plan(cfg, counts, processes) -> SimpleNamespace:
 def _plan_rows(cfg, counts, p):
     yield "samples", counts["samples"], "training samples after the filters"
     yield "steps per epoch", p.per_epoch, f"{p.accumulation} batch(es) of {p.batch} per optimiser step"
-    yield "total steps", p.total, "optimiser steps" if cfg.max_steps else f"{cfg.epochs} epochs"
+    yield "total steps", p.total, "optimiser steps" if cfg.max_steps else f"{epochs_of(cfg)} epochs"
     yield "region forwards per step", p.accumulation, "accumulation adds forwards, not negatives; every bank figure counts forwards"
     yield "regions per forward", p.regions, f"{counts['regions_per_sample']:.3g} per sample, {p.batch} samples"
 

@@ -32,7 +32,7 @@ import numpy as np, torch, yaml
 from safetensors.torch import load_file, save_file
 from .bank import MemoryBank
 from .batches import Drawing, Examples, TrainingOrder, collate_loaded
-from .core import ConfigError, DataError, FolderLock, Run, TrainConfig, check_params, code_identity, get_logger, nearest
+from .core import ConfigError, DataError, FolderLock, Run, TrainConfig, check_params, code_identity, epochs_of, get_logger, nearest
 from .core import params_hash, resolve_path, run_folder, sha256_file, stable_id, versions, write_atomic
 from .diagnostics import Board, Expectations, Recorder, conclude, count_samples, expectations, show, tagged, total_loss
 from .diagnostics import write_scalars
@@ -393,7 +393,7 @@ def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
 
 def total_steps(cfg: TrainConfig, order: TrainingOrder) -> int:
     "Optimiser steps of the whole run."
-    return cfg.max_steps or cfg.epochs * max(1, order.per_epoch // cfg.gradient_accumulation_steps)
+    return cfg.max_steps or epochs_of(cfg) * max(1, order.per_epoch // cfg.gradient_accumulation_steps)
 
 # %% ../nbs/11_training.ipynb #c3278e36
 def forward_backward(s: TrainState, batch) -> tuple:
