@@ -27,7 +27,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
-from .core import ConfigError, DataError, _in_range, _typed, nearest, param, sha256_file, stable_id, write_atomic
+from .core import ConfigError, DataError, check_range, nearest, param, sha256_file, stable_id, typed_value, write_atomic
 
 # %% ../nbs/09_evaluation.ipynb #3c361a31
 def unit(features, name="features"):
@@ -2052,8 +2052,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            setattr(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
-            _in_range(f.name, getattr(self, f.name), f.metadata)
+            setattr(self, f.name, typed_value(f.name, getattr(self, f.name), f.type))
+            check_range(f.name, getattr(self, f.name), f.metadata)
         for t in self.task_list():
             if t not in TASKS: raise ConfigError(f"parameter `tasks`: {t!r} is no task{nearest(t, TASKS)}; known are {', '.join(TASKS)}")
 
