@@ -189,8 +189,6 @@ def nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else ""
 
-_typed, _in_range = typed_value, check_range
-
 # %% ../nbs/00_core.ipynb #0ead8fe1
 @dataclass
 class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams, DataParams):
