@@ -66,6 +66,7 @@ class DataParams:
     "What is read and what is rejected."
     data: str = param("sample", "`sample` (shipped photos), `video_sample`, or a file, list of files or folder in any known format")
     media_root: str = param("", "folder that image and video paths start from; empty: the folder of the data file")
+    test_data: str = param("", "media that must not be trained on: a data set in any format, or a .txt list of names")
     min_area: float = param(0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1)
     out_of_range: str = param("reject", "boxes that leave the image: reject them or clip them to it", choices=("reject", "clip"))
     max_regions: int = param(8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000)
@@ -74,7 +75,7 @@ class DataParams:
     num_frames: int = param(0, "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample", 0, 100000)
     frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty: decode the frames at every step")
     make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0: none are made", 0, 1000)
-    class_negatives: str = param("", "sentences that are wrong for a class: `ucf_crime`, or a JSON or YAML file {class: [sentences]}")
+    class_negatives: str = param("", "sentences per class that make_negatives takes first: `ucf_crime`, or a JSON file {class: [captions of it]}")
     region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)",
                                choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
@@ -198,6 +199,8 @@ class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams
             value = typed_value(f.name, getattr(self, f.name), f.type)
             check_range(f.name, value, f.metadata)
             setattr(self, f.name, value)
+        if self.class_negatives and not self.make_negatives:
+            raise ConfigError("`class_negatives` says which sentences are taken: say with `make_negatives` how many a region gets, 10 for instance")
         if self.gradient_caching and self.gradient_accumulation_steps > 1:
             raise ConfigError("`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise "
                               "`batch_size`")

@@ -227,13 +227,21 @@ class UpdateProbe:
 
     def _pick(self, tensor): return tensor.detach().flatten()[::max(1, tensor.numel() // self.sample)]
 
+    def _values(self, params):
+        import torch
+        return torch.cat([self._pick(p) for p in params])
+
+    def _live(self, params):
+        "Which of the elements looked at have a gradient."
+        import torch
+        return torch.cat([torch.zeros_like(self._pick(p)) if p.grad is None else self._pick(p.grad) for p in params]) != 0
+
     def snapshot(self, model):
         "Look at the model after backward and before the optimiser's step."
-        self.before = {m: [] for m in MODULES}
-        for name, p in model.named_parameters():
-            grad = None if p.grad is None else self._pick(p.grad) != 0
-            self.before[module_of(name)].append((p, self._pick(p).clone(), grad))
-        self.norms = {m: self._gradient_norm([p for p, _, _ in rows]) for m, rows in self.before.items() if rows}
+        rows = {m: [] for m in MODULES}
+        for name, p in model.named_parameters(): rows[module_of(name)].append(p)
+        self.before = {m: (params, self._values(params), self._live(params)) for m, params in rows.items() if params}
+        self.norms = {m: self._gradient_norm(params) for m, (params, _, _) in self.before.items()}
 
     @staticmethod
     def _gradient_norm(params):
@@ -244,22 +252,19 @@ class UpdateProbe:
     def measure(self) -> dict:
         "Compare with the snapshot after the optimiser's step; empty when there was none."
         out = {}
-        for m, rows in self.before.items():
-            if not rows: continue
+        for m, seen in self.before.items():
             out[f"grad_norm/{m}"] = self.norms[m]
-            out |= {f"{k}/{m}": v for k, v in self._changes(rows).items()}
+            out |= {f"{k}/{m}": v for k, v in self._changes(*seen).items()}
         self.before = {}
         return out
 
-    def _changes(self, rows) -> dict:
-        moved, changed, live = 0.0, 0, 0
-        for p, old, grad in rows:
-            new = self._pick(p)
-            moved = moved + (new.float() - old.float()).square().mean() * p.numel()
-            if grad is not None: changed, live = changed + ((new != old) & grad).sum(), live + grad.sum()
-        trainable = sum(p.numel() for p, _, _ in rows if p.requires_grad) / sum(p.numel() for p, _, _ in rows)
-        share = changed / live.clamp(min=1) if hasattr(live, "clamp") else 0.0
-        return dict(update_norm=moved ** 0.5, changed_share=share, trainable_share=trainable)
+    def _changes(self, params, old, live) -> dict:
+        import torch
+        new, looked, sizes = self._values(params), [len(self._pick(p)) for p in params], [p.numel() for p in params]
+        each = torch.tensor([n / k for n, k in zip(sizes, looked)], device=new.device)         # elements that one looked at stands for
+        moved = ((new.float() - old.float()).square() * each.repeat_interleave(torch.tensor(looked, device=new.device))).sum().sqrt()
+        trainable = sum(n for p, n in zip(params, sizes) if p.requires_grad) / sum(sizes)
+        return dict(update_norm=moved, changed_share=((new != old) & live).sum() / live.sum().clamp(min=1), trainable_share=trainable)
 
 # %% ../nbs/10_diagnostics.ipynb #b436b776
 def bank_values(bank) -> dict:
@@ -346,7 +351,7 @@ class Board:
 
     def scalars(self, row: dict): write_scalars(self._open(), tagged(row), row["step"])
 
-    def histogram(self, tag, values, step): self._open().add_histogram(tag, values, step)
+    def histogram(self, tag, values, step): self._open().add_histogram(tag, values, step, bins=64)
     def figure(self, tag, figure, step): self._open().add_figure(tag, figure, step, close=True)
 
     def close(self):
@@ -411,7 +416,7 @@ class StepRecorder(ForwardRecorder):
     def _scales(seen, model) -> dict:
         "Stored temperatures after the step when the model is given, else as the last forward used them."
         if model is None: return seen[-1]["scales"] if seen else {}
-        return {n.split(".")[-1]: p for n, p in model.named_parameters() if "logit_scale" in n}
+        return {n: p for n, p in model.named_parameters(recurse=False) if "logit_scale" in n}    # every step: all names would take long
 
     def _diagnose(self, seen, bank) -> dict:
         features = [s["features"] for s in seen if s["features"]]
@@ -743,7 +748,7 @@ def weights_loaded(ev):
     if lost: return FAIL, f"{matched} of {matched + lost}", f"{lost} tensors kept their random start ({', '.join(names[:3])} …)", advice
     if given and _starts_at_chance(ev):
         return (FAIL, f"{matched} matched", f"weights were loaded from {ev.params['model']}, yet the first steps are at chance: they are "
-                                            "not the weights of this model", advice)
+                                            "not this model's, or were never trained", advice)
     return (PASS, f"{matched} of {matched}", "every tensor came from the weight file") if report or given else None
 
 # %% ../nbs/10_diagnostics.ipynb #ba3b6d8a

@@ -38,8 +38,9 @@ def flat(values, prefix="") -> dict:
     return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 def identity(run) -> dict:
-    "Parameters and manifest of a run, flat, without names and times."
-    params = {k: v for k, v in run.params().items() if k not in NOT_IDENTITY}
+    "Parameters and manifest of a run, flat, without names and times; a parameter younger than the run has its default."
+    young = {k: f.default for k, f in known_parameters().items()}
+    params = {k: v for k, v in (young | run.params()).items() if k not in NOT_IDENTITY}
     manifest = {k: v for k, v in flat(run.manifest()).items() if not any(w in k.lower() for w in WHEN_AND_WHERE)}
     return params | {f"manifest.{k}": v for k, v in manifest.items() if k not in ("seed", "params_hash")}
 
@@ -56,7 +57,7 @@ def differences(runs) -> dict:
 # %% ../nbs/12_runs.ipynb #4dc57cfa
 def group_key(run, varying) -> str:
     "The values of the varying parameters other than the seed, as a label."
-    params = run.params()
+    params = identity(run)
     told = [f"{k}={dx.show(params.get(k))}" for k in varying if k != "seed" and not k.startswith("manifest.")]
     return ", ".join(told) or "all"
 

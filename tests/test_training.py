@@ -363,17 +363,17 @@ def test_a_video_run_says_at_its_start_what_its_frames_show(world, tmp_path):
 
 
 def test_class_negatives_reach_the_loss(world, tmp_path):
-    """Labelled samples without negatives of their own get those of a YAML file; the hard loss then counts them."""
+    """Labelled samples without negatives of their own get those of a file; the hard loss then counts them."""
     rows = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
     for row in rows:
         row["label"] = "Squares"
         for region in row["regions"]: region["negatives"] = []
     other = Path(world["data"]).with_name("labelled.jsonl")
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path/"wrong.yaml").write_text("Squares: [a circle, a triangle, a star]\n")
+    (tmp_path/"wrong.json").write_text('{"Squares": {"captions": [], "negatives": ["a circle", "a triangle", "a star"]}}')
     params = dict(world, data=str(other), output=str(tmp_path/"run"), max_steps=2)
     assert micro.run(params) == 0 and "loss_hard" not in (tmp_path/"run/metrics.jsonl").read_text()
-    assert micro.run(dict(params, output=str(tmp_path/"more"), class_negatives=str(tmp_path/"wrong.yaml"))) == 0
+    assert micro.run(dict(params, output=str(tmp_path/"more"), class_negatives=str(tmp_path/"wrong.json"), make_negatives=3)) == 0
     assert [json.loads(line)["candidates_hard"] for line in (tmp_path/"more/metrics.jsonl").read_text().splitlines()] == [4, 4]
 
 
