@@ -25,7 +25,7 @@ from .batches import Batch, Example, ExampleRegion, collate
 from .core import ConfigError, Run, TrainConfig, get_logger, stable_id
 from .losses import compute_losses
 from .media import normalize, read_image
-from .model import PRESETS, FGCLIP, FGCLIPConfig
+from .model import PRESETS, SCALES, FGCLIP, FGCLIPConfig
 from .regions import load_samples
 from .roi import roi_align_1x1
 from .text import BOS, EOS, MAX_LENGTH, encode
@@ -86,7 +86,9 @@ def _region(described, k, with_negatives):
 def _sample(): return load_samples("sample")[0]
 
 def bench_batch(size, boxes, hard, tokens=LONG_TOKENS) -> Batch:
-    "Batch of shipped photos (size x size); boxes and hard: one number per photo, of regions and of regions with negatives; tokens per long caption."
+    """Batch of shipped photos (size x size) with long captions of about `tokens`.
+
+    boxes, hard: one number per photo, of regions and of regions with negatives."""
     import numpy as np
     samples = _sample()
     described = list({r.phrase: r for s in samples for r in s.regions if len(r.negatives) == 10}.values())
@@ -242,7 +244,7 @@ def apart_parts(model, batch: Batch) -> dict:
 # %% ../nbs/13_bench.ipynb #598fa090
 def fast_loss(model, f, batch: Batch):
     "The package's losses, weighted, without its treatment of duplicates, which the official code does not have."
-    scales = {n: getattr(model, n) for n in ("logit_scale", "logit_scale_finegraind", "logit_scale_hardneg")}
+    scales = {n: getattr(model, n) for n in SCALES}
     return sum(WEIGHTS[name] * term.loss for name, term in compute_losses(f | scales, batch, duplicates="ignore").items())
 
 KINDS = dict(plain=(plain_parts, plain_loss), fast=(fast_parts, fast_loss), apart=(apart_parts, fast_loss))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomic', 'sha256_file', 'read_jsonl', 'param',
            'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'typed_value',
-           'check_range', 'nearest', 'TrainConfig', 'epochs_of', 'known_parameters', 'describe_parameter',
-           'notebook_params', 'refuse_unknown', 'note_notebook', 'parameter_cell', 'params_hash', 'project_root',
-           'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder', 'changed_params',
-           'check_params', 'code_identity', 'versions']
+           'check_range', 'nearest', 'check_names', 'check_values', 'TrainConfig', 'epochs_of', 'known_parameters',
+           'describe_parameter', 'notebook_params', 'refuse_unknown', 'note_notebook', 'parameter_cell', 'params_hash',
+           'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder',
+           'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
 import ast, dataclasses, difflib, fcntl, gzip, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
@@ -75,7 +75,7 @@ class DataParams:
     num_frames: int = param(0, "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample", 0, 100000)
     frame_cache: str = param("", "folder filled by `python -m fgclip_nb.media cache`; empty: decode the frames at every step")
     make_negatives: int = param(0, "hard negatives made by swapping words for regions that have none; 0: none are made", 0, 1000)
-    class_negatives: str = param("", "sentences per class that make_negatives takes first: `ucf_crime`, or a JSON file {class: [captions of it]}")
+    class_negatives: str = param("", "sentences per class, taken first by make_negatives: `ucf_crime`, or JSON {class: [captions of it]}")
     region_source: str = param("boxes", "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)",
                                choices=("boxes", "span"))
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1)
@@ -190,17 +190,27 @@ def nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else ""
 
+def check_names(params: dict, known):
+    "Raise for the first name that is not among the known ones."
+    for name, value in params.items():
+        if name not in known: raise ConfigError(f"unknown parameter `{name}` = {value!r}{nearest(name, known)}")
+
+def check_values(config):
+    "Type and range of every field of a dataclass made of `param`s; an integer where a float is meant becomes one."
+    for f in dataclasses.fields(config):
+        value = typed_value(f.name, getattr(config, f.name), f.type)
+        check_range(f.name, value, f.metadata)
+        setattr(config, f.name, value)
+
 # %% ../nbs/00_core.ipynb #0ead8fe1
 @dataclass
 class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams, DataParams):
     "Every parameter of a run, checked. Raises `ConfigError` for a wrong type or an impossible value."
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = typed_value(f.name, getattr(self, f.name), f.type)
-            check_range(f.name, value, f.metadata)
-            setattr(self, f.name, value)
+        check_values(self)
         if self.class_negatives and not self.make_negatives:
-            raise ConfigError("`class_negatives` says which sentences are taken: say with `make_negatives` how many a region gets, 10 for instance")
+            raise ConfigError("`class_negatives` says which sentences are taken: say with `make_negatives` how many a region gets, "
+                              "10 for instance")
         if self.gradient_caching and self.gradient_accumulation_steps > 1:
             raise ConfigError("`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise "
                               "`batch_size`")
@@ -211,9 +221,7 @@ class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams
     @classmethod
     def from_params(cls, params: dict):
         "From a dict of parameters; an unknown name raises `ConfigError` with the nearest known one."
-        for name in params:
-            if name not in known_parameters():
-                raise ConfigError(f"unknown parameter `{name}` = {params[name]!r}{nearest(name, known_parameters())}")
+        check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 
     def as_dict(self) -> dict: return dataclasses.asdict(self)
@@ -252,8 +260,7 @@ def notebook_params(namespace: dict) -> dict:
 def refuse_unknown(namespace: dict):
     "For a notebook with parameters of its own: `ConfigError` when papermill gave a name that its `# Parameters` cell does not assign."
     cells = [_assigned(c) for c in namespace.get("In", ()) if c.lstrip().startswith("# Parameters")]
-    for name in (n for names in cells[1:] for n in names if n not in cells[0]):
-        raise ConfigError(f"unknown parameter `{name}` = {namespace.get(name)!r}{nearest(name, cells[0])}")
+    check_names({n: namespace.get(n) for names in cells[1:] for n in names}, cells[0] if cells else ())
 
 def note_notebook(namespace: dict):
     "Remember the executed notebook's path for the manifest, where papermill was told to pass it (`--inject-paths`)."

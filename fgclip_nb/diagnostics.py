@@ -974,7 +974,8 @@ def _judge_rise(ev, kind):
     if found is None: return LATER, None, "fewer than 10 steps so far"
     first, last, noise, n = found
     rise = last - first
-    if rise <= max(0.05, noise * (1.5 if n == 20 else 3)): return PASS, rise, f"{first:.3f} → {last:.3f}"    # few steps are no sample of their noise
+    room = max(0.05, noise * (1.5 if n == 20 else 3))              # few steps are no sample of their noise
+    if rise <= room: return PASS, rise, f"{first:.3f} → {last:.3f}"
     cause = _rise_cause(ev, kind, n)
     if cause and cause[1] >= 0.5 * rise:
         return (UNLIKE, rise, f"the {kind} loss rose by {rise:.2f} because {cause[0]}; no divergence",
@@ -1092,11 +1093,13 @@ def _target(ev, step):
     if ev.last_step is None: return None
     if ev.last_step < step:
         return LATER, None, f"the run {'ended' if ev.finished else 'is'} at step {ev.last_step}, target {target:g}"
-    if not len(loss.loc[step - 19:step]): return UNLIKE, None, f"no region loss was recorded in steps {step - 19} to {step}", "Log it more often."
+    if not len(loss.loc[step - 19:step]):
+        return UNLIKE, None, f"no region loss was recorded in steps {step - 19} to {step}", "Log it more often."
     mean, half = interval(loss.loc[step - 19:step])
     level = chance(ev, "region_in_batch")
     here, start = float(level.loc[step - 19:step].mean()), float(level.head(20).mean())
-    told = f"{mean:.3f} {f'± {half:.3f}' if math.isfinite(half) else '(one record)'} at {math.exp(here):.0f} candidates (chance {here:.2f})"
+    spread = f"± {half:.3f}" if math.isfinite(half) else "(one record)"
+    told = f"{mean:.3f} {spread} at {math.exp(here):.0f} candidates (chance {here:.2f})"
     if here <= target:
         return UNLIKE, mean, f"{told}: chance itself is under the target", "Judge loss / chance, or use more regions per forward."
     if abs(here - start) > 0.25 + 2 * float(level.std() or 0):

@@ -27,7 +27,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
-from .core import ConfigError, DataError, check_range, nearest, param, sha256_file, stable_id, typed_value, write_atomic
+from .core import ConfigError, DataError, check_names, check_values, nearest, param, sha256_file, stable_id, write_atomic
 
 # %% ../nbs/09_evaluation.ipynb #3c361a31
 def unit(features, name="features"):
@@ -2051,9 +2051,7 @@ class EvaluateConfig:
     output: str = param("", "folder for results; empty for `evaluation` in the run folder, else runs/evaluate-<hash of the parameters>")
 
     def __post_init__(self):
-        for f in fields(self):
-            setattr(self, f.name, typed_value(f.name, getattr(self, f.name), f.type))
-            check_range(f.name, getattr(self, f.name), f.metadata)
+        check_values(self)
         for t in self.task_list():
             if t not in TASKS: raise ConfigError(f"parameter `tasks`: {t!r} is no task{nearest(t, TASKS)}; known are {', '.join(TASKS)}")
 
@@ -2072,9 +2070,7 @@ def evaluation_parameter_cell():
 
 def evaluate_config(params):
     "`EvaluateConfig` from a notebook's parameters; an unknown name raises `ConfigError` with the nearest known one."
-    known = [f.name for f in fields(EvaluateConfig)]
-    for name in params:
-        if name not in known: raise ConfigError(f"unknown parameter `{name}` = {params[name]!r}{nearest(name, known)}")
+    check_names(params, [f.name for f in fields(EvaluateConfig)])
     return EvaluateConfig(**params)
 
 # %% ../nbs/09_evaluation.ipynb #65fbba52

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import ConfigError, DataError, TrainConfig, get_logger, nearest, param
+from .core import ConfigError, DataError, TrainConfig, get_logger, param
 from .regions import (DUPLICATE, Fault, Region, Reject, Sample, Samples, boxes_at, check_text, data_dir, is_video, load_samples,
                                sample_reject, ShardedSamples, ShardedSequence, shorten, visible_spans)
 
@@ -594,15 +594,6 @@ def overlap_findings(samples, test_names=None) -> list:
 @dataclass
 class ReportConfig(TrainConfig):
     "Parameters of data_report.ipynb: training's, and these."
-    test_data: str = param("", "media that must not be trained on: a data set in any format, or a .txt list of names")
     check_files: bool = param(True, "open every photo and video once (about 5 ms each)")
     pages: int = param(2, "pages of 12 photos with their boxes", 0, 100)
     strict: bool = param(False, "end non-zero when something must be fixed")
-
-    @classmethod
-    def from_params(cls, params: dict):
-        "From a dict of parameters; an unknown name raises `ConfigError` with the nearest known one."
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in params:
-            if name not in known: raise ConfigError(f"unknown parameter `{name}` = {params[name]!r}{nearest(name, known)}")
-        return cls(**params)

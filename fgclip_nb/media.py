@@ -6,7 +6,7 @@
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'read_image', 'normalize', 'VideoInfo', 'video_info', 'frame_times', 'read_counted',
            'read_frames', 'sample_frames', 'span_frames', 'coverage', 'CachedClip', 'FrameCache', 'cache_clip',
            'needed_frames', 'build_cache', 'MemoryCache', 'region_presence', 'ClipInputs', 'clip_inputs',
-           'balanced_order', 'ucf_crime_prompts', 'class_negatives']
+           'balanced_order']
 
 # %% ../nbs/02_media.ipynb #9a9ab29a
 import hashlib, io, json, logging, os, socket, sys, time, zlib
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import DataError
-from .regions import Reject, boxes_at, data_dir, epoch_order
+from .regions import Reject, boxes_at, epoch_order
 
 # %% ../nbs/02_media.ipynb #a32402ef
 def _to_rgb(image):
@@ -799,16 +799,6 @@ def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
         count = int(where.sum())
         if count: order[where] = _stream(members, epoch * count, count, seed)
     return order
-
-# %% ../nbs/02_media.ipynb #8252922e
-@lru_cache(maxsize=1)
-def ucf_crime_prompts() -> dict:
-    "class -> {phrase, captions, negatives} for UCF-Crime's 13 classes, XD-Violence's Riot, and Normal."
-    return json.loads((data_dir()/"ucf_crime_prompts.json").read_text())
-
-def class_negatives(label) -> tuple:
-    "Hard-negative sentences of a UCF-Crime class; () for a label that is none."
-    return tuple(ucf_crime_prompts().get(label, {}).get("negatives", ()))
 
 # %% ../nbs/02_media.ipynb #cbec288e
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -20,7 +20,7 @@ __all__ = ['COUNTERS', 'SHOWN', 'IN_RANGE', 'GIB', 'RunData', 'data_fingerprint'
            'count_parameters', 'size_rows', 'peak_bytes', 'free_memory', 'Probe', 'straight', 'probe_batch',
            'probe_step', 'probe', 'probes', 'reading_times', 'probed_unit', 'origin', 'memory_rows', 'time_rows',
            'estimate_rows', 'estimate', 'under_launcher', 'settle_processes', 'LaunchFailed', 'end_with_parent',
-           'follow', 'launch_command', 'launch', 'config_from_args', 'print_estimate', 'main']
+           'follow', 'launch_command', 'launch', 'config_from_args', 'print_estimate', 'main', 'leave_group']
 
 # %% ../nbs/11_training.ipynb #18780766
 import collections, contextlib, ctypes, dataclasses, hashlib, itertools, json, logging, math, os, re, shutil, signal, subprocess, sys
@@ -344,7 +344,7 @@ class Trackers(Board):
         self.accelerator.log(tagged(row), step=row["step"])
 
     def histogram(self, tag, values, step):
-        if self.writer is not None: self.writer.add_histogram(tag, values, step, bins=64)
+        if self.writer is not None: super().histogram(tag, values, step)
 
     def close(self):
         for t in self.accelerator.trackers if self.started else (): t.finish()
@@ -1213,7 +1213,13 @@ def main(args=None) -> int:
     except OutOfMemory as e: return _failed(e, 5)
     except OSError as e: return _failed(e, 4)
     except (Interrupted, LaunchFailed) as e: return _failed(e, e.status)
+    finally: leave_group()
     return 0
+
+def leave_group():
+    "Give up a gloo process group before the process ends: its threads would now and then abort a run that has ended well."
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo": group.destroy_process_group()
 
 def _failed(error, status: int) -> int:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
