@@ -7,10 +7,11 @@ __all__ = ['NOT_IDENTITY', 'ConfigError', 'DataError', 'stable_id', 'write_atomi
            'DataParams', 'ModelParams', 'LossParams', 'OptimParams', 'RunParams', 'VerdictParams', 'typed_value',
            'check_range', 'nearest', 'check_names', 'check_values', 'TrainConfig', 'epochs_of', 'known_parameters',
            'describe_parameter', 'notebook_params', 'refuse_unknown', 'note_notebook', 'parameter_cell', 'params_hash',
-           'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder',
+           'asset', 'project_root', 'resolve_path', 'get_logger', 'RunFolder', 'Run', 'FolderLock', 'run_folder',
            'changed_params', 'check_params', 'code_identity', 'versions']
 
 # %% ../nbs/00_core.ipynb #c6ace14c
+import fgclip_nb
 import ast, dataclasses, difflib, fcntl, gzip, hashlib, json, logging, math, os, re, subprocess, sys, types, typing, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,6 +287,10 @@ def params_hash(cfg: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:10]
 
 # %% ../nbs/00_core.ipynb #e42e5d2b
+def asset(*names) -> Path:
+    "A file or folder shipped with the package, `asset('sample', 'images')` for instance; without a name the folder of all."
+    return Path(fgclip_nb.__file__).parent.joinpath("assets", *names)
+
 def project_root(start=None) -> Path:
     "The nearest folder upwards that holds settings.ini, or the current one (an installed wheel)."
     here = Path(start or Path.cwd()).resolve()
@@ -410,13 +415,13 @@ def check_params(folder, cfg: TrainConfig):
 # %% ../nbs/00_core.ipynb #c12d08c3
 def code_identity() -> dict:
     "Commit and hash of the uncommitted difference, and a hash over the package's own Python files."
-    package = Path(__file__).parent if "__file__" in globals() else project_root()/"fgclip_nb"
-    files = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(package.glob("*.py"))))
+    package = Path(fgclip_nb.__file__).parent
+    files = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(package.rglob("*.py"))))
     def git(*args):
         r = subprocess.run(["git", *args], cwd=package, capture_output=True, text=True)
         return r.stdout if r.returncode == 0 else ""
     # an installed wheel inside somebody else's repository must not borrow that repository's commit
-    ours = bool(git("ls-files", "--error-unmatch", "core.py"))
+    ours = bool(git("ls-files", "--error-unmatch", "__init__.py"))
     diff = git("diff", "HEAD", "--", ".", "../nbs") if ours else ""
     return dict(commit=git("rev-parse", "HEAD").strip() if ours else "", package=files.hexdigest()[:12],
                 diff=hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else "")

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import ConfigError, DataError, TrainConfig, get_logger, param
-from .regions import (DUPLICATE, Fault, Region, Reject, Sample, Samples, boxes_at, check_text, data_dir, is_video, load_samples,
+from .core import asset, ConfigError, DataError, TrainConfig, get_logger, param
+from .regions import (DUPLICATE, Fault, Region, Reject, Sample, Samples, boxes_at, check_text, is_video, load_samples,
                                sample_reject, ShardedSamples, ShardedSequence, shorten, visible_spans)
 
 # %% ../nbs/03_filters.ipynb #f74c90c4
@@ -283,7 +283,7 @@ def read_words(path, nouns=False) -> list:
 
 def shipped_words() -> list:
     "Attributes and nouns that ship with the package."
-    folder = data_dir()/"words"
+    folder = asset("words")
     return read_words(folder/"attributes.txt") + read_words(folder/"nouns.txt", nouns=True)
 
 # %% ../nbs/03_filters.ipynb #33f4d460
@@ -358,7 +358,7 @@ def load_class_sentences(path="ucf_crime") -> dict:
     """{class: sentences that describe it, or {"captions": […], "negatives": […]}} from a JSON file; `ucf_crime`: the shipped ones.
 
     Raises `DataError`."""
-    try: found = json.loads((data_dir()/"ucf_crime_prompts.json" if path == "ucf_crime" else Path(path)).read_text(encoding="utf-8"))
+    try: found = json.loads((asset("ucf_crime_prompts.json") if path == "ucf_crime" else Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise DataError(f"class sentences {str(path)!r}: {e}") from e
     entries = found.values() if isinstance(found, dict) else [None]
     if not all(isinstance(e, (list, dict)) and all(_are_sentences(class_texts(e, k)) for k in ("captions", "negatives")) for e in entries):

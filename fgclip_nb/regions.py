@@ -12,9 +12,9 @@ __all__ = ['LEVELS', 'MAX_TEXT', 'DUPLICATE', 'DECODER', 'VIDEO_SUFFIXES', 'UCF_
            'Pairs', 'read_entries', 'Tally', 'Source', 'split_of', 'read_finehard', 'read_video_dict',
            'read_video_list', 'read_video_times', 'read_label_studio', 'level_of_file', 'read_fgovd', 'with_article',
            'read_coco', 'paragraph', 'read_uca', 'read_temporal', 'read_sugarcrepe', 'read_regions', 'format_of',
-           'read_file', 'is_temporal', 'data_dir', 'sample_path', 'is_sharded', 'data_files', 'iter_samples',
-           'drop_missing', 'sums', 'load_samples', 'epoch_order', 'shard_features', 'to_row', 'from_row', 'ShardWriter',
-           'Shards', 'convert', 'release_pages', 'ArrowRows', 'ShardedSamples', 'ShardedSequence', 'open_shards',
+           'read_file', 'is_temporal', 'sample_path', 'is_sharded', 'data_files', 'iter_samples', 'drop_missing',
+           'sums', 'load_samples', 'epoch_order', 'shard_features', 'to_row', 'from_row', 'ShardWriter', 'Shards',
+           'convert', 'release_pages', 'ArrowRows', 'ShardedSamples', 'ShardedSequence', 'open_shards',
            'write_generated', 'bench', 'main']
 
 # %% ../nbs/01_regions.ipynb #440017b8
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import DataError, get_logger, write_atomic
+from .core import DataError, asset, get_logger, write_atomic
 
 # %% ../nbs/01_regions.ipynb #4b918ce5
 @dataclass(frozen=True)
@@ -998,14 +998,9 @@ def is_temporal(path) -> bool:
 # %% ../nbs/01_regions.ipynb #734f8aac
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
-def data_dir() -> Path:
-    "The folder of data that ships with the package."
-    from importlib.resources import files
-    return Path(str(files("fgclip_nb")))/"data"
-
 def sample_path(name="sample") -> Path:
     "The regions.jsonl of a shipped data set."
-    return data_dir()/name/"regions.jsonl"
+    return asset(name, "regions.jsonl")
 
 # %% ../nbs/01_regions.ipynb #344653da
 def is_sharded(path) -> bool:

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fgclip_nb
-from .core import stable_id
+from .core import asset, stable_id
 
 # %% ../nbs/04_text.ipynb #c21f6213
-VOCABULARY = Path(fgclip_nb.__file__).parent/"data"/"clip_bpe"/"bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY = asset("clip_bpe", "bpe_simple_vocab_16e6.txt.gz")
 BOS, EOS = 49406, 49407  # "<|startoftext|>" and "<|endoftext|>"; the second also fills the padding
 MAX_LENGTH = 248         # rows of the long position table
 LENGTH_EDGES = (8, 12, 16, 24, 32, 48, 77, 128, MAX_LENGTH)  # texts between two edges attend in one padded block

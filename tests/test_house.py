@@ -98,7 +98,7 @@ def test_library_imports_without_notebook_packages():
 
 
 def test_shipped_files_are_packaged():
-    sample = ROOT/"fgclip_nb/data/sample"
+    sample = ROOT/"fgclip_nb/assets/sample"
     photos = list((sample/"images").glob("*.jpg"))
     assert len(photos) == 151 and sum(p.stat().st_size for p in photos) <= 4_000_000
     credits = "".join(p.read_text() for p in sample.glob("CREDITS*"))

@@ -8,7 +8,8 @@ import pytest
 from data_formats import (BOX, COCO, COCO_CAPTIONS, DOCUMENTS, FGOVD, FINEHARD, LABEL_STUDIO, PHOTOS, REGIONS, SUGARCREPE, TRACK, UCA,
                           VIDEO_DICT, VIDEO_LIST, VIDEO_TIMES, VIDEOS, media_root, write)
 from fgclip_nb.core import DataError
-from fgclip_nb.regions import Keyframe, boxes_at, convert, data_dir, epoch_order, load_samples, open_shards, sample_path
+from fgclip_nb.core import asset
+from fgclip_nb.regions import Keyframe, boxes_at, convert, epoch_order, load_samples, open_shards, sample_path
 
 
 @pytest.fixture
@@ -320,4 +321,4 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_word_lists_are_shipped(): assert {p.name for p in (data_dir()/"words").iterdir()} >= {"attributes.txt", "nouns.txt"}
+def test_word_lists_are_shipped(): assert {p.name for p in asset("words").iterdir()} >= {"attributes.txt", "nouns.txt"}
