@@ -1,11 +1,14 @@
 """The step that trains and the plain step of the benchmark compute the same, whatever a batch lacks; and a difference is noticed."""
+
 import pytest
 import torch
 
 import planted
 from fgclip_nb import bench
-from fgclip_nb.losses import ROWS
-from fgclip_nb.model import FGCLIP, FGCLIPConfig
+from fgclip_nb.bench import __main__, batch as batch_room, plain, step, table
+from fgclip_nb.losses.objective import ROWS
+from fgclip_nb.model.config import FGCLIPConfig
+from fgclip_nb.model.fgclip import FGCLIP
 
 
 @pytest.fixture(scope="module")
@@ -14,26 +17,32 @@ def model():
     return FGCLIP(FGCLIPConfig(**planted.MICRO)).train()
 
 
-BATCHES = {"full": ([4, 4, 4], [2, 2, 2]), "absent slots": ([4, 0, 1, 3], [0, 0, 1, 3]), "one box": ([1, 0], [0, 0]),
-           "one hard box": ([0, 1], [0, 1]), "none": ([0, 0, 0], [0, 0, 0])}
+BATCHES = {
+    "full": ([4, 4, 4], [2, 2, 2]),
+    "absent slots": ([4, 0, 1, 3], [0, 0, 1, 3]),
+    "one box": ([1, 0], [0, 0]),
+    "one hard box": ([0, 1], [0, 1]),
+    "none": ([0, 0, 0], [0, 0, 0]),
+}
 
 
-def batch_of(model, name): return bench.bench_batch(model.config.vision_config.image_size, *BATCHES[name])
+def batch_of(model, name):
+    return batch_room.bench_batch(model.config.vision_config.image_size, *BATCHES[name])
 
 
 @pytest.mark.parametrize("kind", ["fast", "apart"])
 @pytest.mark.parametrize("name", BATCHES)
 def test_fast_and_plain_steps_agree(model, name, kind):
     batch = batch_of(model, name)
-    found = bench.compare(bench.Step(kind, model, batch), bench.Step("plain", model, batch))
-    assert not bench.disagreement(found), found
+    found = step.compare_steps(step.Step(kind, model, batch), step.Step("plain", model, batch))
+    assert not step.disagreement(found), found
 
 
 def test_the_parts_make_the_step_of_the_model(model):
     "Features and gradients of the parts are those of `model(batch)` and one backward."
     batch = batch_of(model, "absent slots")
-    loss, parts = bench.gradients(bench.Step("fast", model, batch))
-    total = bench.fast_loss(model, {k: v for k, v in model(batch).items() if k in ROWS}, batch)
+    loss, parts = step.gradients(step.Step("fast", model, batch))
+    total = step.fast_loss(model, {k: v for k, v in model(batch).items() if k in ROWS}, batch)
     total.backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -42,16 +51,24 @@ def test_the_parts_make_the_step_of_the_model(model):
 
 
 def test_a_difference_is_noticed(model, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "bench_model", lambda cfg: (model, torch.optim.SGD(model.parameters(), 0.0)))
-    monkeypatch.setattr(bench, "setting_batch", lambda cfg, setting, photos=None: batch_of(model, "full"))
-    monkeypatch.setitem(bench.WEIGHTS, "loss_region", 0.2)      # both read it: still equal
-    bench.check_agreement(bench.BenchConfig("tiny", device="cpu"), model, "+ boxes")
-    real = bench.fast_loss
-    monkeypatch.setitem(bench.KINDS, "fast", (bench.fast_parts, lambda *a: real(*a) * 1.0001))
-    assert bench.main(["--quick", "--device", "cpu"]) == 1
+    monkeypatch.setattr(
+        table, "bench_model", lambda cfg: (model, torch.optim.SGD(model.parameters(), 0.0))
+    )
+    monkeypatch.setattr(
+        table, "setting_batch", lambda cfg, setting, photos=None: batch_of(model, "full")
+    )
+    monkeypatch.setitem(plain.WEIGHTS, "loss_region", 0.2)  # both read it: still equal
+    table.check_agreement(bench.BenchConfig("tiny", device="cpu"), model, "+ boxes")
+    real = step.fast_loss
+    monkeypatch.setitem(step.KINDS, "fast", (step.fast_parts, lambda *a: real(*a) * 1.0001))
+    assert __main__.main(["--quick", "--device", "cpu"]) == 1
     said = capsys.readouterr()
-    assert "the losses differ by 1.0e-04" in said.err and "nothing was timed" in said.err and "plain / fast" not in said.out
+    assert (
+        "the losses differ by 1.0e-04" in said.err
+        and "nothing was timed" in said.err
+        and "plain / fast" not in said.out
+    )
 
 
 def test_wrong_parameters_are_named(capsys):
-    assert bench.main(["--hard", "9"]) == 2 and "hard is 9" in capsys.readouterr().err
+    assert __main__.main(["--hard", "9"]) == 2 and "hard is 9" in capsys.readouterr().err
