@@ -1,7 +1,9 @@
-"""Writes the public faces of the package: `fgclip_nb/__init__.py` and one `__init__.py` per floor, from the rooms' `__all__`.
+"""Writes the public faces of the package: an `__init__.py` for it and for each of its floors.
 
-    python tests/faces.py           writes them; `make export` runs it after nbdev_export
-A name is imported from its room when it is first asked for, so that `import fgclip_nb` loads nothing heavy."""
+    python tests/faces.py           `make export` runs it after nbdev_export
+
+A name is imported from its room when it is first asked for, so that `import fgclip_nb` loads
+nothing heavy. Public is what stands in a room's `__all__`."""
 
 import house
 

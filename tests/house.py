@@ -1,6 +1,6 @@
 """Facts about the house: the size of its rooms, what they show at work, and which way they import.
 
-`test_house.py` asserts them, `python tests/house.py [nbs/5_losses …]` prints them for whoever builds."""
+`test_house.py` asserts them, `python tests/house.py [nbs/5_losses …]` prints them."""
 
 import ast
 import json
@@ -8,6 +8,7 @@ import re
 import symtable
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def global_names(code: str) -> set:
 
 @dataclass
 class CodeCell:
-    "A code cell: whether it is exported, what it defines, what it reads, and all names and attributes in it."
+    "A code cell: is it exported, what does it define and read, which names stand in it."
 
     text: str
     outputs: list
@@ -111,7 +112,7 @@ class Room:
         ]
 
     def shown_at_once(self) -> list:
-        "For each exported cell with a definition: whether the next code cell shows one of its names at work."
+        "For each exported cell with a definition: does the next code cell use one of its names?"
         pairs = zip(self.code, [*self.code[1:], None])
         return [
             bool(after and not after.exported and set(cell.defines) & after.mentions)
@@ -132,15 +133,20 @@ def library_files() -> list:
     return sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 
 
+@cache
+def order_of_rooms() -> list:
+    "Module names in the order of their notebooks."
+    return [re.search(r"default_exp ([\w.]+)", p.read_text())[1] for p in library_notebooks()]
+
+
 def place_of(module: str) -> tuple:
     "(floor, room) as sortable numbers: modules may import what has a smaller one."
-    floor = module.split(".")[0]
-    rooms = [Room(p).module for p in library_notebooks() if f"_{floor}/" in p.as_posix()]
-    return FLOORS.index(floor), rooms.index(module) if module in rooms else -1
+    rooms = order_of_rooms()
+    return FLOORS.index(module.split(".")[0]), rooms.index(module) if module in rooms else -1
 
 
 def imported_rooms(module: str, code: str) -> list:
-    "Modules of the package that `code`, standing in `module`, imports: relative, absolute, inside functions too."
+    "Modules of the package that `code` in `module` imports, inside functions too."
     parts = module.split(".")
     found = []
     for n in ast.walk(ast.parse(code)):
