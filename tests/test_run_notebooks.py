@@ -12,7 +12,7 @@ pytestmark = pytest.mark.ci
 def test_benchmark(tmp_path):
     "Agreement first, then times, growth and what surrounds the step."
     small = dict(model="tiny", batch=2, boxes=2, hard=1, repeats=1, compared=2)
-    small |= dict(growth_model="tiny", largest=4, training_steps=7, device="cpu")
+    small |= dict(growth_model="tiny", largest=32, training_steps=7, device="cpu")
     done, cells = papermill("benchmark.ipynb", tmp_path / "o.ipynb", tmp_path, **small)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "times" in said(cells) and pictures(cells) >= 1
@@ -30,4 +30,5 @@ def test_ablation(tmp_path):
     small = dict(steps=6, output=tmp_path / "runs")
     done, cells = papermill("ablation.ipynb", tmp_path / "o.ipynb", **small)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Accumulating 4 × 4 contrasts 4 photos" in said(cells) and pictures(cells) >= 5
+    assert "The claim" in said(cells) and "Accumulating 4 × 4" in said(cells)
+    assert pictures(cells) >= 3
