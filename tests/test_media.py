@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.data.video import frame_times, read_counted, read_frames, video_info
+from fgclip_nb.data.video import read_counted, read_frames
+from fgclip_nb.data.video_index import frame_times, video_info
 
 av = pytest.importorskip("av")
 av.logging.set_level(av.logging.PANIC)

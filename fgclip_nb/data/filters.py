@@ -331,7 +331,7 @@ def filter_shards(shards, limits) -> tuple:
 def media_fault(sample) -> Fault | None:
     "Why a sample's photo or video cannot be used, or None."
     from fgclip_nb.data.photos import read_image
-    from fgclip_nb.data.video import video_info
+    from fgclip_nb.data.video_index import video_info
 
     if sample.data is None and not Path(sample.media).is_file():
         return Fault("media", sample.media, "no such file", "missing_media")

@@ -87,7 +87,7 @@ def overlap(samples, test_names=None) -> dict:
 # %% ../../nbs/2_data/21_splits.ipynb #0587ab57
 def clip_range(sample, fps=0.0) -> tuple:
     "(first, last) frame of a sample's span: by its video, or with `fps` by the annotation alone. `DataError` when no frame lies in it."
-    from fgclip_nb.data.video import frame_times
+    from fgclip_nb.data.video_index import frame_times
     from fgclip_nb.data.clips import span_frames
 
     if not fps:
