@@ -234,7 +234,7 @@ def test_too_large(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a.mp4: 9 frames would take"):
         read_frames(clip, range(9))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
-    video_info.__globals__["_index_of"].cache_clear()
+    video_info.__globals__["index_of_file"].cache_clear()
     with pytest.raises(DataError, match="128 x 64 pixels"):
         read_frames(clip, [0])
 

@@ -203,7 +203,8 @@ def _file_state(path):
 
 
 @lru_cache(maxsize=4096)  # more than UCF-Crime has clips; 16 bytes per frame of each
-def _index_of(path, size, changed, trusted):
+def index_of_file(path, size, changed, trusted):
+    "ClipIndex of a file in the given state; from its packets when they are trusted and make sense."
     with opened_video(path) as (container, stream):
         index = _index_by_packets(container, stream) if trusted else None
     if index is not None:
@@ -215,7 +216,7 @@ def _index_of(path, size, changed, trusted):
 def clip_index(path) -> ClipIndex:
     "ClipIndex of a file as it is now. Raises DataError as video_info does."
     key = _file_state(path)
-    return _index_of(*key, key not in _untrusted)
+    return index_of_file(*key, key not in _untrusted)
 
 
 def distrust(path):
