@@ -12,7 +12,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Reject, boxes_at
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video import read_frames
-from fgclip_nb.data.frame_cache import MemoryCache
+from fgclip_nb.data.memory_cache import MemoryCache
 from fgclip_nb.batches.examples import Drawing, Example, clip_example, image_example
 from fgclip_nb.batches.batch import collate
 

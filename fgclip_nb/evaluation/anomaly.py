@@ -74,7 +74,8 @@ def _encode_video(encoder, path, every, boxes, most=64):
     "`VideoFeatures` of one file."
     import torch
     from fgclip_nb.data.photos import normalize
-    from fgclip_nb.data.video import read_frames, video_info
+    from fgclip_nb.data.video import read_frames
+    from fgclip_nb.data.video_index import video_info
 
     n, cells, whole, regions = (
         video_info(path).frames,

@@ -53,7 +53,8 @@ def _draw_box(ax, box, height, width, color="tab:red"):
 def _picture(item, frame=None, span=None):
     "A photo (sample or path); of a video the frame asked for, else the middle of the span in seconds, else of the whole."
     from fgclip_nb.data.photos import read_image
-    from fgclip_nb.data.video import read_frames, video_info
+    from fgclip_nb.data.video import read_frames
+    from fgclip_nb.data.video_index import video_info
     from fgclip_nb.data.samples import is_video
 
     path = _media(item)
