@@ -14,7 +14,9 @@ import numpy as np
 # %% ../../nbs/2_data/00_samples.ipynb #4b918ce5
 @dataclass(frozen=True)
 class Keyframe:
-    "A box at a frame (counted from 0). `enabled=False` ends the visible span that this frame belongs to."
+    """A box at a frame (counted from 0).
+
+    `enabled=False` ends the visible span that this frame belongs to."""
 
     frame: int
     bbox: tuple  # (x1, y1, x2, y2), fractions 0-1
@@ -33,7 +35,9 @@ class Negatives(NamedTuple):
 # %% ../../nbs/2_data/00_samples.ipynb #6ef13b56
 @dataclass
 class Region:
-    "A phrase and its place: a box in an image, or a track of keyframes or a span of frames in a video."
+    """A phrase and its place: a box in an image, or a track or a span of frames in a video.
+
+    Boxes are xyxy, fractions 0-1 of width and height; frames are counted from 0."""
 
     phrase: str  # short text, what the region loss reads
     long_phrase: str = ""  # longer text about the same region
@@ -41,13 +45,17 @@ class Region:
     keyframes: tuple = ()  # Keyframe, ordered by frame
     negatives: tuple = ()  # sentences that are wrong for this region
     span: tuple | None = None  # first and last frame, inclusive
-    source: str = ""  # "expression" (a sentence about it), "category" (made from a class name), "label" (a class label)
+    # "expression" (a sentence about it), "category" (made from a class name), "label" (a class)
+    source: str = ""
     id: str = ""
     negatives_level: str = ""  # how hard `negatives` are, such as one of LEVELS, or unknown
-    other_negatives: tuple = ()  # Negatives of further levels: evaluation reads them, training does not
+    # Negatives of further levels: evaluation reads them, training does not
+    other_negatives: tuple = ()
 
     def levels(self) -> dict:
-        "level -> sentences that are wrong for this region; `given` where nobody said how hard they are."
+        """level -> sentences that are wrong for this region.
+
+        `given` where nobody said how hard they are."""
         own = {self.negatives_level or "given": self.negatives} if self.negatives else {}
         return own | {n.level: n.texts for n in self.other_negatives}
 
@@ -62,7 +70,9 @@ class CaptionNegative(NamedTuple):
 # %% ../../nbs/2_data/00_samples.ipynb #712b093b
 @dataclass
 class Sample:
-    "One photo or clip. Captions and regions may be missing; a sample without them still counts."
+    """One photo or clip with its captions and regions.
+
+    Captions and regions may be missing; a sample without them still counts."""
 
     id: str
     media: str  # absolute path
@@ -80,13 +90,11 @@ class Sample:
     file: str = ""  # where it was read
     entry: str = ""
     entries: int = 1  # entries of the file it was made of
-    data: bytes | None = field(
-        default=None, repr=False
-    )  # the encoded image itself, when a shard embeds it
+    data: bytes | None = field(default=None, repr=False)  # the image itself, encoded, from a shard
 
     @property
     def encoded(self):
-        "What `media.read_image` is given: the embedded bytes, or the path."
+        "What `read_image` is given: the embedded bytes, or the path."
         return self.media if self.data is None else self.data
 
 # %% ../../nbs/2_data/00_samples.ipynb #7a602f92
@@ -96,7 +104,9 @@ _short.maxlevel = 3
 
 
 def shorten(value) -> str:
-    "The repr of any value in at most about 120 characters; also of what repr itself refuses (a number of 5,000 digits)."
+    """The repr of any value in at most about 120 characters.
+
+    Also of what repr itself refuses (a number of 5,000 digits)."""
     try:
         return _short.repr(value)[:120]
     except ValueError:
@@ -123,56 +133,9 @@ class Reject:
     def __str__(self):
         return f"{self.file}, {self.entry}: {self.field} = {self.value}: {self.reason}"
 
-# %% ../../nbs/2_data/00_samples.ipynb #4f149be5
-class Samples(list):
-    "A list of samples that knows what was read: `formats` (file -> format), `counts`, and `changes` (values a filter altered, as Rejects)."
-
-    def __init__(self, items=(), formats=None, counts=None, changes=()):
-        super().__init__(items)
-        self.formats, self.counts, self.changes = (
-            dict(formats or {}),
-            dict(counts or {}),
-            list(changes),
-        )
-
-# %% ../../nbs/2_data/00_samples.ipynb #ddac1f94
-def _as_keyframe(k) -> Keyframe:
-    "A Keyframe from itself or from a dict with frame, bbox and, if it has one, enabled."
-    if isinstance(k, Keyframe):
-        return k
-    return Keyframe(int(k["frame"]), tuple(map(float, k["bbox"][:4])), bool(k.get("enabled", True)))
-
-
-def visible_spans(keyframes) -> list:
-    "The visible spans of a track as lists of keyframes, in order of time."
-    spans, current = [], []
-    for k in sorted(map(_as_keyframe, keyframes), key=lambda k: k.frame):
-        if k.enabled or current:
-            current.append(k)
-        if not k.enabled and current:
-            spans.append(current)
-            current = []
-    return spans + [current] if current else spans
-
-# %% ../../nbs/2_data/00_samples.ipynb #1d359ce0
-def boxes_at(keyframes, frames) -> tuple:
-    """Boxes of a track at the given frames.
-
-    `keyframes`: Keyframes or dicts; `frames`: T frame numbers. Returns boxes (T, 4) float64, fractions xyxy, zero where invisible, and
-    visible (T,) bool. Where two spans share a frame, the later one counts."""
-    frames = np.asarray(list(frames), dtype=np.float64).reshape(-1)
-    boxes, visible = np.zeros((len(frames), 4)), np.zeros(len(frames), dtype=bool)
-    for span in visible_spans(keyframes):
-        at = np.array([k.frame for k in span], dtype=np.float64)
-        inside = (frames >= at[0]) & (frames <= at[-1])
-        for side in range(4):
-            boxes[inside, side] = np.interp(frames[inside], at, [k.bbox[side] for k in span])
-        visible |= inside
-    return boxes, visible
-
 # %% ../../nbs/2_data/00_samples.ipynb #e2182756
 class Fault(Exception):
-    "Why an entry or a region is rejected."
+    "Why an entry or a region is rejected: field, value, reason, and a rule to count by."
 
     def __init__(self, field, value, reason, rule="malformed"):
         super().__init__(reason)
@@ -193,21 +156,64 @@ def sample_reject(sample, fault) -> Reject:
         len(sample.regions),
     )
 
+# %% ../../nbs/2_data/00_samples.ipynb #4f149be5
+class Samples(list):
+    """A list of samples that knows what was read.
+
+    `formats`: file -> format; `counts`: entries and regions, kept and rejected; `changes`: values
+    a filter altered, as Rejects."""
+
+    def __init__(self, items=(), formats=None, counts=None, changes=()):
+        super().__init__(items)
+        self.formats = dict(formats or {})
+        self.counts = dict(counts or {})
+        self.changes = list(changes)
+
+# %% ../../nbs/2_data/00_samples.ipynb #ddac1f94
+def _as_keyframe(k) -> Keyframe:
+    "A Keyframe from itself or from a dict with frame, bbox and, if it has one, enabled."
+    if isinstance(k, Keyframe):
+        return k
+    return Keyframe(int(k["frame"]), tuple(map(float, k["bbox"][:4])), bool(k.get("enabled", True)))
+
+
+def visible_spans(keyframes) -> list:
+    """The visible spans of a track as lists of keyframes, in order of time.
+
+    `keyframes`: Keyframes or dicts with frame, bbox and perhaps enabled, in any order."""
+    spans, current = [], []
+    for k in sorted(map(_as_keyframe, keyframes), key=lambda k: k.frame):
+        if k.enabled or current:
+            current.append(k)
+        if not k.enabled and current:
+            spans.append(current)
+            current = []
+    return spans + [current] if current else spans
+
+# %% ../../nbs/2_data/00_samples.ipynb #1d359ce0
+def boxes_at(keyframes, frames) -> tuple:
+    """Boxes of a track at the given frames.
+
+    `keyframes`: Keyframes or dicts; `frames`: F frame numbers. Returns boxes (F, 4) float64,
+    fractions xyxy, zero where invisible, and visible (F,) bool. Where two spans share a frame,
+    the later one counts."""
+    frames = np.asarray(list(frames), dtype=np.float64).reshape(-1)
+    boxes, visible = np.zeros((len(frames), 4)), np.zeros(len(frames), dtype=bool)
+    for span in visible_spans(keyframes):
+        at = np.array([k.frame for k in span], dtype=np.float64)
+        inside = (frames >= at[0]) & (frames <= at[-1])
+        for side in range(4):
+            boxes[inside, side] = np.interp(frames[inside], at, [k.bbox[side] for k in span])
+        visible |= inside
+    return boxes, visible
+
 # %% ../../nbs/2_data/00_samples.ipynb #3ebd003a
 VIDEO_SUFFIXES = (
-    ".mp4",
-    ".avi",
-    ".mkv",
-    ".mov",
-    ".webm",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".wmv",
-    ".flv",
-    ".ts",
+    *(".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v"),
+    *(".mpg", ".mpeg", ".wmv", ".flv", ".ts"),
 )
 
-# %% ../../nbs/2_data/00_samples.ipynb #552f991a
+
 def is_video(name) -> bool:
+    "Whether a path ends like a video file, in capitals or not."
     return str(name).lower().endswith(VIDEO_SUFFIXES)
