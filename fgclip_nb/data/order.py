@@ -21,9 +21,8 @@ def epoch_order(n, seed=0, epoch=0) -> np.ndarray:
     "The permutation of 0..n-1 for an epoch, int64 (n,): a pure function of its arguments."
     key = _mix(np.array([seed], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     key = _mix(key ^ np.array([epoch + 1], dtype=np.uint64) * np.uint64(0xD1342543DE82EF95))
-    return np.argsort(
-        _mix(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key), kind="stable"
-    )
+    numbers = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    return np.argsort(_mix(numbers), kind="stable")
 
 # %% ../../nbs/2_data/01_order.ipynb #520d9f12
 def _stream(members, start, count, seed):
@@ -35,9 +34,10 @@ def _stream(members, start, count, seed):
 
 # %% ../../nbs/2_data/01_order.ipynb #b033c34b
 def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
-    """Order of an epoch, int64 of len(labels) indices, in which abnormal clips have `share` of every run of consecutive places.
+    """Order of an epoch in which abnormal clips have `share` of every run of consecutive places.
 
-    `labels`: a class name per sample; "Normal" and "" are normal, anything else abnormal. Without both kinds it is a plain permutation."""
+    `labels`: a class name per sample; "Normal" and "" are normal, anything else abnormal. Returns
+    int64 (len(labels),) indices. Without both kinds it is a plain permutation."""
     normal = np.array([label in ("Normal", "") for label in labels])
     n, kinds = len(normal), (np.flatnonzero(~normal), np.flatnonzero(normal))
     if not len(kinds[0]) or not len(kinds[1]):
@@ -53,7 +53,9 @@ def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
 # %% ../../nbs/2_data/01_order.ipynb #792e5a27
 @dataclass
 class TrainingOrder:
-    "Which sample stands where: `n` samples, `batch` per process and step, `world` processes; `order(epoch)` permutes."
+    """Which sample stands where in a training.
+
+    `n` samples, `batch` per process and step, `world` processes; `order(epoch)` permutes."""
 
     n: int
     batch: int
@@ -64,15 +66,15 @@ class TrainingOrder:
 
     @property
     def per_epoch(self) -> int:
-        "Batches of one process in an epoch; at least one, and a data set smaller than a batch is drawn whole."
+        """Batches of one process in an epoch.
+
+        At least one: a data set smaller than a batch is drawn whole."""
         return max(1, self.n // (self.batch * self.world))
 
     def _permutation(self, epoch):
         if self._epoch[0] != epoch:
-            self._epoch = (
-                epoch,
-                self.order(epoch) if self.order else epoch_order(self.n, self.seed, epoch),
-            )
+            permute = self.order or (lambda e: epoch_order(self.n, self.seed, e))
+            self._epoch = (epoch, permute(epoch))
         return self._epoch[1]
 
     def indices(self, number: int, rank: int = 0) -> list:
