@@ -11,7 +11,7 @@ from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Fault, Samples, is_video, sample_reject, shorten
-from fgclip_nb.data.rows import Row, VideoRow, _mark_duplicates
+from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import Pairs, open_text, read_entries
 from fgclip_nb.data.source import Source, Tally, paragraph
@@ -80,7 +80,7 @@ def _pair_format(value) -> str:
 
 
 def _as_dict(pairs) -> dict:
-    return _mark_duplicates(list(pairs))
+    return mark_duplicates(list(pairs))
 
 
 def _is_coco(pairs) -> bool:
@@ -94,7 +94,7 @@ def _read_row(value, src, format) -> list:
         if isinstance(value, Fault):
             raise value
         src.format = format or src.format
-        row = VideoRow(value)
+        row = Row(value)
         if not src.format:
             raise Fault("entry", value, "no known format has these keys", "unknown_format")
         found = READERS[src.format](row, src)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.data.samples import Fault, Reject, Sample, shorten
-from fgclip_nb.data.rows import VideoRow
+from fgclip_nb.data.rows import Row
 
 # %% ../../nbs/2_data/05_source.ipynb #b90001ff
 @dataclass
@@ -77,7 +77,7 @@ class Source:
         for i, (name, item) in enumerate(items):
             self.tally.regions += 1
             try:
-                found.append(parse(VideoRow(item, name), i))
+                found.append(parse(Row(item, name), i))
             except Fault as f:
                 self.reject(f, regions=1, sample=sample)
         return found

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #c678b8a0
 import re
 from fgclip_nb.data.samples import Fault, Region, Sample
-from fgclip_nb.data.rows import VideoRow, check_int, check_number, check_text
+from fgclip_nb.data.rows import Row, check_int, check_number, check_text
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.video_formats import _clip
@@ -36,7 +36,7 @@ def _uca_sentence(src, name, media, i, time, text):
     try:
         text, span = (
             check_text(text, "sentence"),
-            VideoRow({"timestamps": time}).pair("timestamps", check_number),
+            Row({"timestamps": time}).pair("timestamps", check_number),
         )
         return _clip(src, name, [], text, media, id=f"{name}#{i}", span=span)
     except Fault as f:

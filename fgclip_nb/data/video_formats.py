@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/08_video_formats.ipynb #02be695e
 import json, os, re
 from fgclip_nb.data.samples import Fault, Keyframe, Region, Sample, is_video
-from fgclip_nb.data.rows import Row, VideoRow, check_box, check_int, check_number, check_text
+from fgclip_nb.data.rows import Row, check_box, check_int, check_number, check_text
 from fgclip_nb.data.media import ucf_label, video_names
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #0575f73c
@@ -75,7 +75,7 @@ def _timed_region(r, id, box_info, name) -> Region:
     caption = r.value["caption"]
     if caption is None:
         raise Fault(name, box_info, "a track without a caption", "more_boxes_than_captions")
-    keyframes = VideoRow({name: box_info}).keyframes(name)
+    keyframes = Row({name: box_info}).keyframes(name)
     return Region(check_text(caption, r.field), keyframes=keyframes, source="expression", id=id)
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #fcf2840d
