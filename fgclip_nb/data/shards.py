@@ -19,17 +19,16 @@ def is_sharded(path) -> bool:
     return isinstance(path, (str, Path)) and os.path.isfile(Path(path) / "shards.json")
 
 # %% ../../nbs/2_data/10_shards.ipynb #c3667748
-def shard_features():
-    "Columns of a shard, as `datasets.Features`."
-    from datasets import Features, List, Value
+def _region_columns() -> dict:
+    "Columns of a region within a sample's row."
+    from datasets import List, Value
 
     text, number, numbers = Value("string"), Value("int64"), List(Value("float64"))
-    keyframe = dict(frame=number, bbox=numbers, enabled=Value("bool"))
-    region = dict(
+    return dict(
         phrase=text,
         long_phrase=text,
         box=numbers,
-        keyframes=List(keyframe),
+        keyframes=List(dict(frame=number, bbox=numbers, enabled=Value("bool"))),
         negatives=List(text),
         span=List(number),
         source=text,
@@ -37,7 +36,13 @@ def shard_features():
         negatives_level=text,
         other_negatives=List(dict(level=text, texts=List(text))),
     )
-    negative = dict(caption=text, negative=text, type=text)
+
+
+def shard_features():
+    "Columns of a shard, as `datasets.Features`."
+    from datasets import Features, List, Value
+
+    text, number = Value("string"), Value("int64")
     sample = dict(
         id=text,
         media=text,
@@ -45,13 +50,13 @@ def shard_features():
         caption=text,
         short_caption=text,
         captions=List(text),
-        regions=List(region),
-        span=numbers,
+        regions=List(_region_columns()),
+        span=List(Value("float64")),
         split=text,
         label=text,
         width=number,
         height=number,
-        caption_negatives=List(negative),
+        caption_negatives=List(dict(caption=text, negative=text, type=text)),
         file=text,
         entry=text,
         entries=number,
@@ -79,7 +84,7 @@ def to_row(sample, root) -> dict:
         row["media"] = os.path.relpath(sample.media, root)
     return row
 
-# %% ../../nbs/2_data/10_shards.ipynb #7bbca790
+# %% ../../nbs/2_data/10_shards.ipynb #c6335c1c
 def _tuple(values):
     return None if values is None else tuple(values)
 
@@ -233,5 +238,5 @@ def open_shards(folder, media_root=None) -> ShardedSequence:
         )
     return ShardedSequence(folder, media_root)
 
-# %% ../../nbs/2_data/10_shards.ipynb #3dc6a744
+# %% ../../nbs/2_data/10_shards.ipynb #c289989e
 ShardedSamples = ShardedSequence  # the name that filters and splits still ask for
