@@ -237,6 +237,3 @@ def open_shards(folder, media_root=None) -> ShardedSequence:
             f"{folder}: no shards.json, so no finished `python -m fgclip_nb.data convert`"
         )
     return ShardedSequence(folder, media_root)
-
-# %% ../../nbs/2_data/10_shards.ipynb #c289989e
-ShardedSamples = ShardedSequence  # the name that filters and splits still ask for
