@@ -36,7 +36,7 @@ def draw_regions(sample, most: int, rng) -> list:
     "At most `most` regions of a sample, in their own order."
     return [sample.regions[i] for i in draw_rows(len(sample.regions), most, rng)]
 
-# %% ../../nbs/3_batches/00_examples.ipynb #5377af45
+# %% ../../nbs/3_batches/00_examples.ipynb #998cebc3
 def draw_caption(sample, rng, train: bool = True) -> str:
     """One of the sample's short captions; the first when not training.
 
@@ -46,7 +46,7 @@ def draw_caption(sample, rng, train: bool = True) -> str:
         return choices[int(rng.integers(len(choices)))]
     return "".join(choices[:1])
 
-# %% ../../nbs/3_batches/00_examples.ipynb #47a6fa57
+# %% ../../nbs/3_batches/00_examples.ipynb #74333b90
 def draw_long_caption(sample, rng, train: bool = True) -> str:
     """The long caption.
 
@@ -56,7 +56,7 @@ def draw_long_caption(sample, rng, train: bool = True) -> str:
     chosen = rng.permutation(len(sample.captions))[: int(rng.integers(2, len(sample.captions) + 1))]
     return " ".join(sample.captions[i] for i in chosen)
 
-# %% ../../nbs/3_batches/00_examples.ipynb #d9ac543b
+# %% ../../nbs/3_batches/00_examples.ipynb #1943c230
 def draw_phrase(region, rng, train: bool = True) -> str:
     """Short or long phrase of a region, by chance where it has both (as the reference does).
 
@@ -119,7 +119,7 @@ def random_part(pixels, rng, least: float = 0.35):
     part = np.asarray(part.resize((n, n), Image.Resampling.BICUBIC))
     return np.ascontiguousarray(part[:, ::-1]) if rng.random() < 0.5 else part
 
-# %% ../../nbs/3_batches/00_examples.ipynb #504350b2
+# %% ../../nbs/3_batches/00_examples.ipynb #3a2bd370
 def image_example(sample, d: Drawing, rng, pixels=None) -> Example:
     """The example of a photo; its regions lie in row 0 of its pixels.
 

@@ -30,7 +30,7 @@ def memory_for_clips(samples, drawing: Drawing, most_bytes: int, most_clips: int
         return None
     return MemoryCache(drawing.size) if needed <= most_bytes else None
 
-# %% ../../nbs/3_batches/02_loading.ipynb #ef9b57b6
+# %% ../../nbs/3_batches/02_loading.ipynb #d6697df1
 def unreadable(sample, error, tries: int) -> Reject:
     "The `Reject` of a sample whose photo or clip could not be read, with the last error."
     reason = f"{type(error).__name__}: {error} (tried {tries} times)"
@@ -69,7 +69,8 @@ class Examples:
         return self.cache[index]
 
     def _read(self, epoch, index):
-        sample, rng = self.samples[index], np.random.default_rng([self.seed, epoch, index])
+        sample = self.samples[index]
+        rng = np.random.default_rng([self.seed, epoch, index])
         if sample.kind == "video":
             return clip_example(sample, self.drawing, rng, self.clips)
         return image_example(sample, self.drawing, rng, self._pixels(sample, index))
@@ -111,7 +112,7 @@ def _picture_of(sample) -> tuple:
     frame = best[len(best) // 2]
     return read_frames(sample.media, [frame])[0], visible[frame]
 
-# %% ../../nbs/3_batches/02_loading.ipynb #5dbf67ff
+# %% ../../nbs/3_batches/02_loading.ipynb #c2001ef9
 def _draw_boxes(ax, pixels, boxes):
     """Boxes (0-1 xyxy) over a picture, and below it their phrases in the boxes' colours.
 
@@ -137,7 +138,7 @@ def _draw_boxes(ax, pixels, boxes):
     ax.set_axis_off()
     return h / w
 
-# %% ../../nbs/3_batches/02_loading.ipynb #f50a7244
+# %% ../../nbs/3_batches/02_loading.ipynb #58ab1655
 def _chosen(samples, n: int) -> list:
     "`n` samples with regions: half of them with negatives first, the others spread over the rest."
     ranked = sorted(

@@ -271,7 +271,7 @@ class VerdictParams:
         20.0, "highest image-to-text logit that still passes in the first steps", 0, 1000
     )
 
-# %% ../../nbs/0_core/03_config.ipynb #42888ab7
+# %% ../../nbs/0_core/03_config.ipynb #c977ee0c
 GROUPS = (DataParams, ModelParams, LossParams, OptimParams, RunParams, VerdictParams)
 
 
@@ -289,7 +289,7 @@ def describe_parameter(name) -> str:
     span = f", {f.metadata['low']}..{f.metadata['high']}" if f.metadata["low"] is not None else ""
     return f"{name} ({' or '.join(kinds)}{span}; default {f.default!r}): {f.metadata['help']}"
 
-# %% ../../nbs/0_core/03_config.ipynb #59b40536
+# %% ../../nbs/0_core/03_config.ipynb #47da3858
 def check_together(cfg):
     "Raise `ConfigError` for parameters that contradict each other, or a name that is none."
     if cfg.class_negatives and not cfg.make_negatives:
@@ -365,7 +365,8 @@ def run_folder(cfg: TrainConfig) -> Path:
         absolute = Path(cfg.output).is_absolute()
         return resolve_path(cfg.output) if absolute else project_root() / cfg.output
     base = project_root() / "runs" / f"train-{params_hash(cfg)}"
-    path, n = base, 1
+    path = base
+    n = 1
     while Run(path).finished:
         n += 1
         path = base.with_name(f"{base.name}-{n}")
@@ -385,7 +386,7 @@ def changed_params(folder, cfg: TrainConfig) -> dict:
         if k in old and k not in NOT_IDENTITY and old[k] != new[k]
     }
 
-# %% ../../nbs/0_core/03_config.ipynb #040b54b1
+# %% ../../nbs/0_core/03_config.ipynb #341c3dd4
 def check_params(folder, cfg: TrainConfig):
     """Raise `ConfigError` when the folder was made with other parameters.
 

@@ -72,13 +72,13 @@ def get_logger() -> logging.Logger:
         log.propagate = False
     return log
 
-# %% ../../nbs/0_core/01_folder.ipynb #1b1998e7
+# %% ../../nbs/0_core/01_folder.ipynb #57bd83d5
 def read_json(path):
     "The content of a JSON file; an empty dict where there is no such file."
     path = Path(path)
     return json.loads(path.read_text()) if path.exists() else {}
 
-# %% ../../nbs/0_core/01_folder.ipynb #cc1a5cd2
+# %% ../../nbs/0_core/01_folder.ipynb #604d2780
 def read_table(path):
     """One row per line of a JSON-lines file (pandas).
 
@@ -88,7 +88,7 @@ def read_table(path):
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
     return pd.DataFrame(read_jsonl(present[0]) if present else [])
 
-# %% ../../nbs/0_core/01_folder.ipynb #9935a0b3
+# %% ../../nbs/0_core/01_folder.ipynb #bdefd310
 def checkpoint_folders(folder) -> list:
     "The complete checkpoints in a folder, as (optimiser step, path) ordered by step."
     return sorted(

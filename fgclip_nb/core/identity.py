@@ -35,7 +35,7 @@ def sha256_file(path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/0_core/00_identity.ipynb #9d160189
+# %% ../../nbs/0_core/00_identity.ipynb #0164cc07
 def python_files_hash(folder) -> str:
     "Hex SHA-256 over all Python files below a folder, in the order of their paths."
     files = sorted(Path(folder).rglob("*.py"))
@@ -49,7 +49,7 @@ def project_root(start=None) -> Path:
     here = Path(start or Path.cwd()).resolve()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
 
-# %% ../../nbs/0_core/00_identity.ipynb #d67ec66e
+# %% ../../nbs/0_core/00_identity.ipynb #e3237421
 def git_output(folder, *arguments) -> str:
     "What `git` answers in a folder; empty where it fails, for instance outside a repository."
     r = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
