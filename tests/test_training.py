@@ -456,7 +456,7 @@ def test_a_vanished_file_is_rejected_and_counted(tmp_path):
 def worker_dies():
     from fgclip_nb.batches import loading
 
-    read, flag = loading.ExampleSource._read, Path(os.environ["FGCLIP_TEST_FLAG"])
+    read, flag = loading.Examples._read, Path(os.environ["FGCLIP_TEST_FLAG"])
 
     def dying(self, epoch, index):
         import torch
@@ -471,7 +471,7 @@ def worker_dies():
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, epoch, index)
 
-    loading.ExampleSource._read = dying
+    loading.Examples._read = dying
 
 
 class WorkerDies:

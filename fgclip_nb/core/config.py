@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
 from fgclip_nb.core.folder import Run, resolve_path
-from fgclip_nb.core.params import _types, check_names, check_values, nearest, param
+from fgclip_nb.core.params import (
+    check_names,
+    check_values,
+    nearest,
+    param,
+    plain_types,
+    with_params,
+)
 
 # %% ../../nbs/0_core/03_config.ipynb #145b25ae
 @dataclass
@@ -20,7 +27,8 @@ class DataParams:
 
     data: str = param(
         "sample",
-        "`sample` (shipped photos), `video_sample`, or a file, list of files or folder in any known format",
+        "`sample` (shipped photos), `video_sample`, or a file, list of files or folder "
+        "in any known format",
     )
     media_root: str = param(
         "", "folder that image and video paths start from; empty: the folder of the data file"
@@ -41,7 +49,8 @@ class DataParams:
     )
     augment: str = param(
         "crop",
-        "training photos in the global loss: whole (none, as the reference) or a mirrored random part (crop)",
+        "training photos in the global loss: whole (none, as the reference) or a "
+        "mirrored random part (crop)",
         choices=("none", "crop"),
     )
     num_frames: int = param(
@@ -62,7 +71,8 @@ class DataParams:
     )
     class_negatives: str = param(
         "",
-        "sentences per class, taken first by make_negatives: `ucf_crime`, or JSON {class: [captions of it]}",
+        "sentences per class, taken first by make_negatives: `ucf_crime`, or JSON "
+        "{class: [captions of it]}",
     )
     region_source: str = param(
         "boxes",
@@ -86,7 +96,8 @@ class ModelParams:
 
     model: str = param(
         "tiny",
-        "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336: random weights), or a folder, OpenAI file or hub id",
+        "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336: random weights), or a folder, "
+        "OpenAI file or hub id",
     )
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(
@@ -95,13 +106,15 @@ class ModelParams:
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
     logit_scale_init: float | None = param(
         None,
-        "stored log temperature of the losses: 4.6052 is x100, 2.6592 x14.29; none: from the weights",
+        "stored log temperature of the losses: 4.6052 is x100, 2.6592 x14.29; none: from "
+        "the weights",
         -5,
         4.6052,
     )
     override_logit_scale: bool = param(
         False,
-        "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused",
+        "replace a stored temperature that differs from `logit_scale_init`; without it "
+        "such weights are refused",
     )
     precision: str = param(
         "fp32", "fp32, or bf16: autocast with fp32 master weights", choices=("fp32", "bf16")
@@ -111,7 +124,8 @@ class ModelParams:
     )
     compile_layers: bool = param(
         False,
-        "compile norms, projections and MLPs with torch.compile: for long GPU runs; the first step is a minute longer",
+        "compile norms, projections and MLPs with torch.compile: for long GPU runs; the "
+        "first step is a minute longer",
     )
 
 # %% ../../nbs/0_core/03_config.ipynb #2543afab
@@ -164,7 +178,8 @@ class OptimParams:
     )
     adam_beta2: float = param(
         0.98,
-        "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; the official script: 0.999)",
+        "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; the official "
+        "script: 0.999)",
         0,
         0.999999,
     )
@@ -180,7 +195,8 @@ class OptimParams:
     )
     epochs: int = param(
         0,
-        "passes over the training samples, unless `max_steps` is given; 0: 120, or 520 for the video sample",
+        "passes over the training samples, unless `max_steps` is given; 0: 120, or 520 "
+        "for the video sample",
         0,
         100_000,
     )
@@ -203,7 +219,8 @@ class RunParams:
     device: str = param("auto", "auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
     processes: int = param(
         1,
-        "training processes, one per GPU; above 1 they are started as a torch.distributed.run and followed live",
+        "training processes, one per GPU; above 1 they are started as a "
+        "torch.distributed.run and followed live",
         1,
         4096,
     )
@@ -228,7 +245,8 @@ class RunParams:
     )
     allow_changed: str = param(
         "",
-        "what may differ from the checkpoint on resume: parameter names separated by commas, `data` for changed data",
+        "what may differ from the checkpoint on resume: parameter names separated by "
+        "commas, `data` for changed data",
     )
 
 # %% ../../nbs/0_core/03_config.ipynb #c50a6173
@@ -253,59 +271,71 @@ class VerdictParams:
         20.0, "highest image-to-text logit that still passes in the first steps", 0, 1000
     )
 
+# %% ../../nbs/0_core/03_config.ipynb #c977ee0c
+GROUPS = (DataParams, ModelParams, LossParams, OptimParams, RunParams, VerdictParams)
+
+
+def known_parameters() -> dict:
+    """Parameter name -> dataclass field.
+
+    In the order data, model, losses, optimisation, run, verdicts."""
+    return {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+
+# %% ../../nbs/0_core/03_config.ipynb #333c367d
+def describe_parameter(name) -> str:
+    "One line about a parameter: type, default, range and meaning."
+    f = known_parameters()[name]
+    kinds = ("none" if t is types.NoneType else t.__name__ for t in plain_types(f.type))
+    span = f", {f.metadata['low']}..{f.metadata['high']}" if f.metadata["low"] is not None else ""
+    return f"{name} ({' or '.join(kinds)}{span}; default {f.default!r}): {f.metadata['help']}"
+
+# %% ../../nbs/0_core/03_config.ipynb #47da3858
+def check_together(cfg):
+    "Raise `ConfigError` for parameters that contradict each other, or a name that is none."
+    if cfg.class_negatives and not cfg.make_negatives:
+        raise ConfigError(
+            "`class_negatives` says which sentences are taken: say with `make_negatives` "
+            "how many a region gets, 10 for instance"
+        )
+    if cfg.gradient_caching and cfg.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            "`gradient_caching` already makes one batch of any size: "
+            "set `gradient_accumulation_steps` to 1 and raise `batch_size`"
+        )
+    for name in cfg.allow_changed.split(","):
+        if name and name not in known_parameters() and name != "data":
+            raise ConfigError(
+                f"`allow_changed` names {name!r}, which is no parameter"
+                f"{nearest(name, known_parameters())}"
+            )
+
 # %% ../../nbs/0_core/03_config.ipynb #0ead8fe1
-@dataclass
-class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams, DataParams):
-    "Every parameter of a run, checked. Raises `ConfigError` for a wrong type or an impossible value."
+@with_params(*GROUPS)
+class TrainConfig:
+    """Every parameter of a run, checked.
+
+    Raises `ConfigError` for a wrong type or an impossible value."""
 
     def __post_init__(self):
         check_values(self)
-        if self.class_negatives and not self.make_negatives:
-            raise ConfigError(
-                "`class_negatives` says which sentences are taken: say with `make_negatives` how many a region gets, "
-                "10 for instance"
-            )
-        if self.gradient_caching and self.gradient_accumulation_steps > 1:
-            raise ConfigError(
-                "`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise "
-                "`batch_size`"
-            )
-        unknown = [
-            n
-            for n in self.allow_changed.split(",")
-            if n and n not in known_parameters() and n != "data"
-        ]
-        if unknown:
-            raise ConfigError(
-                f"`allow_changed` names {unknown[0]!r}, which is no parameter{nearest(unknown[0], known_parameters())}"
-            )
+        check_together(self)
 
     @classmethod
     def from_params(cls, params: dict):
-        "From a dict of parameters; an unknown name raises `ConfigError` with the nearest known one."
+        """From a dict of parameters.
+
+        An unknown name raises `ConfigError` with the nearest known one."""
         check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 
     def as_dict(self) -> dict:
+        "Every parameter by name, in the order of declaration."
         return dataclasses.asdict(self)
 
 # %% ../../nbs/0_core/03_config.ipynb #6fe7b95d
 def epochs_of(cfg) -> int:
-    "Passes over the training samples: as asked for, or what the shipped data take; an epoch of the video sample is a single batch."
+    "Passes over the training samples: `epochs`, or where that is 0 what the shipped data take."
     return cfg.epochs or (520 if cfg.data == "video_sample" else 120)
-
-# %% ../../nbs/0_core/03_config.ipynb #333c367d
-def known_parameters() -> dict:
-    "Parameter name -> dataclass field, in the order data, model, losses, optimisation, run, verdicts."
-    return {f.name: f for f in dataclasses.fields(TrainConfig)}
-
-
-def describe_parameter(name) -> str:
-    "One line about a parameter: type, default, range and meaning."
-    f = known_parameters()[name]
-    kind = " or ".join("none" if t is types.NoneType else t.__name__ for t in _types(f.type))
-    span = f", {f.metadata['low']}..{f.metadata['high']}" if f.metadata["low"] is not None else ""
-    return f"{name} ({kind}{span}; default {f.default!r}): {f.metadata['help']}"
 
 # %% ../../nbs/0_core/03_config.ipynb #ca53b531
 NOT_IDENTITY = (
@@ -321,24 +351,22 @@ NOT_IDENTITY = (
 
 def params_hash(cfg: TrainConfig) -> str:
     "Ten hex digits over the parameters that change what is computed."
-    kept = {
+    computed_with = {
         k: v
         for k, v in sorted(cfg.as_dict().items())
         if k not in NOT_IDENTITY and (k, v) != ("processes", 1)
     }
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(computed_with).encode()).hexdigest()[:10]
 
 # %% ../../nbs/0_core/03_config.ipynb #ea1187a3
 def run_folder(cfg: TrainConfig) -> Path:
     "The folder this configuration writes to, by the rule of identity; nothing is created."
     if cfg.output:
-        return (
-            resolve_path(cfg.output)
-            if Path(cfg.output).is_absolute()
-            else project_root() / cfg.output
-        )
+        absolute = Path(cfg.output).is_absolute()
+        return resolve_path(cfg.output) if absolute else project_root() / cfg.output
     base = project_root() / "runs" / f"train-{params_hash(cfg)}"
-    path, n = base, 1
+    path = base
+    n = 1
     while Run(path).finished:
         n += 1
         path = base.with_name(f"{base.name}-{n}")
@@ -346,7 +374,10 @@ def run_folder(cfg: TrainConfig) -> Path:
 
 # %% ../../nbs/0_core/03_config.ipynb #3eb12ec5
 def changed_params(folder, cfg: TrainConfig) -> dict:
-    "Parameters of an existing run folder that differ from `cfg`: name -> (in the folder, asked for)."
+    """Parameters of an existing run folder that differ from those of `cfg`.
+
+    Name -> (value in the folder, value in `cfg`). Those that change nothing that is computed, and
+    those that the folder does not know yet, are left out."""
     old = Run(folder).params()
     new = cfg.as_dict()
     return {
@@ -355,15 +386,18 @@ def changed_params(folder, cfg: TrainConfig) -> dict:
         if k in old and k not in NOT_IDENTITY and old[k] != new[k]
     }
 
-
+# %% ../../nbs/0_core/03_config.ipynb #341c3dd4
 def check_params(folder, cfg: TrainConfig):
-    "Raise `ConfigError` when the folder was made with other parameters that `allow_changed` does not name; both values are shown."
+    """Raise `ConfigError` when the folder was made with other parameters.
+
+    Those that `allow_changed` names may differ; of the others both values are shown."""
     allowed = cfg.allow_changed.split(",")
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}
     if refused:
-        told = "; ".join(
+        reasons = "; ".join(
             f"`{k}`: {a!r} in the folder, {b!r} asked for" for k, (a, b) in refused.items()
         )
         raise ConfigError(
-            f"{folder} holds a run with other parameters ({told}). Give another `output`, or name them in `allow_changed`."
+            f"{folder} holds a run with other parameters ({reasons}). "
+            "Give another `output`, or name them in `allow_changed`."
         )
