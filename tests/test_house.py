@@ -9,6 +9,7 @@ import pytest
 
 import faces
 import house
+import parameters
 
 ROOT = house.ROOT
 LIBRARY, RUNS = house.library_notebooks(), house.run_notebooks()
@@ -170,13 +171,20 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
     assert any("parameters" in c["metadata"].get("tags", []) for c in cleaned)
 
 
-def test_train_notebook_offers_exactly_the_known_parameters():
-    from fgclip_nb.core.notebook import parameter_cell
+def test_parameters_cells_are_those_of_the_declarations():
+    for path, text in parameters.written_cells().items():
+        [cell] = parameters.tagged(json.loads(path.read_text()))
+        assert house.source(cell) == text, f"run `make parameters`: {path.name} is stale"
 
-    tagged = [
-        c for c in cells(ROOT / "nbs/train.ipynb") if "parameters" in c["metadata"].get("tags", [])
-    ]
-    assert house.source(tagged[0]) == parameter_cell()
+
+@every_run
+def test_papermill_understands_every_parameter(path):
+    from papermill.inspection import inspect_notebook
+
+    [cell] = parameters.tagged(json.loads(path.read_text()))
+    lines = house.source(cell).splitlines()[1:]
+    known = inspect_notebook(str(path))
+    assert len(known) == len(lines) and all(p["help"] for p in known.values())
 
 
 # ---- packaging and import -----------------------------------------------------------------------

@@ -6,9 +6,9 @@
 __all__ = ['notebook_params', 'refuse_unknown', 'note_notebook']
 
 # %% ../../nbs/0_core/04_notebook.ipynb #0aa59230
-import ast, os, types
+import ast, dataclasses, json, os, types
 from fgclip_nb.core.params import check_names, plain_types
-from fgclip_nb.core.config import known_parameters
+from fgclip_nb.core.config import TrainConfig
 
 # %% ../../nbs/0_core/04_notebook.ipynb #1e30dd28
 def _assigned(source: str) -> list:
@@ -63,15 +63,19 @@ def _span(meta) -> str:
         return f" [{' | '.join(meta['choices'])}]"
     return ""
 
+# %% ../../nbs/0_core/04_notebook.ipynb #f7c01480
+def parameter_line(f) -> str:
+    "A declared parameter (field of a dataclass) as one line of Python with its meaning behind it."
+    kind = next(t.__name__ for t in plain_types(f.type) if t is not types.NoneType)
+    default = json.dumps(f.default) if isinstance(f.default, str) else repr(f.default)
+    return f"{f.name}: {kind} = {default}  # {f.metadata['help']}{_span(f.metadata)}"
+
 # %% ../../nbs/0_core/04_notebook.ipynb #0725b912
-def parameter_cell() -> str:
-    "Source of a notebook's parameters cell: every parameter with type, default, meaning, range."
-    lines = [
-        "# Parameters of this run: "
-        "`-p name value` on papermill's command line replaces any of them."
-    ]
-    for name, f in known_parameters().items():
-        kind = next(t.__name__ for t in plain_types(f.type) if t is not types.NoneType)
-        meaning = f.metadata["help"] + _span(f.metadata)
-        lines.append(f"{name}: {kind} = {f.default!r}  # {meaning}")
-    return "\n".join(lines)
+def parameter_cell(config=TrainConfig, names=(), what: str = "run") -> str:
+    """Source of a run notebook's parameters cell: a line per parameter of `config`.
+
+    names: the parameters that the notebook offers, in its order; empty for all."""
+    declared = {f.name: f for f in dataclasses.fields(config)}
+    title = f"# Parameters of this {what}: "
+    title += "`-p name value` on papermill's command line replaces any of them."
+    return "\n".join([title] + [parameter_line(declared[n]) for n in names or declared])
