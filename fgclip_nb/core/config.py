@@ -264,13 +264,14 @@ NOT_IDENTITY = (
 
 
 def params_hash(cfg: TrainConfig) -> str:
-    "Ten hex digits over the parameters that change what is computed."
-    computed_with = {
-        k: v
-        for k, v in sorted(cfg.as_dict().items())
-        if k not in NOT_IDENTITY and (k, v) != ("processes", 1)
+    """Ten hex digits over the parameters that change what is computed and are not the defaults.
+
+    So a parameter that a later version adds renames no folder of this one."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    chosen = {
+        k: v for k, v in sorted(cfg.as_dict().items()) if k not in NOT_IDENTITY and v != defaults[k]
     }
-    return hashlib.sha256(json.dumps(computed_with).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:10]
 
 # %% ../../nbs/0_core/03_config.ipynb #ea1187a3
 def run_folder(cfg: TrainConfig) -> Path:

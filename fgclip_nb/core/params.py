@@ -6,7 +6,7 @@
 __all__ = ['param']
 
 # %% ../../nbs/0_core/02_params.ipynb #78a9f515
-import dataclasses, difflib, math, types, typing
+import contextlib, dataclasses, difflib, math, types, typing
 from dataclasses import dataclass, field
 from fgclip_nb.core.identity import ConfigError
 
@@ -24,7 +24,7 @@ def plain_types(annotation) -> tuple:
 def typed_value(name, value, annotation):
     """The value as its annotation says: int, float, str or bool, perhaps `| None`.
 
-    Raises `ConfigError` for another type."""
+    A number may come as text, as YAML reads `1e-4`. Raises `ConfigError` for another type."""
     allowed = plain_types(annotation)
     if value is None and types.NoneType in allowed:
         return None
@@ -33,10 +33,11 @@ def typed_value(name, value, annotation):
     kind = next(t for t in allowed if t is not types.NoneType)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    number_as_text = kind in (int, float) and isinstance(value, str)
-    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if number_as_text else ""
+    if kind in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return kind(value)
     raise ConfigError(
-        f"parameter `{name}` = {value!r} is a {type(value).__name__}, not a {kind.__name__}{hint}"
+        f"parameter `{name}` = {value!r} is a {type(value).__name__}, not a {kind.__name__}"
     )
 
 # %% ../../nbs/0_core/02_params.ipynb #5361e5b3
