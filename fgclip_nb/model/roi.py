@@ -10,7 +10,7 @@ import torch
 
 # %% ../../nbs/4_model/00_roi.ipynb #53b1d059
 def _extent(start, end):
-    "Ends of R boxes along one axis, in cells -> number of points (R,), rounded as the reference does."
+    "Ends of R boxes on one axis, in cells -> number of points (R,), rounded as in the reference."
     count = torch.ceil((end.float() - 0.5) - (start.float() - 0.5))
     return torch.where(torch.isfinite(count), count, 0.0).clamp(min=0)
 
@@ -31,7 +31,7 @@ def _points(start, end, size, dtype):
 
 # %% ../../nbs/4_model/00_roi.ipynb #32e4d1ab
 def axis_weights(start, end, size, dtype=torch.float32):
-    """Ends of R boxes along one axis, in cells -> weights (R,size) of the cells.
+    """Ends of R boxes on one axis, in cells -> weights (R,size) of the cells.
 
     They sum to 1 where the box lies inside the map. A box without extent, or with its ends
     exchanged, gets zeros."""
