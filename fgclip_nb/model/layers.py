@@ -18,7 +18,7 @@ def project(attention, x, names="qkv"):
     layers = [getattr(attention, f"{n}_proj") for n in names]
     return F.linear(x, torch.cat([p.weight for p in layers]), torch.cat([p.bias for p in layers]))
 
-# %% ../../nbs/4_model/03_layers.ipynb #dff1a1a0
+# %% ../../nbs/4_model/03_layers.ipynb #d85514a6
 def _heads(x, n):
     "(B,L,W) -> (B,n,L,W/n)"
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
@@ -55,7 +55,7 @@ def _mlp(mlp, x):
         return mlp(x)  # a compiler fuses the plain formula by itself
     return mlp.fc2(_QuickGELU.apply(mlp.fc1(x)))
 
-# %% ../../nbs/4_model/03_layers.ipynb #26977f39
+# %% ../../nbs/4_model/03_layers.ipynb #589db7bc
 def _enter(layer, x):
     "A layer before attention, (...,W) -> queries, keys, values side by side (...,3W)."
     return project(layer.self_attn, layer.layer_norm1(x))
@@ -77,7 +77,7 @@ def tokenwise(layer, name, *args):
     name "leave": states (...,W) and attended values (...,W) -> states (...,W)."""
     return getattr(layer, "compiled", TOKENWISE)[name](layer, *args)
 
-# %% ../../nbs/4_model/03_layers.ipynb #1326f2f1
+# %% ../../nbs/4_model/03_layers.ipynb #b07d91ac
 def run_layer(model, function, *args):
     """function(*args, training), under gradient checkpointing where `model` has that on.
 
@@ -88,7 +88,7 @@ def run_layer(model, function, *args):
 
     return checkpoint(function, *args, model.training, use_reentrant=False)
 
-# %% ../../nbs/4_model/03_layers.ipynb #71c0d4c7
+# %% ../../nbs/4_model/03_layers.ipynb #cd220fb0
 def compile_layers(layers, **options):
     """Compile what `layers` do to each token by itself (norms, projections, MLP).
 

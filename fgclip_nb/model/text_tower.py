@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #08b97e96
+# %% ../../nbs/4_model/05_text_tower.ipynb #6b468e83
 import torch, torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from fgclip_nb.text.tokenizer import MAX_LENGTH
@@ -94,7 +94,7 @@ def join_packed(a, b):
     }
     return type(a)(**tensors, blocks=a.blocks + b.blocks)
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #abdd2695
+# %% ../../nbs/4_model/05_text_tower.ipynb #be99c11b
 def text_states(model, short, long):
     """PackedTexts or None -> final states (T,W) of their texts, the short ones first.
 
@@ -148,7 +148,7 @@ def encode_texts(model, short=None, long=None):
         _check_width(long.input_ids, MAX_LENGTH, "long")
     return project_texts(model, *(None if t is None else t.pack() for t in (short, long)))
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #fc5a4bf0
+# %% ../../nbs/4_model/05_text_tower.ipynb #181d5ba7
 def text_lengths(input_ids, eos, attention_mask=None):
     """Padded ids (T,L) -> true lengths (T,), the first end-of-text mark included.
 
@@ -166,7 +166,7 @@ def text_lengths(input_ids, eos, attention_mask=None):
         )
     return before.sum(1) + 1
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #91fa7898
+# %% ../../nbs/4_model/05_text_tower.ipynb #ed1a2475
 def padded_text_features(
     model, input_ids, attention_mask=None, walk_short_pos=True, use_bbox=False
 ):

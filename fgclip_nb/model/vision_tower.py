@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #80e65464
+# %% ../../nbs/4_model/06_vision_tower.ipynb #ff7ab0af
 import torch, torch.nn.functional as F
 from fgclip_nb.data.photos import normalize
 from fgclip_nb.model.roi import box_slots, pool_boxes
 from fgclip_nb.model.layers import attend, grid_positions, project, run_layer, tokenwise
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #df76268a
+# %% ../../nbs/4_model/06_vision_tower.ipynb #c00c3cc3
 def patch_grid(pixels, patch):
     "Pixels (F,3,height,width), side of a patch in pixels -> grid (rows, columns); ValueError."
     shape = tuple(pixels.shape)
@@ -31,9 +31,9 @@ def _embed_patches(conv, pixels, grid):
     patches = pixels.unflatten(3, (grid[1], p)).unflatten(2, (grid[0], p)).permute(0, 2, 4, 1, 3, 5)
     return F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1))
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #4a168da8
+# %% ../../nbs/4_model/06_vision_tower.ipynb #7493f12e
 def vision_tokens(model, pixels, interpolate=None):
-    """Normalised pixels (F,3,height,width) -> tokens (F,1+P,W) before the first layer, and the grid.
+    """Normalised pixels (F,3,height,width) -> tokens (F,1+P,W) before the first layer, and grid.
 
     Sizes other than the model's are read with resized positions in eval mode, or where
     `interpolate` is True; ValueError otherwise."""
@@ -71,7 +71,7 @@ def _last_vision_layer(layer, x, dense, training):
     patches = None if dense is None else tokenwise(layer, "leave", x[dense, 1:], v[dense, 1:])
     return cls, patches
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #3748a780
+# %% ../../nbs/4_model/06_vision_tower.ipynb #8f82d96a
 def vision_features(model, pixels, dense=None, interpolate=None):
     """Pixels (F,3,height,width), normalised or uint8, through the whole vision tower.
 
@@ -88,13 +88,13 @@ def vision_features(model, pixels, dense=None, interpolate=None):
     features = model.visual_projection(norm(cls))
     return features, None if dense is None else norm(patches), grid
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #dff30ac0
+# %% ../../nbs/4_model/06_vision_tower.ipynb #2043df4e
 def dense_features(model, pixels, interpolate=None):
     "Pixels (F,3,height,width) -> (F,P,D), the feature of each patch, row by row, not normalised."
     every = torch.arange(len(pixels), device=pixels.device)
     return model.visual_projection(vision_features(model, pixels, every, interpolate)[1])
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #7b43e77f
+# %% ../../nbs/4_model/06_vision_tower.ipynb #0b208890
 def pool_regions(model, patches, boxes, box_image, grid, slots=None):
     """Patch states (f,P,W), boxes (R,4) xyxy in cells, their rows of `patches` (R,) -> (R,D).
 
@@ -116,7 +116,7 @@ def box_features(model, pixels, box_info, interpolate=None):
     patches, grid = vision_features(model, pixels, used, interpolate)[1:]
     return pool_regions(model, patches, box_info[:, 1:], image, grid)
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #76d685a0
+# %% ../../nbs/4_model/06_vision_tower.ipynb #dddc199b
 def encode_images(model, pixels, boxes=None, box_image=None, interpolate=None):
     """Pixels, boxes (R,4) xyxy 0-1 and their pictures (R,) -> features (F,D) and (R,D), one pass.
 
