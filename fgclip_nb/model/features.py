@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/4_model/07_features.ipynb #29c517b3
+# %% ../../nbs/4_model/07_features.ipynb #a946169b
 import torch
 from fgclip_nb.model.temporal import mean_by, pool_clips
 from fgclip_nb.model.towers import SCALES
 
-# %% ../../nbs/4_model/07_features.ipynb #c12d3643
+# %% ../../nbs/4_model/07_features.ipynb #85e4bd56
 def textual_features(model, batch):
     "Features of a batch's texts by name; what the batch does not have is absent."
     short, long = model.encode_texts(batch.texts, batch.long_texts)
@@ -50,7 +50,7 @@ def visual_features(model, batch):
         boxes = mean_by(_precise(boxes), batch.box_region, batch.n_regions)
     return {**out, "region_features": boxes}
 
-# %% ../../nbs/4_model/07_features.ipynb #05b707b7
+# %% ../../nbs/4_model/07_features.ipynb #328d9ad3
 def batch_features(model, batch):
     """Everything a loss may ask for, by name; what the batch does not have is absent.
 

@@ -45,7 +45,8 @@ def add_fine(tensors, report, scale):
         *[f"{scale.item():.4f}"] * 2,
     )
     for name, value, how in zip(FINE_NAMES, values, hows):
-        tensors[name], report.initialised[name] = value.clone(), how
+        tensors[name] = value.clone()
+        report.initialised[name] = how
         report.missing.remove(name)
 
 # %% ../../nbs/4_model/10_loading.ipynb #8f6c5118
@@ -121,14 +122,15 @@ def build_loaded(cls, config, tensors, report, plain, scale=None, override=False
 # %% ../../nbs/4_model/10_loading.ipynb #b99bd960
 def proof_inputs(config):
     "Fixed normalised pixels (2,3,S,S) and ids (4,77) of texts of 77, 30, 9 and 2 tokens."
-    g, text = torch.Generator().manual_seed(0), config.text_config
+    text = config.text_config
+    g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(text.bos_token_id, text.eos_token_id), (4, 77), generator=g)
     ids[:, 0] = text.bos_token_id
     for row, length in zip(ids, (77, 30, 9, 2)):
         row[length - 1 :] = text.eos_token_id
     return torch.randn(2, 3, *[config.vision_config.image_size] * 2, generator=g), ids
 
-# %% ../../nbs/4_model/10_loading.ipynb #714a6476
+# %% ../../nbs/4_model/10_loading.ipynb #53747565
 @torch.no_grad()
 def compare_features(model, source_features, pixels, ids):
     """Note and log the largest differences to the source's features by name.
@@ -255,7 +257,8 @@ def load_openai(
     independent reading of the file."""
     if filename is not None:
         file = hub_file(file, filename, revision)
-    report, raw = LoadReport(str(file), [str(file)]), read_openai(file)
+    report = LoadReport(str(file), [str(file)])
+    raw = read_openai(file)
     tensors = convert_openai(raw, report)
     config = cls.config_class(**openai_config(raw))
     model = build_loaded(cls, config, tensors, report, True, logit_scale_init, override_logit_scale)

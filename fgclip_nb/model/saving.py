@@ -74,7 +74,7 @@ def write_weights(model, folder):
     tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_atomic(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
 
-# %% ../../nbs/4_model/11_saving.ipynb #11c336b7
+# %% ../../nbs/4_model/11_saving.ipynb #898e23e6
 def save_model(model, save_directory, architecture, numbers=None, processor=True):
     """Write a model to a folder, bitwise what it is: config, weights, card, processor, tokenizer.
 
@@ -89,7 +89,7 @@ def save_model(model, save_directory, architecture, numbers=None, processor=True
     if processor and model.config.text_config.vocab_size == 49408:
         make_processor(model.config).save_pretrained(folder)
 
-# %% ../../nbs/4_model/11_saving.ipynb #8f86a8e9
+# %% ../../nbs/4_model/11_saving.ipynb #c0872fa5
 def push_card(model, repo_id, numbers=None, token=None):
     "Upload the model card with `numbers` of a run to a repository on the hub."
     from huggingface_hub import ModelCard

@@ -80,7 +80,8 @@ class TemporalHead(nn.Module):
         heads = heads or max(1, dim // 64)  # 64 channels per head, as in CLIP's towers
         self.place = nn.Linear(dim, dim, bias=False)
         self.layers = nn.ModuleList(TemporalLayer(dim, heads) for _ in range(layers))
-        self.norm, self.query = nn.LayerNorm(dim), nn.Parameter(torch.zeros(dim))
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Parameter(torch.zeros(dim))
 
     def weights(self, x, mask):
         "Share of each frame in the pooled feature, (B,frames), zero for padding."
@@ -91,7 +92,8 @@ class TemporalHead(nn.Module):
         """Features (B,frames,D) of any norm, times (B,frames) 0-1, mask -> (B,D).
 
         mask (B,frames) is True for real frames, at least one per clip."""
-        x, place = features, self.place(time_waves(times, features.shape[-1]).to(features.dtype))
+        place = self.place(time_waves(times, features.shape[-1]).to(features.dtype))
+        x = features
         for layer in self.layers:
             x = layer(x, place, mask)
         pooled = (self.weights(x, mask).to(x.dtype)[:, None] @ x)[:, 0]

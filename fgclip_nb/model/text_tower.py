@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #6b468e83
+# %% ../../nbs/4_model/05_text_tower.ipynb #d69104f5
 import torch, torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from fgclip_nb.text.tokenizer import MAX_LENGTH
@@ -71,7 +71,8 @@ def _text_layer(layer, x, packed, training):
 # %% ../../nbs/4_model/05_text_tower.ipynb #2e771b3d
 def _last_text_layer(layer, x, packed, training):
     "The last layer for the closing mark of each text: nodes (nodes,W) -> (T,W), in block order."
-    h, end = layer.layer_norm1(x), packed.ends
+    end = packed.ends
+    h = layer.layer_norm1(x)
     cells = _spread(project(layer.self_attn, h, "kv"), packed)
     rows_per_block = [rows for rows, _ in packed.blocks]
     queries = layer.self_attn.q_proj(h[end])[:, None].split(rows_per_block)
@@ -94,12 +95,13 @@ def join_packed(a, b):
     }
     return type(a)(**tensors, blocks=a.blocks + b.blocks)
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #be99c11b
+# %% ../../nbs/4_model/05_text_tower.ipynb #83a54da5
 def text_states(model, short, long):
     """PackedTexts or None -> final states (T,W) of their texts, the short ones first.
 
     Short texts take the short position table, long ones the two long ones."""
-    table, parts = model.text_model.embeddings, []
+    table = model.text_model.embeddings
+    parts = []
     if short is not None:
         parts.append((short, table.position_embedding.weight))
     if long is not None:
@@ -148,7 +150,7 @@ def encode_texts(model, short=None, long=None):
         _check_width(long.input_ids, MAX_LENGTH, "long")
     return project_texts(model, *(None if t is None else t.pack() for t in (short, long)))
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #181d5ba7
+# %% ../../nbs/4_model/05_text_tower.ipynb #f579309a
 def text_lengths(input_ids, eos, attention_mask=None):
     """Padded ids (T,L) -> true lengths (T,), the first end-of-text mark included.
 
@@ -166,7 +168,7 @@ def text_lengths(input_ids, eos, attention_mask=None):
         )
     return before.sum(1) + 1
 
-# %% ../../nbs/4_model/05_text_tower.ipynb #ed1a2475
+# %% ../../nbs/4_model/05_text_tower.ipynb #b979874e
 def padded_text_features(
     model, input_ids, attention_mask=None, walk_short_pos=True, use_bbox=False
 ):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #ff7ab0af
+# %% ../../nbs/4_model/06_vision_tower.ipynb #5a425a64
 import torch, torch.nn.functional as F
 from fgclip_nb.data.photos import normalize
 from fgclip_nb.model.roi import box_slots, pool_boxes
 from fgclip_nb.model.layers import attend, grid_positions, project, run_layer, tokenwise
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #c00c3cc3
+# %% ../../nbs/4_model/06_vision_tower.ipynb #6718de8a
 def patch_grid(pixels, patch):
     "Pixels (F,3,height,width), side of a patch in pixels -> grid (rows, columns); ValueError."
     shape = tuple(pixels.shape)
@@ -31,14 +31,15 @@ def _embed_patches(conv, pixels, grid):
     patches = pixels.unflatten(3, (grid[1], p)).unflatten(2, (grid[0], p)).permute(0, 2, 4, 1, 3, 5)
     return F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1))
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #7493f12e
+# %% ../../nbs/4_model/06_vision_tower.ipynb #b072f2a4
 def vision_tokens(model, pixels, interpolate=None):
     """Normalised pixels (F,3,height,width) -> tokens (F,1+P,W) before the first layer, and grid.
 
     Sizes other than the model's are read with resized positions in eval mode, or where
     `interpolate` is True; ValueError otherwise."""
-    vision, embeddings = model.config.vision_config, model.vision_model.embeddings
-    grid, size = patch_grid(pixels, vision.patch_size), vision.image_size
+    size = model.config.vision_config.image_size
+    embeddings = model.vision_model.embeddings
+    grid = patch_grid(pixels, model.config.vision_config.patch_size)
     height, width = pixels.shape[2:]
     if interpolate is None:
         interpolate = not model.training
@@ -64,14 +65,15 @@ def _last_vision_layer(layer, x, dense, training):
 
     Class tokens with attention, patches (f,P,W) of the pictures `dense` (indices (f,), None for no
     picture) without."""
-    attention, h = layer.self_attn, layer.layer_norm1(x)
+    attention = layer.self_attn
+    h = layer.layer_norm1(x)
     k, v = project(attention, h, "kv").chunk(2, -1)
     attended = attend(attention, attention.q_proj(h[:, :1]), k, v, training)
     cls = tokenwise(layer, "leave", x[:, 0], attended[:, 0])
     patches = None if dense is None else tokenwise(layer, "leave", x[dense, 1:], v[dense, 1:])
     return cls, patches
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #8f82d96a
+# %% ../../nbs/4_model/06_vision_tower.ipynb #73a3b152
 def vision_features(model, pixels, dense=None, interpolate=None):
     """Pixels (F,3,height,width), normalised or uint8, through the whole vision tower.
 
@@ -88,13 +90,13 @@ def vision_features(model, pixels, dense=None, interpolate=None):
     features = model.visual_projection(norm(cls))
     return features, None if dense is None else norm(patches), grid
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #2043df4e
+# %% ../../nbs/4_model/06_vision_tower.ipynb #a951dcfa
 def dense_features(model, pixels, interpolate=None):
     "Pixels (F,3,height,width) -> (F,P,D), the feature of each patch, row by row, not normalised."
     every = torch.arange(len(pixels), device=pixels.device)
     return model.visual_projection(vision_features(model, pixels, every, interpolate)[1])
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #0b208890
+# %% ../../nbs/4_model/06_vision_tower.ipynb #1fa1580e
 def pool_regions(model, patches, boxes, box_image, grid, slots=None):
     """Patch states (f,P,W), boxes (R,4) xyxy in cells, their rows of `patches` (R,) -> (R,D).
 
@@ -116,7 +118,7 @@ def box_features(model, pixels, box_info, interpolate=None):
     patches, grid = vision_features(model, pixels, used, interpolate)[1:]
     return pool_regions(model, patches, box_info[:, 1:], image, grid)
 
-# %% ../../nbs/4_model/06_vision_tower.ipynb #dddc199b
+# %% ../../nbs/4_model/06_vision_tower.ipynb #0a59bc4a
 def encode_images(model, pixels, boxes=None, box_image=None, interpolate=None):
     """Pixels, boxes (R,4) xyxy 0-1 and their pictures (R,) -> features (F,D) and (R,D), one pass.
 

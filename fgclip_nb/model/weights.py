@@ -76,7 +76,7 @@ def _read_safetensors(path):
     except (SafetensorError, OSError, ValueError) as e:
         raise DataError(f"{path}: not a readable safetensors file ({e})") from e
 
-# %% ../../nbs/4_model/08_weights.ipynb #47acefac
+# %% ../../nbs/4_model/08_weights.ipynb #2fefee6c
 def read_pickle(path):
     """What torch.save wrote, without running code.
 
@@ -109,7 +109,8 @@ def only_tensors(loaded, path):
 def _read_shards(source, index_path, read):
     "Index file -> tensors of all shards, and the files read; `read` reads one shard."
     weight_map = json.loads(index_path.read_text())["weight_map"]
-    tensors, files = {}, [index_path]
+    tensors = {}
+    files = [index_path]
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise DataError(f"{index_path}: shard {shard!r} lies outside the folder")
@@ -262,7 +263,8 @@ def check_report(report, hint=""):
     ]
     if not faults:
         return
-    unknown, others = report.unexpected, ""
+    unknown = report.unexpected
+    others = ""
     if unknown:
         others = (
             f" The file has {len(unknown)} tensors that the model does not know: "
