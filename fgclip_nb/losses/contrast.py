@@ -10,7 +10,7 @@ import functools, logging
 import torch
 from torch import Tensor
 from fgclip_nb.losses.processes import all_counts, gather_rows, usable_rows, world_size
-from fgclip_nb.losses.bank import MemoryBank
+from fgclip_nb.losses.bank import VECTORS, MemoryBank
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
 from fgclip_nb.losses.pairs import (
     Pairs,
@@ -134,7 +134,7 @@ def _bank_rows(bank, like, kinds):
     if bank is None or not bank.enabled or not len(bank):
         return None, ()
     e = bank.entries()
-    rows = tuple(unit_rows(e[name]).to(like.device, like.dtype) for name in bank.vectors)
+    rows = tuple(unit_rows(e[name]).to(like.device, like.dtype) for name in VECTORS)
     return rows, tuple(e[kind].to(like.device) for kind in kinds)
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #d3ac2af0

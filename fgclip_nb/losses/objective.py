@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fgclip_nb.losses.processes import all_counts, gather_rows, world_size
-from fgclip_nb.losses.bank import MemoryBank, Pushed
+from fgclip_nb.losses.bank import VECTORS, MemoryBank, Pushed
 from fgclip_nb.losses.contrast import global_loss, hard_negative_loss, region_loss
 
 # %% ../../nbs/5_losses/06_objective.ipynb #2cebb48f
@@ -186,7 +186,7 @@ def push_regions(bank: MemoryBank, features: dict, batch) -> Pushed:
         batch_ids(batch),
         features["image_features"][:0],
     )  # zero rows of the precision that the other processes send
-    regions, texts = (features.get(name, none) for name in bank.vectors)
+    regions, texts = (features.get(name, none) for name in VECTORS)
     return bank.push(
         regions,
         texts,
