@@ -92,7 +92,7 @@ def by_process(whole: Tensor, table: list, names: list) -> list:
     parts = whole.split([n for row in table for n in row])
     return [dict(zip(names, parts[k * len(names) :])) for k in range(len(table))]
 
-# %% ../../nbs/5_losses/06_objective.ipynb #a370127e
+# %% ../../nbs/5_losses/06_objective.ipynb #f493a567
 def gather_named(named: dict) -> list:
     """One dict per process of what each passed: tensors by name, of one trailing shape and the same
     names everywhere. Needs a process group; every process must call."""
@@ -142,7 +142,7 @@ def global_terms(f: dict, ids: BatchIds, duplicates: str):
             global_loss(images, f[text], scale, captions, samples, duplicates, gather=False),
         )
 
-# %% ../../nbs/5_losses/06_objective.ipynb #c36b0fe0
+# %% ../../nbs/5_losses/06_objective.ipynb #0ac4c702
 def region_terms(f: dict, ids: BatchIds, bank: MemoryBank | None, duplicates: str):
     "(name, term) of the regions and of the hard negatives, where there are features of them."
     if "region_text_features" in f:
