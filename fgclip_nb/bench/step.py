@@ -145,7 +145,7 @@ def reset_peak() -> bool:
         return False
     return True
 
-# %% ../../nbs/9a_bench/02_step.ipynb #72482fab
+# %% ../../nbs/9a_bench/02_step.ipynb #39f36c92
 class Memory:
     "Bytes held now (`before`), and the peak from here on."
 
@@ -259,7 +259,7 @@ def compare_steps(fast: Step, plain: Step) -> dict:
         key_bias=keys,
     )
 
-# %% ../../nbs/9a_bench/02_step.ipynb #5b47c68a
+# %% ../../nbs/9a_bench/02_step.ipynb #ae43e432
 def disagreement(comparison: dict) -> str:
     "What is wrong with a comparison of `compare_steps`; empty if nothing."
     loss, gradient, keys = (

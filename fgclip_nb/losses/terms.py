@@ -40,7 +40,7 @@ def full_precision(x: Tensor):
 def unit_rows(x: Tensor) -> Tensor:
     """Rows (N, D) scaled to length one, in float32 at least (bf16 is widened first).
 
-    Zero rows stay zero and get no gradient; rows with NaN or infinity become NaN."""
+    Zero rows stay zero and get no gradient; rows with NaN or infinity hold NaN afterwards."""
     with full_precision(x):
         return _UnitRows.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
 
@@ -55,7 +55,7 @@ MEASURES = dict(
     floor="ln(candidates equal to the partner, itself included): what 'mask' takes off the loss.",
 )
 
-# %% ../../nbs/5_losses/02_terms.ipynb #56533996
+# %% ../../nbs/5_losses/02_terms.ipynb #4760bb3c
 def measure_property(name: str) -> property:
     "Read-only property that returns `self.values[name]`, documented as in MEASURES."
     return property(lambda self: self.values[name], doc=MEASURES[name])
