@@ -8,7 +8,7 @@ __all__ = ['BenchConfig']
 # %% ../../nbs/9a_bench/00_batch.ipynb #d20ba401
 from dataclasses import dataclass
 from functools import lru_cache
-import torch
+import numpy as np, torch
 from fgclip_nb.core.identity import ConfigError, stable_id
 from fgclip_nb.text.tokenizer import encode
 from fgclip_nb.data.load import load_samples
@@ -20,9 +20,12 @@ from fgclip_nb.model.config import PRESETS
 # %% ../../nbs/9a_bench/00_batch.ipynb #4625e74b
 @dataclass
 class BenchConfig:
-    """What is measured. model: a preset; batch, compared: photos timed and compared; boxes, hard: per photo; repeats, warmup: turns.
+    """What is measured. Raises `ConfigError` for an unknown model or an impossible number.
 
-    most: photos of the fast step whose rate is told (0: `batch`), where the plain step would not fit; compiled: with `compile_layers`."""
+    model: a preset; batch, compared: photos timed and compared; boxes, hard: per photo, boxes and
+    those of them with negatives; repeats, warmup: turns counted and not counted; device: auto, cpu
+    or cuda; most: photos of the fast step whose rate is told (0: `batch`), where the plain step
+    would not fit; compiled: the fast step with `compile_layers`."""
 
     model: str = "ViT-B/32"
     batch: int = 8
@@ -49,7 +52,7 @@ class BenchConfig:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def settings(self):
+    def settings(self) -> dict:
         "Name -> (boxes, hard) per photo."
         return {
             "global only": (0, 0),
@@ -61,7 +64,12 @@ class BenchConfig:
 LONG_TOKENS = 130
 
 
-def _long_caption(captions, i, tokens=LONG_TOKENS):
+def numbered(text: str, round: int) -> str:
+    "The text with the number of the round before it; the first round has none."
+    return text if not round else f"{round} {text}"
+
+
+def joined_captions(captions: list, i: int, tokens: int = LONG_TOKENS) -> str:
     "Captions from the `i`-th on, joined until about `tokens` tokens are reached."
     words = captions[i % len(captions)]
     while len(encode([words])[0]) < tokens - 7:
@@ -69,56 +77,55 @@ def _long_caption(captions, i, tokens=LONG_TOKENS):
         words += " " + captions[i % len(captions)]
     return words
 
-
-def _numbered(text, round):
-    return text if not round else f"{round} {text}"
-
-
-def _region(described, k, with_negatives):
-    "The `k`-th expression of the sample as a region of a photo, in its own box."
-    import numpy as np
-
-    r, round = described[k % len(described)], k // len(described)
-    negatives = tuple(_numbered(t, round) for t in r.negatives) if with_negatives else ()
-    phrase = _numbered(r.phrase, round)
-    return ExampleRegion(
-        phrase, np.array([r.box], np.float32), np.zeros(1, np.int64), negatives, phrase, k + 1
-    )
-
-# %% ../../nbs/9a_bench/00_batch.ipynb #7f436975
+# %% ../../nbs/9a_bench/00_batch.ipynb #2dc23e5b
 @lru_cache
-def _sample():
+def shipped_samples() -> list:
+    "The samples that come with the package, read once."
     return load_samples("sample")[0]
 
 
-def bench_batch(size, boxes, hard, tokens=LONG_TOKENS) -> Batch:
-    """Batch of shipped photos (size x size) with long captions of about `tokens`.
-
-    boxes, hard: one number per photo, of regions and of regions with negatives."""
-    import numpy as np
-
-    samples = _sample()
-    described = list(
+def described_regions(samples: list) -> list:
+    "Regions with ten negatives, one per phrase."
+    return list(
         {r.phrase: r for s in samples for r in s.regions if len(r.negatives) == 10}.values()
     )
-    captions, examples, k = [s.short_caption for s in samples], [], 0
+
+# %% ../../nbs/9a_bench/00_batch.ipynb #69f698e1
+def example_region(described: list, k: int, with_negatives: bool) -> ExampleRegion:
+    "The `k`-th expression of the sample as a region of a photo, in its own box."
+    r, round = described[k % len(described)], k // len(described)
+    negatives = tuple(numbered(t, round) for t in r.negatives) if with_negatives else ()
+    phrase = numbered(r.phrase, round)
+    box, frame = np.array([r.box], np.float32), np.zeros(1, np.int64)
+    return ExampleRegion(phrase, box, frame, negatives, phrase, k + 1)
+
+# %% ../../nbs/9a_bench/00_batch.ipynb #7f436975
+def bench_example(
+    samples: list, i: int, size: int, regions: list, tokens: int = LONG_TOKENS
+) -> Example:
+    "The `i`-th photo of a batch, size x size, with its captions and these regions."
+    sample, round = samples[i % len(samples)], i // len(samples)
+    long = joined_captions([s.short_caption for s in samples], i, tokens)
+    return Example(
+        stable_id(f"{i}"),
+        read_image(sample.media, size)[None],
+        np.zeros(1, np.float32),
+        np.ones(1, bool),
+        numbered(sample.short_caption, round),
+        numbered(long, round),
+        regions,
+    )
+
+
+def bench_batch(size: int, boxes: list, hard: list, tokens: int = LONG_TOKENS) -> Batch:
+    """Batch of B shipped photos (size x size pixels) with long captions of about `tokens`.
+
+    boxes, hard: B numbers each, of regions and of regions with negatives."""
+    samples = shipped_samples()
+    described = described_regions(samples)
+    examples, k = [], 0
     for i, (n, h) in enumerate(zip(boxes, hard)):
-        s, pixels = (
-            samples[i % len(samples)],
-            read_image(samples[i % len(samples)].media, size)[None],
-        )
-        regions = [_region(described, k + j, j < h) for j in range(n)]
+        regions = [example_region(described, k + j, j < h) for j in range(n)]
         k += n
-        caption = _numbered(s.short_caption, i // len(samples))
-        examples.append(
-            Example(
-                stable_id(f"{i}"),
-                pixels,
-                np.zeros(1, np.float32),
-                np.ones(1, bool),
-                caption,
-                _numbered(_long_caption(captions, i, tokens), i // len(samples)),
-                regions,
-            )
-        )
+        examples.append(bench_example(samples, i, size, regions, tokens))
     return collate(examples)

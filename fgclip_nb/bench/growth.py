@@ -9,55 +9,42 @@ __all__ = []
 import contextlib, os, signal, subprocess, time
 from collections import defaultdict
 from pathlib import Path
+import numpy as np
 from fgclip_nb.core.folder import Run, get_logger
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.model.config import PRESETS
+from fgclip_nb.training.state import make_accelerator
+from fgclip_nb.training.preparation import open_folder, prepare
+from fgclip_nb.training.loop import examples_of, train_loop
 from fgclip_nb.bench.batch import BenchConfig, bench_batch
 from fgclip_nb.bench.step import Step, bench_model
 from fgclip_nb.bench.table import in_turns, precision_of, spread
 
 # %% ../../nbs/9a_bench/04_growth.ipynb #8f9479d8
+def spread_boxes(n: int, photos: int) -> list:
+    "How many of `n` boxes each of some photos has, as evenly as possible."
+    return [n // photos + (i < n % photos) for i in range(photos)]
+
+
 def growth_batches(size: int, axis: str, largest: int = 512) -> list:
-    "(amount, batch) pairs that grow along one axis: `photos` (4 boxes, 2 with negatives each), `boxes` (of 64 photos) or `tokens` (of 64 long captions)."
+    """(amount, batch) pairs that grow along one axis, photos of size x size pixels.
+
+    axis: `photos` (4 boxes, 2 with negatives each), `boxes` (of 64 photos) or `tokens` (of 64 long
+    captions). largest: most photos or boxes of a batch."""
     amounts = [n for n in (8, 32, 64, 128, 256, 512) if n <= largest]
     photos = min(64, largest)
+    none = [0] * photos
     if axis == "photos":
         return [(n, bench_batch(size, [4] * n, [2] * n)) for n in amounts]
     if axis == "boxes":
-        return [
-            (
-                n,
-                bench_batch(
-                    size, [n // photos + (i < n % photos) for i in range(photos)], [0] * photos
-                ),
-            )
-            for n in amounts
-        ]
-    made = [
-        bench_batch(size, [0] * photos, [0] * photos, tokens) for tokens in (20, 60, 120, 180, 240)
-    ]
-    return [(len(b.texts.pack().tokens) + len(b.long_texts.pack().tokens), b) for b in made]
-
-
-def growth(cfg: BenchConfig, axis: str, largest: int = 512) -> list:
-    "Rows of (axis, amount, median, low, high seconds of the fast step), the amounts timed in turns."
-    model, optimizer = bench_model(cfg)
-    made = growth_batches(PRESETS[cfg.model]["vision_config"]["image_size"], axis, largest)
-    steps = {
-        amount: Step("fast", model, batch.to(cfg.device), optimizer, precision_of(cfg))
-        for amount, batch in made
-    }
-    found = in_turns(steps, cfg.repeats, cfg.warmup)
-    return [
-        dict(axis=axis, amount=n, **spread([t.parts["step"] for t in turns]))
-        for n, turns in found.items()
-    ]
+        return [(n, bench_batch(size, spread_boxes(n, photos), none)) for n in amounts]
+    batches = [bench_batch(size, none, none, tokens) for tokens in (20, 60, 120, 180, 240)]
+    return [(len(b.texts.pack().tokens) + len(b.long_texts.pack().tokens), b) for b in batches]
 
 # %% ../../nbs/9a_bench/04_growth.ipynb #ce528aac
-def straight_line(rows) -> dict:
-    "The least-squares line through the medians of one axis: seconds at none, seconds per unit, largest distance over the slowest median."
-    import numpy as np
-
+def straight_line(rows: list) -> dict:
+    """The least-squares line through the medians of one axis: seconds at none, seconds per unit,
+    largest distance over the slowest median."""
     x, y = np.array([r["amount"] for r in rows], float), np.array([r["median"] for r in rows])
     slope, start = np.polyfit(x, y, 1)
     return dict(
@@ -67,48 +54,61 @@ def straight_line(rows) -> dict:
         distance=float(np.abs(start + slope * x - y).max() / y.max()),
     )
 
+# %% ../../nbs/9a_bench/04_growth.ipynb #f4d20775
+def growth(cfg: BenchConfig, axis: str, largest: int = 512) -> list:
+    "Rows of (axis, amount; median, low, high seconds of the fast step), amounts timed in turns."
+    model, optimizer = bench_model(cfg)
+    batches = growth_batches(PRESETS[cfg.model]["vision_config"]["image_size"], axis, largest)
+    steps = {
+        amount: Step("fast", model, batch.to(cfg.device), optimizer, precision_of(cfg))
+        for amount, batch in batches
+    }
+    turns = in_turns(steps, cfg.repeats, cfg.warmup)
+    return [
+        dict(axis=axis, amount=n, **spread([t.parts["step"] for t in measured]))
+        for n, measured in turns.items()
+    ]
+
 # %% ../../nbs/9a_bench/04_growth.ipynb #40e1f497
 class Stopwatch:
-    "Passes calls on to an object and keeps the seconds of each, by name."
+    "Passes calls on to an object and keeps the seconds of each call, by name, in `seconds`."
 
     def __init__(self, target):
         self.target, self.seconds = target, defaultdict(list)
 
     def __getattr__(self, name):
-        found = getattr(self.target, name)
-        if not callable(found):
-            return found
+        value = getattr(self.target, name)
+        if not callable(value):
+            return value
 
         def timed(*args, **named):
             begun = time.perf_counter()
             try:
-                return found(*args, **named)
+                return value(*args, **named)
             finally:
                 self.seconds[name].append(time.perf_counter() - begun)
 
         return timed
 
 # %% ../../nbs/9a_bench/04_growth.ipynb #8b3cebec
-def training_costs(folder, **params) -> dict:
-    "A training into `folder` -> median step, shares of it that are waiting for data and recording. `params` as of `TrainConfig`."
-    from fgclip_nb import training as t
+WARM_UP = 5  # first steps of a training that are not counted: libraries are loaded, files opened
 
+
+def training_costs(folder, **params) -> dict:
+    """A training into `folder` -> seconds of the median step, shares of the time that are waiting
+    for data and recording. `params` as of `TrainConfig`."""
     cfg = TrainConfig(output=str(folder), save_every=1_000_000, eval_every=0, **params)
-    path, lock = t.open_folder(cfg, True)
+    path, lock = open_folder(cfg, True)
     try:
-        s = t.prepare(cfg, t.make_accelerator(cfg), path, get_logger())
+        s = prepare(cfg, make_accelerator(cfg), path, get_logger())
         s.recorder = watch = Stopwatch(s.recorder)
-        t.train_loop(s, *t.examples_of(s))
+        train_loop(s, *examples_of(s))
         s.recorder.close()
     finally:
         lock.close()
-    rows = (
-        Run(path).timing().iloc[5:]
-    )  # the first steps warm up: libraries are loaded, files opened
-    whole, recorded = (
-        rows.step_time_s.sum(),
-        sum(sum(watch.seconds[n][5:]) for n in ("forward", "before_update", "step")),
-    )
+    rows = Run(path).timing().iloc[WARM_UP:]
+    whole = rows.step_time_s.sum()
+    recorded = sum(sum(watch.seconds[n][WARM_UP:]) for n in ("forward", "before_update", "step"))
     return dict(
         workers=cfg.num_workers,
         steps=len(rows),
@@ -119,7 +119,11 @@ def training_costs(folder, **params) -> dict:
 
 # %% ../../nbs/9a_bench/04_growth.ipynb #bd619f2d
 def seconds_to_first_step(command, folder, limit: float = 120.0) -> float:
-    "Start `command`, which trains into `folder`, and wait for the first line of its metrics; the process is then stopped. Raises `RuntimeError`."
+    """Start `command`, which trains into `folder`, and wait for the first line of its metrics; the
+    process is then stopped.
+
+    limit: seconds to wait at most. Raises `RuntimeError` when it ends before, or the limit has
+    passed."""
     begun = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -133,9 +137,10 @@ def seconds_to_first_step(command, folder, limit: float = 120.0) -> float:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     if taken is None:
         raise RuntimeError(
-            f"no step within {limit:g} s of {' '.join(map(str, command))}; its last words: {said[-500:]}"
+            f"no step within {limit:g} s of {' '.join(map(str, command))}; "
+            f"its last words: {output[-500:]}"
         )
     return taken

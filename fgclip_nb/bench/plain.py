@@ -8,17 +8,67 @@ __all__ = []
 # %% ../../nbs/9a_bench/01_plain.ipynb #d8e439c7
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
+from torch import Tensor
 from fgclip_nb.text.tokenizer import BOS, EOS, MAX_LENGTH
 from fgclip_nb.data.photos import normalize
 from fgclip_nb.batches.batch import Batch
 from fgclip_nb.model.roi import roi_align_1x1
 
-# %% ../../nbs/9a_bench/01_plain.ipynb #b9f46252
+# %% ../../nbs/9a_bench/01_plain.ipynb #5606a688
 SLOTS = 4
 
 
-def _plain_layer(layer, x, mask=None):
-    "A whole layer, attention written out: tokens (B,L,W) -> (B,L,W)."
+@dataclass
+class PlainInputs:
+    """Padded ids of each kind of text, int64, None for none: short (T,77), long (T,248), box
+    (B*SLOTS,77), hard (T,77); boxes (B,SLOTS,4) xyxy 0-1, and which slots are real (B*SLOTS,)."""
+
+    short: Tensor
+    long: Tensor
+    box: Tensor | None
+    hard: Tensor | None
+    boxes: Tensor | None
+    real: Tensor | None
+
+
+def padded_ids(texts, which, length: int) -> Tensor:
+    "The texts `which` of a TextBatch as ids (T,length), padded with EOS."
+    ids = texts.input_ids[texts.index[which]]
+    return F.pad(ids, (0, length - ids.shape[1]), value=EOS)
+
+# %% ../../nbs/9a_bench/01_plain.ipynb #da7f37ee
+def box_slots(batch: Batch, phrases: Tensor) -> tuple:
+    "Padded phrases (R,77) -> ids, boxes and reality of all slots, as `PlainInputs` holds them."
+    B, device = len(batch), phrases.device
+    place = torch.cat(
+        [
+            torch.arange(int(n), device=device) + SLOTS * i
+            for i, n in enumerate(torch.bincount(batch.region_clip, minlength=B))
+        ]
+    )
+    ids = torch.full((B * SLOTS, 77), EOS, device=device)
+    ids[:, 0], ids[place] = BOS, phrases
+    boxes = torch.zeros(B * SLOTS, 4, device=device)
+    real = torch.zeros(B * SLOTS, dtype=torch.bool, device=device)
+    boxes[place], real[place] = batch.boxes, True
+    return ids, boxes.unflatten(0, (B, SLOTS)), real
+
+
+def plain_inputs(batch: Batch) -> PlainInputs:
+    """What the plain step is given; every photo has a short and a long caption and at most SLOTS
+    boxes."""
+    C, R = batch.n_captions, batch.n_regions
+    short = padded_ids(batch.texts, slice(0, C), 77)
+    long = padded_ids(batch.long_texts, slice(None), MAX_LENGTH)
+    if not R:
+        return PlainInputs(short, long, None, None, None, None)
+    ids, boxes, real = box_slots(batch, padded_ids(batch.texts, slice(C, C + R), 77))
+    hard = padded_ids(batch.texts, slice(C + R, None), 77) if len(batch.group_sizes) else None
+    return PlainInputs(short, long, ids, hard, boxes, real)
+
+# %% ../../nbs/9a_bench/01_plain.ipynb #b9f46252
+def plain_layer(layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    "A whole layer, attention written out: tokens (B,L,W) -> (B,L,W). mask: (L,L), added to scores."
     a, h = layer.self_attn, layer.layer_norm1(x)
     q, k, v = (
         y.unflatten(-1, (a.num_heads, -1)).transpose(1, 2)
@@ -30,7 +80,8 @@ def _plain_layer(layer, x, mask=None):
     return x + layer.mlp(layer.layer_norm2(x))
 
 # %% ../../nbs/9a_bench/01_plain.ipynb #b3d4435b
-def _plain_positions(embeddings, long):
+def plain_positions(embeddings, long: bool) -> Tensor:
+    "Position vectors (77,W) of short or (248,W) of long texts, which share the first 20."
     if not long:
         return embeddings.position_embedding.weight
     ori, res = embeddings.position_embedding_ori.weight, embeddings.position_embedding_res.weight
@@ -38,128 +89,80 @@ def _plain_positions(embeddings, long):
     return ori * first + res * (1 - first)
 
 
-def plain_text(model, ids, long=False):
-    "Padded ids (N,77) or (N,248) -> features (N,D)."
+def plain_text(model, ids: Tensor, long: bool = False) -> Tensor:
+    "Padded ids (T,77) or (T,248) -> features (T,D)."
     t = model.text_model
-    x = t.embeddings.token_embedding(ids) + _plain_positions(t.embeddings, long)
+    x = t.embeddings.token_embedding(ids) + plain_positions(t.embeddings, long)
     mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)
     for layer in t.encoder.layers:
-        x = _plain_layer(layer, x, mask)
+        x = plain_layer(layer, x, mask)
     end = (ids == EOS).int().argmax(1)
     pooled = t.final_layer_norm(x)[torch.arange(len(ids), device=ids.device), end]
     return (model.text_filip_projection if long else model.text_projection)(pooled)
 
 # %% ../../nbs/9a_bench/01_plain.ipynb #ba7f20a6
-def _plain_dense(model, x, last):
-    "Input of the last layer -> projected patches (B,N,D), each token attending to itself."
+def plain_dense(model, x: Tensor, last) -> Tensor:
+    "Input (B,1+P,W) of the last layer -> patches (B,P,D), each token attending to itself alone."
     x = x + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(x)))
     x = x + last.mlp(last.layer_norm2(x))
     return model.visual_projection(model.vision_model.post_layernorm(x[:, 1:]))
 
 
-def plain_image(model, pixels, boxes=None):
-    "uint8 photos (B,3,S,S), boxes (B,SLOTS,4) from 0 to 1 or None -> features (B,D) and (B*SLOTS,D) or None."
-    v, e = model.vision_model, model.vision_model.embeddings
-    patches = (
-        e.patch_embedding(normalize(pixels).to(e.class_embedding.dtype)).flatten(2).transpose(1, 2)
-    )
-    x = (
-        torch.cat([e.class_embedding.expand(len(pixels), 1, -1).to(patches.dtype), patches], 1)
-        + e.position_embedding.weight
-    )
-    x, (*layers, last) = v.pre_layrnorm(x), v.encoder.layers
+def plain_tokens(vision_model, pixels: Tensor) -> Tensor:
+    "uint8 photos (B,3,S,S) -> tokens (B,1+P,W), the first layer's input."
+    e = vision_model.embeddings
+    patches = e.patch_embedding(normalize(pixels).to(e.class_embedding.dtype))
+    patches = patches.flatten(2).transpose(1, 2)
+    first = e.class_embedding.expand(len(pixels), 1, -1).to(patches.dtype)
+    x = torch.cat([first, patches], 1) + e.position_embedding.weight
+    return vision_model.pre_layrnorm(x)
+
+
+def plain_image(model, pixels: Tensor, boxes: Tensor | None = None) -> tuple:
+    "uint8 photos (B,3,S,S), boxes (B,SLOTS,4) xyxy 0-1 or None -> (B,D) and (B*SLOTS,D) or None."
+    v = model.vision_model
+    *layers, last = v.encoder.layers
+    x = plain_tokens(v, pixels)
     for layer in layers:
-        x = _plain_layer(layer, x)
-    image = model.visual_projection(v.post_layernorm(_plain_layer(last, x)[:, 0]))
+        x = plain_layer(layer, x)
+    image = model.visual_projection(v.post_layernorm(plain_layer(last, x)[:, 0]))
     if boxes is None:
         return image, None
-    n = int(patches.shape[1] ** 0.5)
-    maps = _plain_dense(model, x, last).transpose(1, 2).unflatten(2, (n, n))
-    return image, roi_align_1x1(
-        maps.to(torch.promote_types(maps.dtype, torch.float32)), list(boxes * n)
-    )
-
-# %% ../../nbs/9a_bench/01_plain.ipynb #5606a688
-def _pad(texts, which, length):
-    "The texts `which` of a TextBatch as ids (N,length)."
-    ids = texts.input_ids[texts.index[which]]
-    return F.pad(ids, (0, length - ids.shape[1]), value=EOS)
-
-
-@dataclass
-class PlainInputs:
-    "Padded ids of each kind of text (None for none), boxes (B,SLOTS,4) and which slots are real (B*SLOTS,)."
-
-    short: torch.Tensor
-    long: torch.Tensor
-    box: torch.Tensor | None
-    hard: torch.Tensor | None
-    boxes: torch.Tensor | None
-    real: torch.Tensor | None
-
-# %% ../../nbs/9a_bench/01_plain.ipynb #da7f37ee
-def _slots(batch: Batch, phrases):
-    "Padded phrases (R,77) -> ids, boxes and reality of all slots."
-    B, device = len(batch), phrases.device
-    place = torch.cat(
-        [
-            torch.arange(int(n), device=device) + SLOTS * i
-            for i, n in enumerate(torch.bincount(batch.region_clip, minlength=B))
-        ]
-    )
-    ids = torch.full((B * SLOTS, 77), EOS, device=device)
-    ids[:, 0], ids[place] = BOS, phrases
-    boxes, real = (
-        torch.zeros(B * SLOTS, 4, device=device),
-        torch.zeros(B * SLOTS, dtype=torch.bool, device=device),
-    )
-    boxes[place], real[place] = batch.boxes, True
-    return ids, boxes.unflatten(0, (B, SLOTS)), real
-
-
-def plain_inputs(batch: Batch) -> PlainInputs:
-    "What the plain step is given; every photo has a short and a long caption and at most SLOTS boxes."
-    C, R = batch.n_captions, batch.n_regions
-    short, long = (
-        _pad(batch.texts, slice(0, C), 77),
-        _pad(batch.long_texts, slice(None), MAX_LENGTH),
-    )
-    if not R:
-        return PlainInputs(short, long, None, None, None, None)
-    ids, boxes, real = _slots(batch, _pad(batch.texts, slice(C, C + R), 77))
-    hard = _pad(batch.texts, slice(C + R, None), 77) if len(batch.group_sizes) else None
-    return PlainInputs(short, long, ids, hard, boxes, real)
+    n = int((x.shape[1] - 1) ** 0.5)
+    maps = plain_dense(model, x, last).transpose(1, 2).unflatten(2, (n, n))
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return image, roi_align_1x1(maps, list(boxes * n))
 
 # %% ../../nbs/9a_bench/01_plain.ipynb #2c375dc4
 WEIGHTS = dict(loss_global_long=1.0, loss_global_short=1.0, loss_region=0.1, loss_hard=0.5)
 
 
-def _unit(x):
+def normalised(x: Tensor) -> Tensor:
+    "Rows of length one."
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def _symmetric(a, b, scale):
-    logits, target = scale.exp() * _unit(a) @ _unit(b).T, torch.arange(len(a), device=a.device)
+def symmetric(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    "Mean cross-entropy of both directions, rows (N,D) with rows (N,D); scale: stored log value."
+    logits = scale.exp() * normalised(a) @ normalised(b).T
+    target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-
-def plain_loss(model, f, batch: Batch):
-    "Features by name -> weighted sum of the losses."
+# %% ../../nbs/9a_bench/01_plain.ipynb #108ef756
+def plain_loss(model, f: dict, batch: Batch) -> Tensor:
+    "Features by name -> weighted sum of the losses, 0-dim."
     total = sum(
-        _symmetric(f["image_features"], f[name], model.logit_scale)
+        symmetric(f["image_features"], f[name], model.logit_scale)
         for name in ("long_text_features", "text_features")
     )
     if "region_features" in f:
-        total = total + WEIGHTS["loss_region"] * _symmetric(
+        total = total + WEIGHTS["loss_region"] * symmetric(
             f["region_features"], f["region_text_features"], model.logit_scale_finegraind
         )
     if "hard_text_features" not in f:
         return total
-    texts = _unit(f["hard_text_features"]).unflatten(0, (len(batch.group_sizes), -1))
-    logits = (
-        model.logit_scale_hardneg.exp()
-        * (texts @ _unit(f["region_features"])[batch.hard_regions, :, None])[..., 0]
-    )
-    return total + WEIGHTS["loss_hard"] * F.cross_entropy(
-        logits, torch.zeros_like(batch.hard_regions)
-    )
+    texts = normalised(f["hard_text_features"]).unflatten(0, (len(batch.group_sizes), -1))
+    regions = normalised(f["region_features"])[batch.hard_regions, :, None]
+    logits = model.logit_scale_hardneg.exp() * (texts @ regions)[..., 0]
+    right = torch.zeros_like(batch.hard_regions)
+    return total + WEIGHTS["loss_hard"] * F.cross_entropy(logits, right)

@@ -10,6 +10,7 @@ import contextlib, ctypes, time
 from collections import defaultdict
 from dataclasses import dataclass
 import torch
+from torch import Tensor
 from fgclip_nb.batches.batch import Batch
 from fgclip_nb.model.config import FGCLIPConfig, PRESETS
 from fgclip_nb.model.towers import SCALES
@@ -19,19 +20,36 @@ from fgclip_nb.training.build import parameter_groups
 from fgclip_nb.bench.batch import BenchConfig, bench_batch
 from fgclip_nb.bench.plain import WEIGHTS, plain_image, plain_inputs, plain_loss, plain_text
 
+# %% ../../nbs/9a_bench/02_step.ipynb #e3f7d801
+def bench_model(cfg: BenchConfig) -> tuple:
+    "A model with random weights on the device, and its optimiser."
+    torch.manual_seed(cfg.seed)
+    model = FGCLIP(FGCLIPConfig.preset(cfg.model)).to(cfg.device).train()
+    if cfg.compiled:
+        model.compile_layers()
+    return model, torch.optim.AdamW(parameter_groups(model, 0.001), lr=1e-6, fused=True)
+
+
+def setting_batch(cfg: BenchConfig, setting: str, photos: int | None = None) -> Batch:
+    "The batch of one of the settings on the device; `photos` other than the config's."
+    boxes, hard = cfg.settings()[setting]
+    n = photos or cfg.batch
+    size = PRESETS[cfg.model]["vision_config"]["image_size"]
+    return bench_batch(size, [boxes] * n, [hard] * n).to(cfg.device)
+
 # %% ../../nbs/9a_bench/02_step.ipynb #8c428334
-def _plain_seen(model, batch, x):
+def plain_seen(model, batch: Batch, x) -> dict:
+    "Image features, and those of regions where there are boxes, as the official code has them."
     image, slots = plain_image(model, batch.pixel_values, x.boxes)
-    return dict(image_features=image) | (
-        {} if slots is None else dict(region_features=slots[x.real])
-    )
+    regions = {} if slots is None else dict(region_features=slots[x.real])
+    return dict(image_features=image) | regions
 
 
 def plain_parts(model, batch: Batch) -> dict:
     "Name -> function that returns features by name, as the official code computes them."
     x = plain_inputs(batch)
     parts = {
-        "vision": lambda: _plain_seen(model, batch, x),
+        "vision": lambda: plain_seen(model, batch, x),
         "text short": lambda: dict(text_features=plain_text(model, x.short)),
         "text long": lambda: dict(long_text_features=plain_text(model, x.long, True)),
     }
@@ -47,18 +65,18 @@ def fast_parts(model, batch: Batch) -> dict:
     return {"vision": lambda: model._seen(batch), "text together": lambda: model._read(batch)}
 
 
-def _groups(batch: Batch) -> dict:
+def texts_by_kind(batch: Batch) -> dict:
     "Kind of text -> (name of its features, TextBatch, long)."
     C, R, N = batch.n_captions, batch.n_regions, len(batch.texts)
-    found = {
+    kinds = {
         "text short": ("text_features", batch.texts.select(range(C)), False),
         "text long": ("long_text_features", batch.long_texts, True),
     }
     if R:
-        found["text boxes"] = ("region_text_features", batch.texts.select(range(C, C + R)), False)
+        kinds["text boxes"] = ("region_text_features", batch.texts.select(range(C, C + R)), False)
     if N > C + R:
-        found["text hard"] = ("hard_text_features", batch.texts.select(range(C + R, N)), False)
-    return found
+        kinds["text hard"] = ("hard_text_features", batch.texts.select(range(C + R, N)), False)
+    return kinds
 
 
 def apart_parts(model, batch: Batch) -> dict:
@@ -69,12 +87,13 @@ def apart_parts(model, batch: Batch) -> dict:
         return lambda: {name: model.encode_text(texts, long)[texts.index]}
 
     return {"vision": lambda: model._seen(batch)} | {
-        kind: part(*x) for kind, x in _groups(batch).items()
+        kind: part(*x) for kind, x in texts_by_kind(batch).items()
     }
 
 # %% ../../nbs/9a_bench/02_step.ipynb #598fa090
-def fast_loss(model, f, batch: Batch):
-    "The package's losses, weighted, without its treatment of duplicates, which the official code does not have."
+def fast_loss(model, f: dict, batch: Batch) -> Tensor:
+    """The package's losses, weighted, 0-dim, without its treatment of duplicates, which the
+    official code does not have."""
     scales = {n: getattr(model, n) for n in SCALES}
     return sum(
         WEIGHTS[name] * term.loss
@@ -94,7 +113,8 @@ class Clock:
         self.device, self.seconds = torch.device(device), defaultdict(float)
 
     @contextlib.contextmanager
-    def __call__(self, part):
+    def __call__(self, part: str):
+        "Context whose seconds are added to `part`."
         self._wait()
         begun = time.perf_counter()
         yield
@@ -106,8 +126,8 @@ class Clock:
             torch.cuda.synchronize()
 
 # %% ../../nbs/9a_bench/02_step.ipynb #14a6a1c9
-def _status(field) -> float:
-    "A memory line of this process in bytes; nan where the kernel does not tell."
+def process_memory(field: str) -> float:
+    "A memory line of this process (VmRSS, VmHWM), bytes; nan where the kernel does not tell."
     try:
         with open("/proc/self/status") as f:
             return next(1024.0 * int(line.split()[1]) for line in f if line.startswith(field))
@@ -115,8 +135,8 @@ def _status(field) -> float:
         return float("nan")
 
 
-def _reset_peak():
-    "Hand unused memory back and start a new peak (Linux)."
+def reset_peak() -> bool:
+    "Hand unused memory back and start a new peak (Linux); whether that was possible."
     try:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as f:
@@ -125,7 +145,7 @@ def _reset_peak():
         return False
     return True
 
-
+# %% ../../nbs/9a_bench/02_step.ipynb #39f36c92
 class Memory:
     "Bytes held now (`before`), and the peak from here on."
 
@@ -134,18 +154,20 @@ class Memory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self.known = _reset_peak()
-        self.before = float(torch.cuda.memory_allocated()) if self.cuda else _status("VmRSS")
+            self.known = reset_peak()
+        self.before = float(torch.cuda.memory_allocated()) if self.cuda else process_memory("VmRSS")
 
-    def peak(self):
+    def peak(self) -> float:
+        "The most bytes held since this was made; nan where that is not known."
         if self.cuda:
             return float(torch.cuda.max_memory_allocated())
-        return _status("VmHWM") if self.known else float("nan")
+        return process_memory("VmHWM") if self.known else float("nan")
 
 # %% ../../nbs/9a_bench/02_step.ipynb #ff6a8a40
 @dataclass
 class Measured:
-    "A step: wall-clock seconds by part, processor seconds of the process, bytes before it and at its peak."
+    """A step: wall-clock seconds by part, processor seconds of the process, bytes before it and at
+    its peak."""
 
     parts: dict
     processor: float
@@ -154,26 +176,25 @@ class Measured:
 
 # %% ../../nbs/9a_bench/02_step.ipynb #6c5a40b8
 class Step:
-    "One kind of step (plain, fast, apart) on one batch. precision: torch.bfloat16 for autocast, torch.float32 for none."
+    """One kind of step (plain, fast, apart) on one batch.
 
-    def __init__(self, kind, model, batch, optimizer=None, precision=torch.float32):
+    precision: torch.bfloat16 for autocast, torch.float32 for none. Calling it is a whole step."""
+
+    def __init__(self, kind: str, model, batch: Batch, optimizer=None, precision=torch.float32):
         parts, self.loss = KINDS[kind]
-        self.kind, self.model, self.batch, self.optimizer, self.precision = (
-            kind,
-            model,
-            batch,
-            optimizer,
-            precision,
-        )
-        self.parts, self.device = parts(model, batch), batch.pixel_values.device
+        self.kind, self.model, self.batch = kind, model, batch
+        self.optimizer, self.precision = optimizer, precision
+        self.parts = parts(model, batch)
+        self.device = batch.pixel_values.device
 
     def autocast(self):
+        "Context for the forward of a part."
         return torch.autocast(
             self.device.type, self.precision, enabled=self.precision != torch.float32
         )
 
-    def backward(self, clock):
-        "Gradients of the loss, which is returned."
+    def backward(self, clock: Clock) -> Tensor:
+        "Gradients of the loss, which is returned, 0-dim; the seconds of each part go to the clock."
         seen, leaves = {}, {}
         for part, compute in self.parts.items():
             with clock(part), self.autocast():
@@ -187,12 +208,11 @@ class Step:
             total.backward()
         for part, out in seen.items():
             with clock(part):
-                torch.autograd.backward(
-                    list(out.values()), [leaves[k].grad.to(v.dtype) for k, v in out.items()]
-                )
+                grads = [leaves[k].grad.to(v.dtype) for k, v in out.items()]
+                torch.autograd.backward(list(out.values()), grads)
         return total.detach()
 
-    def __call__(self):
+    def __call__(self) -> Measured:
         "A whole step -> what it took."
         memory, clock, begun = Memory(self.device), Clock(self.device), time.process_time()
         self.backward(clock)
@@ -207,28 +227,28 @@ class Step:
 def gradients(step: Step) -> tuple:
     "Loss and gradient by parameter; the model's gradients are cleared."
     loss = step.backward(Clock(step.device))
-    found = {
-        n: p.grad.detach().clone() for n, p in step.model.named_parameters() if p.grad is not None
-    }
+    named = step.model.named_parameters()
+    grads = {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
     step.model.zero_grad(set_to_none=True)
-    return float(loss), found
+    return float(loss), grads
 
-
-def _difference(a, b, size):
-    "Norm of a - b beside that of b; either may be missing, which is zero."
+# %% ../../nbs/9a_bench/02_step.ipynb #f4ee4d5e
+def relative_difference(a: Tensor | None, b: Tensor | None, size: Tensor) -> float:
+    "Norm of a - b beside `size` (0-dim); either may be missing, which is zero."
     a, b = (torch.zeros(1, device=size.device) if x is None else x for x in (a, b))
     return float((a - b).norm() / size)
 
-# %% ../../nbs/9a_bench/02_step.ipynb #f4ee4d5e
+
 def compare_steps(fast: Step, plain: Step) -> dict:
-    "Relative difference of the loss, the largest of a gradient with its parameter, and that of the keys' biases beside the whole gradient."
+    """How far two steps are apart: relative difference of the loss, the largest of a gradient with
+    its parameter, and that of the keys' biases beside the whole gradient."""
     (loss, mine), (expected, theirs) = gradients(fast), gradients(plain)
     whole = torch.stack([g.norm() for g in theirs.values()]).norm()
-    sizes = {n: theirs[n].norm() if n in theirs else whole for n in mine | theirs}
-    beside = lambda n: (
-        whole if n.endswith("k_proj.bias") else sizes[n].clamp(min=1e-6 * float(whole))
-    )
-    rows = {n: _difference(mine.get(n), theirs.get(n), beside(n)) for n in sizes}
+    rows = {}
+    for n in mine | theirs:
+        size = theirs[n].norm() if n in theirs else whole
+        beside = whole if n.endswith("k_proj.bias") else size.clamp(min=1e-6 * float(whole))
+        rows[n] = relative_difference(mine.get(n), theirs.get(n), beside)
     keys = max(d for n, d in rows.items() if n.endswith("k_proj.bias"))
     worst = max((n for n in rows if not n.endswith("k_proj.bias")), key=rows.get)
     return dict(
@@ -239,30 +259,22 @@ def compare_steps(fast: Step, plain: Step) -> dict:
         key_bias=keys,
     )
 
-
-def disagreement(found: dict) -> str:
-    "What is wrong with a comparison; empty if nothing."
-    if not found["loss_difference"] <= 1e-5:
-        return f"the losses differ by {found['loss_difference']:.1e} of {found['loss']:.4f} (allowed 1e-5)"
-    if not found["gradient_difference"] <= 1e-4:
-        return f"the gradients of {found['parameter']} differ by {found['gradient_difference']:.1e} of their norm (allowed 1e-4)"
-    if found["key_bias"] <= 1e-5:
+# %% ../../nbs/9a_bench/02_step.ipynb #ae43e432
+def disagreement(comparison: dict) -> str:
+    "What is wrong with a comparison of `compare_steps`; empty if nothing."
+    loss, gradient, keys = (
+        comparison[k] for k in ("loss_difference", "gradient_difference", "key_bias")
+    )
+    if not loss <= 1e-5:
+        return f"the losses differ by {loss:.1e} of {comparison['loss']:.4f} (allowed 1e-5)"
+    if not gradient <= 1e-4:
+        return (
+            f"the gradients of {comparison['parameter']} differ by {gradient:.1e} of their norm "
+            "(allowed 1e-4)"
+        )
+    if keys <= 1e-5:
         return ""
-    return f"the gradients of the keys' biases differ by {found['key_bias']:.1e} of the whole gradient (allowed 1e-5)"
-
-# %% ../../nbs/9a_bench/02_step.ipynb #e3f7d801
-def bench_model(cfg: BenchConfig):
-    "A model with random weights on the device, and its optimiser."
-    torch.manual_seed(cfg.seed)
-    model = FGCLIP(FGCLIPConfig.preset(cfg.model)).to(cfg.device).train()
-    if cfg.compiled:
-        model.compile_layers()
-    return model, torch.optim.AdamW(parameter_groups(model, 0.001), lr=1e-6, fused=True)
-
-
-def setting_batch(cfg: BenchConfig, setting, photos=None):
-    "The batch of one of the three settings on the device; `photos` other than the config's."
-    boxes, hard = cfg.settings()[setting]
-    n = photos or cfg.batch
-    size = PRESETS[cfg.model]["vision_config"]["image_size"]
-    return bench_batch(size, [boxes] * n, [hard] * n).to(cfg.device)
+    return (
+        f"the gradients of the keys' biases differ by {keys:.1e} of the whole gradient "
+        "(allowed 1e-5)"
+    )

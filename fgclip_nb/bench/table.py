@@ -7,7 +7,7 @@ __all__ = ['BenchResult', 'benchmark']
 
 # %% ../../nbs/9a_bench/03_table.ipynb #9571b6c6
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 from fgclip_nb.batches.batch import Batch
 from fgclip_nb.bench.batch import BenchConfig
@@ -15,67 +15,59 @@ from fgclip_nb.bench.plain import plain_inputs
 from fgclip_nb.bench.step import (
     Clock,
     KINDS,
+    Measured,
     Step,
-    _groups,
     bench_model,
     compare_steps,
     disagreement,
     setting_batch,
+    texts_by_kind,
 )
 
 # %% ../../nbs/9a_bench/03_table.ipynb #e1d0d41e
 def positions(batch: Batch) -> list:
-    "Rows of (kind of text, padded positions, real tokens, computed positions apart)."
+    """Rows of the table of positions: `part`, a kind of text or all together; `padded`, positions
+    of the plain step; `real`, tokens of the texts; `computed`, distinct beginnings."""
     x, rows = plain_inputs(batch), []
-    for kind, (_, texts, _) in _groups(batch).items():
-        padded = getattr(x, dict(boxes="box").get(kind.split()[1], kind.split()[1])).numel()
-        rows.append(
-            dict(
-                part=kind,
-                padded=padded,
-                real=int(texts.lengths[texts.index].sum()),
-                computed=len(texts.pack().tokens),
-            )
-        )
+    ids = {"text short": x.short, "text long": x.long, "text boxes": x.box, "text hard": x.hard}
+    for kind, (_, texts, _) in texts_by_kind(batch).items():
+        real, computed = int(texts.lengths[texts.index].sum()), len(texts.pack().tokens)
+        rows.append(dict(part=kind, padded=ids[kind].numel(), real=real, computed=computed))
     together = len(batch.texts.pack().tokens) + len(batch.long_texts.pack().tokens)
-    return rows + [
-        dict(
-            part="text together",
-            padded=sum(r["padded"] for r in rows),
-            real=sum(r["real"] for r in rows),
-            computed=together,
-        )
-    ]
+    sums = {k: sum(r[k] for r in rows) for k in ("padded", "real")}
+    return rows + [dict(part="text together", **sums, computed=together)]
 
 # %% ../../nbs/9a_bench/03_table.ipynb #128cc100
 def in_turns(steps: dict, repeats: int, warmup: int) -> dict:
-    "Kind -> list of Measured, one per turn after the first `warmup`."
+    "Kind -> list of what its step returned (`Measured`), one per turn after the first `warmup`."
     for _ in range(warmup):
         for step in steps.values():
             step()
-    found = {kind: [] for kind in steps}
+    turns = {kind: [] for kind in steps}
     for _ in range(repeats):
         for kind, step in steps.items():
-            found[kind].append(step())
-    return found
+            turns[kind].append(step())
+    return turns
 
-
+# %% ../../nbs/9a_bench/03_table.ipynb #ed3f2c1f
 def spread(values) -> dict:
+    "Median, lowest and highest of some numbers."
     return dict(median=statistics.median(values), low=min(values), high=max(values))
 
 
-def time_rows(found: dict, setting) -> list:
+def time_rows(turns: dict, setting: str) -> list:
     "One row per kind and part: median, lowest, highest seconds."
     return [
-        dict(setting=setting, kind=kind, part=part, **spread([t.parts[part] for t in turns]))
-        for kind, turns in found.items()
-        for part in turns[0].parts
+        dict(setting=setting, kind=kind, part=part, **spread([t.parts[part] for t in measured]))
+        for kind, measured in turns.items()
+        for part in measured[0].parts
     ]
 
 # %% ../../nbs/9a_bench/03_table.ipynb #f101f974
-def ratio_rows(found: dict, setting) -> list:
-    "Plain over fast within each turn: wall-clock seconds, processor seconds (CPU), peak bytes as fast over plain."
-    pairs = list(zip(found["plain"], found["fast"]))
+def ratio_rows(turns: dict, setting: str) -> list:
+    """Plain over fast within each turn: seconds by the clock (`wall`) and of the `processor`; peak
+    bytes (`memory`) as fast over plain."""
+    pairs = list(zip(turns["plain"], turns["fast"]))
     rows = dict(
         wall=[p.parts["step"] / f.parts["step"] for p, f in pairs],
         processor=[p.processor / f.processor for p, f in pairs],
@@ -107,65 +99,17 @@ def matmul_rate(device, precision) -> float:
     return 2 * n**3 / best
 
 # %% ../../nbs/9a_bench/03_table.ipynb #9667d69a
-def precision_of(cfg):
+def precision_of(cfg: BenchConfig):
+    "What is timed: bfloat16 autocast on a GPU, float32 on a CPU."
     return torch.bfloat16 if torch.device(cfg.device).type == "cuda" else torch.float32
 
-# %% ../../nbs/9a_bench/03_table.ipynb #aeb896b4
-class Disagreement(RuntimeError):
-    "The fast step does not compute what the plain step computes."
 
-
-def check_agreement(cfg: BenchConfig, model, setting) -> dict:
-    "Compare the steps in float32, on at most `compared` photos; raises `Disagreement`."
-    batch = setting_batch(cfg, setting, min(cfg.batch, cfg.compared))
-    found = compare_steps(Step("fast", model, batch), Step("plain", model, batch))
-    if wrong := disagreement(found):
-        raise Disagreement(f"{setting}: {wrong}; nothing was timed")
-    return dict(setting=setting, **found)
-
-# %% ../../nbs/9a_bench/03_table.ipynb #4c7b2654
-@dataclass
-class BenchResult:
-    "Rows of each table."
-
-    times: list
-    agreement: list
-    positions: list
-    memory: list
-    rates: list
-    ratios: list
-
-
-def _add_setting(out: BenchResult, cfg: BenchConfig, model, optimizer, setting):
-    "Time one setting and add its rows."
-    batch, precision = setting_batch(cfg, setting), precision_of(cfg)
-    steps = {kind: Step(kind, model, batch, optimizer, precision) for kind in KINDS}
-    found = in_turns(steps, cfg.repeats, cfg.warmup)
-    out.times += time_rows(found, setting)
-    out.positions += [dict(setting=setting, **row) for row in positions(batch)]
-    out.memory += [
-        dict(
-            setting=setting,
-            kind=k,
-            before=max(t.before for t in turns),
-            peak=max(t.peak for t in turns),
-        )
-        for k, turns in found.items()
-    ]
-    out.ratios += ratio_rows(found, setting)
-    out.rates.append(rate_row(cfg, setting, steps["fast"], found["fast"]))
-
-# %% ../../nbs/9a_bench/03_table.ipynb #a82e930b
-def rate_row(cfg: BenchConfig, setting, fast: Step, turns) -> dict:
-    "Samples per second of the fast step, and its operations over its time as a share of what one matrix product reaches; timed anew with `most` photos."
+def rate_row(cfg: BenchConfig, setting: str, fast: Step, turns: list) -> dict:
+    """Samples per second of the fast step, and its operations over its time as a share of what one
+    matrix product reaches; timed anew with `most` photos where that is asked."""
     if cfg.most:
-        fast = Step(
-            "fast",
-            fast.model,
-            setting_batch(cfg, setting, cfg.most),
-            fast.optimizer,
-            fast.precision,
-        )
+        batch = setting_batch(cfg, setting, cfg.most)
+        fast = Step("fast", fast.model, batch, fast.optimizer, fast.precision)
         turns = in_turns(dict(fast=fast), cfg.repeats, cfg.warmup)["fast"]
     work, seconds = multiplications(fast), statistics.median(t.parts["step"] for t in turns)
     return dict(
@@ -177,22 +121,80 @@ def rate_row(cfg: BenchConfig, setting, fast: Step, turns) -> dict:
         share_of_product=work / seconds / matmul_rate(cfg.device, fast.precision),
     )
 
+# %% ../../nbs/9a_bench/03_table.ipynb #aeb896b4
+class Disagreement(RuntimeError):
+    "The fast step does not compute what the plain step computes."
+
+
+def check_agreement(cfg: BenchConfig, model, setting: str) -> dict:
+    "Compare the steps in float32, on at most `compared` photos; raises `Disagreement`."
+    batch = setting_batch(cfg, setting, min(cfg.batch, cfg.compared))
+    comparison = compare_steps(Step("fast", model, batch), Step("plain", model, batch))
+    if wrong := disagreement(comparison):
+        raise Disagreement(f"{setting}: {wrong}; nothing was timed")
+    return dict(setting=setting, **comparison)
+
+
+def agreement_line(row: dict) -> str:
+    "A row of `check_agreement` as a sentence."
+    return (
+        f"{row['setting']}: loss {row['loss']:.5f} differs by {row['loss_difference']:.1e}, "
+        f"gradients by at most {row['gradient_difference']:.1e} ({row['parameter']})"
+    )
+
+# %% ../../nbs/9a_bench/03_table.ipynb #4c7b2654
+@dataclass
+class BenchResult:
+    "Rows of each table, dicts with `setting` and the columns of the table."
+
+    times: list = field(default_factory=list)
+    agreement: list = field(default_factory=list)
+    positions: list = field(default_factory=list)
+    memory: list = field(default_factory=list)
+    rates: list = field(default_factory=list)
+    ratios: list = field(default_factory=list)
+
+# %% ../../nbs/9a_bench/03_table.ipynb #1fe9fd8b
+def add_setting(out: BenchResult, cfg: BenchConfig, model, optimizer, setting: str):
+    "Time one setting and add its rows."
+    batch, precision = setting_batch(cfg, setting), precision_of(cfg)
+    steps = {kind: Step(kind, model, batch, optimizer, precision) for kind in KINDS}
+    turns = in_turns(steps, cfg.repeats, cfg.warmup)
+    out.times += time_rows(turns, setting)
+    out.positions += [dict(setting=setting, **row) for row in positions(batch)]
+    for kind, measured in turns.items():
+        before, peak = max(t.before for t in measured), max(t.peak for t in measured)
+        out.memory.append(dict(setting=setting, kind=kind, before=before, peak=peak))
+    out.ratios += ratio_rows(turns, setting)
+    out.rates.append(rate_row(cfg, setting, steps["fast"], turns["fast"]))
+
 # %% ../../nbs/9a_bench/03_table.ipynb #dffb5fce
 def benchmark(cfg: BenchConfig, say=lambda text: None) -> BenchResult:
-    "Agreement of every setting, then time and memory of every setting; `say` is told what is going on. Raises `Disagreement`."
-    out = BenchResult([], [], [], [], [], [])
+    """Agreement of every setting, then time and memory of every setting.
+
+    say: is told what is going on, a line at a time. Raises `Disagreement`."""
+    out = BenchResult()
     model, optimizer = bench_model(cfg)
     for setting in cfg.settings():
         out.agreement.append(check_agreement(cfg, model, setting))
         say(agreement_line(out.agreement[-1]))
     for setting in cfg.settings():
-        _add_setting(out, cfg, model, optimizer, setting)
+        add_setting(out, cfg, model, optimizer, setting)
         say(f"{setting}: timed")
     return out
 
-# %% ../../nbs/9a_bench/03_table.ipynb #f7b4b119
-def agreement_line(row) -> str:
-    return (
-        f"{row['setting']}: loss {row['loss']:.5f} differs by {row['loss_difference']:.1e}, "
-        f"gradients by at most {row['gradient_difference']:.1e} ({row['parameter']})"
+# %% ../../nbs/9a_bench/03_table.ipynb #719d7416
+def ratios_line(out: BenchResult) -> str:
+    "One line: how many times faster each setting is, and the share of memory."
+    by = {(r["setting"], r["of"]): r for r in out.ratios}
+
+    def part(name):
+        wall, processor, memory = (by[name, of] for of in ("wall", "processor", "memory"))
+        return (
+            f"{name} {wall['median']:.2f} x wall ({wall['low']:.2f} to {wall['high']:.2f}), "
+            f"{processor['median']:.2f} x processor, {memory['median']:.2f} of the memory"
+        )
+
+    return "plain / fast: " + "; ".join(
+        part(name) for name in dict.fromkeys(r["setting"] for r in out.ratios)
     )

@@ -14,68 +14,104 @@ from fgclip_nb.losses.processes import NO_ID, gather_rows, ids_or_none, usable_r
 
 logger = logging.getLogger("fgclip_nb")
 
-# %% ../../nbs/5_losses/01_bank.ipynb #a6bb0338
-def _widen_to_checkpoint(bank, state, prefix, *unused):
-    "Before loading: give the bank the precision of the vectors in the checkpoint, if that is higher."
-    if (vectors := state.get(prefix + "region_features")) is not None:
-        bank._widen(vectors.dtype)
+# %% ../../nbs/5_losses/01_bank.ipynb #e90a2401
+VECTORS = ("region_features", "region_text_features")
+IDENTITIES = ("caption_ids", "sample_ids", "region_ids")
 
-# %% ../../nbs/5_losses/01_bank.ipynb #68ac1d00
-class _BankState(nn.Module):
-    "The buffers of a memory bank and their names."
 
-    vectors, identities = (
-        ("region_features", "region_text_features"),
-        ("caption_ids", "sample_ids", "region_ids"),
-    )
+def empty_ring(size: int, dim: int, on: bool = True) -> dict:
+    """The tensors of a ring of K = `size` slots, by name, in the order in which they are saved.
 
-    def __init__(self, size: int, dim: int, warmup_steps: int):
-        super().__init__()
-        for name, value, least in (
-            ("size", size, 0),
-            ("dim", dim, 1),
-            ("warmup_steps", warmup_steps, 0),
-        ):
-            if int(value) != value or value < least:
-                raise ValueError(f"MemoryBank {name}={value!r}: give a whole number >= {least}")
-        self.size, self.dim, self.warmup_steps = int(size), int(dim), int(warmup_steps)
-        for name in self.vectors:
-            self.register_buffer(name, torch.zeros(self.size, self.dim))
-        for name in (*self.identities, "born"):
-            self.register_buffer(name, torch.full((self.size,), NO_ID))
-        for name in ("pointer", "filled", "forwards"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("on", torch.tensor(self.warmup_steps == 0))
-        self.register_load_state_dict_pre_hook(_widen_to_checkpoint)
+    VECTORS (K, D) float32; IDENTITIES and `born`, the forward that filled a slot, (K,) int64;
+    `pointer`, the slot written next, `filled` and `forwards` 0-dim int64; `on` 0-dim bool."""
+    ring = {name: torch.zeros(size, dim) for name in VECTORS}
+    ring |= {name: torch.full((size,), NO_ID) for name in (*IDENTITIES, "born")}
+    for name in ("pointer", "filled", "forwards"):
+        ring[name] = torch.zeros((), dtype=torch.int64)
+    return ring | {"on": torch.tensor(on)}
 
-    def _widen(self, dtype):
-        for name in self.vectors:
-            setattr(
-                self,
-                name,
-                getattr(self, name).to(torch.promote_types(dtype, getattr(self, name).dtype)),
-            )
+# %% ../../nbs/5_losses/01_bank.ipynb #4f8284ff
+def whole_number(name: str, value, least: int) -> int:
+    "A size of the bank as an int; `ValueError` unless it is a whole number of at least `least`."
+    if int(value) != value or value < least:
+        raise ValueError(f"MemoryBank {name}={value!r}: give a whole number >= {least}")
+    return int(value)
 
-# %% ../../nbs/5_losses/01_bank.ipynb #277e397b
-class _BankClock(_BankState):
-    "Counts region forwards and turns the bank on."
+# %% ../../nbs/5_losses/01_bank.ipynb #972c1b98
+def written_slots(pointer: Tensor, n: int, size: int, device="cpu") -> Tensor:
+    """Slots that `n` rows hold in the end, written into a ring one after the other from `pointer`.
 
-    def tick(self, optimizer_step: int | None = None) -> bool:
-        """Count one region forward; call it once before each region loss. True at the forward that turns the bank on.
+    pointer: 0-dim int64. Returns (min(n, size),) int64; size is at least 1."""
+    kept = min(n, size)
+    return (pointer + torch.arange(n - kept, n, device=device)) % size
 
-        optimizer_step: the optimiser step this forward belongs to, for the log line only."""
-        self.forwards += 1
-        turns_on = not self.enabled and int(self.forwards) >= self.warmup_steps
-        if turns_on:
-            self.on.fill_(True)
-            also = "" if optimizer_step is None else f" (optimizer step {optimizer_step})"
-            logger.info(f"[Memory Bank] enabled @ training_step {int(self.forwards)}{also}")
-        return turns_on
+# %% ../../nbs/5_losses/01_bank.ipynb #3e1ea31f
+@torch.no_grad()
+def write_rows(ring: dict, rows: dict) -> int:
+    """Write rows into a ring in place, as if one by one; returns how many of them hold a slot.
 
-    @property
-    def enabled(self) -> bool:
-        "Whether the bank takes and offers entries."
-        return bool(self.on)
+    ring: as of `empty_ring`. rows: (N, ...) by name, for every name of VECTORS and IDENTITIES."""
+    size, n = len(ring["born"]), len(rows[VECTORS[0]])
+    slots = written_slots(ring["pointer"], n, size, rows[VECTORS[0]].device)
+    for name, values in rows.items():
+        ring[name][slots] = values[n - len(slots) :].to(ring[name].dtype)
+    ring["born"][slots] = ring["forwards"]
+    ring["pointer"].add_(n).remainder_(size)
+    ring["filled"].add_(n).clamp_(max=size)
+    return len(slots)
+
+# %% ../../nbs/5_losses/01_bank.ipynb #bfeaabe0
+def read_slots(ring: dict) -> Tensor:
+    "The slots that hold an entry, oldest first: (K,) int64."
+    n, size = int(ring["filled"]), len(ring["born"])
+    first = ring["pointer"] if 0 < size == n else 0
+    return (torch.arange(n, device=ring["born"].device) + first) % max(n, 1)
+
+
+def read_rows(ring: dict) -> dict:
+    "Entries by name, oldest first: VECTORS (K, D), IDENTITIES (K,), age (K,) in region forwards."
+    order = read_slots(ring)
+    rows = {name: ring[name][order] for name in (*VECTORS, *IDENTITIES)}
+    return rows | {"age": ring["forwards"] - ring["born"][order]}
+
+# %% ../../nbs/5_losses/01_bank.ipynb #95f969f2
+def count_forward(ring: dict, warmup_steps: int) -> bool:
+    "Count one region forward of a ring, in place; True at the forward that turns it on."
+    ring["forwards"] += 1
+    turns_on = not bool(ring["on"]) and int(ring["forwards"]) >= warmup_steps
+    if turns_on:
+        ring["on"].fill_(True)
+    return turns_on
+
+# %% ../../nbs/5_losses/01_bank.ipynb #c036f8f7
+def widen(module: nn.Module, dtype):
+    "Give the vectors of a bank at least the precision `dtype`; they are never narrowed."
+    for name in VECTORS:
+        x = getattr(module, name)
+        setattr(module, name, x.to(torch.promote_types(dtype, x.dtype)))
+
+
+def widen_to_checkpoint(module: nn.Module, state: dict, prefix: str, *unused):
+    "Hook before loading: give the bank the precision of the vectors in `state`, if that is higher."
+    if (vectors := state.get(prefix + VECTORS[0])) is not None:
+        widen(module, vectors.dtype)
+
+# %% ../../nbs/5_losses/01_bank.ipynb #f872fc0f
+def stored_vectors(x: Tensor, dim: int, device) -> Tensor:
+    "Features (N, D) as a bank of width `dim` keeps them: detached, on `device`, float32 at least."
+    if x.ndim != 2 or x.shape[1] != dim:
+        raise ValueError(f"the bank holds vectors of {dim}, got features of shape {tuple(x.shape)}")
+    return x.detach().to(device, torch.promote_types(x.dtype, torch.float32))
+
+
+def stored_rows(features: tuple, ids: tuple, dim: int, device) -> tuple:
+    """Regions and texts (N, D), and (N, 3) int64 their ids, one column per name of IDENTITIES.
+
+    features: (regions, texts). ids: a tensor (N,) or None per name. Other shapes: `ValueError`."""
+    r, t = (stored_vectors(x, dim, device) for x in features)
+    if len(r) != len(t):
+        raise ValueError(f"{len(r)} regions but {len(t)} region texts")
+    return r, t, torch.stack([ids_or_none(i, len(r), r.device) for i in ids], 1)
 
 # %% ../../nbs/5_losses/01_bank.ipynb #515b3895
 class Pushed(NamedTuple):
@@ -84,9 +120,33 @@ class Pushed(NamedTuple):
     stored: int
     refused: int
 
-# %% ../../nbs/5_losses/01_bank.ipynb #2ca35beb
-class _BankPush(_BankClock):
-    "Writes rows into the ring."
+# %% ../../nbs/5_losses/01_bank.ipynb #952c806b
+class MemoryBank(nn.Module):
+    """First-in-first-out bank of the last `size` regions and their texts (vectors of `dim`), off
+    until `warmup_steps` region forwards.
+
+    Per region forward: `tick()`, then the loss, then `push(...)`. Everything is in buffers, so
+    `state_dict` restores it bitwise. A bank of size 0 stays empty."""
+
+    def __init__(self, size: int, dim: int, warmup_steps: int):
+        super().__init__()
+        self.size = whole_number("size", size, 0)
+        self.dim = whole_number("dim", dim, 1)
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps, 0)
+        for name, x in empty_ring(self.size, self.dim, on=self.warmup_steps == 0).items():
+            self.register_buffer(name, x)
+        self.register_load_state_dict_pre_hook(widen_to_checkpoint)
+
+    def tick(self, optimizer_step: int | None = None) -> bool:
+        """Count one region forward; call it once before each region loss.
+        True at the forward that turns the bank on.
+
+        optimizer_step: the optimiser step this forward belongs to, for the log line only."""
+        turns_on = count_forward(self._ring(), self.warmup_steps)
+        if turns_on:
+            also = "" if optimizer_step is None else f" (optimizer step {optimizer_step})"
+            logger.info(f"[Memory Bank] enabled @ training_step {int(self.forwards)}{also}")
+        return turns_on
 
     def push(
         self,
@@ -97,55 +157,34 @@ class _BankPush(_BankClock):
         region_ids: Tensor | None = None,
         gather: bool = True,
     ) -> Pushed:
-        """Store regions and their texts (N, dim), detached, with their ids (N,) int64 (None = unknown). While the bank is off nothing is stored.
+        """Store regions and their texts (N, dim), detached, with their ids (N,) int64 (None =
+        unknown). While the bank is off nothing is stored.
 
-        gather: in several processes collect the rows of all of them first (every process must call); False when they already are everybody's."""
+        gather: in several processes collect the rows of all of them first (every process must
+        call); False when they already are everybody's."""
         if not self.enabled or self.size == 0:
             return Pushed(0, 0)
-        r, t = (self._checked(x) for x in (region_features, region_text_features))
-        if len(r) != len(t):
-            raise ValueError(f"{len(r)} regions but {len(t)} region texts")
-        ids = torch.stack(
-            [ids_or_none(i, len(r), r.device) for i in (caption_ids, sample_ids, region_ids)], 1
+        features, ids = (
+            (region_features, region_text_features),
+            (caption_ids, sample_ids, region_ids),
         )
-        if gather:
-            r, t, ids = (gather_rows(x) for x in (r, t, ids))
+        rows = stored_rows(features, ids, self.dim, self.region_features.device)
+        r, t, ids = map(gather_rows, rows) if gather else rows
         keep = usable_rows(r, t)
-        return Pushed(self._write(r[keep], t[keep], ids[keep]), len(r) - int(keep.sum()))
+        widen(self, r.dtype)
+        columns = (r[keep], t[keep], *ids[keep].unbind(1))
+        stored = write_rows(self._ring(), dict(zip((*VECTORS, *IDENTITIES), columns)))
+        return Pushed(stored, len(r) - int(keep.sum()))
 
-    def _checked(self, x):
-        if x.ndim != 2 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"the bank holds vectors of {self.dim}, got features of shape {tuple(x.shape)}"
-            )
-        return x.detach().to(
-            self.region_features.device, torch.promote_types(x.dtype, torch.float32)
-        )
+    def entries(self) -> dict:
+        """The valid rows, oldest first: region_features, region_text_features (K, D), caption_ids,
+        sample_ids, region_ids (K,), age (K,) in region forwards."""
+        return read_rows(self._ring())
 
-# %% ../../nbs/5_losses/01_bank.ipynb #ee9cea16
-class _BankWrite(_BankPush):
-    "The ring itself."
-
-    @torch.no_grad()
-    def _write(self, r, t, ids) -> int:
-        "Write checked rows as if one by one; returns how many of them hold a slot."
-        n, kept = len(r), min(len(r), self.size)
-        self._widen(r.dtype)
-        slots = (self.pointer + torch.arange(n - kept, n, device=r.device)) % self.size
-        for name, rows in zip(self.vectors, (r, t)):
-            getattr(self, name)[slots] = rows[n - kept :].to(self.region_features.dtype)
-        for name, column in zip(self.identities, ids[n - kept :].unbind(1)):
-            getattr(self, name)[slots] = column
-        self.born[slots] = self.forwards
-        self.pointer.add_(n).remainder_(self.size)
-        self.filled.add_(n).clamp_(max=self.size)
-        return kept
-
-# %% ../../nbs/5_losses/01_bank.ipynb #952c806b
-class MemoryBank(_BankWrite):
-    """First-in-first-out bank of the last `size` regions and their texts (vectors of `dim`), off until `warmup_steps` region forwards.
-
-    Per region forward: `tick()`, then the loss, then `push(...)`. Everything is in buffers, so `state_dict` restores it bitwise. A bank of size 0 stays empty."""
+    @property
+    def enabled(self) -> bool:
+        "Whether the bank takes and offers entries."
+        return bool(self.on)
 
     @property
     def ptr(self) -> int:
@@ -163,25 +202,24 @@ class MemoryBank(_BankWrite):
     def __bool__(self) -> bool:
         return True  # `if bank:` asks whether there is one, not whether it holds entries
 
-    def entries(self) -> dict:
-        "The valid rows, oldest first: region_features, region_text_features (n, dim), caption_ids, sample_ids, region_ids, age (n,) in region forwards."
-        n = len(self)
-        order = (
-            torch.arange(n, device=self.born.device) + (self.pointer if self.full else 0)
-        ) % max(n, 1)
-        rows = {name: getattr(self, name)[order] for name in (*self.vectors, *self.identities)}
-        return rows | {"age": self.forwards - self.born[order]}
+    def _ring(self) -> dict:
+        return dict(self.named_buffers())
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, dim={self.dim}, warmup_steps={self.warmup_steps}, len={len(self)}, ptr={self.ptr}, enabled={self.enabled}"
+        return (
+            f"size={self.size}, dim={self.dim}, warmup_steps={self.warmup_steps}, "
+            f"len={len(self)}, ptr={self.ptr}, enabled={self.enabled}"
+        )
 
 # %% ../../nbs/5_losses/01_bank.ipynb #167c8f69
 def bank_schedule(
     size: int, warmup_steps: int, regions_per_forward: float, accumulation: int = 1
 ) -> dict:
-    """Forecast for a bank: forwards and optimiser steps at which it turns on and is full; chance level (nats) before and after.
+    """Forecast for a bank: forwards and optimiser steps at which it turns on and is full, and the
+    chance level (nats) before and after.
 
-    regions_per_forward: mean number of usable regions in one region forward, all processes together."""
+    regions_per_forward: mean number of usable regions in one forward, all processes together.
+    accumulation: region forwards per optimiser step."""
     on = max(warmup_steps, 1)
     full = on + max(math.ceil(size / regions_per_forward), 1) - 1
     return dict(

@@ -10,64 +10,19 @@ import functools, logging
 import torch
 from torch import Tensor
 from fgclip_nb.losses.processes import all_counts, gather_rows, usable_rows, world_size
-from fgclip_nb.losses.bank import MemoryBank
+from fgclip_nb.losses.bank import VECTORS, MemoryBank
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
-from fgclip_nb.losses.pairs import (
-    Pairs,
-    Tally,
-    _transposed,
-    count_block,
-    measure,
-    own_mask,
-    row_losses,
-    same_in_bank,
-    same_in_batch,
-)
+from fgclip_nb.losses.pairs import Pairs, dense_contrast, measure
 from fgclip_nb.losses.tiled import tiled_contrast
 
 logger = logging.getLogger("fgclip_nb")
-
-# %% ../../nbs/5_losses/05_contrast.ipynb #49895ee7
-def mean_loss(p: Pairs, sides: list) -> Tensor:
-    "Symmetric loss from the blocks (cosines, same) of the two directions."
-    return torch.stack(
-        [row_losses(p.scale * cosines, same, p.duplicates).mean() for cosines, same in sides]
-    ).mean()
-
-# %% ../../nbs/5_losses/05_contrast.ipynb #a03abea5
-def _beside(left, right):
-    "Two blocks (cosines, same) side by side."
-    masks = [torch.zeros_like(c, dtype=torch.bool) if s is None else s for c, s in (left, right)]
-    return torch.cat([left[0], right[0]], 1), torch.cat(masks, 1)
-
-# %% ../../nbs/5_losses/05_contrast.ipynb #4ea6d90d
-def dense_contrast(p: Pairs) -> tuple:
-    "Symmetric loss by plain autograd, N x (N + K) logits in memory. (loss, in-batch loss, tallies of both directions)."
-    batch, stored, tallies = slice(0, len(p)), slice(0, p.bank_size), (Tally(p), Tally(p))
-    cosines, same, own = (
-        p.a @ p.b.T,
-        same_in_batch(p, batch, batch),
-        own_mask(batch, batch, p.a.device),
-    )
-    sides = [(cosines, same), (cosines.T, _transposed(same))]
-    for t, (c, s) in zip(tallies, sides):
-        count_block(t, batch, c.detach(), s, own)
-    loss = mean_loss(p, sides)
-    if not p.bank_size:
-        return loss, loss.detach(), tallies
-    extra = [
-        (x @ y.T, same_in_bank(p, batch, stored)) for x, y in ((p.a, p.bank[1]), (p.b, p.bank[0]))
-    ]
-    for t, (c, s) in zip(tallies, extra):
-        count_block(t, batch, c.detach(), s, bank=True)
-    return mean_loss(p, [_beside(s, e) for s, e in zip(sides, extra)]), loss.detach(), tallies
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #481f3f4b
 DENSE_LIMIT = 2**24  # logits of one direction
 
 
 def tile_for(n: int, m: int, device) -> tuple | None:
-    "Tile of an n x m loss on `device`, or None when the whole matrix is small enough."
+    "Tile (rows, columns) of an n x m loss on `device`, or None when the whole matrix fits."
     if n * m <= DENSE_LIMIT:
         return None
     return (1024, 1024) if torch.device(device).type == "cpu" else (4096, 8192)
@@ -76,12 +31,15 @@ def tile_for(n: int, m: int, device) -> tuple | None:
 @functools.cache
 def _say_tiled(tile, limit):
     logger.info(
-        f"contrastive losses of more than {limit:,} logits are computed in tiles of {tile[0]} x {tile[1]}, never holding the matrix"
+        f"contrastive losses of more than {limit:,} logits are computed in tiles of "
+        f"{tile[0]} x {tile[1]}, never holding the matrix"
     )
 
-# %% ../../nbs/5_losses/05_contrast.ipynb #7ac3595c
+
 def contrast(p: Pairs, dropped: int = 0) -> LossTerm:
-    "The symmetric contrastive loss of `p` as a term, dense or tiled by size; `dropped` is passed on."
+    """The symmetric contrastive loss of `p` as a term, dense or tiled by size.
+
+    dropped: rows that the caller left out, passed on to the term."""
     n, m = len(p), len(p) + p.bank_size
     if n == 0:
         return empty_term(p.a.sum() + p.b.sum() + 0 * p.scale, dropped)
@@ -93,16 +51,18 @@ def contrast(p: Pairs, dropped: int = 0) -> LossTerm:
     return LossTerm(loss, in_batch, m, n, n, measure(p, tallies), dropped)
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #74ffaa65
-def _check(a, b, duplicates, names):
+def check_pairs(a: Tensor, b: Tensor, duplicates: str, names: tuple):
+    "Raises `ValueError` unless a and b are (N, D) alike and `duplicates` is known."
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(
-            f"{names[0]} {tuple(a.shape)} and {names[1]} {tuple(b.shape)} must have the same shape (N, D)"
+            f"{names[0]} {tuple(a.shape)} and {names[1]} {tuple(b.shape)} "
+            "must have the same shape (N, D)"
         )
     if duplicates not in ("mask", "positive", "ignore"):
         raise ValueError(f'duplicates={duplicates!r}: give "mask", "positive" or "ignore"')
 
-
-def _everybodys(tensors, gather):
+# %% ../../nbs/5_losses/05_contrast.ipynb #b4e8327e
+def everybodys(tensors: list, gather: bool) -> list:
     "Tensors with the same number of rows, gathered over processes if asked."
     if not gather or world_size() == 1:
         return tensors
@@ -119,22 +79,26 @@ def global_loss(
     duplicates: str = "mask",
     gather: bool = True,
 ) -> LossTerm:
-    """CLIP's symmetric loss of images with their texts (Radford et al. 2021).
+    """CLIP's symmetric loss of images with their texts (Radford et al. 2021, section 2.3).
 
-    image_features, text_features: (N, D), any norm. logit_scale: 0-dim, the stored log value, not clamped here. caption_ids, sample_ids: (N,) int64; rows
-    that agree in either are equal. gather: in several processes contrast with the rows of all; every process must call, and parameter gradients be averaged."""
-    _check(image_features, text_features, duplicates, ("image_features", "text_features"))
+    image_features, text_features: (N, D), any norm. logit_scale: 0-dim, the stored log value, not
+    clamped here. caption_ids, sample_ids: (N,) int64; rows that agree in either are equal, and
+    `duplicates` says what becomes of them: "mask", "positive" or "ignore" (see `row_losses`).
+    gather: in several processes contrast with the rows of all; every process must call, and
+    parameter gradients be averaged. Raises `ValueError` for other shapes or words."""
+    check_pairs(image_features, text_features, duplicates, ("image_features", "text_features"))
     ids = [i.to(image_features.device) for i in (caption_ids, sample_ids) if i is not None]
-    a, b, *ids = _everybodys([image_features, text_features, *ids], gather)
+    a, b, *ids = everybodys([image_features, text_features, *ids], gather)
     return contrast(Pairs(unit_rows(a), unit_rows(b), logit_scale.exp(), tuple(ids), duplicates))
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #6383ea13
-def _bank_rows(bank, like, kinds):
-    "Unit rows of the bank (regions, texts) and its ids of these kinds, or nothing while it is off or empty."
+def bank_rows(bank: MemoryBank | None, like: Tensor, kinds) -> tuple:
+    """Unit rows of the bank (regions, texts), (K, D) each, on the device and in the type of `like`,
+    and its ids of these kinds, (K,) each; (None, ()) while it is off or empty."""
     if bank is None or not bank.enabled or not len(bank):
         return None, ()
     e = bank.entries()
-    rows = tuple(unit_rows(e[name]).to(like.device, like.dtype) for name in bank.vectors)
+    rows = tuple(unit_rows(e[name]).to(like.device, like.dtype) for name in VECTORS)
     return rows, tuple(e[kind].to(like.device) for kind in kinds)
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #d3ac2af0
@@ -149,12 +113,15 @@ def region_loss(
     duplicates: str = "mask",
     gather: bool = True,
 ) -> LossTerm:
-    """Symmetric loss of regions with their texts; the bank's texts are further candidates for regions, its regions for texts.
+    """Symmetric loss of regions with their texts; the bank's texts are further candidates for
+    regions, its regions for texts.
 
-    region_features, region_text_features: (N, D), any norm, N may be 0; rows without direction are dropped. logit_scale: 0-dim, stored log value.
-    caption_ids, region_ids: (N,) int64, rows and bank entries that agree in either are equal. sample_ids: not used (regions of one sample are negatives
-    of each other), accepted so that the call matches `MemoryBank.push`. bank: read once it is on, never written here. gather: as in `global_loss`."""
-    _check(
+    region_features, region_text_features: (R, D), any norm, R may be 0; rows without direction are
+    dropped. logit_scale: 0-dim, stored log value. caption_ids, region_ids: (R,) int64, rows and
+    bank entries that agree in either are equal. sample_ids: not used (regions of one sample are
+    negatives of each other), accepted so that the call matches `MemoryBank.push`. bank: read once
+    it is on, never written here. duplicates, gather: as in `global_loss`."""
+    check_pairs(
         region_features,
         region_text_features,
         duplicates,
@@ -165,56 +132,56 @@ def region_loss(
         for kind, i in (("caption_ids", caption_ids), ("region_ids", region_ids))
         if i is not None
     }
-    r, t, *ids = _everybodys([region_features, region_text_features, *known.values()], gather)
+    r, t, *ids = everybodys([region_features, region_text_features, *known.values()], gather)
     keep = usable_rows(r, t)
     a, b, ids = unit_rows(r[keep]), unit_rows(t[keep]), tuple(i[keep] for i in ids)
-    rows, bank_ids = _bank_rows(bank, a, known)
-    return contrast(
-        Pairs(a, b, logit_scale.exp(), ids, duplicates, rows, bank_ids), len(keep) - len(a)
-    )
+    rows, bank_ids = bank_rows(bank, a, known)
+    pairs = Pairs(a, b, logit_scale.exp(), ids, duplicates, rows, bank_ids)
+    return contrast(pairs, len(keep) - len(a))
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #845cd4f1
-def _group_logsumexp(x, owner, groups):
-    "logsumexp of x (G,) within each group: (groups,)."
+def owners(sizes: Tensor) -> Tensor:
+    "Number of the group of each text, (T,), from the sizes (R,) of the groups."
+    return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+
+
+def group_logsumexp(x: Tensor, owner: Tensor, groups: int) -> Tensor:
+    "logsumexp of x (T,) within each group: (groups,). owner: (T,) int64, the group of each."
     top = x.new_full((groups,), -torch.inf).scatter_reduce(0, owner, x.detach(), "amax")
     return torch.zeros_like(top).index_add(0, owner, (x - top[owner]).exp()).log() + top
 
-
-def _owners(sizes):
-    return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-
 # %% ../../nbs/5_losses/05_contrast.ipynb #b01b32ac
-def _check_groups(regions, texts, sizes):
-    if (
-        len(sizes) != len(regions)
-        or int(sizes.sum()) != len(texts)
-        or (len(sizes) and int(sizes.min()) < 1)
-    ):
+def check_groups(regions: Tensor, texts: Tensor, sizes: Tensor):
+    "Raises `ValueError` unless there is a size >= 1 per region and the sizes add up to the texts."
+    fits = len(sizes) == len(regions) and int(sizes.sum()) == len(texts)
+    if not fits or (len(sizes) and int(sizes.min()) < 1):
         raise ValueError(
-            f"group_sizes must hold a size >= 1 for each of the {len(regions)} regions and add up to the {len(texts)} texts, got {sizes.tolist()}"
+            f"group_sizes must hold a size >= 1 for each of the {len(regions)} regions "
+            f"and add up to the {len(texts)} texts, got {sizes.tolist()}"
         )
 
 
-def _usable_groups(regions, texts, sizes):
+def usable_groups(regions: Tensor, texts: Tensor, sizes: Tensor) -> tuple:
     "Regions, texts and sizes of the groups that have a negative and no vector without direction."
-    owner = _owners(sizes)
+    owner = owners(sizes)
     bad = torch.zeros_like(sizes).index_add_(0, owner, (~usable_rows(texts)).to(sizes.dtype))
     keep = usable_rows(regions) & (sizes > 1) & (bad == 0)
     return regions[keep], texts[keep[owner]], sizes[keep]
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #df452c5d
-def _group_measures(cosines, owner, first, sizes):
-    "MEASURES of hard groups from the cosine (G,) of each text with its region."
-    cosines = cosines.detach().double()
-    positive, tie, wrong = (
-        cosines[first],
-        16 * torch.finfo(torch.float32).eps,
-        cosines.index_fill(0, first, -torch.inf),
-    )
+def group_measures(cosines: Tensor, owner: Tensor, first: Tensor, sizes: Tensor) -> Tensor:
+    """The measures of hard groups, as a `LossTerm` holds them.
+
+    cosines, owner: (T,) cosine of each text with its region, and its group. first: (R,) the right
+    text of each group. sizes: (R,) texts of each group."""
+    cosines, tie = cosines.detach().double(), 16 * torch.finfo(torch.float32).eps
+    positive = cosines[first]
+    wrong = cosines.index_fill(0, first, -torch.inf)
     hardest = torch.full_like(positive, -torch.inf).scatter_reduce(0, owner, wrong, "amax")
     ties = torch.zeros_like(positive).index_add(0, owner, (wrong >= positive[owner] - tie).double())
     top1 = torch.where(hardest <= positive + tie, 1 / (1 + ties), 0).mean()
-    chance, none = sizes.double().log().mean(), torch.zeros_like(top1)
+    chance = sizes.double().log().mean()
+    none = torch.zeros_like(top1)
     return torch.stack([chance, chance, top1, positive.mean(), hardest.mean(), none, none])
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #81666c6f
@@ -225,30 +192,26 @@ def hard_negative_loss(
     logit_scale: Tensor,
     gather: bool = True,
 ) -> LossTerm:
-    """Each region among its own texts: cross-entropy of the first text of its group against the others, mean over groups (region to text only).
+    """Each region among its own texts: cross-entropy of the first text of its group against the
+    others, mean over groups (region to text only).
 
-    region_features: (H, D). hard_text_features: (G, D), group after group, the right text first. group_sizes: (H,) int64 >= 1 with sum G. logit_scale: stored
-    log value. Groups without negatives or with a vector that has no direction are left out and counted. gather: as in `global_loss`."""
+    region_features: (R, D), regions with a group each. hard_text_features: (T, D), group after
+    group, the right text first. group_sizes: (R,) int64 >= 1 with sum T. logit_scale: stored log
+    value. Groups without negatives or with a vector that has no direction are left out and counted.
+    gather: as in `global_loss`. Raises `ValueError` when the sizes do not fit."""
     sizes = group_sizes.to(region_features.device)
-    _check_groups(region_features, hard_text_features, sizes)
-    regions, sizes, texts = (
-        *_everybodys([region_features, sizes], gather),
-        *_everybodys([hard_text_features], gather),
-    )
-    r, t, sizes = _usable_groups(regions, texts, sizes)
-    dropped, r, t = len(regions) - len(r), unit_rows(r), unit_rows(t)
+    check_groups(region_features, hard_text_features, sizes)
+    regions, sizes = everybodys([region_features, sizes], gather)
+    (texts,) = everybodys([hard_text_features], gather)
+    r, t, sizes = usable_groups(regions, texts, sizes)
+    dropped = len(regions) - len(r)
+    r, t = unit_rows(r), unit_rows(t)
     if not len(r):
         return empty_term(r.sum() + t.sum() + 0 * logit_scale, dropped)
-    owner, first, mean_size = _owners(sizes), sizes.cumsum(0) - sizes, len(t) / len(r)
+    owner, first = owners(sizes), sizes.cumsum(0) - sizes
+    size = len(t) / len(r)
     cosines = (r[owner] * t).sum(1)
     logits = logit_scale.exp() * cosines
-    loss = (_group_logsumexp(logits, owner, len(r)) - logits[first]).mean()
-    return LossTerm(
-        loss,
-        loss.detach(),
-        mean_size,
-        mean_size,
-        len(r),
-        _group_measures(cosines, owner, first, sizes),
-        dropped,
-    )
+    loss = (group_logsumexp(logits, owner, len(r)) - logits[first]).mean()
+    measures = group_measures(cosines, owner, first, sizes)
+    return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped)

@@ -25,8 +25,8 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda)
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #eb0e175c
-def _collect(model, chunks, autocast):
-    "First pass: features of each chunk without activations, and the random states they were computed from."
+def first_pass(model, chunks: list, autocast) -> tuple:
+    "Random states and features of each chunk, computed without keeping activations."
     states, parts = [], []
     for chunk in chunks:
         states.append(RandomState())
@@ -34,9 +34,10 @@ def _collect(model, chunks, autocast):
             parts.append(model(chunk))
     return states, parts
 
-
-def _leaves(parts):
-    "Features of all chunks by name as leaves that collect a gradient; parameters among the features stay themselves."
+# %% ../../nbs/5_losses/07_gradient_caching.ipynb #a0542172
+def joined_leaves(parts: list) -> dict:
+    """Features of all chunks by name as leaves that collect a gradient; parameters among the
+    features stay themselves."""
     rows = {
         k: torch.cat([p[k] for p in parts if k in p]).detach().requires_grad_()
         for k in ROWS
@@ -45,8 +46,8 @@ def _leaves(parts):
     return {k: x for k, x in parts[0].items() if k not in ROWS} | rows
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #3db2e261
-def _replay(model, chunks, states, leaves, autocast):
-    "Second pass: each chunk again, with activations, from the same random state; its rows' gradients are fed in."
+def second_pass(model, chunks: list, states: list, leaves: dict, autocast):
+    "Each chunk again, from the same random state; the gradients of its rows are fed in."
     used = dict.fromkeys(ROWS, 0)
     for chunk, state in zip(chunks, states):
         state.restore()
@@ -65,20 +66,22 @@ def _replay(model, chunks, states, leaves, autocast):
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #a5c5854a
 def gradient_cached_backward(model, chunks, loss_fn, autocast=None):
-    """Add to `.grad` the exact gradient of one loss over all chunks together, with the memory of one chunk (GradCache, Gao et al. 2021).
+    """Add to `.grad` the exact gradient of one loss over all chunks together, with the memory of
+    one chunk (GradCache, Gao et al. 2021, section 3).
 
-    model(chunk) -> dict of features, as `FGCLIP`; in training mode it draws the same dropout in both passes. chunks: batches, e.g. `batch.split(8)`.
-    loss_fn(features, ids) -> (total, anything), called once with the rows and identities (`BatchIds`) of all chunks; what it returns is returned.
-    autocast: function without arguments that returns a context for the model's forwards. In several processes pass the bare model (not DDP), let
-    `loss_fn` use `compute_losses`, and average the gradients over processes afterwards."""
+    model(chunk) -> dict of features, as `FGCLIP`; in training mode it draws the same dropout in
+    both passes. chunks: batches, e.g. `batch.split(8)`. loss_fn(features, ids) -> (total,
+    anything), called once with the rows and identities (`BatchIds`) of all chunks; what it returns
+    is returned. autocast: function without arguments that returns a context for the model's
+    forwards. In several processes pass the bare model (not DDP), let `loss_fn` use
+    `compute_losses`, and average the gradients over processes afterwards."""
     chunks, autocast = list(chunks), autocast or contextlib.nullcontext
-    states, parts = _collect(model, chunks, autocast)
-    leaves = _leaves(parts)
-    returned = loss_fn(
-        leaves, merge_ids([batch_ids(c, leaves["image_features"].device) for c in chunks])
-    )
+    states, parts = first_pass(model, chunks, autocast)
+    leaves = joined_leaves(parts)
+    device = leaves["image_features"].device
+    returned = loss_fn(leaves, merge_ids([batch_ids(c, device) for c in chunks]))
     returned[0].backward()
     after = RandomState()
-    _replay(model, chunks, states, leaves, autocast)
+    second_pass(model, chunks, states, leaves, autocast)
     after.restore()
     return returned

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fgclip_nb.losses.processes import all_counts, gather_rows, world_size
-from fgclip_nb.losses.bank import MemoryBank, Pushed
+from fgclip_nb.losses.bank import VECTORS, MemoryBank, Pushed
 from fgclip_nb.losses.contrast import global_loss, hard_negative_loss, region_loss
 
 # %% ../../nbs/5_losses/06_objective.ipynb #2cebb48f
@@ -22,54 +22,56 @@ POINTS_AT = dict(
 
 @dataclass
 class BatchIds:
-    "Identities and row numbers of a batch, all int64. B images, C short and L long captions, R regions, H hard groups."
+    """Identities and row numbers of a batch, all int64.
 
-    sample_ids: Tensor  # (B,)
-    caption_ids: Tensor  # (C,)
-    caption_rows: Tensor  # (C,) image of each short caption
-    long_caption_ids: Tensor  # (L,)
-    long_caption_rows: Tensor  # (L,)
-    region_ids: Tensor  # (R,)
-    region_caption_ids: Tensor  # (R,)
-    region_sample_ids: Tensor  # (R,)
-    group_sizes: Tensor  # (H,)
-    hard_regions: Tensor  # (H,) region of each hard group
+    sample_ids: (B,). caption_ids: (T,) of the short captions, caption_rows: (T,) the image of each;
+    long_caption_ids, long_caption_rows: the same of the long captions. region_ids,
+    region_caption_ids, region_sample_ids: (R,). group_sizes: number of texts of each group of hard
+    negatives, hard_regions: the region of each group."""
 
-# %% ../../nbs/5_losses/06_objective.ipynb #ddbcd282
+    sample_ids: Tensor
+    caption_ids: Tensor
+    caption_rows: Tensor
+    long_caption_ids: Tensor
+    long_caption_rows: Tensor
+    region_ids: Tensor
+    region_caption_ids: Tensor
+    region_sample_ids: Tensor
+    group_sizes: Tensor
+    hard_regions: Tensor
+
+
 ID_FIELDS = tuple(f.name for f in dataclasses.fields(BatchIds))
 
+# %% ../../nbs/5_losses/06_objective.ipynb #ddbcd282
+def caption_images(batch, rows: str, ids: str) -> Tensor | None:
+    "The image of each caption: the attribute `rows`, or 0, 1, … for as many as `ids` has."
+    images, captions = getattr(batch, rows, None), getattr(batch, ids, None)
+    return images if images is not None or captions is None else torch.arange(len(captions))
 
-def _rows_given(batch, rows: str, ids: str):
-    "The image of each caption; without that attribute caption i belongs to image i."
-    given, captions = getattr(batch, rows, None), getattr(batch, ids, None)
-    return given if given is not None or captions is None else torch.arange(len(captions))
+
+def batch_ids(batch, device="cpu") -> BatchIds:
+    """The identities of anything that has them as attributes, on `device`; a missing or None
+    attribute means no rows."""
+    values = {name: getattr(batch, name, None) for name in ID_FIELDS}
+    for rows, ids in (("caption_rows", "caption_ids"), ("long_caption_rows", "long_caption_ids")):
+        values[rows] = caption_images(batch, rows, ids)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return BatchIds(**{name: none if x is None else x.to(device) for name, x in values.items()})
 
 # %% ../../nbs/5_losses/06_objective.ipynb #9aa6bcca
-def batch_ids(batch, device="cpu") -> BatchIds:
-    "The identities of anything that has them as attributes, on `device`; a missing or None attribute means no rows."
-    given = {name: getattr(batch, name, None) for name in ID_FIELDS}
-    for rows, ids in (("caption_rows", "caption_ids"), ("long_caption_rows", "long_caption_ids")):
-        given[rows] = _rows_given(batch, rows, ids)
-    return BatchIds(
-        **{
-            name: torch.zeros(0, dtype=torch.int64, device=device) if x is None else x.to(device)
-            for name, x in given.items()
-        }
-    )
+def shifted(parts: list, k: int, name: str) -> Tensor:
+    "Field `name` of the k-th of several `BatchIds`, row numbers as they are once all are joined."
+    values, target = getattr(parts[k], name), POINTS_AT.get(name)
+    if target is None:
+        return values
+    return values + sum(len(getattr(p, target)) for p in parts[:k])
 
 
 def merge_ids(parts: list) -> BatchIds:
-    "Several batches' identities as those of one batch: concatenated by name, row numbers shifted."
-
-    def shifted(name, k):
-        target = POINTS_AT.get(name)
-        return getattr(parts[k], name) + (
-            sum(len(getattr(p, target)) for p in parts[:k]) if target else 0
-        )
-
-    return BatchIds(
-        *[torch.cat([shifted(name, k) for k in range(len(parts))]) for name in ID_FIELDS]
-    )
+    "Several `BatchIds` as those of one batch: concatenated by name, row numbers shifted."
+    columns = [[shifted(parts, k, name) for k in range(len(parts))] for name in ID_FIELDS]
+    return BatchIds(*map(torch.cat, columns))
 
 # %% ../../nbs/5_losses/06_objective.ipynb #c51031db
 ROWS = (
@@ -82,18 +84,29 @@ ROWS = (
 )
 
 
-def _gather_named(named: dict) -> list:
-    "One dict per process of what each passed: tensors by name, of one trailing shape and the same names everywhere."
+def by_process(whole: Tensor, table: list, names: list) -> list:
+    """Cut gathered rows into one dict per process.
+
+    whole: rows of all names of process 0, then of process 1, … table: their counts, by process
+    and name."""
+    parts = whole.split([n for row in table for n in row])
+    return [dict(zip(names, parts[k * len(names) :])) for k in range(len(table))]
+
+# %% ../../nbs/5_losses/06_objective.ipynb #f493a567
+def gather_named(named: dict) -> list:
+    """One dict per process of what each passed: tensors by name, of one trailing shape and the same
+    names everywhere. Needs a process group; every process must call."""
     table = all_counts([len(x) for x in named.values()], next(iter(named.values())).device)
     whole = gather_rows(torch.cat(list(named.values())), [sum(row) for row in table])
-    parts = whole.split([n for row in table for n in row])
-    return [dict(zip(named, parts[k * len(named) :])) for k in range(len(table))]
+    return by_process(whole, table, list(named))
 
 # %% ../../nbs/5_losses/06_objective.ipynb #41027ad7
 def gather_features(features: dict) -> dict:
-    "Features of all processes by name, rank after rank; names without a row anywhere are absent. Every process must call and have image_features."
+    """Features of all processes by name, rank after rank; names without a row anywhere are absent.
+
+    Every process must call and have image_features. What is not one of ROWS stays as it is."""
     if world_size() > 1:
-        parts = _gather_named({k: features.get(k, features["image_features"][:0]) for k in ROWS})
+        parts = gather_named({k: features.get(k, features["image_features"][:0]) for k in ROWS})
         features = features | {k: torch.cat([p[k] for p in parts]) for k in ROWS}
     return {k: x for k, x in features.items() if k not in ROWS or len(x)}
 
@@ -102,42 +115,36 @@ def gather_ids(ids: BatchIds) -> BatchIds:
     "Identities of all processes, in the order of `gather_features`."
     if world_size() == 1:
         return ids
-    return merge_ids(
-        [
-            BatchIds(**part)
-            for part in _gather_named({name: getattr(ids, name) for name in ID_FIELDS})
-        ]
-    )
+    parts = gather_named({name: getattr(ids, name) for name in ID_FIELDS})
+    return merge_ids([BatchIds(**part) for part in parts])
 
 # %% ../../nbs/5_losses/06_objective.ipynb #e578d6f9
-def _global_terms(f, ids, duplicates):
-    for kind, text in (("short", "text_features"), ("long", "long_text_features")):
+CAPTIONS = dict(
+    short=("text_features", "caption_ids", "caption_rows"),
+    long=("long_text_features", "long_caption_ids", "long_caption_rows"),
+)
+
+
+def global_terms(f: dict, ids: BatchIds, duplicates: str):
+    "(name, term) of the short and the long captions, where there are features of them."
+    for kind, (text, caption_ids, caption_rows) in CAPTIONS.items():
         if text not in f:
             continue
-        captions, rows = (
-            (ids.caption_ids, ids.caption_rows)
-            if kind == "short"
-            else (ids.long_caption_ids, ids.long_caption_rows)
-        )
+        captions, rows = getattr(ids, caption_ids), getattr(ids, caption_rows)
         if len(captions) != len(f[text]):
             raise ValueError(
                 f"{len(f[text])} rows of {text}, but {len(captions)} caption ids in the batch"
             )
+        images, samples = f["image_features"][rows], ids.sample_ids[rows]
+        scale = f["logit_scale"]
         yield (
             f"loss_global_{kind}",
-            global_loss(
-                f["image_features"][rows],
-                f[text],
-                f["logit_scale"],
-                captions,
-                ids.sample_ids[rows],
-                duplicates,
-                gather=False,
-            ),
+            global_loss(images, f[text], scale, captions, samples, duplicates, gather=False),
         )
 
-
-def _region_terms(f, ids, bank, duplicates):
+# %% ../../nbs/5_losses/06_objective.ipynb #0ac4c702
+def region_terms(f: dict, ids: BatchIds, bank: MemoryBank | None, duplicates: str):
+    "(name, term) of the regions and of the hard negatives, where there are features of them."
     if "region_text_features" in f:
         yield (
             "loss_region",
@@ -154,57 +161,53 @@ def _region_terms(f, ids, bank, duplicates):
             ),
         )
     if "hard_text_features" in f:
+        regions, scale = f["region_features"][ids.hard_regions], f["logit_scale_hardneg"]
+        texts = f["hard_text_features"]
         yield (
             "loss_hard",
-            hard_negative_loss(
-                f["region_features"][ids.hard_regions],
-                f["hard_text_features"],
-                ids.group_sizes,
-                f["logit_scale_hardneg"],
-                gather=False,
-            ),
+            hard_negative_loss(regions, texts, ids.group_sizes, scale, gather=False),
         )
 
 # %% ../../nbs/5_losses/06_objective.ipynb #06a93ba1
 def compute_losses(
     features: dict, batch, bank: MemoryBank | None = None, duplicates: str = "mask"
 ) -> dict:
-    """Every term that the features allow, by name (loss_global_short, loss_global_long, loss_region, loss_hard) -> LossTerm.
+    """Every term that the features allow, by name -> `LossTerm`; the names are loss_global_short,
+    loss_global_long, loss_region and loss_hard.
 
-    features: rows by name, unnormalised, and the three stored scales, as the model returns them. batch: identities as attributes (`BatchIds`). A term
-    without a row on any process is absent. In several processes rows and identities are gathered first: every process must call, all get the same values,
-    and averaging the parameter gradients over processes gives the gradient of the undivided batch. The bank is read only; see `push_regions`."""
+    features: rows by name, unnormalised, and the three stored scales, as the model returns them.
+    batch: identities as attributes (`BatchIds`). A term without a row on any process is absent. In
+    several processes rows and identities are gathered first: every process must call, all get the
+    same values, and averaging the parameter gradients over processes gives the gradient of the
+    undivided batch. The bank is read only; see `push_regions`."""
     f = gather_features(features)
     ids = gather_ids(batch_ids(batch, features["image_features"].device))
-    terms = dict([*_global_terms(f, ids, duplicates), *_region_terms(f, ids, bank, duplicates)])
+    terms = dict([*global_terms(f, ids, duplicates), *region_terms(f, ids, bank, duplicates)])
     return {name: term for name, term in terms.items() if term.rows}
 
 # %% ../../nbs/5_losses/06_objective.ipynb #cdb1805c
 def push_regions(bank: MemoryBank, features: dict, batch) -> Pushed:
-    "Store the regions of the batch (of all processes, same order everywhere), detached. Once per region forward, after the loss; every process must call."
-    ids, none = (
-        batch_ids(batch),
-        features["image_features"][:0],
-    )  # zero rows of the precision that the other processes send
-    regions, texts = (features.get(name, none) for name in bank.vectors)
-    return bank.push(
-        regions,
-        texts,
-        *(
-            i[: len(regions)]
-            for i in (ids.region_caption_ids, ids.region_sample_ids, ids.region_ids)
-        ),
-    )
+    """Store the regions of the batch (of all processes, same order everywhere), detached.
+
+    Once per region forward, after the loss; every process must call, also one without regions: it
+    sends zero rows of the precision that the others send."""
+    ids, none = batch_ids(batch), features["image_features"][:0]
+    regions, texts = (features.get(name, none) for name in VECTORS)
+    columns = (ids.region_caption_ids, ids.region_sample_ids, ids.region_ids)
+    return bank.push(regions, texts, *(i[: len(regions)] for i in columns))
 
 # %% ../../nbs/5_losses/06_objective.ipynb #377f73ec
 def total_loss(terms: dict, cfg):
-    "Weighted sum of all terms, with the weights of the configuration."
+    """Weighted sum of all terms, 0-dim, with the weights of the configuration; 0 without a term.
+
+    cfg: anything with global_weight (of the short and of the long captions), region_weight and
+    hard_weight, as `TrainConfig`."""
     weights = dict(
         loss_global=cfg.global_weight, loss_region=cfg.region_weight, loss_hard=cfg.hard_weight
     )
     return sum(
-        w * t.loss
-        for n, t in terms.items()
-        for k, w in weights.items()
-        if n == k or n.startswith(k + "_")
+        weight * term.loss
+        for name, term in terms.items()
+        for kind, weight in weights.items()
+        if name == kind or name.startswith(kind + "_")
     )

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # %% ../../nbs/5_losses/02_terms.ipynb #4bac7523
 class _UnitRows(torch.autograd.Function):
+    "y = x / |x| for rows (N, D), a zero row stays zero; keeps y and 1 / |x| for the backward pass."
+
     @staticmethod
     def forward(ctx, x):
         norm = x.norm(dim=1, keepdim=True)
@@ -31,74 +33,63 @@ class _UnitRows(torch.autograd.Function):
 
 # %% ../../nbs/5_losses/02_terms.ipynb #9c3c8691
 def full_precision(x: Tensor):
-    "Context in which autocast does not round what is made from `x`: near 30, bf16 numbers lie 1/8 to 1/4 apart, too coarse for logits."
+    "Context in which autocast does not round what is made from `x`, on the device of `x`."
     return torch.autocast(x.device.type, enabled=False)
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    "Rows (N, D) scaled to length one, in float32 at least (bf16 features of autocast are widened first). Zero rows stay zero."
+    """Rows (N, D) scaled to length one, in float32 at least (bf16 is widened first).
+
+    Zero rows stay zero and get no gradient; rows with NaN or infinity hold NaN afterwards."""
     with full_precision(x):
         return _UnitRows.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 # %% ../../nbs/5_losses/02_terms.ipynb #bc221f09
-MEASURES = (
-    "chance",
-    "chance_in_batch",
-    "top1",
-    "positive_cosine",
-    "hardest_negative_cosine",
-    "masked_share",
-    "floor",
+MEASURES = dict(
+    chance="ln(unmasked candidates), nats.",
+    chance_in_batch="The same among the batch's own candidates.",
+    top1="Share of rows whose partner is the nearest candidate; ties with k others count 1/(k+1).",
+    positive_cosine="Cosine with the partner.",
+    hardest_negative_cosine="Largest cosine with a wrong candidate; NaN if there is none.",
+    masked_share="Share of the other candidates that is masked because it equals the partner.",
+    floor="ln(candidates equal to the partner, itself included): what 'mask' takes off the loss.",
 )
 
-
-def _measure(name: str, doc: str):
-    return property(lambda self: self.values[name], doc=doc)
-
-
-class _Measures:
-    "Measures as floats, fetched from the device when first read."
-
-    @cached_property
-    def values(self) -> dict:
-        return dict(zip(MEASURES, self.measures.tolist()))
-
-    chance = _measure("chance", "Mean over rows of ln(unmasked candidates), nats.")
-    chance_in_batch = _measure("chance_in_batch", "The same among the batch's own candidates.")
-    top1 = _measure(
-        "top1",
-        "Share of rows whose partner is the nearest candidate; k others tied with it count 1/(k+1).",
-    )
-    positive_cosine = _measure("positive_cosine", "Mean cosine with the partner.")
-    hardest_negative_cosine = _measure(
-        "hardest_negative_cosine",
-        "Mean over rows of the largest cosine with a wrong candidate; NaN if there is none.",
-    )
-    masked_share = _measure(
-        "masked_share",
-        "Share of the other candidates that is masked because it equals the partner.",
-    )
-    floor = _measure(
-        "floor",
-        "Mean over rows of ln(candidates equal to the partner, itself included): what duplicates='mask' takes off the loss.",
-    )
+# %% ../../nbs/5_losses/02_terms.ipynb #4760bb3c
+def measure_property(name: str) -> property:
+    "Read-only property that returns `self.values[name]`, documented as in MEASURES."
+    return property(lambda self: self.values[name], doc=MEASURES[name])
 
 # %% ../../nbs/5_losses/02_terms.ipynb #1533e2fb
 @dataclass
-class LossTerm(_Measures):
-    "A loss (nats, mean over rows), what it was computed from, and measures to judge it by."
+class LossTerm:
+    """A loss (nats, mean over rows), what it was computed from, and measures to judge it by.
 
-    loss: Tensor  # 0-dim, differentiable
-    in_batch: Tensor  # 0-dim, detached: the loss among the batch's own candidates only
-    candidates: (
-        float  # offered to each row, masked ones included (hard negatives: mean over groups)
-    )
+    loss: 0-dim, differentiable. in_batch: 0-dim, detached, the loss among the batch's candidates.
+    candidates: offered to each row, masked ones included (hard negatives: mean over groups);
+    candidates_in_batch: those of the batch. measures: (len(MEASURES),), detached.
+    dropped: left out, rows without direction or groups with such a row or without a negative."""
+
+    loss: Tensor
+    in_batch: Tensor
+    candidates: float
     candidates_in_batch: float
     rows: int
-    measures: Tensor  # (len(MEASURES),), detached
-    dropped: int = (
-        0  # left out: rows without direction; groups with such a row or without a negative
-    )
+    measures: Tensor
+    dropped: int = 0
+
+    chance = measure_property("chance")
+    chance_in_batch = measure_property("chance_in_batch")
+    top1 = measure_property("top1")
+    positive_cosine = measure_property("positive_cosine")
+    hardest_negative_cosine = measure_property("hardest_negative_cosine")
+    masked_share = measure_property("masked_share")
+    floor = measure_property("floor")
+
+    @cached_property
+    def values(self) -> dict:
+        "MEASURES by name as floats, fetched from the device when first read."
+        return dict(zip(MEASURES, self.measures.tolist()))
 
     def as_dict(self) -> dict:
         "Everything by name as floats, for logging; measures that do not exist here are left out."
@@ -111,7 +102,7 @@ class LossTerm(_Measures):
 
 # %% ../../nbs/5_losses/02_terms.ipynb #91611f21
 def empty_term(zero: Tensor, dropped: int = 0) -> LossTerm:
-    "The term of no rows at all: `zero` (0-dim, differentiable) as the loss, chance 0, no other measure."
+    "The term of no rows: `zero` (0-dim, differentiable) as the loss, chance 0, no other measure."
     measures = torch.full((len(MEASURES),), torch.nan)
     measures[:2] = 0.0
     return LossTerm(zero, zero.detach(), 0, 0, 0, measures, dropped)

@@ -8,15 +8,16 @@ __all__ = []
 # %% ../../nbs/5_losses/04_tiled.ipynb #bd517410
 import dataclasses
 import torch
+from torch import Tensor
 from fgclip_nb.losses.terms import full_precision
 from fgclip_nb.losses.pairs import (
     Pairs,
     Tally,
-    _transposed,
     count_block,
     own_mask,
     same_in_bank,
     same_in_batch,
+    transposed,
 )
 
 # %% ../../nbs/5_losses/04_tiled.ipynb #1422667b
@@ -27,78 +28,88 @@ def blocks(n: int, m: int, tile: tuple):
             yield slice(i, min(i + tile[0], n)), slice(j, min(j + tile[1], m))
 
 # %% ../../nbs/5_losses/04_tiled.ipynb #1fec621b
-def _batch_tiles(p, tile):
+def batch_tiles(p: Pairs, tile: tuple):
     "(i, j, cosines, same) of every tile of the batch."
     for i, j in blocks(len(p), len(p), tile):
         yield i, j, p.a[i] @ p.b[j].T, same_in_batch(p, i, j)
 
 
-def _bank_tiles(p, tile):
+def bank_tiles(p: Pairs, tile: tuple):
     "(side, i, j, cosines, same) of every tile of the bank, for either direction."
-    for side, (x, stored) in enumerate(((p.a, p.bank[1]), (p.b, p.bank[0])) if p.bank_size else ()):
+    if not p.bank_size:
+        return
+    for side, (x, stored) in enumerate(((p.a, p.bank[1]), (p.b, p.bank[0]))):
         for i, j in blocks(len(p), p.bank_size, tile):
             yield side, i, j, x[i] @ stored[j].T, same_in_bank(p, i, j)
 
-
-def _tile_logits(p, cosines, same):
+# %% ../../nbs/5_losses/04_tiled.ipynb #1596aa22
+def tile_logits(p: Pairs, cosines: Tensor, same: Tensor | None) -> Tensor:
+    "Logits (n, m) of a tile; equals are out of the sum when duplicates are masked."
     logits = p.scale * cosines
-    return (
-        logits.masked_fill_(same, -torch.inf)
-        if same is not None and p.duplicates == "mask"
-        else logits
-    )
+    if same is not None and p.duplicates == "mask":
+        return logits.masked_fill_(same, -torch.inf)
+    return logits
 
 # %% ../../nbs/5_losses/04_tiled.ipynb #9fc6079e
-class _Running:
-    "Log-sum-exp and summed right logits of the rows of one direction."
+class Running:
+    """Sums over the tiles of one direction.
 
-    def __init__(self, p, positive):
-        self.lse, self.right, self.spreads = (
-            torch.full_like(positive, -torch.inf),
-            p.scale * positive,
-            p.duplicates == "positive",
-        )
+    lse: (N,) log-sum-exp of the logits so far. right: (N,) sum of the right logits."""
 
-    def take(self, rows, logits, same):
+    def __init__(self, p: Pairs, positive: Tensor):
+        self.lse = torch.full_like(positive, -torch.inf)
+        self.right = p.scale * positive
+        self.spreads = p.duplicates == "positive"
+
+    def take(self, rows: slice, logits: Tensor, same: Tensor | None):
+        "Add the logits (n, m) of a tile to the sums of its rows."
         self.lse[rows] = torch.logaddexp(self.lse[rows], logits.logsumexp(1))
         if same is not None and self.spreads:
             self.right[rows] += (logits * same).sum(1)
 
-    def loss(self, equals):
+    def loss(self, equals: Tensor) -> Tensor:
+        "Mean loss, 0-dim, of the tiles taken; equals: (N,) other right candidates of each row."
         return (self.lse - self.right / (1 + equals * self.spreads)).mean()
 
 # %% ../../nbs/5_losses/04_tiled.ipynb #fb75ab9b
-def _tiled_forward(p, tallies, tile):
+def tiled_forward(p: Pairs, tallies: tuple, tile: tuple) -> tuple:
     "(loss, in-batch loss, log-sum-exps of both directions); fills the tallies."
-    running = [_Running(p, t.positive) for t in tallies]
-    mean = lambda: torch.stack([r.loss(t.equals) for r, t in zip(running, tallies)]).mean()
-    for i, j, cosines, same in _batch_tiles(p, tile):
-        logits, own = _tile_logits(p, cosines, same), own_mask(i, j, p.a.device)
+    running = [Running(p, t.positive) for t in tallies]
+
+    def mean():
+        return torch.stack([r.loss(t.equals) for r, t in zip(running, tallies)]).mean()
+
+    for i, j, cosines, same in batch_tiles(p, tile):
+        logits, own = tile_logits(p, cosines, same), own_mask(i, j, p.a.device)
         running[0].take(i, logits, same)
         count_block(tallies[0], i, cosines, same, own)
-        running[1].take(j, logits.T, _transposed(same))
-        count_block(tallies[1], j, cosines.T, _transposed(same), _transposed(own))
+        running[1].take(j, logits.T, transposed(same))
+        count_block(tallies[1], j, cosines.T, transposed(same), transposed(own))
     in_batch = mean()
-    for side, i, _, cosines, same in _bank_tiles(p, tile):
-        running[side].take(i, _tile_logits(p, cosines, same), same)
+    for side, i, _, cosines, same in bank_tiles(p, tile):
+        running[side].take(i, tile_logits(p, cosines, same), same)
         count_block(tallies[side], i, cosines, same, bank=True)
     return mean(), in_batch, [r.lse for r in running]
 
 # %% ../../nbs/5_losses/04_tiled.ipynb #afb3e5f5
-def _tiled_backward(p, lse, share, positive, tile):
-    "Gradients of 2 N L with respect to a and b, both still without the factor `scale`, and to scale."
-    ga, gb, gs = torch.zeros_like(p.a), torch.zeros_like(p.b), torch.zeros_like(p.scale)
+def tiled_backward(p: Pairs, lse: tuple, share: tuple, positive: Tensor, tile: tuple) -> tuple:
+    """Gradients of 2 N L with respect to a and b, both still without the factor `scale`, and to
+    scale.
+
+    lse, share: (N,) per direction, log-sum-exps and the weight of each right candidate.
+    positive: (N,) cosine of each row with its partner."""
+    ga, gb, gs = (torch.zeros_like(x) for x in (p.a, p.b, p.scale))
     spreads = p.duplicates == "positive"
-    for i, j, cosines, same in _batch_tiles(p, tile):
-        logits = _tile_logits(p, cosines, same)
+    for i, j, cosines, same in batch_tiles(p, tile):
+        logits = tile_logits(p, cosines, same)
         w = (logits - lse[0][i, None]).exp_().add_((logits - lse[1][None, j]).exp_())
         if same is not None and spreads:
             w -= same * (share[0][i, None] + share[1][None, j])
         ga[i].addmm_(w, p.b[j])
         gb[j].addmm_(w.T, p.a[i])
         gs += (w * cosines).sum()
-    for side, i, j, cosines, same in _bank_tiles(p, tile):
-        w = (_tile_logits(p, cosines, same) - lse[side][i, None]).exp_()
+    for side, i, j, cosines, same in bank_tiles(p, tile):
+        w = (tile_logits(p, cosines, same) - lse[side][i, None]).exp_()
         if same is not None and spreads:
             w -= same * share[side][i, None]
         (ga, gb)[side][i].addmm_(w, p.bank[1 - side][j])
@@ -117,10 +128,11 @@ class _TiledContrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, scale, pairs, tallies, tile):
         p = dataclasses.replace(pairs, a=a, b=b, scale=scale)
-        loss, in_batch, lse = _tiled_forward(p, tallies, tile)
+        loss, in_batch, lse = tiled_forward(p, tallies, tile)
         share = [1 / (1 + t.equals * (p.duplicates == "positive")).to(a.dtype) for t in tallies]
         ctx.save_for_backward(a, b, scale, *lse, *share, tallies[0].positive)
-        ctx.pairs, ctx.tile = dataclasses.replace(pairs, a=None, b=None, scale=None), tile
+        ctx.pairs = dataclasses.replace(pairs, a=None, b=None, scale=None)
+        ctx.tile = tile
         ctx.mark_non_differentiable(in_batch)
         return loss, in_batch
 
@@ -130,12 +142,15 @@ class _TiledContrast(torch.autograd.Function):
         a, b, scale, lse0, lse1, share0, share1, positive = ctx.saved_tensors
         with full_precision(a):
             p = dataclasses.replace(ctx.pairs, a=a, b=b, scale=scale)
-            ga, gb, gs = _tiled_backward(p, (lse0, lse1), (share0, share1), positive, ctx.tile)
+            ga, gb, gs = tiled_backward(p, (lse0, lse1), (share0, share1), positive, ctx.tile)
         grad = grad / (2 * len(a))
         return ga.mul_(grad * scale), gb.mul_(grad * scale), gs * grad, None, None, None
 
 # %% ../../nbs/5_losses/04_tiled.ipynb #644c9505
 def tiled_contrast(p: Pairs, tile: tuple) -> tuple:
-    "Symmetric loss that holds one tile of logits at a time. (loss, in-batch loss, tallies of both directions), as `dense_contrast`."
+    """Symmetric loss that holds one tile of logits, tile[0] x tile[1], at a time.
+
+    Returns what `dense_contrast` returns: loss and in-batch loss, 0-dim, and the tallies of both
+    directions."""
     tallies = (Tally(p), Tally(p))
     return *_TiledContrast.apply(p.a, p.b, p.scale, p, tallies, tile), tallies
