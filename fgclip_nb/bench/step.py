@@ -14,6 +14,7 @@ from torch import Tensor
 from fgclip_nb.batches.batch import Batch
 from fgclip_nb.model.config import FGCLIPConfig, PRESETS
 from fgclip_nb.model.towers import SCALES
+from fgclip_nb.model.features import textual_features, visual_features
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.losses.objective import compute_losses
 from fgclip_nb.training.build import parameter_groups
@@ -62,7 +63,10 @@ def plain_parts(model, batch: Batch) -> dict:
 # %% ../../nbs/9a_bench/02_step.ipynb #298de8d5
 def fast_parts(model, batch: Batch) -> dict:
     "The two parts of the package's step: one pass over the photos, one over all texts."
-    return {"vision": lambda: model._seen(batch), "text together": lambda: model._read(batch)}
+    return {
+        "vision": lambda: visual_features(model, batch),
+        "text together": lambda: textual_features(model, batch),
+    }
 
 
 def texts_by_kind(batch: Batch) -> dict:
@@ -86,7 +90,7 @@ def apart_parts(model, batch: Batch) -> dict:
         texts.pack()
         return lambda: {name: model.encode_text(texts, long)[texts.index]}
 
-    return {"vision": lambda: model._seen(batch)} | {
+    return {"vision": lambda: visual_features(model, batch)} | {
         kind: part(*x) for kind, x in texts_by_kind(batch).items()
     }
 

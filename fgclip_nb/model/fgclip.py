@@ -8,7 +8,7 @@ __all__ = ['FGCLIP']
 # %% ../../nbs/4_model/12_fgclip.ipynb #ab92da33
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 from fgclip_nb.model.config import FGCLIPConfig, check_config
-from fgclip_nb.model.features import batch_features, textual_features, visual_features
+from fgclip_nb.model.features import batch_features
 from fgclip_nb.model.layers import compile_layers
 from fgclip_nb.model.loading import load_openai, load_pretrained
 from fgclip_nb.model.saving import push_card, save_model
@@ -131,12 +131,6 @@ class FGCLIP(CLIPPreTrainedModel):
         return encode_images(self, pixel_values, boxes, box_image, interpolate_pos_encoding)
 
     # Batches
-
-    def _seen(self, batch):
-        return visual_features(self, batch)
-
-    def _read(self, batch):
-        return textual_features(self, batch)
 
     def forward(self, batch):
         """Batch -> dict of features by name, none normalised, and the three stored log scales.
