@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.evaluation.features import _plain_npy
+from fgclip_nb.evaluation.features import read_plain_npy
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #d61c18a8
 MEDIA_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".npy")
@@ -168,7 +168,7 @@ def read_scores(source):
     """{name: scores (T,)} from a dictionary, a folder of npy files (no pickle), or a JSON object. NaN, Inf, empty or nested scores raise
     DataError."""
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        source = {p.name: _plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
+        source = {p.name: read_plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
     elif isinstance(source, (str, Path)):
         source = json.loads(Path(source).read_text(encoding="utf-8"))
     out = {}

@@ -13,9 +13,15 @@ import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, write_atomic
 from fgclip_nb.evaluation.ranking import unit
-from fgclip_nb.evaluation.encoder import _Frozen, _stack, _tensor, weights_fingerprint
-from fgclip_nb.evaluation.captions import _as_encoder
-from fgclip_nb.evaluation.features import _plain_npy
+from fgclip_nb.evaluation.encoder import (
+    feature_tensor,
+    frozen,
+    need_dense,
+    stack_features,
+    weights_fingerprint,
+)
+from fgclip_nb.evaluation.captions import as_encoder
+from fgclip_nb.evaluation.features import read_plain_npy
 from fgclip_nb.evaluation.annotations import AnomalyVideo, video_name
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #afcf8f17
@@ -83,22 +89,24 @@ def _encode_video(encoder, path, every, boxes, most=64):
         [],
     )
     numbers = _segment_frames(n, every)
-    encoder._need_dense()
-    with _Frozen(encoder.model):
+    need_dense(encoder.model)
+    with frozen(encoder.model):
         for i in range(0, len(numbers), most):
             pixels = normalize(
                 torch.from_numpy(read_frames(path, numbers[i : i + most], encoder.image_size)).to(
                     encoder.device
                 )
             )
-            whole.append(_tensor(encoder.model.get_image_features(pixels)))
+            whole.append(feature_tensor(encoder.model.get_image_features(pixels)))
             regions.append(
                 encoder.model.get_image_box_roi_features(
                     pixels, [cells.to(encoder.device)] * len(pixels)
                 )
             )
     return VideoFeatures(
-        unit(_stack(whole)), unit(_stack(regions)).reshape(len(numbers), len(boxes), -1), n
+        unit(stack_features(whole)),
+        unit(stack_features(regions)).reshape(len(numbers), len(boxes), -1),
+        n,
     )
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #aa3d2ac6
@@ -107,7 +115,7 @@ def _cached_video(cache, name, encode, source):
     path, counts = cache / f"{name}.npy", cache / "frames.json"
     known = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
     if path.is_file() and name in known:
-        both = _plain_npy(path).astype(np.float64)
+        both = read_plain_npy(path).astype(np.float64)
         return VideoFeatures(both[:, 0], both[:, 1:], known[name])
     found = encode(source)
     np.save(path, np.concatenate([found.whole[:, None], found.regions], axis=1).astype(np.float32))
@@ -136,7 +144,7 @@ def video_features(model, paths, every=16, boxes=None, image_size=None, cache=No
 
     cache: a folder that keeps them, an array without pickle per video; what is there is not encoded again."""
     encoder, boxes = (
-        _as_encoder(model, image_size),
+        as_encoder(model, image_size),
         grid_boxes() if boxes is None else np.asarray(boxes),
     )
     if not hasattr(encoder, "model"):
@@ -164,7 +172,7 @@ def anomaly_scores(
     """Zero-shot scores per segment of `every` frames -> ({name: scores (S,)}, {name: frames}), ready for `frame_auc(…, frames=…)`.
 
     Score = (1 - region_weight) * whole frame + region_weight * highest region. boxes, cache: see `video_features`."""
-    encoder, prompts = _as_encoder(model, image_size), read_prompts(prompts)
+    encoder, prompts = as_encoder(model, image_size), read_prompts(prompts)
     features = video_features(encoder, paths, every, boxes, cache=cache)
     normal = unit(encoder.texts(prompts["Normal"]))
     anomalous = unit(

@@ -34,7 +34,7 @@ class CaptionSet:
     lost: dict
 
 # %% ../../nbs/7_evaluation/03_captions.ipynb #fa205be2
-def _reasons(encoder, items, rows):
+def lost_reasons(encoder, items, rows):
     "reason -> number of the items that are not among `rows`."
     kept = set(np.asarray(rows).tolist())
     return dict(Counter(encoder.why_lost(x) for i, x in enumerate(items) if i not in kept))
@@ -50,7 +50,7 @@ def encode_captions(encoder, samples, long=False, most=5):
             f"no readable photo with a {'long' if long else 'short'} caption among {len(samples)} samples"
         )
     texts, owner = [c for c, _ in pairs], np.array([i for _, i in pairs], dtype=np.int64)
-    lost = _reasons(encoder, samples, rows) | {
+    lost = lost_reasons(encoder, samples, rows) | {
         "without caption": len(kept) - len(set(owner.tolist()))
     }
     return CaptionSet(
@@ -58,7 +58,7 @@ def encode_captions(encoder, samples, long=False, most=5):
     )
 
 # %% ../../nbs/7_evaluation/03_captions.ipynb #ffa2d468
-def _as_encoder(model, image_size=None, batch_size=64):
+def as_encoder(model, image_size=None, batch_size=64):
     "An `Encoder`, or anything with its methods, unchanged; a model wrapped in one."
     return (
         model
@@ -82,7 +82,7 @@ def caption_retrieval(
 
     model: a model or an `Encoder`. Adds "lost" (photos missing, unreadable or without caption) and "cut" (captions longer than the
     context). A sentence that stands at two photos is right for both."""
-    encoder = _as_encoder(model, image_size, batch_size)
+    encoder = as_encoder(model, image_size, batch_size)
     found = encode_captions(encoder, list(samples), long, captions)
     out = retrieval(
         found.images,

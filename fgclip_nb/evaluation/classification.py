@@ -12,17 +12,17 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset
 from fgclip_nb.evaluation.ranking import (
     TIE_RULES,
-    _blocks,
-    _grouped_permutations,
-    _null_sums,
-    _padded,
+    row_blocks,
+    grouped_permutations,
+    null_sums,
+    padded_rows,
     rank_queries,
     unit,
 )
 from fgclip_nb.evaluation.scores import Ranked
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #f04d4ec6
-def _list_file(source, shipped):
+def list_file(source, shipped):
     "The shipped file of a bare name, else the path itself."
     path = asset(f"{shipped}{source}.txt")
     return path if path.is_file() else Path(source)
@@ -32,7 +32,7 @@ def read_lines(source, shipped=""):
     "Entries of a list as they are, or the non-empty lines of a text file; a bare name means the shipped file `<shipped><name>.txt`."
     if not isinstance(source, (str, Path)):
         return [str(x) for x in source]
-    path = _list_file(source, shipped)
+    path = list_file(source, shipped)
     if not path.is_file():
         raise DataError(
             f"{source!r}: neither a shipped list ({', '.join(sorted(p.stem for p in asset().glob('*.txt')))}) nor a file"
@@ -96,7 +96,7 @@ def classify(
     ids = ids or [str(i) for i in range(len(target))]
     if not len(target):
         return Ranked([], [], *(np.zeros(0, dtype=np.int64),) * 3, ks=ks)
-    perm = _grouped_permutations(groups or ids, permutations, seed)
+    perm = grouped_permutations(groups or ids, permutations, seed)
     permuted = (lambda block: target[perm[:, block]][..., None]) if permutations else None
     queries, classes = unit(features), unit(classes, "class features")
     places = rank_queries(queries, classes, target[:, None], permuted, ties, ks)
@@ -182,13 +182,15 @@ def choose(
     ids = ids or [str(i) for i in range(len(options))]
     if not options:
         return Ranked([], [], *(np.zeros(0, dtype=np.int64),) * 3, ks=(1,))
-    items, texts, table = unit(features), unit(text_features, "text_features"), _padded(options)
-    perm = _grouped_permutations(groups or ids, permutations, seed)
+    items, texts, table = unit(features), unit(text_features, "text_features"), padded_rows(options)
+    perm = grouped_permutations(groups or ids, permutations, seed)
     ranks, predicted, margin, null = (
         np.zeros(len(items), t) for t in (np.int64, np.int64, np.float64, np.float64)
     )
     null = np.zeros((permutations, 2))
-    for block in _blocks(len(items), items.shape[1] * (permutations + table.shape[1]), 16_000_000):
+    for block in row_blocks(
+        len(items), items.shape[1] * (permutations + table.shape[1]), 16_000_000
+    ):
         valid, own = table[block] >= 0, texts[table[block]]
         scores = np.where(valid, _own_scores(items[block], own), -np.inf)
         ranks[block] = _rank_of_first(scores, valid, ties)
@@ -200,7 +202,7 @@ def choose(
         predicted[block] = table[block][np.arange(len(best)), best]
         margin[block] = scores[np.arange(len(best)), best] - scores[:, 0]
         if permutations:
-            null += _null_sums(
+            null += null_sums(
                 _rank_of_first(_own_scores(items[perm[:, block]], own), valid, ties), (1,)
             )
     return Ranked(

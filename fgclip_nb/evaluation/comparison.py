@@ -162,7 +162,7 @@ def side_by_side(named):
     )
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #b54d582b
-def _shares(evaluation):
+def share_table(evaluation):
     "The shares right of an evaluation, by task, list and metric."
     table = evaluation.table()
     return table[(table.metric != "mean_rank") & table.value.notna()].set_index(
@@ -174,7 +174,7 @@ def plot_side_by_side(named, title="Models side by side"):
     "Every share of several evaluations with its 95 % interval, one colour per model; black: chance."
     import matplotlib.pyplot as plt
 
-    tables = {name: _shares(e) for name, e in named.items()}
+    tables = {name: share_table(e) for name, e in named.items()}
     rows_ = list(dict.fromkeys(k for t in tables.values() for k in t.index))[::-1]
     fig, ax = plt.subplots(
         figsize=(8.5, 1.4 + (0.1 + 0.09 * len(named)) * len(rows_)), layout="constrained"

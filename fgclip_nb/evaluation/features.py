@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
 from fgclip_nb.core.folder import write_atomic
-from fgclip_nb.evaluation.encoder import _is_clip, _media
-from fgclip_nb.evaluation.captions import _as_encoder, captions_of
-from fgclip_nb.evaluation.regions import _region_id, encode_regions
+from fgclip_nb.evaluation.encoder import is_clip, media_of
+from fgclip_nb.evaluation.captions import as_encoder, captions_of
+from fgclip_nb.evaluation.regions import region_id, encode_regions
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #7d89b359
 def _random_model(name):
@@ -55,7 +55,7 @@ def load_model(source):
     return FGCLIP.from_clip(str(_checkpoint_in(path) if path.is_dir() else source))
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #988a5e67
-def _plain_npy(path):
+def read_plain_npy(path):
     "An array without pickle."
     try:
         with open(path, "rb") as f:
@@ -68,7 +68,7 @@ def _plain_npy(path):
 
 def _load_npy(path):
     "A float array (n,D) without pickle."
-    array = _plain_npy(path)
+    array = read_plain_npy(path)
     if array.ndim != 2 or array.dtype.kind != "f":
         raise DataError(f"{path}: expected a float array (n, D), got {array.dtype} {array.shape}")
     return array
@@ -111,7 +111,7 @@ def _by_file_name(folder, rows):
 def _item_name(item):
     "Name of a photo or clip in a feature folder: its file name, and for a part of a video its seconds."
     span = getattr(item, "span", None)
-    return Path(_media(item)).name + (f"@{span[0]:g}-{span[1]:g}" if span else "")
+    return Path(media_of(item)).name + (f"@{span[0]:g}-{span[1]:g}" if span else "")
 
 
 def _box_key(name, box):
@@ -191,14 +191,16 @@ class CachedFeatures(_CachedTexts):
 
     def regions(self, items, boxes):
         keys = [
-            (i, _box_key(_media(x), b)) for i, (x, own) in enumerate(zip(items, boxes)) for b in own
+            (i, _box_key(media_of(x), b))
+            for i, (x, own) in enumerate(zip(items, boxes))
+            for b in own
         ]
         features, rows = self._pick(self._regions, [k for _, k in keys])
         return features, np.array([keys[r][0] for r in rows], dtype=np.int64), rows
 
     def clip_regions(self, sample, wanted):
         asked = [r for r in sample.regions if wanted(r)]
-        features, rows = self._pick(self._regions, [(_region_id(sample, r),) for r in asked])
+        features, rows = self._pick(self._regions, [(region_id(sample, r),) for r in asked])
         return features, [asked[i] for i in rows]
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #e0c5e08c
@@ -227,13 +229,13 @@ def _write_features(folder, arrays, names):
 # %% ../../nbs/7_evaluation/07_features.ipynb #b5b47738
 def save_features(model, samples, folder, texts=(), image_size=None):
     "Write features of photos, clips, regions and texts of `samples` (and of further `texts`) into `folder`. Returns the folder."
-    encoder, samples, folder = _as_encoder(model, image_size), list(samples), Path(folder)
+    encoder, samples, folder = as_encoder(model, image_size), list(samples), Path(folder)
     whole = list({(s.media, s.span): s for s in samples}.values())
     images, rows = encoder.images(whole)
     regions = encode_regions(encoder, samples, lambda r: True)
     nowhere = (float("nan"),) * 4
     boxes = np.array(
-        [nowhere if _is_clip(s) else r.box for s, r in regions.items], dtype=np.float64
+        [nowhere if is_clip(s) else r.box for s, r in regions.items], dtype=np.float64
     ).reshape(-1, 4)
     short = list(dict.fromkeys([*(t for s in samples for t in _texts_of(s)), *texts]))
     long = list(dict.fromkeys(t for s in samples for t in captions_of(s, long=True)))
@@ -244,7 +246,7 @@ def save_features(model, samples, folder, texts=(), image_size=None):
         "text_features": encoder.texts(short),
         "long_text_features": encoder.texts(long, long=True),
     }
-    owners = [_region_id(s, r) if _is_clip(s) else _item_name(s) for s, r in regions.items]
+    owners = [region_id(s, r) if is_clip(s) else _item_name(s) for s, r in regions.items]
     images_of = list(_by_file_name(folder, [(_item_name(whole[i]), i) for i in rows]))
     _write_features(
         folder,

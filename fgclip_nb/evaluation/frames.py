@@ -13,7 +13,7 @@ from fgclip_nb.evaluation.ranking import interval
 from fgclip_nb.evaluation.annotations import match_scores
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #0f5fd795
-def _auc_ap(labels, scores):
+def auc_and_ap(labels, scores):
     "(ROC AUC, average precision), or (None, None) when only one class is there."
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -22,7 +22,7 @@ def _auc_ap(labels, scores):
     return float(roc_auc_score(labels, scores)), float(average_precision_score(labels, scores))
 
 
-def _pooled(found):
+def pooled_frames(found):
     "All frames of some videos: labels, scores."
     if not found:
         return np.zeros(0, dtype=bool), np.zeros(0)
@@ -33,7 +33,7 @@ class WeightedCurves:
     "AUC and AP under weights per video: scores are sorted once."
 
     def __init__(self, found):
-        labels, scores = _pooled(found)
+        labels, scores = pooled_frames(found)
         video = np.repeat(np.arange(len(found)), [len(f.scores) for f in found])
         _, place = np.unique(-scores, return_inverse=True)  # 0 = highest score
         cells, inverse = np.unique(place * len(found) + video, return_inverse=True)
@@ -94,10 +94,13 @@ def _class_scores(found, curves):
 # %% ../../nbs/7_evaluation/11_frames.ipynb #71095516
 def _frame_figures(found, threshold):
     "The figures of matched videos and their denominators."
-    labels, values = _pooled(found)
+    labels, values = pooled_frames(found)
     normal, anomalous = ([f for f in found if bool(f.video.spans) == k] for k in (False, True))
-    (auc, ap), (auc_anomalous, ap_anomalous) = _auc_ap(labels, values), _auc_ap(*_pooled(anomalous))
-    alarms = _pooled(normal)[1] >= threshold
+    (auc, ap), (auc_anomalous, ap_anomalous) = (
+        auc_and_ap(labels, values),
+        auc_and_ap(*pooled_frames(anomalous)),
+    )
+    alarms = pooled_frames(normal)[1] >= threshold
     return {
         "auc": auc,
         "ap": ap,

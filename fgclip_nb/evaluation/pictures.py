@@ -10,10 +10,10 @@ import math
 from pathlib import Path
 import numpy as np
 from fgclip_nb.evaluation.ranking import cosines, unit
-from fgclip_nb.evaluation.encoder import _encoded, _is_clip, _media
-from fgclip_nb.evaluation.captions import _as_encoder, captions_of
-from fgclip_nb.evaluation.comparison import _shares
-from fgclip_nb.evaluation.frames import _auc_ap, _pooled
+from fgclip_nb.evaluation.encoder import encoded_of, is_clip, media_of
+from fgclip_nb.evaluation.captions import as_encoder, captions_of
+from fgclip_nb.evaluation.comparison import share_table
+from fgclip_nb.evaluation.frames import auc_and_ap, pooled_frames
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #62b9d1fb
 def _panels(n, columns=4, size=2.6):
@@ -56,9 +56,9 @@ def _picture(item, frame=None, span=None):
     from fgclip_nb.data.video import read_frames, video_info
     from fgclip_nb.data.samples import is_video
 
-    path = _media(item)
+    path = media_of(item)
     if not is_video(path):
-        return read_image(_encoded(item))
+        return read_image(encoded_of(item))
     info = video_info(path)
     middle = int(sum(span) / 2 * info.fps) if span else info.frames // 2
     return read_frames(path, [min(middle if frame is None else frame, info.frames - 1)])[0]
@@ -99,12 +99,12 @@ def similarity_map(encoder, photo, texts):
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #663ca01d
 def plot_similarity(model, photo, texts, image_size=None):
     "Dense similarity of one photo (sample or path) with texts, each over the photo, on one colour scale."
-    encoder = _as_encoder(model, image_size)
+    encoder = as_encoder(model, image_size)
     from fgclip_nb.data.photos import read_image
 
     maps, image = (
         similarity_map(encoder, photo, texts),
-        read_image(_encoded(photo), encoder.image_size),
+        read_image(encoded_of(photo), encoder.image_size),
     )
     fig, axes = _panels(len(texts) + 1, 4)
     axes[0].imshow(image)
@@ -129,8 +129,8 @@ def plot_neighbours(model, samples, queries, k=4, image_size=None):
     "For each query text the k photos nearest to it, best first, with cosines; a green frame marks a photo that the query is a caption of."
     from fgclip_nb.data.photos import read_image
 
-    encoder = _as_encoder(model, image_size)
-    samples = [s for s in samples if not _is_clip(s)]
+    encoder = as_encoder(model, image_size)
+    samples = [s for s in samples if not is_clip(s)]
     images, rows = encoder.images(samples)
     scores = cosines(unit(encoder.texts(queries)), unit(images))
     fig, axes = _panels(k * len(queries), k, 2.4)
@@ -153,7 +153,7 @@ def plot_scores(evaluation, title=""):
     "Every share of an evaluation as a point with its 95 % interval, beside the band that permuted links score and nominal chance."
     import matplotlib.pyplot as plt
 
-    table = _shares(evaluation).iloc[::-1].reset_index()
+    table = share_table(evaluation).iloc[::-1].reset_index()
     fig, ax = plt.subplots(figsize=(8, 1.4 + 0.22 * len(table)), layout="constrained")
     numbers = {
         c: table[c].astype(float)
@@ -214,8 +214,8 @@ def plot_curves(named):
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
     for label, found in named.items():
-        labels, scores = _pooled(found)
-        auc, ap = _auc_ap(labels, scores)
+        labels, scores = pooled_frames(found)
+        auc, ap = auc_and_ap(labels, scores)
         left.plot(*roc_curve(labels, scores)[:2], label=f"{label}: AUC {auc:.3f}")
         precision, recall, _ = precision_recall_curve(labels, scores)
         right.plot(recall, precision, label=f"{label}: AP {ap:.3f}")

@@ -97,7 +97,7 @@ def interval(draws, level=0.95):
     return [float(v) for v in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #33211c71
-def _padded(lists):
+def padded_rows(lists):
     "Ragged lists of row numbers -> int64 (n, longest), filled up with -1."
     out = np.full((len(lists), max([1, *map(len, lists)])), -1, dtype=np.int64)
     for row, items in zip(out, lists):
@@ -150,10 +150,10 @@ def _link_tables(rows, text_image, text_ids, n_images):
     for text, images in enumerate(images_of):
         for image in images:
             texts_of[image].append(text)
-    return _padded(texts_of), _padded(images_of)
+    return padded_rows(texts_of), padded_rows(images_of)
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #44e88b99
-def _blocks(n, width, budget=4_000_000):
+def row_blocks(n, width, budget=4_000_000):
     "Slices over n rows so that rows × width stays near `budget` entries."
     rows = max(1, budget // max(1, width))
     return [slice(i, min(n, i + rows)) for i in range(0, n, rows)]
@@ -187,19 +187,19 @@ def rank_queries(queries, candidates, right, permuted=None, ties="against", ks=(
     permuted: function(block) -> right answers (P,rows,g) under P permutations."""
     n = len(queries)
     out, sums = Places(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64), np.zeros(n)), 0
-    for block in _blocks(n, max(len(candidates), 1000 * right.shape[1] if permuted else 1)):
+    for block in row_blocks(n, max(len(candidates), 1000 * right.shape[1] if permuted else 1)):
         scores = cosines(queries[block], candidates)
         counts = standing(scores, ties)
         out.ranks[block] = best_rank(counts, right[block], ties)
         out.wrong[block], out.margin[block] = _best_wrong(scores, right[block])
         if permuted is not None:
-            sums = sums + _null_sums(best_rank(counts, permuted(block), ties), ks)
+            sums = sums + null_sums(best_rank(counts, permuted(block), ties), ks)
     if permuted is not None:
         out.null = sums
     return out
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #869cdcdd
-def _null_sums(ranks, ks):
+def null_sums(ranks, ks):
     "ranks (P,n), 0 = no right answer -> (P, len(ks)+1): hits at each k, sum of ranks."
     return np.stack([((ranks > 0) & (ranks <= k)).sum(1) for k in ks] + [ranks.sum(1)], 1).astype(
         np.float64
@@ -217,7 +217,7 @@ def _permutations(n, repeats, seed):
     return perm, np.argsort(perm, axis=1)
 
 
-def _grouped_permutations(groups, repeats, seed):
+def grouped_permutations(groups, repeats, seed):
     """Permutations of n items (repeats,n) that shuffle whole groups: the groups' items in a random order of groups, dealt out again.
 
     Items of one photo look alike and so do their answers; shuffling single items would call that luck knowledge."""
@@ -234,7 +234,7 @@ def _grouped_permutations(groups, repeats, seed):
     return perm
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #ae960978
-def _permuted_links(texts_of, images_of, repeats, seed):
+def permuted_links(texts_of, images_of, repeats, seed):
     "Functions block -> right answers (repeats, rows, g) for image queries and for text queries."
     perm, inverse = _permutations(len(texts_of), repeats, seed)
     i2t = lambda block: texts_of[perm[:, block]]

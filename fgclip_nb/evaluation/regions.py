@@ -9,7 +9,7 @@ __all__ = []
 from collections import Counter
 from dataclasses import dataclass
 import numpy as np
-from fgclip_nb.evaluation.encoder import _is_clip
+from fgclip_nb.evaluation.encoder import is_clip
 
 # %% ../../nbs/7_evaluation/05_regions.ipynb #1c782994
 @dataclass
@@ -22,7 +22,7 @@ class RegionSet:
 
     @property
     def ids(self):
-        return [_region_id(s, r) for s, r in self.items]
+        return [region_id(s, r) for s, r in self.items]
 
     @property
     def groups(self):
@@ -60,7 +60,7 @@ def _shown_at(region):
     )
 
 
-def _region_id(sample, region):
+def region_id(sample, region):
     return region.id or f"{sample.id} {region.phrase}"
 
 
@@ -87,9 +87,9 @@ def _photo_regions(encoder, pairs):
 # %% ../../nbs/7_evaluation/05_regions.ipynb #70fd4c50
 def _why_left(encoder, sample, region, unreadable):
     "Why a region has no feature."
-    if not _is_clip(sample) and region.box is None:
+    if not is_clip(sample) and region.box is None:
         return "no box in a photo"
-    if _is_clip(sample) and sample.media not in unreadable:
+    if is_clip(sample) and sample.media not in unreadable:
         return "not visible in the frames looked at"
     return encoder.why_lost(sample)
 
@@ -98,9 +98,9 @@ def encode_regions(encoder, samples, wanted):
     "Encode the regions for which wanted(region) holds, on readable photos and clips -> `RegionSet`."
     asked = [(s, r) for s in samples for r in s.regions if wanted(r)]
     parts = [
-        _photo_regions(encoder, [(s, r) for s, r in asked if not _is_clip(s) and r.box is not None])
+        _photo_regions(encoder, [(s, r) for s, r in asked if not is_clip(s) and r.box is not None])
     ]
-    for s in {id(s): s for s, _ in asked if _is_clip(s)}.values():
+    for s in {id(s): s for s, _ in asked if is_clip(s)}.values():
         features, regions = encoder.clip_regions(s, wanted)
         parts.append((features, [(s, r) for r in regions]))
     items, features = [pair for _, part in parts for pair in part], [f for f, part in parts if part]

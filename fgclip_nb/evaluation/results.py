@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, sha256_file, stable_id
 from fgclip_nb.core.folder import write_atomic
-from fgclip_nb.evaluation.scores import Ranked, _both_directions, summarise
-from fgclip_nb.evaluation.captions import _as_encoder
-from fgclip_nb.evaluation.classification import _list_file, read_labels, read_templates
+from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
+from fgclip_nb.evaluation.captions import as_encoder
+from fgclip_nb.evaluation.classification import list_file, read_labels, read_templates
 from fgclip_nb.evaluation.tasks import Settings, TASKS
 from fgclip_nb.evaluation.features import load_model
 
@@ -34,7 +34,7 @@ def _manifest(encoder, samples, settings, name):
         ((settings.labels, ""), (settings.templates, "templates_")),
     )
     files = _file_hashes(
-        samples, *(_list_file(x, start) for x, start in lists if isinstance(x, (str, Path)))
+        samples, *(list_file(x, start) for x, start in lists if isinstance(x, (str, Path)))
     )
     return {
         "model": name,
@@ -307,7 +307,7 @@ def _tables(result, settings):
         for name, r in result.ranked.items()
     }
     if set(tables) == {"i2t", "t2i"}:
-        tables |= {"both": _both_directions(*result.ranked.values(), tables.values())}
+        tables |= {"both": both_directions(*result.ranked.values(), tables.values())}
     return tables | result.notes
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #2316ebf7
@@ -337,7 +337,7 @@ def evaluate(
         )
     if isinstance(model, (str, Path)):
         model, name = load_model(model), name or str(model)
-    encoder, settings = _as_encoder(model, image_size, batch_size), Settings(**settings)
+    encoder, settings = as_encoder(model, image_size, batch_size), Settings(**settings)
     samples, rejects = read_evaluation_samples(data, media_root, split)
     results, items = {}, {}
     for task in tasks:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.evaluation.ranking import (
-    _permuted_links,
+    permuted_links,
     bootstrap_means,
     chance_rank,
     chance_recall,
@@ -172,7 +172,7 @@ def rank_both_ways(
     "Unit rows of photos and texts -> (`Ranked` of photos asking for text, `Ranked` of texts asking for photos)."
     texts_of, images_of = links(len(images), len(texts), image_ids, text_image, text_ids)
     i2t, t2i = (
-        _permuted_links(texts_of, images_of, permutations, seed) if permutations else (None, None)
+        permuted_links(texts_of, images_of, permutations, seed) if permutations else (None, None)
     )
     names = [
         str(i)
@@ -186,7 +186,7 @@ def rank_both_ways(
     )
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #daea617f
-def _both_directions(i2t, t2i, tables):
+def both_directions(i2t, t2i, tables):
     "Means of the two directions under the same names; the band comes from the same permutations, so it is a joint one."
     a, b = tables
     out = {n: (a[n] + b[n]) / 2 for n in i2t.names} | {
@@ -230,4 +230,4 @@ def retrieval(
         images, texts, image_ids, text_image, text_ids, tuple(ks), permutations, seed, ties
     )
     tables = [summarise(r, max(permutations, 200), seed) for r in both]
-    return _both_directions(*both, tables) | {"ties": ties, "permutations": permutations}
+    return both_directions(*both, tables) | {"ties": ties, "permutations": permutations}

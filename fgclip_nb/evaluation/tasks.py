@@ -12,7 +12,7 @@ import numpy as np
 from fgclip_nb.core.identity import DataError, stable_id
 from fgclip_nb.evaluation.ranking import unit
 from fgclip_nb.evaluation.scores import rank_both_ways
-from fgclip_nb.evaluation.captions import _reasons, encode_captions
+from fgclip_nb.evaluation.captions import lost_reasons, encode_captions
 from fgclip_nb.evaluation.classification import (
     choose,
     class_features,
@@ -149,7 +149,7 @@ def classification_task(encoder, samples, settings):
         [s.id for s in kept],
         **settings.permute(),
     )
-    lost = _reasons(encoder, known, rows) | (
+    lost = lost_reasons(encoder, known, rows) | (
         {"label not in the set": len(named) - len(known)} if len(named) > len(known) else {}
     )
     return _classified(ranked, labels, len(named), lost, {"media": [s.media for s in kept]})
