@@ -25,7 +25,7 @@ def feature_tensor(out):
     "The feature tensor of a model call; transformers 5 wraps it in an output object."
     return out if hasattr(out, "detach") else out.pooler_output
 
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #2e4856bb
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #7c6acd4b
 def has_long_path(model):
     """Whether the model was trained to read captions beyond 77 tokens.
 
@@ -132,7 +132,7 @@ def in_parts(n, size, call):
 
     return torch.cat([call(slice(i, i + size)) for i in range(0, n, size)])
 
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #cf887afb
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #c617b0e0
 def clip_feature(model, inputs, pixels, batch_size):
     """Frames (F,3,S,S) of a clip -> (1,D).
 
@@ -169,7 +169,7 @@ def too_long(texts, context_length):
 
     return {t for t, ids in zip(texts, encode(texts)) if len(ids) > context_length}
 
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #e9f6b42f
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #827ac312
 def in_cells(boxes, grid, device):
     "Boxes (R,4) xyxy 0-1 -> float32 tensor (R,4) in cells of a grid x grid map."
     import torch
@@ -186,7 +186,7 @@ def need_dense(model):
             "FGCLIP.from_clip, which gives it a dense path, or ask for tasks of whole photos only"
         )
 
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #8ab3c9f6
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #0fa572c0
 def photo_region_features(model, batches, boxes, grid):
     """Features of boxes in photos -> (tensors [(r,D)], int64 (R,2) numbers of photo and box).
 
@@ -209,7 +209,7 @@ def clip_region_feature(model, inputs, pixels, k, grid, batch_size):
 
     return in_parts(len(shown), batch_size, encode).mean(0, keepdim=True)
 
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #ed5de9a7
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #45b150d3
 class Encoder:
     """A model seen through its features: batched, without gradient, returned as float32 arrays.
 
