@@ -72,7 +72,7 @@ def label_of(phrase, labels):
     fits = [i for i, name in enumerate(folded) if text == name or text.endswith(" " + name)]
     return max(fits, key=lambda i: len(labels[i]), default=None)
 
-# %% ../../nbs/7_evaluation/04_classification.ipynb #26e5362b
+# %% ../../nbs/7_evaluation/04_classification.ipynb #5befb56d
 def class_features(encoder, labels, templates):
     "One unit vector per label (C,D): mean of its prompts' unit vectors, made a unit vector again."
     prompts = [t.format(label) for label in labels for t in templates]
