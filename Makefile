@@ -1,4 +1,6 @@
-# make train: from a fresh clone to a trained, explained run.   make test: all tests.   make lab: JupyterLab.
+# make train: from a fresh clone to a trained, explained run.   make lab: JupyterLab.
+# make test: style, library notebooks, tests (minutes).   make test-ci: run notebooks, processes.   make test-all: the long matrix.
+# make export: the library and its public faces from the notebooks.   make parameters: the run notebooks' parameters cells.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +9,7 @@ TORCH_INDEX ?=
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train test test-all lab clean
+.PHONY: setup train export parameters test test-ci test-all lab clean
 
 setup: .venv/installed
 
@@ -24,8 +26,18 @@ train: setup
 test: setup
 	$(BIN)/python tests/check.py
 
+test-ci: setup
+	$(BIN)/python tests/check.py ci
+
 test-all: setup
-	FGCLIP_TEST_ALL=1 $(BIN)/python tests/check.py
+	$(BIN)/python tests/check.py all
+
+export: setup
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/faces.py
+
+parameters: setup
+	$(BIN)/python tests/parameters.py
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir .

@@ -116,7 +116,7 @@ ROOMS = {
     "train": ".training.loop",
     "verdict_table": ".diagnostics.report",
     "verdicts": ".diagnostics.judgement",
-    "video_info": ".data.video",
+    "video_info": ".data.video_index",
     "visible_spans": ".data.samples",
     "what_to_expect": ".training.announcement",
 }

@@ -164,9 +164,9 @@ def dumps(document):
 
 SEEDS = [
     0,
-    pytest.param(1, marks=pytest.mark.all),
-    pytest.param(2, marks=pytest.mark.all),
-    pytest.param(3, marks=pytest.mark.all),
+    pytest.param(1, marks=pytest.mark.long),
+    pytest.param(2, marks=pytest.mark.long),
+    pytest.param(3, marks=pytest.mark.long),
 ]
 
 

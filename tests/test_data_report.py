@@ -73,7 +73,7 @@ def test_a_users_folder_and_strict(tmp_path):
     assert len(pictures) >= 5
 
 
-@pytest.mark.all
+@pytest.mark.ci
 def test_the_shipped_sample_has_nothing_to_fix(tmp_path):
     done = papermill(tmp_path / "o.ipynb", ("output", tmp_path / "out"), ("strict", True))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -82,7 +82,7 @@ def test_the_shipped_sample_has_nothing_to_fix(tmp_path):
     assert not [f for f in summary["findings"] if f["level"] == "fix"]
 
 
-@pytest.mark.all
+@pytest.mark.ci
 def test_clips_tell_what_sampled_frames_miss(tmp_path):
     "Eight frames a segment leave one track out; the first 512 frames of each video would leave out eleven segments and thirty tracks."
     done = papermill(
@@ -101,7 +101,7 @@ def test_clips_tell_what_sampled_frames_miss(tmp_path):
     )
 
 
-@pytest.mark.all
+@pytest.mark.ci
 @pytest.mark.skipif(not UCA.exists(), reason="UCA's files are not beside this checkout")
 def test_absent_videos_are_counted_and_reported_quickly(tmp_path):
     begun = os.times()
@@ -127,7 +127,7 @@ def test_absent_videos_are_counted_and_reported_quickly(tmp_path):
     )
 
 
-@pytest.mark.all
+@pytest.mark.ci
 def test_a_misspelt_parameter_is_named(tmp_path):
     done = papermill(tmp_path / "o.ipynb", ("strikt", True))
     assert done.returncode != 0 and "did you mean `strict`" in done.stderr

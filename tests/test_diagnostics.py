@@ -1,7 +1,7 @@
 """Faults planted into real, tiny trainings: whether a rule finds its fault, and stays silent in a healthy run, shows only over whole runs.
 
 The whole table of faults against rules is in nbs/faults.ipynb; here run a healthy training and the quickest faults, the others with
-FGCLIP_TEST_ALL=1."""
+make test-all."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,8 @@ def test_no_prefix_of_a_healthy_run_names_a_cause(healthy):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.all]) for n in planted.FAULTS]
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.long]) for n in planted.FAULTS],
 )
 def test_the_headline_names_the_planted_fault(tmp_path, name):
     run = planted.run_planted(tmp_path, planted.FAULTS[name], steps=40 if name in QUICK else None)

@@ -808,7 +808,7 @@ def test_notebook_offers_exactly_the_known_parameters():
     assert "".join(cell["source"]) == evaluation_parameter_cell()
 
 
-@pytest.mark.all
+@pytest.mark.ci
 def test_notebook_runs_under_papermill(tmp_path):
     pytest.importorskip("papermill")
     command = [
@@ -857,7 +857,7 @@ def test_notebook_runs_under_papermill(tmp_path):
     assert failed.returncode != 0 and "did you mean `model`" in failed.stderr
 
 
-@pytest.mark.all
+@pytest.mark.ci
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the full FG-OVD files are not in this checkout")
 def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
     begun = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_formats import DOCUMENTS, FINEHARD, media_root, write
-from fgclip_nb.data import filters as filters_room, findings, hard_negatives, photos, splits
+from fgclip_nb.data import filters as filters_room, findings, hard_negatives, splits
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.filters import check_media, filter_regions, folded
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
@@ -94,8 +94,8 @@ def test_media_are_opened_once_and_counted(tmp_path, monkeypatch):
     root = media_root(tmp_path / "media")
     (root / "b.jpg").write_bytes(b"no photo")
     samples, _ = load_samples(write(tmp_path / "d.json", FINEHARD + FINEHARD), root)
-    opened, real = [], photos.read_image
-    monkeypatch.setattr(photos, "read_image", lambda p: (opened.append(p), real(p))[1])
+    opened, real = [], filters_room.read_image
+    monkeypatch.setattr(filters_room, "read_image", lambda p: (opened.append(p), real(p))[1])
     kept, rejects = check_media(samples)
     assert (
         len(opened) == 3
@@ -222,7 +222,7 @@ def test_word_lists_are_sound():
     assert len(words) > 300 and min(groups.values()) >= 1
     replaced = hard_negatives.Swapper(words)
     for w in words:  # no word is put in for its own synonym
-        for match in replaced.found(w.text):
+        for match in replaced.matches(w.text):
             concepts = {x.concept for x in words if x.text in replaced.replacements(match, w.text)}
             assert replaced.words[match[0].lower()].concept not in concepts
 

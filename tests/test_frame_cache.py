@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("av")
 pytest.importorskip("pyarrow")
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.data.video import read_frames, video_info
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.data.video_index import video_info
 from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_clip, needed_frames
 from fgclip_nb.data.load import load_samples, sample_path
 

@@ -356,14 +356,14 @@ def test_memory_grows_with_rows_not_with_their_square():
     assert measured(6000, 32)[0] < 0.12  # dense: about 0.6 GiB
 
 
-@pytest.mark.all
+@pytest.mark.long
 def test_large_n():
     extra, seconds = measured(65_536, 512)
     print(f"N=65,536, D=512, float32: {extra:.2f} GiB extra, {seconds:.0f} s")
     assert extra < 1.0
 
 
-@pytest.mark.all
+@pytest.mark.long
 def test_tiled_is_at_most_half_as_slow_again_as_dense():
     n = 8192
     tiled, dense = (min(measured(n, 512, limit)[1] for _ in range(3)) for limit in (1, n * n))

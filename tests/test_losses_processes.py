@@ -15,6 +15,8 @@ from fgclip_nb.losses.objective import compute_losses, push_regions
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
 from official import BOS, EOS, golden_model, make_batch
 
+pytestmark = pytest.mark.ci
+
 WEIGHTS = dict(loss_global_short=1.0, loss_global_long=1.0, loss_region=0.1, loss_hard=0.5)
 REGIONS = (
     [2, 1, 0, 3, 0, 0, 1, 2],

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.data.video import frame_times, read_counted, read_frames, video_info
+from fgclip_nb.data.video import read_counted, read_frames
+from fgclip_nb.data.video_index import frame_times, video_info
 
 av = pytest.importorskip("av")
 av.logging.set_level(av.logging.PANIC)
@@ -233,7 +234,7 @@ def test_too_large(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a.mp4: 9 frames would take"):
         read_frames(clip, range(9))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
-    video_info.__globals__["_index_of"].cache_clear()
+    video_info.__globals__["index_of_file"].cache_clear()
     with pytest.raises(DataError, match="128 x 64 pixels"):
         read_frames(clip, [0])
 

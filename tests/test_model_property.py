@@ -87,6 +87,7 @@ def slow_features(batch, text=slow_text, image=slow_image):
     return {k: torch.stack(v) for k, v in out.items() if v}
 
 
+@pytest.mark.ci
 @settings(max_examples=200, **QUIET)
 @given(batches())
 def test_any_batch_equals_one_sample_at_a_time(batch):

@@ -72,7 +72,7 @@ def test_six_kills_of_one_combined_run(world, tmp_path):
     killed_like_uninterrupted(params, tmp_path, SIX)
 
 
-@pytest.mark.all
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_twenty_kills(world, tmp_path, name, streamed):

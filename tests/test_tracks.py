@@ -10,7 +10,7 @@ from fgclip_nb.batches.examples import Drawing, clip_example
 from fgclip_nb.batches.batch import collate
 from fgclip_nb.batches.loading import _picture_of
 from fgclip_nb.data.filters import filter_regions
-from fgclip_nb.data.video import frame_times
+from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import coverage, region_presence, sample_frames
 from fgclip_nb.data.inputs import clip_inputs
 from fgclip_nb.data.samples import Keyframe, Region, Sample, boxes_at

@@ -456,7 +456,7 @@ def test_a_vanished_file_is_rejected_and_counted(tmp_path):
 def worker_dies():
     from fgclip_nb.batches import loading
 
-    read, flag = loading.ExampleSource._read, Path(os.environ["FGCLIP_TEST_FLAG"])
+    read, flag = loading.Examples._read, Path(os.environ["FGCLIP_TEST_FLAG"])
 
     def dying(self, epoch, index):
         import torch
@@ -471,7 +471,7 @@ def worker_dies():
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, epoch, index)
 
-    loading.ExampleSource._read = dying
+    loading.Examples._read = dying
 
 
 class WorkerDies:
@@ -670,6 +670,7 @@ def stand_in(monkeypatch, code):
     monkeypatch.setattr(launcher, "launch_command", lambda cfg, file: [sys.executable, "-c", code])
 
 
+@pytest.mark.ci
 def test_a_notebook_starts_and_follows_two_processes(world, tmp_path):
     """`processes` above 1: the run is a program of its own, its lines appear here, and its numbers are those of one process with the
     same global batch."""
@@ -768,7 +769,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.mark.all
+@pytest.mark.long
 def test_two_processes_stop_after_the_same_step_and_resume(world, tmp_path):
     """SIGTERM reaches the notebook; both processes save and stop together; the same command goes on to the numbers of the run that was
     never interrupted."""
@@ -838,6 +839,7 @@ def two_processes(params, tmp_path, kill_rank=None):
     )
 
 
+@pytest.mark.ci
 def test_two_processes_train_like_one_and_survive_a_lost_rank(world, tmp_path):
     """The same global batch on two gloo processes; one rank is killed at step 4, and the same command resumes."""
     one = dict(world, output=str(tmp_path / "one"), max_steps=6)

@@ -145,9 +145,9 @@ def test_cache_then_training_opens_no_video(ucf, tmp_path, monkeypatch):
     assert built.returncode == 0 and "4 clips" in built.stdout.splitlines()[-1], (
         built.stdout + built.stderr
     )
-    decoded, real = [], video._fill
+    decoded, real = [], video.decode_frames
     monkeypatch.setattr(
-        "fgclip_nb.data.frame_cache._fill", lambda *a: (decoded.append(a[0]), real(*a))[1]
+        "fgclip_nb.data.frame_cache.decode_frames", lambda *a: (decoded.append(a[0]), real(*a))[1]
     )
     run = train(config(ucf, tmp_path / "run", frame_cache=str(tmp_path / "cache")))
     metrics = run.metrics()

@@ -9,7 +9,8 @@ pytest.importorskip("av")
 from fgclip_nb.batches.examples import Drawing
 from fgclip_nb.batches.loading import Examples
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.data.video import frame_times, read_frames, video_info
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.data.video_index import frame_times, video_info
 from fgclip_nb.data.clips import region_presence, span_frames
 from fgclip_nb.data.inputs import clip_inputs
 from fgclip_nb.data.samples import boxes_at

@@ -11,31 +11,136 @@ import numpy as np, torch
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.packing import TextBatch, tokenize
 
-# %% ../../nbs/3_batches/01_batch.ipynb #2bdfca65
-@dataclass
-class BatchTensors:
-    "The tensors of a step. Shapes: B clips, F frames, C captions, R regions, V boxes, H hard groups, G hard texts."
+# %% ../../nbs/3_batches/01_batch.ipynb #f28cc5a6
+def _ints(values) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
 
-    pixel_values: torch.Tensor  # (F,3,S,S) uint8
-    texts: TextBatch  # C short captions, then R phrases, then G hard texts
-    long_texts: TextBatch | None
-    caption_rows: torch.Tensor  # (C,) clip of each short caption
-    long_caption_rows: torch.Tensor  # clip of each long caption
-    boxes: torch.Tensor  # (V,4) float32 xyxy 0-1
-    box_image: torch.Tensor  # (V,) frame that a box lies in
-    box_region: torch.Tensor  # (V,) region that a box belongs to; for photos simply 0..R-1
-    frame_clip: torch.Tensor  # (F,) clip of each frame
-    frame_times: torch.Tensor  # (F,) float32 0-1
-    in_clip: torch.Tensor  # (F,) bool, False for a frame that only a region asked for
-    group_sizes: torch.Tensor  # (H,) texts per hard group, positive first
-    hard_regions: torch.Tensor  # (H,) region of each hard group
-    sample_ids: torch.Tensor  # (B,)
-    region_ids: torch.Tensor  # (R,)
-    region_clip: torch.Tensor  # (R,) clip of each region
+
+def frame_fields(examples) -> dict:
+    "Pixels, clip and time of every frame, and the identity of every sample."
+    pixels = np.concatenate([e.pixels for e in examples]).transpose(0, 3, 1, 2)
+    return dict(
+        pixel_values=torch.from_numpy(np.ascontiguousarray(pixels)),
+        frame_times=torch.from_numpy(np.concatenate([e.times for e in examples])),
+        in_clip=torch.from_numpy(np.concatenate([e.in_clip for e in examples])),
+        frame_clip=_ints(i for i, e in enumerate(examples) for _ in e.pixels),
+        sample_ids=_ints(e.id for e in examples),
+    )
+
+# %% ../../nbs/3_batches/01_batch.ipynb #e010cd58
+def box_fields(examples) -> dict:
+    "Boxes of every region, with the frame row and the region each belongs to."
+    starts = np.cumsum([0] + [len(e.pixels) for e in examples])
+    regions = [(i, r) for i, e in enumerate(examples) for r in e.regions]
+    no_boxes = np.zeros((0, 4), np.float32)
+    boxes = np.concatenate([r.boxes for _, r in regions]) if regions else no_boxes
+    return dict(
+        boxes=torch.from_numpy(boxes),
+        box_image=_ints(int(starts[i] + f) for i, r in regions for f in r.frames),
+        box_region=_ints(k for k, (_, r) in enumerate(regions) for _ in r.frames),
+        region_ids=_ints(r.id for _, r in regions),
+        region_clip=_ints(i for i, _ in regions),
+    )
+
+# %% ../../nbs/3_batches/01_batch.ipynb #59b7c0bc
+def text_fields(examples, context_length: int) -> dict:
+    """All texts of the examples, with rows that say what each belongs to.
+
+    Short ones are cut to 77 tokens, long captions to `context_length`."""
+    regions = [r for e in examples for r in e.regions]
+    groups = [(k, (r.positive, *r.negatives)) for k, r in enumerate(regions) if r.negatives]
+    captions = [e.caption for e in examples if e.caption]
+    phrases = [r.phrase for r in regions]
+    hard = [text for _, group in groups for text in group]
+    long = [e.long_caption for e in examples if e.long_caption]
+    return dict(
+        texts=tokenize(captions + phrases + hard, 77),
+        long_texts=tokenize(long, context_length) if long else None,
+        caption_rows=_ints(i for i, e in enumerate(examples) if e.caption),
+        long_caption_rows=_ints(i for i, e in enumerate(examples) if e.long_caption),
+        group_sizes=_ints(len(group) for _, group in groups),
+        hard_regions=_ints(k for k, _ in groups),
+    )
+
+# %% ../../nbs/3_batches/01_batch.ipynb #ac043e8c
+def _rows_in(owner, lo, hi):
+    "Rows whose owner is one of lo..hi-1."
+    return ((owner >= lo) & (owner < hi)).nonzero().flatten()
+
+# %% ../../nbs/3_batches/01_batch.ipynb #32d4c0ed
+def _short_texts_of(batch, captions, regions, groups) -> dict:
+    "The short texts of a chunk: its rows of captions, of regions and of hard groups."
+    n_captions, n_regions = len(batch.caption_rows), len(batch.region_ids)
+    ends = batch.group_sizes.cumsum(0) + n_captions + n_regions
+    hard = [
+        torch.arange(int(end - n), int(end), device=ends.device)
+        for end, n in zip(ends[groups], batch.group_sizes[groups])
+    ]
+    return dict(
+        texts=batch.texts.select(torch.cat([captions, regions + n_captions, *hard])),
+        group_sizes=batch.group_sizes[groups],
+        hard_regions=batch.hard_regions[groups] - (int(regions[0]) if len(regions) else 0),
+    )
+
+# %% ../../nbs/3_batches/01_batch.ipynb #34d36488
+def chunk_fields(batch, lo: int, hi: int) -> dict:
+    "The fields of the part of a batch that belongs to samples lo..hi-1."
+    frames = _rows_in(batch.frame_clip, lo, hi)
+    regions = _rows_in(batch.region_clip, lo, hi)
+    boxes = _rows_in(batch.region_clip[batch.box_region], lo, hi)
+    groups = _rows_in(batch.region_clip[batch.hard_regions], lo, hi)
+    captions = _rows_in(batch.caption_rows, lo, hi)
+    long = _rows_in(batch.long_caption_rows, lo, hi)
+    first_frame = int(frames[0]) if len(frames) else 0
+    first_region = int(regions[0]) if len(regions) else 0
+    return dict(
+        pixel_values=batch.pixel_values[frames],
+        frame_times=batch.frame_times[frames],
+        in_clip=batch.in_clip[frames],
+        frame_clip=batch.frame_clip[frames] - lo,
+        sample_ids=batch.sample_ids[lo:hi],
+        boxes=batch.boxes[boxes],
+        box_image=batch.box_image[boxes] - first_frame,
+        box_region=batch.box_region[boxes] - first_region,
+        region_ids=batch.region_ids[regions],
+        region_clip=batch.region_clip[regions] - lo,
+        caption_rows=batch.caption_rows[captions] - lo,
+        long_texts=batch.long_texts.select(long) if len(long) else None,
+        long_caption_rows=batch.long_caption_rows[long] - lo,
+        **_short_texts_of(batch, captions, regions, groups),
+    )
 
 # %% ../../nbs/3_batches/01_batch.ipynb #f3320d7f
-class Batch(BatchTensors):
-    "One step's tensors with the identities of everything in them."
+def _moved(value, device, non_blocking):
+    "A tensor or text batch on another device; none stays none."
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    return None if value is None else value.to(device)
+
+# %% ../../nbs/3_batches/01_batch.ipynb #2bdfca65
+@dataclass
+class Batch:
+    """One step's tensors with the identities of everything in them.
+
+    Shapes: B samples, F pictures, C short captions, R regions, V boxes, G hard groups. Rows and
+    identities are int64."""
+
+    pixel_values: torch.Tensor  # (F,3,size,size) uint8
+    texts: TextBatch  # C short captions, then R phrases, then the sentences of G groups
+    long_texts: TextBatch | None
+    caption_rows: torch.Tensor  # (C,) sample of each short caption
+    long_caption_rows: torch.Tensor  # sample of each long caption
+    boxes: torch.Tensor  # (V,4) float32 xyxy 0-1
+    box_image: torch.Tensor  # (V,) picture that a box lies in
+    box_region: torch.Tensor  # (V,) region that a box belongs to; for photos simply 0..R-1
+    frame_clip: torch.Tensor  # (F,) sample of each picture
+    frame_times: torch.Tensor  # (F,) float32 0-1
+    in_clip: torch.Tensor  # (F,) bool, False for a picture that only a region asked for
+    group_sizes: torch.Tensor  # (G,) sentences S of each hard group, the right one first
+    hard_regions: torch.Tensor  # (G,) region of each hard group
+    sample_ids: torch.Tensor  # (B,)
+    region_ids: torch.Tensor  # (R,)
+    region_clip: torch.Tensor  # (R,) sample of each region
 
     def __len__(self):
         return len(self.sample_ids)
@@ -50,158 +155,46 @@ class Batch(BatchTensors):
 
     @property
     def caption_ids(self):
+        "(C,) identities of the short captions."
         return self.texts.caption_ids[: self.n_captions]
 
     @property
     def long_caption_ids(self):
+        "Identities of the long captions; None without any."
         return None if self.long_texts is None else self.long_texts.caption_ids
 
     @property
     def region_caption_ids(self):
+        "(R,) identities of the phrases."
         return self.texts.caption_ids[self.n_captions : self.n_captions + self.n_regions]
 
     @property
     def region_sample_ids(self):
+        "(R,) identities of the samples that the regions belong to."
         return self.sample_ids[self.region_clip]
 
     def to(self, device, non_blocking=True):
         "The same batch on another device."
-        move = lambda v: (
-            v.to(device, non_blocking=non_blocking)
-            if isinstance(v, torch.Tensor)
-            else v.to(device)
-            if v is not None
-            else None
-        )
-        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{k: _moved(v, device, non_blocking) for k, v in values.items()})
 
-# %% ../../nbs/3_batches/01_batch.ipynb #f28cc5a6
-def _ints(values) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int64)
+    def split(self, clips: int) -> list:
+        "Chunks of at most `clips` samples; concatenated by name they are the batch."
+        starts = range(0, len(self), clips)
+        return [type(self)(**chunk_fields(self, lo, min(lo + clips, len(self)))) for lo in starts]
 
-
-def _frames_of(examples) -> dict:
-    "Pixels, clip and time of every frame."
-    pixels = torch.from_numpy(
-        np.ascontiguousarray(np.concatenate([e.pixels for e in examples]).transpose(0, 3, 1, 2))
-    )
-    return dict(
-        pixel_values=pixels,
-        frame_times=torch.from_numpy(np.concatenate([e.times for e in examples])),
-        in_clip=torch.from_numpy(np.concatenate([e.in_clip for e in examples])),
-        frame_clip=_ints(i for i, e in enumerate(examples) for _ in e.pixels),
-        sample_ids=_ints(e.id for e in examples),
-    )
-
-
-def _boxes_of(examples) -> dict:
-    "Boxes of every region, with the frame row and the region each belongs to."
-    starts = np.cumsum([0] + [len(e.pixels) for e in examples])
-    regions = [(i, r) for i, e in enumerate(examples) for r in e.regions]
-    boxes = (
-        np.concatenate([r.boxes for _, r in regions]) if regions else np.zeros((0, 4), np.float32)
-    )
-    return dict(
-        boxes=torch.from_numpy(boxes),
-        box_image=_ints(int(starts[i] + f) for i, r in regions for f in r.frames),
-        box_region=_ints(k for k, (_, r) in enumerate(regions) for _ in r.frames),
-        region_ids=_ints(r.id for _, r in regions),
-        region_clip=_ints(i for i, _ in regions),
-    )
-
-# %% ../../nbs/3_batches/01_batch.ipynb #59b7c0bc
-def _texts_of(examples, context_length: int) -> dict:
-    "All texts of the examples, with rows that say what each belongs to."
-    regions = [r for e in examples for r in e.regions]
-    groups = [(k, (r.positive, *r.negatives)) for k, r in enumerate(regions) if r.negatives]
-    short = (
-        [e.caption for e in examples if e.caption]
-        + [r.phrase for r in regions]
-        + [t for _, g in groups for t in g]
-    )
-    long = [e.long_caption for e in examples if e.long_caption]
-    return dict(
-        texts=tokenize(short, 77),
-        long_texts=tokenize(long, context_length) if long else None,
-        caption_rows=_ints(i for i, e in enumerate(examples) if e.caption),
-        long_caption_rows=_ints(i for i, e in enumerate(examples) if e.long_caption),
-        group_sizes=_ints(len(g) for _, g in groups),
-        hard_regions=_ints(k for k, _ in groups),
-    )
-
-
+# %% ../../nbs/3_batches/01_batch.ipynb #6bbf97e0
 def collate(examples, context_length: int = 248) -> Batch:
-    "Examples -> Batch; raises `DataError` on an empty list."
+    """Examples -> Batch; raises `DataError` on an empty list.
+
+    Long captions are cut to `context_length` tokens."""
     if not examples:
         raise DataError("a batch without a single loadable sample: see the rejects above")
     return Batch(
-        **_frames_of(examples), **_boxes_of(examples), **_texts_of(examples, context_length)
+        **frame_fields(examples), **box_fields(examples), **text_fields(examples, context_length)
     )
-
-# %% ../../nbs/3_batches/01_batch.ipynb #ac043e8c
-def select_texts(texts: TextBatch, rows) -> TextBatch:
-    "The asked texts `rows`, with only the distinct rows they need, trimmed to the longest of them."
-    distinct, index = torch.unique(texts.index[rows], return_inverse=True)
-    lengths = texts.lengths[distinct]
-    longest = int(lengths.max()) if len(lengths) else 0
-    return TextBatch(
-        input_ids=texts.input_ids[distinct, :longest],
-        lengths=lengths,
-        index=index,
-        caption_ids=texts.caption_ids[rows],
-    )
-
-
-def _rows_in(owner, lo, hi):
-    return ((owner >= lo) & (owner < hi)).nonzero().flatten()
-
-# %% ../../nbs/3_batches/01_batch.ipynb #32d4c0ed
-def _select_texts_of(batch, c, r, h, lo) -> dict:
-    "The text fields of the chunk that holds captions `c`, regions `r` and hard groups `h`."
-    ends = batch.group_sizes.cumsum(0) + batch.n_captions + batch.n_regions
-    hard = [
-        torch.arange(int(e - n), int(e), device=ends.device)
-        for e, n in zip(ends[h], batch.group_sizes[h])
-    ]
-    return dict(
-        texts=select_texts(batch.texts, torch.cat([c, r + batch.n_captions, *hard])),
-        caption_rows=batch.caption_rows[c] - lo,
-        group_sizes=batch.group_sizes[h],
-        hard_regions=batch.hard_regions[h] - (int(r[0]) if len(r) else 0),
-    )
-
-
-def select_clips(batch: Batch, lo: int, hi: int) -> Batch:
-    "The part of a batch that belongs to clips lo..hi-1."
-    f, r = _rows_in(batch.frame_clip, lo, hi), _rows_in(batch.region_clip, lo, hi)
-    v, h = (
-        _rows_in(batch.region_clip[batch.box_region], lo, hi),
-        _rows_in(batch.region_clip[batch.hard_regions], lo, hi),
-    )
-    c, l = _rows_in(batch.caption_rows, lo, hi), _rows_in(batch.long_caption_rows, lo, hi)
-    first_region = int(r[0]) if len(r) else 0
-    return Batch(
-        pixel_values=batch.pixel_values[f],
-        frame_times=batch.frame_times[f],
-        in_clip=batch.in_clip[f],
-        frame_clip=batch.frame_clip[f] - lo,
-        sample_ids=batch.sample_ids[lo:hi],
-        boxes=batch.boxes[v],
-        box_image=batch.box_image[v] - (int(f[0]) if len(f) else 0),
-        box_region=batch.box_region[v] - first_region,
-        region_ids=batch.region_ids[r],
-        region_clip=batch.region_clip[r] - lo,
-        long_texts=select_texts(batch.long_texts, l) if len(l) else None,
-        long_caption_rows=batch.long_caption_rows[l] - lo,
-        **_select_texts_of(batch, c, r, h, lo),
-    )
-
-
-def split_batch(batch: Batch, clips: int) -> list:
-    "Chunks of at most `clips` clips; concatenated by name they are the batch."
-    return [
-        select_clips(batch, lo, min(lo + clips, len(batch))) for lo in range(0, len(batch), clips)
-    ]
 
 # %% ../../nbs/3_batches/01_batch.ipynb #b54e271c
-Batch.split = split_batch
+def split_batch(batch: Batch, clips: int) -> list:
+    "The chunks of `batch.split(clips)`."
+    return batch.split(clips)

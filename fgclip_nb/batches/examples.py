@@ -13,31 +13,6 @@ from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.frame_cache import FrameCache
 from fgclip_nb.data.inputs import clip_inputs
 
-# %% ../../nbs/3_batches/00_examples.ipynb #71041eff
-@dataclass
-class ExampleRegion:
-    "One region as drawn for a step: phrase, box per visible frame, negatives of the short phrase."
-
-    phrase: str
-    boxes: np.ndarray  # (V,4) float32 xyxy 0-1, one row per visible frame; an image has one
-    frames: np.ndarray  # (V,) int64 row of `pixels` each box lies in
-    negatives: tuple
-    positive: str  # the short phrase, which the negatives were made from
-    id: int
-
-
-@dataclass
-class Example:
-    "One image or clip as drawn for a step."
-
-    id: int
-    pixels: np.ndarray  # (T,S,S,3) uint8; an image is a clip of one frame
-    times: np.ndarray  # (T,) float32 0-1, place of each frame in the clip
-    in_clip: np.ndarray  # (T,) bool, False for a frame that only a region asked for
-    caption: str  # short; "" = none
-    long_caption: str
-    regions: list
-
 # %% ../../nbs/3_batches/00_examples.ipynb #77a97158
 @dataclass(frozen=True)
 class Drawing:
@@ -61,29 +36,58 @@ def draw_regions(sample, most: int, rng) -> list:
     "At most `most` regions of a sample, in their own order."
     return [sample.regions[i] for i in draw_rows(len(sample.regions), most, rng)]
 
-
+# %% ../../nbs/3_batches/00_examples.ipynb #998cebc3
 def draw_caption(sample, rng, train: bool = True) -> str:
-    "One of the sample's short captions; the first when not training."
+    """One of the sample's short captions; the first when not training.
+
+    Empty where it has none."""
     choices = sample.captions or ((sample.short_caption,) if sample.short_caption else ())
-    return (
-        choices[int(rng.integers(len(choices)))]
-        if train and len(choices) > 1
-        else "".join(choices[:1])
-    )
+    if train and len(choices) > 1:
+        return choices[int(rng.integers(len(choices)))]
+    return "".join(choices[:1])
 
-
+# %% ../../nbs/3_batches/00_examples.ipynb #74333b90
 def draw_long_caption(sample, rng, train: bool = True) -> str:
-    "The long caption. One that is the short ones put together is, in training, some of them in any order: the same facts, another text."
+    """The long caption.
+
+    One that is the short ones put together is, in training, some of them in any order."""
     if not train or len(sample.captions) < 2 or sample.caption != " ".join(sample.captions):
         return sample.caption
     chosen = rng.permutation(len(sample.captions))[: int(rng.integers(2, len(sample.captions) + 1))]
     return " ".join(sample.captions[i] for i in chosen)
 
-
+# %% ../../nbs/3_batches/00_examples.ipynb #1943c230
 def draw_phrase(region, rng, train: bool = True) -> str:
-    "Short or long phrase of a region, by chance where it has both (as the reference does); the first it has when not training."
+    """Short or long phrase of a region, by chance where it has both (as the reference does).
+
+    The first it has when not training."""
     both = [p for p in (region.phrase, region.long_phrase) if p]
     return both[int(rng.integers(2))] if train and len(both) == 2 else both[0]
+
+# %% ../../nbs/3_batches/00_examples.ipynb #71041eff
+@dataclass
+class ExampleRegion:
+    "One region as drawn for a step, with V visible frames; an image has one."
+
+    phrase: str
+    boxes: np.ndarray  # (V,4) float32 xyxy 0-1, one row per visible frame
+    frames: np.ndarray  # (V,) int64 row of `pixels` each box lies in
+    negatives: tuple  # sentences that are wrong for this region
+    positive: str  # the short phrase, which the negatives were made from
+    id: int
+
+
+@dataclass
+class Example:
+    "One image or clip of F frames as drawn for a step."
+
+    id: int
+    pixels: np.ndarray  # (F,size,size,3) uint8; an image is a clip of one frame
+    times: np.ndarray  # (F,) float32 0-1, place of each frame in the clip
+    in_clip: np.ndarray  # (F,) bool, False for a frame that only a region asked for
+    caption: str  # short; "" = none
+    long_caption: str
+    regions: list
 
 # %% ../../nbs/3_batches/00_examples.ipynb #b9e9e5d4
 def region_identity(sample, region) -> int:
@@ -94,61 +98,60 @@ def region_identity(sample, region) -> int:
 def drawn_region(sample, region, boxes, frames, rng, train: bool) -> ExampleRegion:
     "A region with its boxes (V,4) on the rows `frames` (V,) of the example's pixels."
     phrase = draw_phrase(region, rng, train)
-    boxes, frames = np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(frames, np.int64)
-    return ExampleRegion(
-        phrase, boxes, frames, region.negatives, region.phrase, region_identity(sample, region)
-    )
+    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+    frames = np.asarray(frames, np.int64)
+    identity = region_identity(sample, region)
+    return ExampleRegion(phrase, boxes, frames, region.negatives, region.phrase, identity)
 
+# %% ../../nbs/3_batches/00_examples.ipynb #1f992f3d
+def random_part(pixels, rng, least: float = 0.35):
+    """A random part (size,size,3) of a square photo, back at full size, mirrored half of the time.
 
+    It has at least `least` of the photo's area; one side is up to a third longer than the other."""
+    from PIL import Image
+
+    n = len(pixels)
+    side = np.sqrt(rng.uniform(least, 1.0))
+    stretch = np.exp(rng.uniform(-0.15, 0.15) * np.array([1, -1]))
+    w, h = np.clip(np.round(side * stretch * n), 1, n).astype(int)
+    x, y = int(rng.integers(n - w + 1)), int(rng.integers(n - h + 1))
+    part = Image.fromarray(np.ascontiguousarray(pixels[y : y + h, x : x + w]))
+    part = np.asarray(part.resize((n, n), Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(part[:, ::-1]) if rng.random() < 0.5 else part
+
+# %% ../../nbs/3_batches/00_examples.ipynb #3a2bd370
 def image_example(sample, d: Drawing, rng, pixels=None) -> Example:
-    "The example of a photo; `pixels` (S,S,3) when they are at hand. Its regions lie in row 0 of its pixels."
+    """The example of a photo; its regions lie in row 0 of its pixels.
+
+    `pixels` (size,size,3) uint8 are given when they are at hand, else the photo is read; then
+    DataError names a file that cannot be."""
     pixels = (read_image(sample.encoded, d.size) if pixels is None else pixels)[None]
-    in_clip, regions = (
-        np.ones(1, bool),
-        draw_regions(sample, d.most, rng) if d.train else sample.regions,
-    )
+    in_clip = np.ones(1, bool)
+    regions = draw_regions(sample, d.most, rng) if d.train else sample.regions
     caption = draw_caption(sample, rng, d.train)
     drawn = [drawn_region(sample, r, r.box, [0], rng, d.train) for r in regions]
     if d.train and d.augment == "crop":
         part = random_part(pixels[0], rng)[None]
-        pixels, in_clip = (
-            (np.concatenate([pixels, part]), np.array([False, True])) if drawn else (part, in_clip)
-        )
-    times, long_caption = np.zeros(len(pixels), np.float32), draw_long_caption(sample, rng, d.train)
+        if drawn:
+            pixels = np.concatenate([pixels, part])
+            in_clip = np.array([False, True])
+        else:
+            pixels = part
+    times = np.zeros(len(pixels), np.float32)
+    long_caption = draw_long_caption(sample, rng, d.train)
     return Example(stable_id(sample.id), pixels, times, in_clip, caption, long_caption, drawn)
-
-# %% ../../nbs/3_batches/00_examples.ipynb #1f992f3d
-def random_part(pixels, rng, least: float = 0.35):
-    "A random part (S,S,3) of a photo, at least `least` of its area, back at full size, and mirrored half of the time."
-    from PIL import Image
-
-    n = len(pixels)
-    w, h = np.clip(
-        np.round(
-            np.sqrt(rng.uniform(least, 1.0))
-            * np.exp(rng.uniform(-0.15, 0.15) * np.array([1, -1]))
-            * n
-        ),
-        1,
-        n,
-    ).astype(int)
-    x, y = int(rng.integers(n - w + 1)), int(rng.integers(n - h + 1))
-    part = Image.fromarray(np.ascontiguousarray(pixels[y : y + h, x : x + w])).resize(
-        (n, n), Image.Resampling.BICUBIC
-    )
-    part = np.asarray(part)
-    return np.ascontiguousarray(part[:, ::-1]) if rng.random() < 0.5 else part
 
 # %% ../../nbs/3_batches/00_examples.ipynb #825a4518
 def clip_example(sample, d: Drawing, rng, cache=None) -> Example:
-    "The example of a video sample: frames over its span (jittered in training) and its visible regions; from `cache` or `d.frame_cache`."
+    """The example of a video sample: frames over its span, jittered in training, visible regions.
+
+    Frames come from `d.frame_cache` where there is one, else from `cache` or the file."""
     cache = FrameCache(d.frame_cache, d.size) if d.frame_cache else cache
-    clip = clip_inputs(
-        sample, d.num_frames, d.size, d.region_source, rng if d.train else None, cache
-    )
+    jitter = rng if d.train else None
+    clip = clip_inputs(sample, d.num_frames, d.size, d.region_source, jitter, cache)
     n = len(clip.regions)
     chosen = draw_rows(n, d.most if d.train else n, rng)
-    rows = [np.flatnonzero(seen) for seen in clip.visible]
+    rows = [np.flatnonzero(visible) for visible in clip.visible]
     drawn = [
         drawn_region(sample, clip.regions[i], clip.boxes[i][rows[i]], rows[i], rng, d.train)
         for i in chosen

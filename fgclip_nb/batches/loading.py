@@ -12,13 +12,38 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Reject, boxes_at
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video import read_frames
-from fgclip_nb.data.frame_cache import MemoryCache
+from fgclip_nb.data.memory_cache import MemoryCache
 from fgclip_nb.batches.examples import Drawing, Example, clip_example, image_example
 from fgclip_nb.batches.batch import collate
 
 # %% ../../nbs/3_batches/02_loading.ipynb #f4626709
-class ExampleSource:
-    "Examples of a sequence of samples by (epoch, index), as `drawing` says; a sample that cannot be read comes back as a `Reject`."
+def memory_for_clips(samples, drawing: Drawing, most_bytes: int, most_clips: int = 16):
+    """A MemoryCache where all clips of the samples fit into `most_bytes`, else None.
+
+    More than `most_clips` clips are not even measured."""
+    paths = {s.media for s in samples if s.kind == "video"}
+    if not paths or len(paths) > most_clips or drawing.frame_cache:
+        return None
+    try:
+        needed = MemoryCache.bytes_for(paths, drawing.size)
+    except DataError:
+        return None
+    return MemoryCache(drawing.size) if needed <= most_bytes else None
+
+# %% ../../nbs/3_batches/02_loading.ipynb #d6697df1
+def unreadable(sample, error, tries: int) -> Reject:
+    "The `Reject` of a sample whose photo or clip could not be read, with the last error."
+    reason = f"{type(error).__name__}: {error} (tried {tries} times)"
+    return Reject(
+        sample.file, sample.entry, "media", sample.media, reason, sample.id, "unreadable_media"
+    )
+
+# %% ../../nbs/3_batches/02_loading.ipynb #f3795e18
+class Examples:
+    """Map-style data set for a torch DataLoader whose sampler yields (epoch, index).
+
+    Examples of a sequence of samples, drawn as `drawing` says by a generator made from seed, epoch
+    and index; a sample that cannot be read comes back as a `Reject`."""
 
     retries = 2
     cache_bytes = 1 << 29
@@ -26,19 +51,11 @@ class ExampleSource:
 
     def __init__(self, samples, drawing: Drawing, seed: int = 0):
         self.samples, self.drawing, self.seed = samples, drawing, seed
-        self.cache = {} if len(samples) * drawing.size**2 * 3 <= self.cache_bytes else None
-        self.clips = self._memory_for_clips() if self.cache is not None else None
-
-    def _memory_for_clips(self):
-        "A MemoryCache where all clips fit into `cache_bytes`, else None."
-        paths = {s.media for s in self.samples if s.kind == "video"}
-        if not paths or len(paths) > self.most_clips or self.drawing.frame_cache:
-            return None
-        try:
-            needed = MemoryCache.bytes_for(paths, self.drawing.size)
-        except DataError:
-            return None  # reading names what is wrong with the clip
-        return MemoryCache(self.drawing.size) if needed <= self.cache_bytes else None
+        fits = len(samples) * drawing.size**2 * 3 <= self.cache_bytes
+        self.cache = {} if fits else None
+        self.clips = None
+        if fits:
+            self.clips = memory_for_clips(samples, drawing, self.cache_bytes, self.most_clips)
 
     def __len__(self):
         return len(self.samples)
@@ -52,14 +69,11 @@ class ExampleSource:
         return self.cache[index]
 
     def _read(self, epoch, index):
-        sample, rng = self.samples[index], np.random.default_rng([self.seed, epoch, index])
+        sample = self.samples[index]
+        rng = np.random.default_rng([self.seed, epoch, index])
         if sample.kind == "video":
             return clip_example(sample, self.drawing, rng, self.clips)
         return image_example(sample, self.drawing, rng, self._pixels(sample, index))
-
-# %% ../../nbs/3_batches/02_loading.ipynb #f3795e18
-class Examples(ExampleSource):
-    "Map-style data set for a torch DataLoader whose sampler yields (epoch, index)."
 
     def __getitem__(self, where):
         epoch, index = where
@@ -67,64 +81,54 @@ class Examples(ExampleSource):
             try:
                 return self._read(epoch, index)
             except (OSError, DataError) as e:
-                reason = f"{type(e).__name__}: {e}"
-        sample = self.samples[index]
-        reason += f" (tried {self.retries + 1} times)"
-        return Reject(
-            sample.file, sample.entry, "media", sample.media, reason, sample.id, "unreadable_media"
-        )
+                error = e
+        return unreadable(self.samples[index], error, self.retries + 1)
 
 # %% ../../nbs/3_batches/02_loading.ipynb #b4e80c86
 def collate_loaded(items, context_length: int = 248):
-    "A list of examples and rejects -> (Batch or None, rejects)."
+    """A list of examples and rejects -> (Batch or None, rejects).
+
+    The batch is None where not a single example is left."""
     examples = [e for e in items if isinstance(e, Example)]
     rejects = [e for e in items if not isinstance(e, Example)]
     return (collate(examples, context_length) if examples else None), rejects
 
 # %% ../../nbs/3_batches/02_loading.ipynb #15dcf272
 def _picture_of(sample) -> tuple:
-    "(pixels, [(phrase, box)]) of a photo, or of the frame of a clip that most regions are visible in."
+    """(pixels (height,width,3) uint8, [(phrase, box xyxy 0-1)]) to show of a sample.
+
+    A photo, or the frame of a clip that most regions are visible in."""
     if sample.kind == "image":
         return read_image(sample.encoded), [(r.phrase, r.box) for r in sample.regions]
     numbers = sorted({k.frame for r in sample.regions for k in r.keyframes}) or [0]
-    seen = {
-        n: [
-            (r.phrase, tuple(b[0]))
-            for r in sample.regions
-            for b, v in [boxes_at(r.keyframes, [n])]
-            if v[0]
-        ]
-        for n in numbers
-    }
-    most = max(map(len, seen.values()))
-    best = [n for n in numbers if len(seen[n]) == most]
-    best = best[len(best) // 2]  # rather in the middle of what happens than where it begins
-    return read_frames(sample.media, [best])[0], seen[best]
+    visible = {n: [] for n in numbers}
+    for n in numbers:
+        for r in sample.regions:
+            boxes, seen = boxes_at(r.keyframes, [n])
+            if seen[0]:
+                visible[n].append((r.phrase, tuple(boxes[0])))
+    most = max(map(len, visible.values()))
+    best = [n for n in numbers if len(visible[n]) == most]
+    frame = best[len(best) // 2]
+    return read_frames(sample.media, [frame])[0], visible[frame]
 
-
+# %% ../../nbs/3_batches/02_loading.ipynb #c2001ef9
 def _draw_boxes(ax, pixels, boxes):
-    "Boxes (0-1 xyxy) over a picture, and below it their phrases in the boxes' colours. Returns height over width."
+    """Boxes (0-1 xyxy) over a picture, and below it their phrases in the boxes' colours.
+
+    Returns height over width."""
     from matplotlib.patches import Rectangle
 
     ax.imshow(pixels)
     h, w = pixels.shape[:2]
     for k, (phrase, (x1, y1, x2, y2)) in enumerate(boxes):
         colour = f"C{k % 10}"
-        ax.add_patch(
-            Rectangle(
-                (x1 * w, y1 * h),
-                (x2 - x1) * w,
-                (y2 - y1) * h,
-                fill=False,
-                edgecolor=colour,
-                linewidth=2,
-            )
-        )
-        name, place = textwrap.shorten(phrase, 56, placeholder="…"), (0, -3 - 9 * k)
+        corner, width, height = (x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h
+        ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
         ax.annotate(
-            name,
+            textwrap.shorten(phrase, 56, placeholder="…"),
             (0, 0),
-            place,
+            (0, -3 - 9 * k),
             xycoords="axes fraction",
             textcoords="offset points",
             fontsize=7,
@@ -134,18 +138,24 @@ def _draw_boxes(ax, pixels, boxes):
     ax.set_axis_off()
     return h / w
 
-# %% ../../nbs/3_batches/02_loading.ipynb #b0442ad6
-def plot_samples(samples, n: int = 6, most: int = 4):
-    "Figure of `n` samples spread over the list, those with negatives first, with up to `most` boxes each and the first caption as title."
-    import matplotlib.pyplot as plt
-
+# %% ../../nbs/3_batches/02_loading.ipynb #58ab1655
+def _chosen(samples, n: int) -> list:
+    "`n` samples with regions: half of them with negatives first, the others spread over the rest."
     ranked = sorted(
         (s for s in samples if s.regions), key=lambda s: -any(r.negatives for r in s.regions)
     )
-    shown = (
-        ranked[: n // 2]
-        + ranked[n // 2 :][:: max(1, (len(ranked) - n // 2) // max(1, n - n // 2))][: n - n // 2]
-    )
+    half = n // 2
+    stride = max(1, (len(ranked) - half) // max(1, n - half))
+    return ranked[:half] + ranked[half:][::stride][: n - half]
+
+# %% ../../nbs/3_batches/02_loading.ipynb #b0442ad6
+def plot_samples(samples, n: int = 6, most: int = 4):
+    """Figure of `n` samples spread over the list, those with negatives first.
+
+    Each has up to `most` boxes and its first caption as title."""
+    import matplotlib.pyplot as plt
+
+    shown = _chosen(samples, n)
     columns = min(3, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
     fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained")
@@ -159,8 +169,6 @@ def plot_samples(samples, n: int = 6, most: int = 4):
         ax.set_title(textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 52), fontsize=8)
     fig.set_size_inches(3.6 * columns, rows * (3.3 * min(highest, 1) + 0.45 + 0.15 * most) + 0.4)
     fig.get_layout_engine().set(h_pad=0.12)
-    fig.suptitle(
-        f"{len(shown)} of {len(samples)} samples with their boxes (at most {most} drawn per picture)",
-        fontsize=10,
-    )
+    counted = f"{len(shown)} of {len(samples)} samples with their boxes"
+    fig.suptitle(f"{counted} (at most {most} drawn per picture)", fontsize=10)
     return fig

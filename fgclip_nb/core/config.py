@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
 from fgclip_nb.core.folder import Run, resolve_path
-from fgclip_nb.core.params import _types, check_names, check_values, nearest, param
+from fgclip_nb.core.params import (
+    check_names,
+    check_values,
+    nearest,
+    param,
+    plain_types,
+    with_params,
+)
 
 # %% ../../nbs/0_core/03_config.ipynb #145b25ae
 @dataclass
@@ -19,65 +26,39 @@ class DataParams:
     "What is read and what is rejected."
 
     data: str = param(
-        "sample",
-        "`sample` (shipped photos), `video_sample`, or a file, list of files or folder in any known format",
+        "sample", "`sample`, `video_sample`, or a file, list or folder in any known format"
     )
-    media_root: str = param(
-        "", "folder that image and video paths start from; empty: the folder of the data file"
-    )
-    test_data: str = param(
-        "", "media that must not be trained on: a data set in any format, or a .txt list of names"
-    )
+    media_root: str = param("", "folder that media paths start from; empty: that of the data file")
+    test_data: str = param("", "media never trained on: a data set, or a .txt list of names")
     min_area: float = param(
         0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1
     )
     out_of_range: str = param(
-        "reject",
-        "boxes that leave the image: reject them or clip them to it",
-        choices=("reject", "clip"),
+        "reject", "boxes that leave the image: reject or clip them", choices=("reject", "clip")
     )
     max_regions: int = param(
         8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000
     )
     augment: str = param(
         "crop",
-        "training photos in the global loss: whole (none, as the reference) or a mirrored random part (crop)",
+        "photos in the global loss: whole, or a mirrored random part",
         choices=("none", "crop"),
     )
     num_frames: int = param(
-        0,
-        "frames per video clip, spread over its span; 0: 256, or 8 for the shipped video sample",
-        0,
-        100000,
+        0, "frames per clip; 0: 256, or 8 for the shipped video sample", 0, 100000
     )
-    frame_cache: str = param(
-        "",
-        "folder filled by `python -m fgclip_nb.data cache`; empty: decode the frames at every step",
-    )
+    frame_cache: str = param("", "folder filled by `python -m fgclip_nb.data cache`; empty: decode")
     make_negatives: int = param(
-        0,
-        "hard negatives made by swapping words for regions that have none; 0: none are made",
-        0,
-        1000,
+        0, "hard negatives made by swapping words where there are none", 0, 1000
     )
     class_negatives: str = param(
-        "",
-        "sentences per class, taken first by make_negatives: `ucf_crime`, or JSON {class: [captions of it]}",
+        "", "`ucf_crime`, or JSON {class: [captions]}: sentences taken first"
     )
     region_source: str = param(
-        "boxes",
-        "video regions: `boxes` (pooled from visible frames) or `span` (frames of its own span)",
-        choices=("boxes", "span"),
+        "boxes", "video regions from visible frames, or of a span", choices=("boxes", "span")
     )
-    abnormal_share: float = param(
-        0.5, "share of abnormal clips in a batch of a data set with class labels", 0, 1
-    )
-    max_reject_share: float = param(
-        0.05,
-        "the run ends non-zero when more than this share of samples failed to load in flight (0-1)",
-        0,
-        1,
-    )
+    abnormal_share: float = param(0.5, "share of abnormal clips in a batch of labelled data", 0, 1)
+    max_reject_share: float = param(0.05, "largest share of samples that may fail to load", 0, 1)
 
 # %% ../../nbs/0_core/03_config.ipynb #50652017
 @dataclass
@@ -85,8 +66,7 @@ class ModelParams:
     "Which model, at which size and precision."
 
     model: str = param(
-        "tiny",
-        "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336: random weights), or a folder, OpenAI file or hub id",
+        "tiny", "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336), folder, file or hub id"
     )
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(
@@ -94,24 +74,17 @@ class ModelParams:
     )
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
     logit_scale_init: float | None = param(
-        None,
-        "stored log temperature of the losses: 4.6052 is x100, 2.6592 x14.29; none: from the weights",
-        -5,
-        4.6052,
+        None, "stored log temperature (4.6052: x100); none: as is", -5, 4.6052
     )
-    override_logit_scale: bool = param(
-        False,
-        "replace a stored temperature that differs from `logit_scale_init`; without it such weights are refused",
-    )
+    override_logit_scale: bool = param(False, "replace a differing stored temperature, not refuse")
     precision: str = param(
         "fp32", "fp32, or bf16: autocast with fp32 master weights", choices=("fp32", "bf16")
     )
     gradient_checkpointing: bool = param(
-        False, "recompute activations in the backward pass: less memory, about a third more time"
+        False, "recompute activations: less memory, a third more time"
     )
     compile_layers: bool = param(
-        False,
-        "compile norms, projections and MLPs with torch.compile: for long GPU runs; the first step is a minute longer",
+        False, "compile layers for long GPU runs; the first step takes a minute"
     )
 
 # %% ../../nbs/0_core/03_config.ipynb #2543afab
@@ -120,25 +93,18 @@ class LossParams:
     "What is minimised."
 
     global_weight: float = param(
-        1.0, "weight of the image-caption loss, long and short each (the reference: 1)", 0, 1000
+        1.0, "weight of the image-caption loss, long and short each", 0, 1000
     )
     region_weight: float = param(10.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
     hard_weight: float = param(
         0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000
     )
     duplicates: str = param(
-        "mask",
-        "equal captions as candidates: masked, counted as positive, or ignored (the reference)",
-        choices=("mask", "positive", "ignore"),
+        "mask", "what equal captions are as candidates", choices=("mask", "positive", "ignore")
     )
-    memory_bank_size: int = param(
-        16,
-        "regions kept as extra candidates; 0: none (the shipped model changes fast: 128 slows it)",
-        0,
-        10_000_000,
-    )
+    memory_bank_size: int = param(16, "regions kept as extra candidates; 0: none", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(
-        50, "region forwards (not optimiser steps) before the bank turns itself on", 0, 10_000_000
+        50, "region forwards, not steps, before it is on", 0, 10_000_000
     )
 
 # %% ../../nbs/0_core/03_config.ipynb #056b6a04
@@ -148,47 +114,28 @@ class OptimParams:
 
     batch_size: int = param(16, "images per process contrasted with each other", 1, 1_000_000)
     gradient_accumulation_steps: int = param(
-        1, "batches whose gradients are averaged per optimiser step; adds no negatives", 1, 100_000
+        1, "batches averaged per step; no more negatives", 1, 100_000
     )
     gradient_caching: int = param(
-        0,
-        "images per chunk of an exact large batch (GradCache); 0: the whole batch at once",
-        0,
-        1_000_000,
+        0, "images per chunk of an exact large batch; 0: no chunks", 0, 1_000_000
     )
-    learning_rate: float = param(
-        5e-4,
-        "peak learning rate of AdamW (to fine-tune: 1e-6; the shipped model starts from nothing)",
-        0,
-        1,
-    )
+    learning_rate: float = param(5e-4, "peak learning rate of AdamW (fine-tuning: 1e-6)", 0, 1)
     adam_beta2: float = param(
-        0.98,
-        "second-moment decay of AdamW (CLIP and the FG-CLIP paper: 0.98; the official script: 0.999)",
-        0,
-        0.999999,
+        0.98, "second-moment decay of AdamW (official script: 0.999)", 0, 0.999999
     )
     weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(
         20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000
     )
-    max_grad_norm: float = param(
-        1.0, "gradients are scaled down to this norm; 0: no clipping", 0, 1e9
-    )
+    max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: none", 0, 1e9)
     max_steps: int = param(
         0, "optimiser steps of the whole run; 0: as many as `epochs` takes", 0, 1_000_000_000
     )
     epochs: int = param(
-        0,
-        "passes over the training samples, unless `max_steps` is given; 0: 120, or 520 for the video sample",
-        0,
-        100_000,
+        0, "passes over the training samples; 0: what the shipped data take", 0, 100_000
     )
     max_bad_steps: int = param(
-        10,
-        "the run stops non-zero after this many skipped (non-finite) steps in a row",
-        1,
-        1_000_000,
+        10, "skipped (non-finite) steps in a row that end the run", 1, 1_000_000
     )
 
 # %% ../../nbs/0_core/03_config.ipynb #56c94d0d
@@ -201,20 +148,13 @@ class RunParams:
     )
     seed: int = param(0, "seed of initialisation, order and every random choice", 0, 2**31 - 1)
     device: str = param("auto", "auto: CUDA when there is one", choices=("auto", "cpu", "cuda"))
-    processes: int = param(
-        1,
-        "training processes, one per GPU; above 1 they are started as a torch.distributed.run and followed live",
-        1,
-        4096,
-    )
+    processes: int = param(1, "training processes, one per GPU; started and followed live", 1, 4096)
     num_workers: int = param(0, "loader processes of each training process", 0, 1024)
     log_every: int = param(20, "optimiser steps between [LOSS] lines", 1, 1_000_000)
-    diag_every: int = param(
-        10, "optimiser steps between looks at logits, norms, gradients and updates", 1, 1_000_000
-    )
+    diag_every: int = param(10, "steps between looks at logits, norms and gradients", 1, 1_000_000)
     save_every: int = param(200, "optimiser steps between checkpoints", 1, 1_000_000_000)
     keep_checkpoints: int = param(
-        2, "newest checkpoints kept (the best by validation is kept besides)", 1, 1000
+        2, "newest checkpoints kept, besides the best by validation", 1, 1000
     )
     eval_every: int = param(
         100, "optimiser steps between validations; 0: only at the end", 0, 1_000_000_000
@@ -223,13 +163,9 @@ class RunParams:
         0, "validations without improvement before stopping; 0: never", 0, 1_000_000
     )
     tracker: str = param(
-        "tensorboard",
-        "trackers of accelerate, by name, separated by commas (tensorboard, wandb, ...), or none",
+        "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"
     )
-    allow_changed: str = param(
-        "",
-        "what may differ from the checkpoint on resume: parameter names separated by commas, `data` for changed data",
-    )
+    allow_changed: str = param("", "parameters, or `data`, that may differ on resume, by commas")
 
 # %% ../../nbs/0_core/03_config.ipynb #c50a6173
 @dataclass
@@ -244,68 +180,76 @@ class VerdictParams:
         0.5, "in-batch region loss to be under by step 500", 0, 100
     )
     zero_norm_limit: float = param(
-        0.10, "largest share of zero-norm region features that still passes (0-1)", 0, 1
+        0.10, "largest share of zero-norm region features that passes", 0, 1
     )
-    logits_low: float = param(
-        -10.0, "lowest image-to-text logit that still passes in the first steps", -1000, 0
-    )
-    logits_high: float = param(
-        20.0, "highest image-to-text logit that still passes in the first steps", 0, 1000
-    )
+    logits_low: float = param(-10.0, "lowest i2t logit that passes in the first steps", -1000, 0)
+    logits_high: float = param(20.0, "highest i2t logit that passes in the first steps", 0, 1000)
+
+# %% ../../nbs/0_core/03_config.ipynb #c977ee0c
+GROUPS = (DataParams, ModelParams, LossParams, OptimParams, RunParams, VerdictParams)
+
+
+def known_parameters() -> dict:
+    """Parameter name -> dataclass field.
+
+    In the order data, model, losses, optimisation, run, verdicts."""
+    return {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+
+# %% ../../nbs/0_core/03_config.ipynb #333c367d
+def describe_parameter(name) -> str:
+    "One line about a parameter: type, default, range and meaning."
+    f = known_parameters()[name]
+    kinds = ("none" if t is types.NoneType else t.__name__ for t in plain_types(f.type))
+    span = f", {f.metadata['low']}..{f.metadata['high']}" if f.metadata["low"] is not None else ""
+    return f"{name} ({' or '.join(kinds)}{span}; default {f.default!r}): {f.metadata['help']}"
+
+# %% ../../nbs/0_core/03_config.ipynb #47da3858
+def check_together(cfg):
+    "Raise `ConfigError` for parameters that contradict each other, or a name that is none."
+    if cfg.class_negatives and not cfg.make_negatives:
+        raise ConfigError(
+            "`class_negatives` says which sentences are taken: say with `make_negatives` "
+            "how many a region gets, 10 for instance"
+        )
+    if cfg.gradient_caching and cfg.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            "`gradient_caching` already makes one batch of any size: "
+            "set `gradient_accumulation_steps` to 1 and raise `batch_size`"
+        )
+    for name in cfg.allow_changed.split(","):
+        if name and name not in known_parameters() and name != "data":
+            raise ConfigError(
+                f"`allow_changed` names {name!r}, which is no parameter"
+                f"{nearest(name, known_parameters())}"
+            )
 
 # %% ../../nbs/0_core/03_config.ipynb #0ead8fe1
-@dataclass
-class TrainConfig(VerdictParams, RunParams, OptimParams, LossParams, ModelParams, DataParams):
-    "Every parameter of a run, checked. Raises `ConfigError` for a wrong type or an impossible value."
+@with_params(*GROUPS)
+class TrainConfig:
+    """Every parameter of a run, checked.
+
+    Raises `ConfigError` for a wrong type or an impossible value."""
 
     def __post_init__(self):
         check_values(self)
-        if self.class_negatives and not self.make_negatives:
-            raise ConfigError(
-                "`class_negatives` says which sentences are taken: say with `make_negatives` how many a region gets, "
-                "10 for instance"
-            )
-        if self.gradient_caching and self.gradient_accumulation_steps > 1:
-            raise ConfigError(
-                "`gradient_caching` already makes one batch of any size: set `gradient_accumulation_steps` to 1 and raise "
-                "`batch_size`"
-            )
-        unknown = [
-            n
-            for n in self.allow_changed.split(",")
-            if n and n not in known_parameters() and n != "data"
-        ]
-        if unknown:
-            raise ConfigError(
-                f"`allow_changed` names {unknown[0]!r}, which is no parameter{nearest(unknown[0], known_parameters())}"
-            )
+        check_together(self)
 
     @classmethod
     def from_params(cls, params: dict):
-        "From a dict of parameters; an unknown name raises `ConfigError` with the nearest known one."
+        """From a dict of parameters.
+
+        An unknown name raises `ConfigError` with the nearest known one."""
         check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 
     def as_dict(self) -> dict:
+        "Every parameter by name, in the order of declaration."
         return dataclasses.asdict(self)
 
 # %% ../../nbs/0_core/03_config.ipynb #6fe7b95d
 def epochs_of(cfg) -> int:
-    "Passes over the training samples: as asked for, or what the shipped data take; an epoch of the video sample is a single batch."
+    "Passes over the training samples: `epochs`, or where that is 0 what the shipped data take."
     return cfg.epochs or (520 if cfg.data == "video_sample" else 120)
-
-# %% ../../nbs/0_core/03_config.ipynb #333c367d
-def known_parameters() -> dict:
-    "Parameter name -> dataclass field, in the order data, model, losses, optimisation, run, verdicts."
-    return {f.name: f for f in dataclasses.fields(TrainConfig)}
-
-
-def describe_parameter(name) -> str:
-    "One line about a parameter: type, default, range and meaning."
-    f = known_parameters()[name]
-    kind = " or ".join("none" if t is types.NoneType else t.__name__ for t in _types(f.type))
-    span = f", {f.metadata['low']}..{f.metadata['high']}" if f.metadata["low"] is not None else ""
-    return f"{name} ({kind}{span}; default {f.default!r}): {f.metadata['help']}"
 
 # %% ../../nbs/0_core/03_config.ipynb #ca53b531
 NOT_IDENTITY = (
@@ -320,25 +264,24 @@ NOT_IDENTITY = (
 
 
 def params_hash(cfg: TrainConfig) -> str:
-    "Ten hex digits over the parameters that change what is computed."
-    kept = {
-        k: v
-        for k, v in sorted(cfg.as_dict().items())
-        if k not in NOT_IDENTITY and (k, v) != ("processes", 1)
+    """Ten hex digits over the parameters that change what is computed and are not the defaults.
+
+    So a parameter that a later version adds renames no folder of this one."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    chosen = {
+        k: v for k, v in sorted(cfg.as_dict().items()) if k not in NOT_IDENTITY and v != defaults[k]
     }
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:10]
 
 # %% ../../nbs/0_core/03_config.ipynb #ea1187a3
 def run_folder(cfg: TrainConfig) -> Path:
     "The folder this configuration writes to, by the rule of identity; nothing is created."
     if cfg.output:
-        return (
-            resolve_path(cfg.output)
-            if Path(cfg.output).is_absolute()
-            else project_root() / cfg.output
-        )
+        absolute = Path(cfg.output).is_absolute()
+        return resolve_path(cfg.output) if absolute else project_root() / cfg.output
     base = project_root() / "runs" / f"train-{params_hash(cfg)}"
-    path, n = base, 1
+    path = base
+    n = 1
     while Run(path).finished:
         n += 1
         path = base.with_name(f"{base.name}-{n}")
@@ -346,7 +289,10 @@ def run_folder(cfg: TrainConfig) -> Path:
 
 # %% ../../nbs/0_core/03_config.ipynb #3eb12ec5
 def changed_params(folder, cfg: TrainConfig) -> dict:
-    "Parameters of an existing run folder that differ from `cfg`: name -> (in the folder, asked for)."
+    """Parameters of an existing run folder that differ from those of `cfg`.
+
+    Name -> (value in the folder, value in `cfg`). Those that change nothing that is computed, and
+    those that the folder does not know yet, are left out."""
     old = Run(folder).params()
     new = cfg.as_dict()
     return {
@@ -355,15 +301,18 @@ def changed_params(folder, cfg: TrainConfig) -> dict:
         if k in old and k not in NOT_IDENTITY and old[k] != new[k]
     }
 
-
+# %% ../../nbs/0_core/03_config.ipynb #341c3dd4
 def check_params(folder, cfg: TrainConfig):
-    "Raise `ConfigError` when the folder was made with other parameters that `allow_changed` does not name; both values are shown."
+    """Raise `ConfigError` when the folder was made with other parameters.
+
+    Those that `allow_changed` names may differ; of the others both values are shown."""
     allowed = cfg.allow_changed.split(",")
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}
     if refused:
-        told = "; ".join(
+        reasons = "; ".join(
             f"`{k}`: {a!r} in the folder, {b!r} asked for" for k, (a, b) in refused.items()
         )
         raise ConfigError(
-            f"{folder} holds a run with other parameters ({told}). Give another `output`, or name them in `allow_changed`."
+            f"{folder} holds a run with other parameters ({reasons}). "
+            "Give another `output`, or name them in `allow_changed`."
         )

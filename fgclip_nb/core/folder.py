@@ -13,7 +13,9 @@ from fgclip_nb.core.identity import ConfigError, DataError, project_root
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
 def write_atomic(path, data: str | bytes):
-    "Write `data` beside `path`, sync it and rename it into place; the reader sees the old or the new content, never a part."
+    """Write `data` beside `path`, sync it and rename it into place.
+
+    Whoever reads sees the old or the new content, never a part."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "wb") as f:
@@ -24,7 +26,9 @@ def write_atomic(path, data: str | bytes):
 
 # %% ../../nbs/0_core/01_folder.ipynb #9e2a85d4
 def read_jsonl(path):
-    "Yield the objects of a JSON-lines file; a torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."
+    """Yield the objects of a JSON-lines file, gzipped or not.
+
+    A torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."""
     data = Path(path).read_bytes()
     lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
     for number, line in enumerate(lines, 1):
@@ -39,7 +43,9 @@ def read_jsonl(path):
 
 # %% ../../nbs/0_core/01_folder.ipynb #e42e5d2b
 def asset(*names) -> Path:
-    "A file or folder shipped with the package, `asset('sample', 'images')` for instance; without a name the folder of all."
+    """A file or folder shipped with the package, `asset('sample', 'images')` for instance.
+
+    Without a name it is the folder of all of them."""
     return Path(fgclip_nb.__file__).parent.joinpath("assets", *names)
 
 # %% ../../nbs/0_core/01_folder.ipynb #97520cc0
@@ -49,6 +55,14 @@ def resolve_path(path: str) -> Path:
     return p if p.is_absolute() or p.exists() else project_root() / p
 
 # %% ../../nbs/0_core/01_folder.ipynb #da07096b
+class _Stdout(logging.Handler):
+    _fgclip_nb = True
+
+    def emit(self, record):
+        sys.stdout.write(self.format(record) + "\n")
+        sys.stdout.flush()
+
+
 def get_logger() -> logging.Logger:
     "The package's logger: plain lines on stdout; a run adds its `training.log`."
     log = logging.getLogger("fgclip_nb")
@@ -58,81 +72,82 @@ def get_logger() -> logging.Logger:
         log.propagate = False
     return log
 
+# %% ../../nbs/0_core/01_folder.ipynb #57bd83d5
+def read_json(path):
+    "The content of a JSON file; an empty dict where there is no such file."
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else {}
 
-class _Stdout(logging.Handler):
-    _fgclip_nb = True
+# %% ../../nbs/0_core/01_folder.ipynb #604d2780
+def read_table(path):
+    """One row per line of a JSON-lines file (pandas).
 
-    def emit(self, record):
-        sys.stdout.write(
-            self.format(record) + "\n"
-        )  # looked up at each line: notebooks replace sys.stdout
-        sys.stdout.flush()
+    A packed file has `.gz` behind its name; where there is neither, the table is empty."""
+    import pandas as pd
 
-# %% ../../nbs/0_core/01_folder.ipynb #d2d177de
-class RunFolder:
-    "Paths and readers of a run folder; nothing is written by looking."
+    present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
+    return pd.DataFrame(read_jsonl(present[0]) if present else [])
+
+# %% ../../nbs/0_core/01_folder.ipynb #bdefd310
+def checkpoint_folders(folder) -> list:
+    "The complete checkpoints in a folder, as (optimiser step, path) ordered by step."
+    return sorted(
+        (int(m[1]), p)
+        for p in Path(folder).glob("step_*")
+        if (m := re.fullmatch(r"step_(\d+)", p.name))
+    )
+
+# %% ../../nbs/0_core/01_folder.ipynb #e5e2028a
+class Run:
+    "A run folder: parameters, tables, judgements, checkpoints; nothing is written by looking."
 
     def __init__(self, path):
         self.path = Path(path)
         self.name = self.path.name
 
-    def _json(self, name):
-        p = self.path / name
-        return json.loads(p.read_text()) if p.exists() else {}
-
-    def manifest(self) -> dict:
-        return self._json("manifest.json")
-
-    def verdicts(self) -> list:
-        return self._json("verdicts.json") or []
-
-    def expectations(self) -> list:
-        return self._json("expectations.json") or []
-
-    def summary(self) -> dict:
-        return self._json("finished.json")
+    def __repr__(self):
+        return f"Run({str(self.path)!r}, {'finished' if self.finished else 'unfinished'})"
 
     @property
     def finished(self) -> bool:
         return (self.path / "finished.json").exists()
 
     def params(self) -> dict:
+        "Every parameter of the run, as `params.yaml` holds it."
         import yaml
 
         p = self.path / "params.yaml"
         return yaml.safe_load(p.read_text()) if p.exists() else {}
 
-# %% ../../nbs/0_core/01_folder.ipynb #e5e2028a
-class Run(RunFolder):
-    "A run folder with its tables and checkpoints."
+    def manifest(self) -> dict:
+        "Versions, code, device, seed, fingerprints of data and weights."
+        return read_json(self.path / "manifest.json")
 
-    def _frame(self, name):
-        import pandas as pd
+    def expectations(self) -> list:
+        "What was to be expected, written before the first step."
+        return read_json(self.path / "expectations.json") or []
 
-        found = [
-            p for p in (self.path / name, self.path / f"{name}.gz") if p.exists()
-        ]  # a run that is kept for reading may be packed
-        return pd.DataFrame(read_jsonl(found[0]) if found else [])
+    def verdicts(self) -> list:
+        "The run's judgements as plain dicts."
+        return read_json(self.path / "verdicts.json") or []
+
+    def summary(self) -> dict:
+        "What was written at the end; empty while the run is unfinished."
+        return read_json(self.path / "finished.json")
 
     def metrics(self):
         "One row per optimiser step (pandas)."
-        return self._frame("metrics.jsonl")
+        return read_table(self.path / "metrics.jsonl")
 
     def timing(self):
-        "Wall-clock figures, one row per optimiser step (pandas); kept apart so that metrics compare bitwise."
-        return self._frame("timing.jsonl")
+        """Wall-clock figures, one row per optimiser step (pandas).
+
+        They are kept apart so that the metrics of two runs compare bitwise."""
+        return read_table(self.path / "timing.jsonl")
 
     def checkpoints(self) -> list:
         "Complete checkpoints as (step, folder), ordered by number."
-        found = [
-            (int(m[1]), p)
-            for p in (self.path / "checkpoints").glob("step_*")
-            if (m := re.fullmatch(r"step_(\d+)", p.name))
-        ]
-        return sorted(found)
-
-    def __repr__(self):
-        return f"Run({str(self.path)!r}, {'finished' if self.finished else 'unfinished'})"
+        return checkpoint_folders(self.path / "checkpoints")
 
 # %% ../../nbs/0_core/01_folder.ipynb #f12bc020
 _locks = weakref.WeakSet()
@@ -141,7 +156,9 @@ os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 
 class FolderLock:
-    "Holds `<folder>/.lock` until closed or the process dies; raises `ConfigError` naming the holder when taken."
+    """Holds `<folder>/.lock` until closed or the process dies.
+
+    Raises `ConfigError` naming the holder when it is taken."""
 
     def __init__(self, folder):
         self.file = open(Path(folder) / ".lock", "a+")
@@ -152,7 +169,8 @@ class FolderLock:
             holder = self.file.read().strip() or "another process"
             self.file.close()
             raise ConfigError(
-                f"run folder {folder} is being written by {holder}: wait for it, stop it, or give another `output`"
+                f"run folder {folder} is being written by {holder}: "
+                "wait for it, stop it, or give another `output`"
             ) from e
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()}")

@@ -12,7 +12,9 @@ import fgclip_nb
 
 # %% ../../nbs/0_core/00_identity.ipynb #f913157e
 class ConfigError(ValueError):
-    "A parameter is unknown, of the wrong type or impossible; the message names it, its value and the allowed range."
+    """A parameter is unknown, of the wrong type or impossible.
+
+    The message names it, its value and the allowed range."""
 
 
 class DataError(ValueError):
@@ -20,14 +22,12 @@ class DataError(ValueError):
 
 # %% ../../nbs/0_core/00_identity.ipynb #88839f62
 def stable_id(text: str) -> int:
-    "A non-negative 63-bit number that is the same for the same text on every machine and process (blake2b; case and white space folded)."
+    """A non-negative 63-bit number, the same for the same text on every machine and process.
+
+    It is a blake2b digest of the text with case and white space folded."""
     folded = " ".join(text.lower().split())
-    return (
-        int.from_bytes(
-            hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-        )
-        >> 1
-    )
+    digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 # %% ../../nbs/0_core/00_identity.ipynb #18b83e8f
 def sha256_file(path) -> str:
@@ -35,51 +35,52 @@ def sha256_file(path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../../nbs/0_core/00_identity.ipynb #0164cc07
+def python_files_hash(folder) -> str:
+    "Hex SHA-256 over all Python files below a folder, in the order of their paths."
+    files = sorted(Path(folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
 # %% ../../nbs/0_core/00_identity.ipynb #263966f1
 def project_root(start=None) -> Path:
-    "The nearest folder upwards that holds settings.ini, or the current one (an installed wheel)."
+    """The nearest folder upwards from `start` that holds settings.ini.
+
+    Where there is none (an installed wheel) it is `start` itself, by default the current folder."""
     here = Path(start or Path.cwd()).resolve()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
 
+# %% ../../nbs/0_core/00_identity.ipynb #e3237421
+def git_output(folder, *arguments) -> str:
+    "What `git` answers in a folder; empty where it fails, for instance outside a repository."
+    r = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    return r.stdout if r.returncode == 0 else ""
+
 # %% ../../nbs/0_core/00_identity.ipynb #c12d08c3
 def code_identity() -> dict:
-    "Commit and hash of the uncommitted difference, and a hash over the package's own Python files."
+    """Three short strings that say which code runs.
+
+    `commit`: hash of the commit; `diff`: hash of the uncommitted difference of package and
+    notebooks (both empty where the package is in no repository); `package`: hash over the
+    package's own Python files."""
     package = Path(fgclip_nb.__file__).parent
-    files = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(package.rglob("*.py"))))
-
-    def git(*args):
-        r = subprocess.run(["git", *args], cwd=package, capture_output=True, text=True)
-        return r.stdout if r.returncode == 0 else ""
-
-    # an installed wheel inside somebody else's repository must not borrow that repository's commit
-    ours = bool(git("ls-files", "--error-unmatch", "__init__.py"))
-    diff = git("diff", "HEAD", "--", ".", "../nbs") if ours else ""
+    ours = bool(git_output(package, "ls-files", "--error-unmatch", "__init__.py"))
+    diff = git_output(package, "diff", "HEAD", "--", ".", "../nbs") if ours else ""
     return dict(
-        commit=git("rev-parse", "HEAD").strip() if ours else "",
-        package=files.hexdigest()[:12],
+        commit=git_output(package, "rev-parse", "HEAD").strip() if ours else "",
+        package=python_files_hash(package)[:12],
         diff=hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else "",
     )
 
 # %% ../../nbs/0_core/00_identity.ipynb #27ebc497
 def versions() -> dict:
-    "Installed versions of what changes numbers."
+    "Installed versions of what changes numbers: name -> version or `not installed`."
     from importlib import metadata
 
-    names = (
-        "torch",
-        "transformers",
-        "accelerate",
-        "safetensors",
-        "tokenizers",
-        "numpy",
-        "pillow",
-        "av",
-        "datasets",
-    )
-    found = {}
-    for n in names:
+    names = "torch transformers accelerate safetensors tokenizers numpy pillow av datasets".split()
+    installed = {}
+    for name in names:
         try:
-            found[n] = metadata.version(n)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[n] = "not installed"
-    return dict(python=sys.version.split()[0], **found)
+            installed[name] = "not installed"
+    return dict(python=sys.version.split()[0], **installed)

@@ -6,61 +6,76 @@
 __all__ = ['notebook_params', 'refuse_unknown', 'note_notebook']
 
 # %% ../../nbs/0_core/04_notebook.ipynb #0aa59230
-import ast, os, types
-from fgclip_nb.core.params import _types, check_names
-from fgclip_nb.core.config import known_parameters
+import ast, dataclasses, json, os, types
+from fgclip_nb.core.params import check_names, plain_types
+from fgclip_nb.core.config import TrainConfig
 
 # %% ../../nbs/0_core/04_notebook.ipynb #1e30dd28
 def _assigned(source: str) -> list:
-    "Names that a cell assigns at its top level."
-    found = []
+    "Names that a cell assigns at its top level; papermill's own are left out."
+    targets = []
     for node in ast.parse(source).body:
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        found += [
-            t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("PAPERMILL_")
-        ]
-    return found
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        if isinstance(node, ast.AnnAssign):
+            targets.append(node.target)
+    names = [t.id for t in targets if isinstance(t, ast.Name)]
+    return [n for n in names if not n.startswith("PAPERMILL_")]
 
+# %% ../../nbs/0_core/04_notebook.ipynb #c609803c
+def _parameter_cells(namespace: dict) -> list:
+    "Names that each executed cell assigns which begins with `# Parameters`, in their order."
+    executed = namespace.get("In", ())
+    return [_assigned(c) for c in executed if c.lstrip().startswith("# Parameters")]
 
+# %% ../../nbs/0_core/04_notebook.ipynb #2b4775ef
 def notebook_params(namespace: dict) -> dict:
-    "Names assigned in the executed cells that begin with `# Parameters`, with their values; `namespace` is the notebook's `globals()`."
-    cells = [_assigned(c) for c in namespace.get("In", ()) if c.lstrip().startswith("# Parameters")]
+    """Names assigned in the executed cells that begin with `# Parameters`, with their values.
+
+    `namespace` is the notebook's `globals()`."""
+    cells = _parameter_cells(namespace)
     return {n: namespace[n] for names in cells for n in names if n in namespace}
 
-
+# %% ../../nbs/0_core/04_notebook.ipynb #5b6e82f3
 def refuse_unknown(namespace: dict):
-    "For a notebook with parameters of its own: `ConfigError` when papermill gave a name that its `# Parameters` cell does not assign."
-    cells = [_assigned(c) for c in namespace.get("In", ()) if c.lstrip().startswith("# Parameters")]
-    check_names(
-        {n: namespace.get(n) for names in cells[1:] for n in names}, cells[0] if cells else ()
-    )
+    """`ConfigError` when papermill gave a name that the notebook's own cell does not assign.
 
+    `namespace` is the notebook's `globals()`, its own cell the first that begins with
+    `# Parameters`."""
+    cells = _parameter_cells(namespace)
+    names = {n: namespace.get(n) for assigned in cells[1:] for n in assigned}
+    check_names(names, cells[0] if cells else ())
 
+# %% ../../nbs/0_core/04_notebook.ipynb #2ffc6376
 def note_notebook(namespace: dict):
-    "Remember the executed notebook's path for the manifest, where papermill was told to pass it (`--inject-paths`)."
+    """Remember the executed notebook's path for the manifest.
+
+    papermill passes it with `--inject-paths`; it is kept in the environment, where processes that
+    are started later find it."""
     os.environ["FGCLIP_NB_NOTEBOOK"] = str(namespace.get("PAPERMILL_OUTPUT_PATH", ""))
 
+# %% ../../nbs/0_core/04_notebook.ipynb #f43ec2b0
+def _span(meta) -> str:
+    "A parameter's range or choices in brackets; empty where everything is allowed."
+    if meta["low"] is not None:
+        return f" [{meta['low']}..{meta['high']}]"
+    if meta["choices"]:
+        return f" [{' | '.join(meta['choices'])}]"
+    return ""
+
+# %% ../../nbs/0_core/04_notebook.ipynb #f7c01480
+def parameter_line(f) -> str:
+    "A declared parameter (field of a dataclass) as one line of Python with its meaning behind it."
+    kind = next(t.__name__ for t in plain_types(f.type) if t is not types.NoneType)
+    default = json.dumps(f.default) if isinstance(f.default, str) else repr(f.default)
+    return f"{f.name}: {kind} = {default}  # {f.metadata['help']}{_span(f.metadata)}"
+
 # %% ../../nbs/0_core/04_notebook.ipynb #0725b912
-def parameter_cell() -> str:
-    "Source of a notebook's parameters cell: every parameter with type, default, meaning and range."
-    lines = [
-        "# Parameters of this run: `-p name value` on papermill's command line replaces any of them."
-    ]
-    for name, f in known_parameters().items():
-        kind = next(t.__name__ for t in _types(f.type) if t is not types.NoneType)
-        m = f.metadata
-        span = (
-            f" [{m['low']}..{m['high']}]"
-            if m["low"] is not None
-            else f" [{' | '.join(m['choices'])}]"
-            if m["choices"]
-            else ""
-        )
-        lines.append(f"{name}: {kind} = {f.default!r}  # {m['help']}{span}")
-    return "\n".join(lines)
+def parameter_cell(config=TrainConfig, names=(), what: str = "run") -> str:
+    """Source of a run notebook's parameters cell: a line per parameter of `config`.
+
+    names: the parameters that the notebook offers, in its order; empty for all."""
+    declared = {f.name: f for f in dataclasses.fields(config)}
+    title = f"# Parameters of this {what}: "
+    title += "`-p name value` on papermill's command line replaces any of them."
+    return "\n".join([title] + [parameter_line(declared[n]) for n in names or declared])

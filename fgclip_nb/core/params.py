@@ -6,8 +6,8 @@
 __all__ = ['param']
 
 # %% ../../nbs/0_core/02_params.ipynb #78a9f515
-import dataclasses, difflib, math, types, typing
-from dataclasses import field
+import contextlib, dataclasses, difflib, math, types, typing
+from dataclasses import dataclass, field
 from fgclip_nb.core.identity import ConfigError
 
 # %% ../../nbs/0_core/02_params.ipynb #dabc65cc
@@ -16,14 +16,16 @@ def param(default, help: str, low=None, high=None, choices=None):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 # %% ../../nbs/0_core/02_params.ipynb #63f22377
-def _types(annotation):
+def plain_types(annotation) -> tuple:
     "The plain types of `float | None` and the like."
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
-
+# %% ../../nbs/0_core/02_params.ipynb #a9c430e7
 def typed_value(name, value, annotation):
-    "The value as its annotation says (int, float, str or bool, perhaps `| None`); raises `ConfigError` for another type."
-    allowed = _types(annotation)
+    """The value as its annotation says: int, float, str or bool, perhaps `| None`.
+
+    A number may come as text, as YAML reads `1e-4`. Raises `ConfigError` for another type."""
+    allowed = plain_types(annotation)
     if value is None and types.NoneType in allowed:
         return None
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
@@ -31,14 +33,18 @@ def typed_value(name, value, annotation):
     kind = next(t for t in allowed if t is not types.NoneType)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    hint = (
-        "; YAML reads 1e-4 as text, write 1.0e-4"
-        if kind in (int, float) and isinstance(value, str)
-        else ""
-    )
+    if kind in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return kind(value)
     raise ConfigError(
-        f"parameter `{name}` = {value!r} is a {type(value).__name__}, not a {kind.__name__}{hint}"
+        f"parameter `{name}` = {value!r} is a {type(value).__name__}, not a {kind.__name__}"
     )
+
+# %% ../../nbs/0_core/02_params.ipynb #5361e5b3
+def nearest(name, known) -> str:
+    "The sentence `; did you mean X?` for the closest known name, or nothing."
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 # %% ../../nbs/0_core/02_params.ipynb #26baed61
 def check_range(name, value, meta):
@@ -48,7 +54,8 @@ def check_range(name, value, meta):
         return
     if choices and value not in choices:
         raise ConfigError(
-            f"parameter `{name}` = {value!r} must be one of {', '.join(choices)}{nearest(value, choices)}"
+            f"parameter `{name}` = {value!r} must be one of {', '.join(choices)}"
+            f"{nearest(value, choices)}"
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if (
@@ -57,26 +64,39 @@ def check_range(name, value, meta):
             or (high is not None and value > high)
         ):
             raise ConfigError(
-                f"parameter `{name}` = {value!r} is outside its range [{low}, {high}]: {meta['help']}"
+                f"parameter `{name}` = {value!r} is outside its range [{low}, {high}]: "
+                f"{meta['help']}"
             )
 
-
-def nearest(name, known) -> str:
-    "The sentence `; did you mean X?` for the closest known name, or nothing."
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
+# %% ../../nbs/0_core/02_params.ipynb #6e757107
 def check_names(params: dict, known):
-    "Raise for the first name that is not among the known ones."
+    "Raise `ConfigError` for the first name that is not among the known ones."
     for name, value in params.items():
         if name not in known:
             raise ConfigError(f"unknown parameter `{name}` = {value!r}{nearest(name, known)}")
 
-
+# %% ../../nbs/0_core/02_params.ipynb #71fd1a3e
 def check_values(config):
-    "Type and range of every field of a dataclass made of `param`s; an integer where a float is meant becomes one."
+    """Check type and range of every field of a dataclass made of `param`s.
+
+    An integer where a float is meant becomes one, in place."""
     for f in dataclasses.fields(config):
         value = typed_value(f.name, getattr(config, f.name), f.type)
         check_range(f.name, value, f.metadata)
         setattr(config, f.name, value)
+
+# %% ../../nbs/0_core/02_params.ipynb #3b619e19
+def with_params(*groups):
+    """Class decorator: a dataclass with the parameters of all `groups`, in their order.
+
+    groups: dataclasses made of `param`s. Fields of a base class come before them, the class's own
+    after them."""
+
+    def bind(cls):
+        declared = [f for group in groups for f in dataclasses.fields(group)]
+        cls.__annotations__ = {f.name: f.type for f in declared} | cls.__annotations__
+        for f in declared:
+            setattr(cls, f.name, field(default=f.default, metadata=f.metadata))
+        return dataclass(cls)
+
+    return bind

@@ -26,7 +26,7 @@ ROOMS = {
     "read_names": ".splits",
     "sample_frames": ".clips",
     "sample_path": ".load",
-    "video_info": ".video",
+    "video_info": ".video_index",
     "visible_spans": ".samples",
 }
 __all__ = sorted(ROOMS)

@@ -14,8 +14,9 @@ from fgclip_nb.data.samples import boxes_at
 def sample_frames(span, count, rng=None, among=None) -> np.ndarray:
     """At most `count` different frame numbers spread evenly over `span`, rising, int64.
 
-    `span`: number of frames, or (first, last) inclusive. With `rng` (numpy Generator) each is random within its part.
-    `among`: rising frame numbers to choose from, such as those that a cache holds; the spread is then even over these."""
+    `span`: number of frames, or (first, last) inclusive. With `rng` (numpy Generator) each is
+    random within its part. `among`: rising frame numbers to choose from, such as those that a
+    cache holds; the spread is then even over these. Raises ValueError for a count below 1."""
     first, last = span if isinstance(span, (tuple, list)) else (0, span - 1)
     if count < 1:
         raise ValueError(f"count = {count}: at least one frame is needed")
@@ -31,23 +32,26 @@ def sample_frames(span, count, rng=None, among=None) -> np.ndarray:
 
 # %% ../../nbs/2_data/16_clips.ipynb #94184793
 def span_frames(times, span=None) -> tuple:
-    """(first, last) frame that begins within `span` = (start, end) in seconds, end excluded; the whole clip for None.
+    """(first, last) frame that begins within `span`; the whole clip for None.
 
-    `times`: seconds of each frame, as frame_times gives. DataError when no frame lies in the span."""
+    `span`: (start, end) in seconds, end excluded. `times`: seconds of each frame, as frame_times
+    gives. Raises DataError when no frame lies in the span."""
     if span is None:
         return 0, len(times) - 1
-    first, end = np.searchsorted(
-        times, np.asarray(span, float) - 1e-6
-    )  # 0.3 s is frame 3 at 10 per second, whatever floats say
+    # 0.3 s is frame 3 at 10 per second, whatever floats say
+    first, end = np.searchsorted(times, np.asarray(span, float) - 1e-6)
     if first >= end:
         raise DataError(
-            f"span {tuple(span)} s holds no frame; the clip lasts from 0 to {float(times[-1]):.2f} s"
+            f"span {tuple(span)} s holds no frame; "
+            f"the clip lasts from 0 to {float(times[-1]):.2f} s"
         )
     return int(first), int(end) - 1
 
 # %% ../../nbs/2_data/16_clips.ipynb #dd9e32d5
 def coverage(spans, frames) -> float:
-    "Share of the `spans`, (first, last) inclusive, that contain at least one of the `frames`; NaN without spans."
+    """Share of the `spans` that contain at least one of the `frames`; NaN without spans.
+
+    `spans`: (first, last) frame numbers, both inclusive."""
     frames = np.sort(np.asarray(frames))
     hit = [
         np.searchsorted(frames, first) < np.searchsorted(frames, last, side="right")
@@ -57,7 +61,7 @@ def coverage(spans, frames) -> float:
 
 # %% ../../nbs/2_data/16_clips.ipynb #7a937e51
 def region_presence(region, first, last) -> np.ndarray:
-    "Rising frame numbers within first..last where a region is visible: its track, or its span, or everywhere."
+    "Rising frame numbers in first..last where a region is visible: its track, span or everywhere."
     frames = np.arange(first, last + 1)
     if region.keyframes:
         return frames[boxes_at(region.keyframes, frames)[1]]

@@ -11,73 +11,35 @@ from fgclip_nb.data.rows import Row, check_int
 from fgclip_nb.data.source import with_article
 
 # %% ../../nbs/2_data/06_coco.ipynb #96cb3c3e
-def _coco_images(src, pairs) -> dict:
-    "image id -> sample, one entry each; a second file about the same image adds to the same sample."
-    found = {}
-    for i, image in enumerate(pairs["images"]):
-        src.entry, src.tally.entries = f"images[{i}]", src.tally.entries + 1
-        try:
-            found.update({_coco_id(image, "id"): _coco_image(Row(image), src)})
-        except Fault as f:
-            src.reject(f, entries=1)
-    return found
-
-
 def _coco_id(value, key) -> int:
+    "The number under `key` of an object, or a Fault."
     return check_int(Row(value).value.get(key), key)
 
-# %% ../../nbs/2_data/06_coco.ipynb #0975b9b3
+
 def _coco_image(row, src) -> Sample:
+    "The sample of one image, shared with other files about it."
     name, (width, height) = row.text("file_name"), row.size() or (None, None)
     media = src.media([name], "file_name")
     sample = src.shared(src.coco, name, media, (width, height))
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
     return sample
 
-# %% ../../nbs/2_data/06_coco.ipynb #2209695e
-def _coco_region(r, src, images, names) -> None:
-    "One annotation with a box, added to its image."
-    sample = images.get(_coco_id(r.value, "image_id"))
-    if sample is None:
-        raise Fault(
-            f"{r.field}.image_id",
-            r.value.get("image_id"),
-            "no such image in the file",
-            "unknown_image",
-        )
-    if r.value.get("iscrowd") not in (0, None):
-        raise Fault(f"{r.field}.iscrowd", r.value["iscrowd"], "the box of a crowd", "crowd")
-    name = names.get(_coco_id(r.value, "category_id"))
-    if name is None:
-        raise Fault(
-            f"{r.field}.category_id",
-            r.value.get("category_id"),
-            "no such category in the file",
-            "unknown_category",
-        )
-    if sample.width is None:
-        raise Fault(
-            "width", None, "a box in pixels needs the width and height of its image", "missing_size"
-        )
-    box = r.box("bbox", (sample.width, sample.height), "xywh")
-    sample.regions.append(
-        Region(
-            with_article(name), box=box, source="category", id=f"{sample.id}#o{len(sample.regions)}"
-        )
-    )
+# %% ../../nbs/2_data/06_coco.ipynb #8d42bd02
+def coco_images(src, pairs) -> dict:
+    """image id -> sample, one entry each.
 
-# %% ../../nbs/2_data/06_coco.ipynb #b5e4b184
-def _coco_caption(row, images) -> None:
-    "One caption, added to its image."
-    sample = images.get(_coco_id(row.value, "image_id"))
-    if sample is None:
-        raise Fault(
-            "image_id", row.value.get("image_id"), "no such image in the file", "unknown_image"
-        )
-    sample.captions += (row.text("caption"),)
+    A second file about the same image adds to the same sample."""
+    samples = {}
+    for i, image in enumerate(pairs["images"]):
+        src.entry, src.tally.entries = f"images[{i}]", src.tally.entries + 1
+        try:
+            samples.update({_coco_id(image, "id"): _coco_image(Row(image), src)})
+        except Fault as f:
+            src.reject(f, entries=1)
+    return samples
 
 # %% ../../nbs/2_data/06_coco.ipynb #e3b02f07
-def _coco_names(src, pairs) -> dict:
+def coco_names(src, pairs) -> dict:
     "category id -> name."
     names = {}
     for i, c in enumerate(pairs.get("categories") or ()):
@@ -88,19 +50,50 @@ def _coco_names(src, pairs) -> dict:
             src.reject(f)
     return names
 
+# %% ../../nbs/2_data/06_coco.ipynb #2209695e
+def add_coco_region(r, src, images, names) -> None:
+    """One annotation with a box (xywh, pixels), added to its image.
+
+    A Fault when image or category is unknown, the image has no size, or the box is a crowd's."""
+    sample, value = images.get(_coco_id(r.value, "image_id")), r.value
+    if sample is None:
+        reason = "no such image in the file"
+        raise Fault(f"{r.field}.image_id", value.get("image_id"), reason, "unknown_image")
+    if value.get("iscrowd") not in (0, None):
+        raise Fault(f"{r.field}.iscrowd", value["iscrowd"], "the box of a crowd", "crowd")
+    name = names.get(_coco_id(value, "category_id"))
+    if name is None:
+        reason = "no such category in the file"
+        raise Fault(f"{r.field}.category_id", value.get("category_id"), reason, "unknown_category")
+    if sample.width is None:
+        reason = "a box in pixels needs the width and height of its image"
+        raise Fault("width", None, reason, "missing_size")
+    box = r.box("bbox", (sample.width, sample.height), "xywh")
+    id = f"{sample.id}#o{len(sample.regions)}"
+    sample.regions.append(Region(with_article(name), box=box, source="category", id=id))
+
+# %% ../../nbs/2_data/06_coco.ipynb #b5e4b184
+def add_coco_caption(row, images) -> None:
+    "One caption, added to its image; a Fault when there is no such image."
+    sample = images.get(_coco_id(row.value, "image_id"))
+    if sample is None:
+        number, reason = row.value.get("image_id"), "no such image in the file"
+        raise Fault("image_id", number, reason, "unknown_image")
+    sample.captions += (row.text("caption"),)
+
 # %% ../../nbs/2_data/06_coco.ipynb #fff649c9
 def read_coco(pairs, src) -> None:
-    "A whole COCO file: images and annotations (boxes or captions); samples wait in `src.coco`."
+    "A whole COCO file: images, and boxes or captions of them; samples wait in `src.coco`."
     for key in ("images", "annotations", "categories"):
         if not isinstance(pairs.get(key, []), list):
             raise Fault(key, pairs[key], "not a list")
-    images, names = _coco_images(src, pairs), _coco_names(src, pairs)
+    images, names = coco_images(src, pairs), coco_names(src, pairs)
     for i, a in enumerate(pairs.get("annotations") or ()):
         src.entry = f"annotations[{i}]"
         if isinstance(a, dict) and "caption" in a and "bbox" not in a:
             try:
-                _coco_caption(Row(a), images)
+                add_coco_caption(Row(a), images)
             except Fault as f:
                 src.reject(f)
         else:
-            src.regions([("", a)], lambda r, _: _coco_region(r, src, images, names))
+            src.regions([("", a)], lambda r, _: add_coco_region(r, src, images, names))

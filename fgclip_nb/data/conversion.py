@@ -12,18 +12,39 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import Fault, Sample, sample_reject
 from fgclip_nb.data.source import Tally
-from fgclip_nb.data.shards import _no_bars, shard_features, to_row
+from fgclip_nb.data.shards import no_bars, shard_features, to_row
 from fgclip_nb.data.load import data_files, iter_samples, sums
 
 # %% ../../nbs/2_data/12_conversion.ipynb #9a7206f9
 CHUNK_ENTRIES, CHUNK_BYTES = 20_000, 256_000_000
 
-# %% ../../nbs/2_data/12_conversion.ipynb #cb0b9b2d
+
+def write_shard(rows, path):
+    "Write rows, as `to_row` makes them, to one Parquet file; no rows make an empty one."
+    import datasets, pyarrow
+
+    features = shard_features()
+    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    chunk = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    with no_bars():
+        chunk.to_parquet(str(path))
+
+# %% ../../nbs/2_data/12_conversion.ipynb #27811ff4
+COUNTED = (
+    *("samples", "regions_kept", "entries_kept", "entries_rejected", "regions_rejected"),
+    *("shards", "no_media"),
+)
+
+
 class ShardWriter:
-    "Writes samples to `shard-00000.parquet`, …, and rejects to `rejects.jsonl`."
+    """Writes samples to `shard-00000.parquet`, …, and rejects to `rejects.jsonl`.
+
+    Shards of an unfinished conversion are removed; `DataError` when the folder holds a finished
+    one."""
 
     def __init__(self, folder, root):
-        self.folder, self.root, self.rows, self.held = Path(folder), root, [], 0
+        self.folder, self.root = Path(folder), root
+        self.rows, self.held = [], 0  # of the chunk: rows, bytes of embedded images
         if (self.folder / "shards.json").exists():
             raise DataError(
                 f"{folder} holds a finished conversion: give another folder or delete it"
@@ -32,16 +53,7 @@ class ShardWriter:
         for old in self.folder.glob("shard-*.parquet"):
             old.unlink()
         self.rejects = open(self.folder / "rejects.jsonl", "w", encoding="utf-8")
-        counted = (
-            "samples",
-            "regions_kept",
-            "entries_kept",
-            "entries_rejected",
-            "regions_rejected",
-            "shards",
-            "no_media",
-        )
-        self.totals = dict.fromkeys(counted, 0)
+        self.totals = dict.fromkeys(COUNTED, 0)
 
     def add(self, sample):
         "Take one sample; a full chunk is written."
@@ -53,18 +65,10 @@ class ShardWriter:
         if len(self.rows) >= CHUNK_ENTRIES or self.held >= CHUNK_BYTES:
             self.flush()
 
-# %% ../../nbs/2_data/12_conversion.ipynb #27811ff4
-class Shards(ShardWriter):
     def flush(self):
         "Write what is held as one shard."
-        import datasets, pyarrow
-
         if self.rows or not self.totals["shards"]:
-            features = shard_features()
-            table = pyarrow.Table.from_pylist(self.rows, schema=features.arrow_schema)
-            chunk = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
-            with _no_bars():
-                chunk.to_parquet(str(self.folder / f"shard-{self.totals['shards']:05d}.parquet"))
+            write_shard(self.rows, self.folder / f"shard-{self.totals['shards']:05d}.parquet")
             self.totals["shards"] += 1
         self.rows, self.held = [], 0
 
@@ -76,8 +80,8 @@ class Shards(ShardWriter):
             self.totals["regions_rejected"] += r.regions
         rejects.clear()
 
-    def close(self, **known):
-        "Write the last shard and `shards.json`."
+    def close(self, **about) -> dict:
+        "Write the last shard and `shards.json` (with `about` in it); returns the counts."
         self.flush()
         self.rejects.close()
         totals = dict(
@@ -87,7 +91,7 @@ class Shards(ShardWriter):
         )
         write_atomic(
             self.folder / "shards.json",
-            json.dumps(dict(version=1, media_root=self.root, counts=totals, **known), indent=1),
+            json.dumps(dict(version=1, media_root=self.root, counts=totals, **about), indent=1),
         )
         return totals
 
@@ -116,11 +120,13 @@ def _add(writer, sample, embed, tally):
 def convert(path, out, media_root=None, embed=False) -> dict:
     """Write any data set as Parquet shards to the folder `out`; returns the counts.
 
-    `media_root` as in `load_samples`; it is noted in `shards.json`, and a reader may name another. `embed` puts the images' bytes into the
-    shards. Media that are not there are rejected when they should be embedded and only counted (`no_media`) otherwise."""
+    `path` and `media_root` as in `load_samples`; the root is noted in `shards.json`, and a reader
+    may name another. `embed` puts the images' bytes into the shards. Media that are not there are
+    rejected when they should be embedded and only counted (`no_media`) otherwise. Raises
+    `DataError` when `out` holds a finished conversion."""
     files = data_files(path)
     root = os.path.realpath(media_root or Path(files[0][0]).parent)
-    tally, writer = Tally(), Shards(out, root)
+    tally, writer = Tally(), ShardWriter(out, root)
     for sample in iter_samples(path, media_root or (root if len(files) == 1 else None), tally):
         writer.totals["no_media"] += sample.media in tally.missing
         _add(writer, sample, embed, tally)

@@ -12,29 +12,29 @@ from fgclip_nb.data.samples import Fault
 from fgclip_nb.data.rows import DECODER
 
 # %% ../../nbs/2_data/04_entries.ipynb #06c10667
-MAX_ENTRY = 64_000_000  # characters of one entry
-BLANKS = re.compile(r"[ \t\r\n]*")
-
-
 def open_text(path):
-    "A text stream over a plain or gzipped file. UTF-8 by default, UTF-16/32 when the first bytes say so; bad bytes become surrogates."
+    """A text stream over a plain or gzipped file.
+
+    UTF-8 by default, UTF-16/32 when the first bytes say so; bad bytes become lone surrogates."""
     with open(path, "rb") as f:
         zipped = f.read(2) == b"\x1f\x8b"
     raw = gzip.open(path, "rb") if zipped else open(path, "rb")
     encoding = json.detect_encoding(raw.read(4))
     raw.seek(0)
-    return io.TextIOWrapper(
-        raw,
-        encoding=encoding,
-        errors="surrogateescape" if encoding.startswith("utf-8") else "strict",
-    )
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    return io.TextIOWrapper(raw, encoding=encoding, errors=errors)
 
 # %% ../../nbs/2_data/04_entries.ipynb #44d5fa0e
-class JsonText:
+MAX_ENTRY = 64_000_000  # characters of one entry
+BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+class JsonReader:
     "Decodes JSON values one after another from a text stream, holding little more than one."
 
     def __init__(self, stream):
-        self.stream, self.text, self.at, self.done = stream, "", 0, False
+        self.stream = stream
+        self.text, self.at, self.done = "", 0, False
 
     def more(self) -> bool:
         "Read on, doubling what is held of the current value; False at the end."
@@ -56,69 +56,63 @@ class JsonText:
             if not self.more():
                 return ""
 
-# %% ../../nbs/2_data/04_entries.ipynb #0fa2ef31
-class JsonValues(JsonText):
-    "Arrays and objects, item by item."
-
-    def take(self, wanted) -> str:
-        "The next character, which must be one of `wanted`."
-        found = self.peek()
-        if not found:
+    def take(self, expected) -> str:
+        "The next character, which must be one of `expected`."
+        character = self.peek()
+        if not character:
             raise ValueError("the file ends in the middle")
-        if found not in wanted:
-            raise ValueError(f"{found!r} where one of {' '.join(wanted)} should stand")
+        if character not in expected:
+            raise ValueError(f"{character!r} where one of {' '.join(expected)} should stand")
         self.at += 1
-        return found
+        return character
 
     def value(self):
         "The next complete value."
         self.peek()
         while True:
             try:
-                found, end = DECODER.raw_decode(self.text, self.at)
+                value, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError:
                 if self.done or not self.more():
                     raise
                 continue
-            if (
-                end < len(self.text) or self.done or not self.more()
-            ):  # a number at the end of what is held may go on
+            # a number at the end of what is held may go on
+            if end < len(self.text) or self.done or not self.more():
                 self.at = end if end <= len(self.text) else len(self.text)
-                return found
-
-    def array(self):
-        "The elements of an array that starts here."
-        self.take("[")
-        if self.peek() == "]":
-            return self.take("]")
-        while True:
-            yield self.value()
-            if self.take(",]") == "]":
-                return
-
-# %% ../../nbs/2_data/04_entries.ipynb #f835c486
-class JsonPairs(JsonValues):
-    def pairs(self):
-        "The (key, value) pairs of an object that starts here, repeated keys included."
-        self.take("{")
-        if self.peek() == "}":
-            return self.take("}")
-        while True:
-            if self.peek() != '"':
-                raise ValueError(
-                    "a key in double quotes should stand here, or the file ends in the middle"
-                )
-            key = self.value()
-            self.take(":")
-            yield key, self.value()
-            if self.take(",}") == "}":
-                return
+                return value
 
     def finish(self):
         "Raise when something follows the value."
-        rest = self.peek()
-        if rest:
-            raise ValueError(f"{rest!r} after the end of the JSON value")
+        character = self.peek()
+        if character:
+            raise ValueError(f"{character!r} after the end of the JSON value")
+
+# %% ../../nbs/2_data/04_entries.ipynb #0fa2ef31
+def array_items(reader):
+    "The elements of an array that starts here, one after the other; ValueError where it breaks."
+    reader.take("[")
+    if reader.peek() == "]":
+        return reader.take("]")
+    while True:
+        yield reader.value()
+        if reader.take(",]") == "]":
+            return
+
+# %% ../../nbs/2_data/04_entries.ipynb #f835c486
+def object_pairs(reader):
+    "The (key, value) pairs of an object that starts here, repeated keys included."
+    reader.take("{")
+    if reader.peek() == "}":
+        return reader.take("}")
+    while True:
+        if reader.peek() != '"':
+            reason = "a key in double quotes should stand here, or the file ends in the middle"
+            raise ValueError(reason)
+        key = reader.value()
+        reader.take(":")
+        yield key, reader.value()
+        if reader.take(",}") == "}":
+            return
 
 # %% ../../nbs/2_data/04_entries.ipynb #6b713892
 def _is_object(line) -> bool:
@@ -133,35 +127,37 @@ def is_json_lines(path) -> bool:
     "Whether a file that starts with { is a file of JSON lines."
     with open_text(path) as f:
         lines = (line.strip() for line in iter(lambda: f.readline(MAX_ENTRY), ""))
-        first, second = (next((line for line in lines if line), "") for _ in range(2))
+        filled = (line for line in lines if line)
+        first = next(filled, "")
+        second = next(filled, "")
     return bool(second) and (_is_object(first) or _is_object(second))
 
 # %% ../../nbs/2_data/04_entries.ipynb #58052eef
 class Entry(NamedTuple):
-    "One thing read from a file: `where` it stood, its `key` in a dict of entries, and the value, or the Fault that came instead."
+    "One thing read from a file: `where` it stood and its value, or the Fault that came instead."
 
     where: str
     value: object
-    key: str | None = None
 
 
-BROKEN = (
-    ValueError,
-    RecursionError,
-    EOFError,
-    OSError,
-    zlib.error,
-)  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+# JSONDecodeError and UnicodeDecodeError are ValueErrors
+BROKEN = (ValueError, RecursionError, EOFError, OSError, zlib.error)
 
 
 def _unreadable(error) -> Fault:
     "The Fault of a file or line that cannot be decoded."
     if isinstance(error, RecursionError):
         return Fault("", "", "nested too deeply to be data", "too_deep")
-    told = f"{error}" or type(error).__name__
-    return Fault("", "", f"not readable as JSON from here on: {told}", "broken_json")
+    message = f"{error}" or type(error).__name__
+    return Fault("", "", f"not readable as JSON from here on: {message}", "broken_json")
 
 # %% ../../nbs/2_data/04_entries.ipynb #4f0297b9
+def _line_fault(error, line) -> Fault:
+    fault = _unreadable(error)
+    fault.value, fault.reason = line.strip()[:80], fault.reason.replace(" from here on", "")
+    return fault
+
+
 def _lines(stream):
     "Entries of a file of JSON lines; a broken line is one Fault, reading goes on."
     for number, line in enumerate(iter(lambda: stream.readline(MAX_ENTRY), ""), 1):
@@ -172,34 +168,28 @@ def _lines(stream):
         except (ValueError, RecursionError) as e:
             yield Entry(f"line {number}", _line_fault(e, line))
 
-
-def _line_fault(error, line) -> Fault:
-    fault = _unreadable(error)
-    fault.value, fault.reason = line.strip()[:80], fault.reason.replace(" from here on", "")
-    return fault
-
-# %% ../../nbs/2_data/04_entries.ipynb #6e8f0a10
+# %% ../../nbs/2_data/04_entries.ipynb #62af7a22
 class Pairs(list):
     "The (key, value) pairs of a file that is one JSON object; `fault` when it breaks off."
 
     fault = None
 
-# %% ../../nbs/2_data/04_entries.ipynb #62af7a22
+
 def _document(stream):
     "Entries of a file that is one JSON value: the elements of an array, or one Pairs."
-    reader, number = JsonPairs(stream), 0
+    reader = JsonReader(stream)
     first = reader.peek()
     if first == "[":
-        for number, value in enumerate(reader.array()):
+        for number, value in enumerate(array_items(reader)):
             yield Entry(f"[{number}]", value)
     elif first == "{":
-        found = Pairs()
+        pairs = Pairs()
         try:
-            found.extend(reader.pairs())
+            pairs.extend(object_pairs(reader))
         except BROKEN as e:
-            found.fault = _unreadable(e)
-        yield Entry("the whole file", found)
-        if found.fault:
+            pairs.fault = _unreadable(e)
+        yield Entry("the whole file", pairs)
+        if pairs.fault:
             return
     else:
         raise ValueError("empty file" if not first else "neither a list nor an object")
@@ -207,11 +197,13 @@ def _document(stream):
 
 # %% ../../nbs/2_data/04_entries.ipynb #9111bea9
 def read_entries(path):
-    "Entries of a JSON or JSON-lines file, plain or gzipped; where reading breaks off, the last one holds a Fault. Never raises on content."
+    """Entries of a JSON or JSON-lines file, plain or gzipped. Never raises on content.
+
+    Where reading breaks off, the last entry holds a Fault."""
     count = 0
     try:
         with open_text(path) as stream:
-            starts_with = JsonText(stream).peek()
+            starts_with = JsonReader(stream).peek()
         lines = starts_with == "{" and is_json_lines(path)
         with open_text(path) as stream:
             for entry in _lines(stream) if lines else _document(stream):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.core.folder import get_logger
+from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import (
     Fault,
     Region,
@@ -23,7 +23,9 @@ from fgclip_nb.data.samples import (
     shorten,
     visible_spans,
 )
-from fgclip_nb.data.shards import ShardedSamples, ShardedSequence
+from fgclip_nb.data.shards import ShardedSequence
+from fgclip_nb.data.photos import read_image
+from fgclip_nb.data.video_index import video_info
 
 # %% ../../nbs/2_data/19_filters.ipynb #f74c90c4
 RULES = dict(
@@ -59,6 +61,23 @@ READING = dict(
     crowd="the box of a crowd",
 )
 
+# %% ../../nbs/2_data/19_filters.ipynb #a5e5329c
+@dataclass(frozen=True)
+class Limits:
+    "What the region rules compare with. Raises ConfigError for values outside their range."
+
+    min_area: float = 0.005  # share of the image
+    out_of_range: str = "reject"  # or "clip"
+    frames: object = None  # sample -> frame numbers that training would look at; None = every frame
+
+    def __post_init__(self):
+        if self.out_of_range not in ("reject", "clip"):
+            raise ConfigError(f"`out_of_range` = {self.out_of_range!r} must be reject or clip")
+        if not 0 <= self.min_area <= 1:
+            raise ConfigError(
+                f"`min_area` = {self.min_area!r} must be a share of the image, 0 to 1"
+            )
+
 # %% ../../nbs/2_data/19_filters.ipynb #668c6796
 EDGE = 1e-6  # how far a coordinate may leave 0-1: rounding of pixels to fractions, no more
 
@@ -75,28 +94,14 @@ def in_range(box) -> bool:
 
 
 def clip_box(box) -> tuple:
+    "The box (xyxy 0-1) cut at the image's edges."
     return tuple(min(max(v, 0.0), 1.0) for v in box)
-
-# %% ../../nbs/2_data/19_filters.ipynb #a5e5329c
-@dataclass(frozen=True)
-class Limits:
-    "What the region rules compare with."
-
-    min_area: float = 0.005  # share of the image
-    out_of_range: str = "reject"  # or "clip"
-    frames: object = None  # sample -> frame numbers that training would look at; None = every frame
-
-    def __post_init__(self):
-        if self.out_of_range not in ("reject", "clip"):
-            raise ConfigError(f"`out_of_range` = {self.out_of_range!r} must be reject or clip")
-        if not 0 <= self.min_area <= 1:
-            raise ConfigError(
-                f"`min_area` = {self.min_area!r} must be a share of the image, 0 to 1"
-            )
 
 # %% ../../nbs/2_data/19_filters.ipynb #d1b312d3
 def places(region) -> list:
-    "(field, box) of everything that can be pooled: the box, or the keyframes that some visible span holds."
+    """(field, box) of everything that can be pooled.
+
+    The box, or the keyframes that some visible span holds."""
     if region.box is not None:
         return [("box", region.box)]
     shown = {id(k) for span in visible_spans(region.keyframes) for k in span}
@@ -104,78 +109,63 @@ def places(region) -> list:
         (f"keyframes[{i}].bbox", k.bbox) for i, k in enumerate(region.keyframes) if id(k) in shown
     ]
 
-
-def _no_area(box):
-    return not (box[2] > box[0] and box[3] > box[1])
-
 # %% ../../nbs/2_data/19_filters.ipynb #56899522
+def _check_box(name, box):
+    "Raise the Fault of a box that no image can have; `name` is its field."
+    if not all(map(math.isfinite, box)):
+        raise Fault(name, box, RULES["not_finite"], "not_finite")
+    if not (box[2] > box[0] and box[3] > box[1]):
+        reason = "no area: the right or lower edge is not beyond the left or upper one"
+        raise Fault(name, box, reason, "no_area")
+    if not in_range(box):
+        reason = "the box leaves the image (coordinates must be within 0-1)"
+        raise Fault(name, box, reason, "out_of_range")
+
+
 def check_places(region, limits):
     "Raise the Fault of a region's boxes."
-    found = places(region)
-    for name, box in found:
-        if not all(map(math.isfinite, box)):
-            raise Fault(name, box, RULES["not_finite"], "not_finite")
-        if _no_area(box):
-            raise Fault(
-                name,
-                box,
-                "no area: the right or lower edge is not beyond the left or upper one",
-                "no_area",
-            )
-        if not in_range(box):
-            raise Fault(
-                name,
-                box,
-                "the box leaves the image (coordinates must be within 0-1)",
-                "out_of_range",
-            )
-    if found and max(area(b) for _, b in found) < limits.min_area - 1e-9:
-        name, box = max(found, key=lambda f: area(f[1]))
-        raise Fault(
-            name,
-            box,
-            f"covers {100 * area(box):.3g} % of the image, less than {100 * limits.min_area:g} %",
-            "min_area",
-        )
+    boxes = places(region)
+    for name, box in boxes:
+        _check_box(name, box)
+    if boxes and max(area(b) for _, b in boxes) < limits.min_area - 1e-9:
+        name, box = max(boxes, key=lambda place: area(place[1]))
+        share = f"{100 * area(box):.3g} %"
+        reason = f"covers {share} of the image, less than {100 * limits.min_area:g} %"
+        raise Fault(name, box, reason, "min_area")
 
 # %% ../../nbs/2_data/19_filters.ipynb #c51cc407
+def _shown(region, frames):
+    "Which of the frames (F,) show a region with a track or a span."
+    if region.keyframes:
+        return boxes_at(region.keyframes, frames)[1]
+    return (frames >= region.span[0]) & (frames <= region.span[1])
+
+
 def check_visible(sample, region, limits):
-    "Raise the Fault of a region that no frame shows. A region of a video without a place (a normal clip) passes."
+    """Raise the Fault of a region that no frame shows.
+
+    A region of a video without a place (a normal clip) passes."""
     if sample.kind == "image" and region.box is None:
         raise Fault("box", None, "an image region without a box", "no_area")
     if region.keyframes and not visible_spans(region.keyframes):
-        raise Fault(
-            "keyframes",
-            len(region.keyframes),
-            "all keyframes are disabled: the region is never visible",
-            "never_visible",
-        )
+        reason = "all keyframes are disabled: the region is never visible"
+        raise Fault("keyframes", len(region.keyframes), reason, "never_visible")
     if limits.frames is None or not (region.keyframes or region.span):
         return
     try:
         frames = np.asarray(limits.frames(sample))
-    except DataError as e:
-        raise Fault(
-            "span", sample.span, str(e), "never_visible"
-        ) from e  # a span beyond the end of its clip
-    seen = (
-        boxes_at(region.keyframes, frames)[1]
-        if region.keyframes
-        else (frames >= region.span[0]) & (frames <= region.span[1])
-    )
-    if not seen.any():
-        span = (
-            (region.keyframes[0].frame, region.keyframes[-1].frame)
-            if region.keyframes
-            else region.span
-        )
-        where = "keyframes" if region.keyframes else "span"
-        raise Fault(
-            where, span, f"none of the {len(frames)} sampled frames shows it", "never_visible"
-        )
+    except DataError as e:  # a span beyond the end of its clip
+        raise Fault("span", sample.span, str(e), "never_visible") from e
+    if not _shown(region, frames).any():
+        where, span = "span", region.span
+        if region.keyframes:
+            where, span = "keyframes", (region.keyframes[0].frame, region.keyframes[-1].frame)
+        reason = f"none of the {len(frames)} sampled frames shows it"
+        raise Fault(where, span, reason, "never_visible")
 
 # %% ../../nbs/2_data/19_filters.ipynb #cd2feb59
 def folded(text) -> str:
+    "Lower case, words separated by one space."
     return " ".join(text.lower().split())
 
 
@@ -185,32 +175,32 @@ def check_phrases(region):
         raise Fault("phrase", region.phrase, "the region has no phrase", "empty_caption")
     same = [n for n in region.negatives if folded(n) == folded(region.phrase)]
     if same:
-        raise Fault(
-            "negatives",
-            same[0],
-            "the phrase is listed among its own negatives",
-            "positive_among_negatives",
-        )
+        reason = "the phrase is listed among its own negatives"
+        raise Fault("negatives", same[0], reason, "positive_among_negatives")
     if not all(n.strip() for n in region.negatives):
         raise Fault("negatives", "", "an empty negative", "empty_caption")
 
 # %% ../../nbs/2_data/19_filters.ipynb #45324427
+def _clipped(box):
+    "The box cut at the image's edges; infinite coordinates are left for the check to find."
+    return clip_box(box) if all(map(math.isfinite, box)) and not in_range(box) else box
+
+
 def clip_region(region) -> Region:
-    "The region with its boxes clipped to the image (infinite ones are left for the check to find)."
-    clip = lambda box: clip_box(box) if all(map(math.isfinite, box)) and not in_range(box) else box
+    "The region with its boxes clipped to the image; infinite ones are left for the check to find."
     return dataclasses.replace(
         region,
-        box=region.box and clip(region.box),
-        keyframes=tuple(dataclasses.replace(k, bbox=clip(k.bbox)) for k in region.keyframes),
+        box=region.box and _clipped(region.box),
+        keyframes=tuple(dataclasses.replace(k, bbox=_clipped(k.bbox)) for k in region.keyframes),
     )
 
 # %% ../../nbs/2_data/19_filters.ipynb #6917a162
 def _note(sample, region, fault, regions=1) -> Reject:
-    where = f"{region.id}: {fault.field}" if region.id else fault.field
+    "Reject of a region for a fault; `regions`: how many it loses, 0 for a mere change."
     return Reject(
         sample.file,
         sample.entry,
-        where,
+        f"{region.id}: {fault.field}" if region.id else fault.field,
         shorten(fault.value),
         fault.reason,
         sample.id,
@@ -220,22 +210,16 @@ def _note(sample, region, fault, regions=1) -> Reject:
     )
 
 
-def _checked(sample, region, limits, changes) -> Region:
-    "The region as training may use it, or its Fault."
+def _checked(sample, region, limits) -> tuple:
+    "(the region as training may use it, note of what was changed or None), or its Fault."
     check_phrases(region)
     check_visible(sample, region, limits)
     clipped = clip_region(region) if limits.out_of_range == "clip" else region
     check_places(clipped, limits)
-    if clipped != region:
-        changes.append(
-            _note(
-                sample,
-                region,
-                Fault("box", places(region)[0][1], "clipped to the image", "out_of_range"),
-                0,
-            )
-        )
-    return clipped
+    if clipped == region:
+        return region, None
+    fault = Fault("box", places(region)[0][1], "clipped to the image", "out_of_range")
+    return clipped, _note(sample, region, fault, 0)
 
 # %% ../../nbs/2_data/19_filters.ipynb #9011fd1e
 def judge_regions(sample, limits) -> tuple:
@@ -243,21 +227,23 @@ def judge_regions(sample, limits) -> tuple:
     judged, changes = [], []
     for region in sample.regions:
         try:
-            judged.append((region, _checked(sample, region, limits, changes), None))
+            usable, change = _checked(sample, region, limits)
+            judged.append((region, usable, None))
+            changes += [change] * (change is not None)
         except Fault as f:
             judged.append((region, None, _note(sample, region, f)))
     return judged, changes
 
 
 def filter_sample(sample, limits) -> tuple:
-    "(sample with the regions that pass, rejects, changes) of one sample; the one that came in stays as it was."
+    """(sample with the regions that pass, rejects, changes) of one sample.
+
+    The sample that came in stays as it was."""
     judged, changes = judge_regions(sample, limits)
-    kept = [good for _, good, _ in judged if good is not None]
-    return (
-        (sample if kept == sample.regions else dataclasses.replace(sample, regions=kept)),
-        [r for *_, r in judged if r],
-        changes,
-    )
+    kept = [usable for _, usable, _ in judged if usable is not None]
+    if kept != sample.regions:
+        sample = dataclasses.replace(sample, regions=kept)
+    return sample, [reject for *_, reject in judged if reject], changes
 
 # %% ../../nbs/2_data/19_filters.ipynb #d27f6a8c
 def count_rules(rejects) -> dict:
@@ -265,35 +251,17 @@ def count_rules(rejects) -> dict:
     return dict(Counter(r.rule for r in rejects).most_common())
 
 
-def _told(counts) -> str:
+def _counts_text(counts) -> str:
     return ", ".join(f"{rule} {n}" for rule, n in counts.items()) or "nothing"
 
 
-def _say(total, rules, clipped):
+def _log_regions(total, rules, clipped):
+    "`rules`: rule -> number of rejects."
     lost = sum(rules.values())
     get_logger().info(
-        f"regions: {total} = {total - lost} kept + {lost} rejected ({_told(rules)}); clipped: {clipped}"
+        f"regions: {total} = {total - lost} kept + {lost} rejected "
+        f"({_counts_text(rules)}); clipped: {clipped}"
     )
-
-# %% ../../nbs/2_data/19_filters.ipynb #44bd094c
-def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) -> tuple:
-    """(samples, rejects): every sample with the regions that pass all rules. Samples without regions stay.
-
-    `min_area`: share of the image. `out_of_range`: `reject`, or `clip` (clipped boxes are listed in `samples.changes`). `frames`: a
-    function from a sample to the frame numbers that training looks at; then regions seen in none of them are rejected."""
-    limits, kept, rejects, changes = Limits(min_area, out_of_range, frames), [], [], []
-    if isinstance(samples, ShardedSamples):
-        return filter_shards(samples, limits)
-    for sample in samples:
-        found, r, c = filter_sample(sample, limits)
-        kept.append(found)
-        rejects += r
-        changes += c
-    total = sum(len(s.regions) for s in samples)
-    _say(total, count_rules(rejects), len(changes))
-    return Samples(
-        kept, getattr(samples, "formats", None), getattr(samples, "counts", None), changes
-    ), rejects
 
 # %% ../../nbs/2_data/19_filters.ipynb #54db0eee
 MAX_REJECTS = 100_000
@@ -306,33 +274,52 @@ class FilteredShards(ShardedSequence):
         self.__dict__.update(vars(shards), limits=limits)
 
     def __getitem__(self, i):
-        found = super().__getitem__(i)
-        return found if isinstance(found, list) else filter_sample(found, self.limits)[0]
+        sample = super().__getitem__(i)
+        return sample if isinstance(sample, list) else filter_sample(sample, self.limits)[0]
 
     def __iter__(self):
-        for s in super().__iter__():
-            yield filter_sample(s, self.limits)[0]
+        for sample in super().__iter__():
+            yield filter_sample(sample, self.limits)[0]
 
-# %% ../../nbs/2_data/19_filters.ipynb #fbdbeaf1
+
 def filter_shards(shards, limits) -> tuple:
     "`filter_regions` for memory-mapped samples."
     rules, rejects, clipped, total = Counter(), [], 0, 0
     for sample in shards:
-        _, r, c = filter_sample(sample, limits)
-        rules.update(x.rule for x in r)
-        rejects += r[: MAX_REJECTS - len(rejects)]
-        clipped, total = clipped + len(c), total + len(sample.regions)
-    _say(total, dict(rules.most_common()), clipped)
+        _, sample_rejects, changes = filter_sample(sample, limits)
+        rules.update(r.rule for r in sample_rejects)
+        rejects += sample_rejects[: MAX_REJECTS - len(rejects)]
+        clipped += len(changes)
+        total += len(sample.regions)
+    _log_regions(total, dict(rules.most_common()), clipped)
     if sum(rules.values()) > len(rejects):
         get_logger().info(f"the first {len(rejects)} rejects are listed")
     return FilteredShards(shards, limits), rejects
 
+# %% ../../nbs/2_data/19_filters.ipynb #44bd094c
+def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) -> tuple:
+    """(samples, rejects): every sample with the regions that pass all rules.
+
+    Samples without regions stay. `min_area`: share of the image (0-1). `out_of_range`: `reject`, or
+    `clip` (clipped boxes are listed in `samples.changes`). `frames`: a function from a sample to
+    the frame numbers that training looks at; then regions seen in none of them are rejected. Raises
+    ConfigError for a limit outside its range."""
+    limits, kept, rejects, changes = Limits(min_area, out_of_range, frames), [], [], []
+    if isinstance(samples, ShardedSequence):
+        return filter_shards(samples, limits)
+    for sample in samples:
+        filtered, sample_rejects, sample_changes = filter_sample(sample, limits)
+        kept.append(filtered)
+        rejects += sample_rejects
+        changes += sample_changes
+    total = sum(len(s.regions) for s in samples)
+    _log_regions(total, count_rules(rejects), len(changes))
+    formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
+    return Samples(kept, formats, counts, changes), rejects
+
 # %% ../../nbs/2_data/19_filters.ipynb #892959f9
 def media_fault(sample) -> Fault | None:
     "Why a sample's photo or video cannot be used, or None."
-    from fgclip_nb.data.photos import read_image
-    from fgclip_nb.data.video import video_info
-
     if sample.data is None and not Path(sample.media).is_file():
         return Fault("media", sample.media, "no such file", "missing_media")
     try:
@@ -343,49 +330,46 @@ def media_fault(sample) -> Fault | None:
     except DataError as e:
         return Fault("media", sample.media, str(e), "unreadable_media")
 
-# %% ../../nbs/2_data/19_filters.ipynb #c9dad7d3
-def _media_later(samples) -> list:
+# %% ../../nbs/2_data/19_filters.ipynb #d97e6434
+def _leave_media(samples) -> list:
     get_logger().info(
-        f"media: {len(samples)} samples of {samples.folder} are not opened one by one; training counts what cannot be read"
+        f"media: {len(samples)} samples of {samples.folder} are not opened one by one; "
+        "training counts what cannot be read"
     )
     return []
 
-# %% ../../nbs/2_data/19_filters.ipynb #d97e6434
+
 def check_media(samples) -> tuple:
     """(samples, rejects): the samples whose media decode, each file opened once.
 
     Shards are left to training, which counts what it cannot read."""
-    if isinstance(samples, ShardedSamples):
-        return samples, _media_later(samples)
-    known, kept, rejects = {}, [], []
+    if isinstance(samples, ShardedSequence):
+        return samples, _leave_media(samples)
+    faults, kept, rejects = {}, [], []
     for s in samples:
-        if s.media not in known:
-            known[s.media] = media_fault(s)
-        fault = known[s.media]
+        if s.media not in faults:
+            faults[s.media] = media_fault(s)
+        fault = faults[s.media]
         if fault is None:
             kept.append(s)
         else:
             rejects.append(sample_reject(s, fault))
     get_logger().info(
-        f"media: {len(samples)} samples = {len(kept)} kept + {len(rejects)} rejected ({_told(count_rules(rejects))})"
+        f"media: {len(samples)} samples = {len(kept)} kept + {len(rejects)} rejected "
+        f"({_counts_text(count_rules(rejects))})"
     )
-    return Samples(
-        kept,
-        getattr(samples, "formats", None),
-        getattr(samples, "counts", None),
-        getattr(samples, "changes", ()),
-    ), rejects
+    formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
+    return Samples(kept, formats, counts, getattr(samples, "changes", ())), rejects
 
 # %% ../../nbs/2_data/19_filters.ipynb #b482466c
 def reject_lines(rejects) -> bytes:
-    "The same as bytes of JSON lines, letters of any script readable; what is no letter (bytes of a broken name) is escaped."
-    return "".join(json.dumps(r.as_dict(), ensure_ascii=False) + "\n" for r in rejects).encode(
-        "utf-8", "backslashreplace"
-    )
+    """Rejects as bytes of JSON lines, letters of any script readable.
+
+    What is no letter (bytes of a broken name) is escaped."""
+    lines = (json.dumps(r.as_dict(), ensure_ascii=False) + "\n" for r in rejects)
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def write_rejects(rejects, path):
     "One JSON object per line: file, entry, field, value, reason, sample, rule, entries, regions."
-    from fgclip_nb.core.folder import write_atomic
-
     write_atomic(path, reject_lines(rejects))

@@ -20,7 +20,7 @@ def repeated_phrases(sample) -> int:
     times = Counter(folded(r.phrase) for r in sample.regions)
     return sum(n for n in times.values() if n > 1)
 
-
+# %% ../../nbs/2_data/22_findings.ipynb #32d00004
 def negative_counts(samples) -> dict:
     "Number of hard negatives -> regions that have so many."
     return dict(sorted(Counter(len(r.negatives) for s in samples for r in s.regions).items()))
@@ -33,12 +33,16 @@ def usual_negatives(samples) -> int:
 
 # %% ../../nbs/2_data/22_findings.ipynb #7ddf7fb8
 ENGLISH = set(
-    "a an the of in on at to with and is are was has his her by for from that this it there near next while as two into".split()
+    "a an the of in on at to with and is are was has his her by for from that this "
+    "it there near next while as two into".split()
 )
 
 
 def language(text) -> str:
-    "`English`, `not ASCII` (some letters) or `not English` (mostly other scripts, or not one common English word), by simple rules."
+    """`English`, `not ASCII` or `not English`, by simple rules.
+
+    `not ASCII`: English with some other letters. `not English`: mostly other scripts, or eight
+    words and more without one common English word."""
     letters = [c for c in text if c.isalpha()]
     if letters and sum(ord(c) > 0x24F for c in letters) > 0.3 * len(letters):
         return "not English"
@@ -63,7 +67,8 @@ class Finding:
         return self.count / self.of if self.of else 0.0
 
     def __str__(self):
-        return f"{self.level}: {self.what}: {self.count:,} of {self.of:,} ({100 * self.share:.1f} %). {self.do}"
+        share = f"{100 * self.share:.1f} %"
+        return f"{self.level}: {self.what}: {self.count:,} of {self.of:,} ({share}). {self.do}"
 
 # %% ../../nbs/2_data/22_findings.ipynb #d8f6283d
 def sort_findings(findings) -> list:
@@ -82,7 +87,8 @@ ADVICE = dict(
     not_finite=("fix", "Find the NaN or infinite numbers in the export."),
     out_of_range=(
         "fix",
-        "Pixels for fractions, or another image's size? `out_of_range=clip` keeps boxes that only lean over the edge.",
+        "Pixels for fractions, or another image's size? "
+        "`out_of_range=clip` keeps boxes that only lean over the edge.",
     ),
     min_area=("look", "Lower `min_area`, or raise the image size, if small things matter."),
     never_visible=("look", "Raise `num_frames` or shorten the clips: these regions teach nothing."),
@@ -94,106 +100,77 @@ ADVICE = dict(
     missing_media=("fix", "Check `media_root` and the names."),
     unreadable_media=("fix", "Fetch or convert these files again."),
 )
+_OTHER = ("fix", "See the first of them in the table of rejects and mend the file.")
 
 
 def rule_findings(rejects, counts, of) -> list:
     "A finding per rule; `counts` is `entries` or `regions`, `of` how many went in."
     lost = Counter()
-    for r in rejects:
-        lost[r.rule] += (
-            getattr(r, counts) if r.entries or r.regions else counts == "entries"
-        )  # a lost value loses neither
-    found = []
+    for r in rejects:  # a lost value loses neither entry nor region
+        lost[r.rule] += getattr(r, counts) if r.entries or r.regions else counts == "entries"
+    findings = []
     for rule, n in lost.items():
-        level, do = ADVICE.get(
-            rule, ("fix", "See the first of them in the table of rejects and mend the file.")
-        )
-        found.append(
-            Finding(
-                level, f"{counts} rejected, {rule}: {(RULES | READING).get(rule, rule)}", n, of, do
-            )
-        )
-    return found
+        level, do = ADVICE.get(rule, _OTHER)
+        reason = (RULES | READING).get(rule, rule)
+        findings.append(Finding(level, f"{counts} rejected, {rule}: {reason}", n, of, do))
+    return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #e7e75b70
 def negative_findings(samples) -> list:
     "Regions with fewer hard negatives than usual, and without any."
     usual, counts = usual_negatives(samples), negative_counts(samples)
-    total = sum(counts.values())
+    total, none = sum(counts.values()), counts.get(0, 0)
     few = sum(k for n, k in counts.items() if 0 < n < usual)
     chance = "Chance differs from row to row: compare losses with `loss / chance`."
+    make = "`make_negatives` makes some by swapping words."
     return [
         Finding("look", f"regions with hard negatives, but fewer than {usual}", few, total, chance),
-        Finding(
-            "know",
-            "regions without hard negatives",
-            counts.get(0, 0),
-            total,
-            "`make_negatives` makes some by swapping words.",
-        ),
+        Finding("know", "regions without hard negatives", none, total, make),
     ]
 
 # %% ../../nbs/2_data/22_findings.ipynb #9f2eb713
 def repeat_findings(samples) -> list:
-    "Phrases that repeat inside an image, captions that repeat between samples, samples without captions or regions."
+    """Phrases that repeat inside an image, captions that repeat between samples.
+
+    And samples without captions or regions."""
     captions, n = Counter(folded(s.caption or s.short_caption) for s in samples), len(samples)
-    silent, phrases, equal = (
-        captions.pop("", 0),
-        sum(map(repeated_phrases, samples)),
-        sum(k for k in captions.values() if k > 1),
-    )
-    floor = "Keep `duplicates=mask`: as negatives they set a floor under the loss."
+    silent = captions.pop("", 0)
+    equal = sum(k for k in captions.values() if k > 1)
+    phrases = sum(map(repeated_phrases, samples))
     regions = sum(len(s.regions) for s in samples)
+    empty = sum(not s.regions for s in samples)
+    floor = "Keep `duplicates=mask`: as negatives they set a floor under the loss."
+    repeated = "regions whose phrase stands more than once in their image"
+    nothing = "They add nothing to the {} loss.".format
     return [
-        Finding(
-            "look",
-            "regions whose phrase stands more than once in their image",
-            phrases,
-            regions,
-            floor,
-        ),
+        Finding("look", repeated, phrases, regions, floor),
         Finding("look", "captions that stand more than once", equal, n, floor),
-        Finding(
-            "know", "samples without a caption", silent, n, "They add nothing to the global loss."
-        ),
-        Finding(
-            "know",
-            "samples without a region",
-            sum(not s.regions for s in samples),
-            n,
-            "They add nothing to the region loss.",
-        ),
+        Finding("know", "samples without a caption", silent, n, nothing("global")),
+        Finding("know", "samples without a region", empty, n, nothing("region")),
     ]
 
 # %% ../../nbs/2_data/22_findings.ipynb #19237cd8
 def text_findings(texts, kind, lengths, context_length) -> list:
-    "Truncation and language of one kind of text; `lengths` in tokens, start and end included."
-    spoken, cut, n = (
-        Counter(map(language, texts)),
-        int(sum(n > context_length for n in lengths)),
-        len(texts),
-    )
-    shorten, translate = (
-        "Put what matters first, or use the long text path.",
-        "CLIP's vocabulary splits them into bytes: translate them.",
-    )
+    """Truncation and language of one kind of text, such as `captions`.
+
+    `lengths`: tokens of each text, start and end included."""
+    spoken, n = Counter(map(language, texts)), len(texts)
+    cut = int(sum(length > context_length for length in lengths))
+    shorten = "Put what matters first, or use the long text path."
+    translate = "CLIP's vocabulary splits them into bytes: translate them."
+    costly = "They cost a token per byte."
+    foreign, accented = spoken["not English"], spoken["not ASCII"]
     return [
         Finding("look", f"{kind} longer than {context_length} tokens, cut off", cut, n, shorten),
-        Finding("look", f"{kind} not in English", spoken["not English"], n, translate),
-        Finding(
-            "know",
-            f"{kind} with letters outside ASCII",
-            spoken["not ASCII"],
-            n,
-            "They cost a token per byte.",
-        ),
+        Finding("look", f"{kind} not in English", foreign, n, translate),
+        Finding("know", f"{kind} with letters outside ASCII", accented, n, costly),
     ]
 
-
+# %% ../../nbs/2_data/22_findings.ipynb #32d00010
 def overlap_findings(samples, test_names=None) -> list:
     "Media in training that also stand in another part."
     media = len({media_name(s.media) for s in samples})
-    do = {
+    advice = {
         "train and held out": ("fix", "Split by photo or video, not by entry.", media),
         "train and held out, at other times": (
             "look",
@@ -206,10 +183,10 @@ def overlap_findings(samples, test_names=None) -> list:
             len(test_names or ()),
         ),
     }
-    found = overlap(samples, test_names)
+    names = overlap(samples, test_names)
     return [
-        Finding(level, f"media in {where}", len(found[where]), of, advice)
-        for where, (level, advice, of) in do.items()
+        Finding(level, f"media in {where}", len(names[where]), of, do)
+        for where, (level, do, of) in advice.items()
     ]
 
 # %% ../../nbs/2_data/22_findings.ipynb #88a5be4c

@@ -19,24 +19,22 @@ FINEHARD_FOLDER, PHOTO_OF = "grit-20m/data-12m/", "a photo of "
 def _fine_region(r, id) -> Region:
     short, long = r.text("short_expr", ""), r.text("long_expr", "")
     if "short_expr" not in r and "long_expr" not in r:
-        raise Fault(
-            f"{r.field}.short_expr", None, "neither short_expr nor long_expr", "missing_field"
-        )
+        reason = "neither short_expr nor long_expr"
+        raise Fault(f"{r.field}.short_expr", None, reason, "missing_field")
     negatives = r.texts("short_expr_negs") if r.whole("flag_short_neg", 1) else ()
-    return Region(
-        short or long, long, r.box("bbox"), negatives=negatives, source="expression", id=id
-    )
+    box = r.box("bbox")
+    return Region(short or long, long, box, negatives=negatives, source="expression", id=id)
 
 
 def _fine_names(row) -> tuple:
-    "(path, short caption) of an entry; the short captions of FineHARD itself get the reference's prefix."
+    "(path, short caption); the short captions of FineHARD itself get the reference's prefix."
     path, short = row.text("f_path"), row.text("short_caption", "")
     whole = FINEHARD_FOLDER in path and short and not short.lower().startswith(PHOTO_OF)
     return path.replace(FINEHARD_FOLDER, ""), PHOTO_OF + short if whole else short
 
 
 def read_finehard(row, src) -> Sample:
-    "One entry of FineHARD: f_path, caption, short_caption, bbox_info."
+    "One entry of FineHARD: f_path, caption, short_caption, bbox_info (xyxy, fractions)."
     name, short = _fine_names(row)
     media, boxes = src.media([name], "f_path"), row.items("bbox_info")
     caption, (width, height) = row.text("caption", ""), row.size() or (None, None)
@@ -59,16 +57,26 @@ def level_of_file(name) -> str:
     return next((level for start, level in starts if Path(name).name.startswith(start)), "")
 
 # %% ../../nbs/2_data/07_formats.ipynb #1f5f879e
+def _fgovd_region(row) -> Region:
+    positives, size = row.texts("pos_expression"), row.size()
+    if len(positives) != 1:
+        text = row.value.get("pos_expression")
+        raise Fault("pos_expression", text, "not exactly one text", "missing_field")
+    if size is None:
+        reason = "missing: a box in pixels needs the width and height of its image"
+        raise Fault("width", None, reason, "missing_size")
+    box, negatives = row.box("bbox", size, "xywh"), row.texts("neg_expression")
+    return Region(positives[0], box=box, negatives=negatives, source="expression")
+
+
 def read_fgovd(row, src):
-    "One line of the FG-OVD benchmark; returns None, the sample waits in `src.groups` for more lines about its image."
+    """One line of the FG-OVD benchmark: img_path, pos_expression, neg_expression, bbox and size.
+
+    Returns None: the sample waits in `src.groups` for more lines about its image."""
     src.tally.regions += 1
     try:
-        name, size, region, media = (
-            row.text("img_path"),
-            row.size(),
-            _fgovd_region(row),
-            src.media([row.text("img_path")], "img_path"),
-        )
+        name, size = row.text("img_path"), row.size()
+        region, media = _fgovd_region(row), src.media([name], "img_path")
     except Fault as f:
         src.reject(f, entries=1, regions=1)
         return
@@ -77,33 +85,11 @@ def read_fgovd(row, src):
     region.id, region.negatives_level = f"{name}#{src.entry}", level_of_file(src.file)
     sample.regions.append(region)
 
-# %% ../../nbs/2_data/07_formats.ipynb #02604876
-def _fgovd_region(row) -> Region:
-    positives = row.texts("pos_expression")
-    if len(positives) != 1:
-        raise Fault(
-            "pos_expression",
-            row.value.get("pos_expression"),
-            "not exactly one text",
-            "missing_field",
-        )
-    if row.size() is None:
-        raise Fault(
-            "width",
-            None,
-            "missing: a box in pixels needs the width and height of its image",
-            "missing_size",
-        )
-    return Region(
-        positives[0],
-        box=row.box("bbox", row.size(), "xywh"),
-        negatives=row.texts("neg_expression"),
-        source="expression",
-    )
-
 # %% ../../nbs/2_data/07_formats.ipynb #1b5491e1
 def read_sugarcrepe(row, src):
-    "One entry with filename, caption, negative_caption; returns None, the sample waits for more entries about its photo."
+    """One entry with filename, caption, negative_caption.
+
+    Returns None: the sample waits in `src.crepe` for more entries about its photo."""
     name, pair = row.text("filename"), (row.text("caption"), row.text("negative_caption"))
     sample = src.shared(src.crepe, name, src.media([name], "filename"), (None, None))
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
@@ -111,16 +97,18 @@ def read_sugarcrepe(row, src):
 
 # %% ../../nbs/2_data/07_formats.ipynb #1b5f4cc5
 def _own_box(r, size) -> tuple:
-    "A box in pixels, or in fractions when the row has no size; then numbers outside 0-1 cannot be right."
+    "A box in pixels, or in fractions when the row has no size; then all lie within 0-1."
     box = r.box("bbox", size)
     if size is None and not all(0 <= v <= 1 for v in box):
         reason = "not within 0-1, and a box in pixels needs the row's width and height"
         raise Fault(f"{r.field}.bbox", r.value.get("bbox"), reason, "missing_size")
     return box
 
-
+# %% ../../nbs/2_data/07_formats.ipynb #d5e393ef
 def _own_levels(r) -> dict:
-    "negatives, negatives_level and other_negatives of a region; without `negatives` the first level listed takes their place."
+    """negatives, negatives_level and other_negatives of a region.
+
+    Without `negatives` the first level listed takes their place."""
     negatives, level = r.texts("negatives"), r.text("negatives_level", "")
     listed = Row(r.value.get("negatives_by_level") or {}, f"{r.field}.negatives_by_level")
     sets = [Negatives(k, texts) for k in listed.value if k != level and (texts := listed.texts(k))]
@@ -134,6 +122,7 @@ def _own_levels(r) -> dict:
 
 # %% ../../nbs/2_data/07_formats.ipynb #1003c94b
 def _own_region(r, id, size, video) -> Region:
+    "A sentence and its place: a box, a track or a span. Only in a video may it have no box."
     keyframes, span = r.keyframes(size=size), r.pair("span", check_int)
     box = _own_box(r, size) if "bbox" in r or not video else None
     return Region(
@@ -170,11 +159,12 @@ def _own_captions(row) -> dict:
 
 # %% ../../nbs/2_data/07_formats.ipynb #daf0c584
 def read_regions(row, src) -> Sample:
-    "One row of the package's own format."
-    key = "video" if "video" in row.value else "image"
+    "One row of the package's own format: `image` or `video`, captions, regions, objects."
+    video = "video" in row.value
+    key = "video" if video else "image"
     name, size = row.text(key), row.size()
     id, fields = row.text("id", "") or name, _own_captions(row)
-    media, video = src.media(video_names(name) if key == "video" else [name], key), key == "video"
+    media = src.media(video_names(name) if video else [name], key)
     items, objects = row.items("regions"), row.items("objects")
     fields.update(
         span=row.pair("span", check_number),

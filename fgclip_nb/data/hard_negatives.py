@@ -57,7 +57,7 @@ def shipped_words() -> list:
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #33f4d460
 class Swapper:
-    "Finds words in a phrase that can be replaced, and replaces them."
+    "Knows the words of a phrase that can be replaced, and by what."
 
     def __init__(self, words):
         self.words = {}
@@ -74,17 +74,15 @@ class Swapper:
             r"(?<![\w-])(?:" + "|".join(map(re.escape, longest)) + r")(?![\w-])", re.I
         )
 
-    def found(self, phrase) -> list:
-        "Matches of words that can be swapped."
+    def matches(self, phrase) -> list:
+        "Matches (re.Match) of words that can be swapped, from left to right."
         return list(self.pattern.finditer(phrase))
 
     def replacements(self, match, phrase) -> list:
         "Words that exclude the matched one and do not stand in the phrase already."
-        word, there = (
-            self.words[match[0].lower()],
-            {w for m in self.found(phrase) for w in (self.words[m[0].lower()].concept,)},
-        )
-        return [w.text for w in self.others[word.group, word.plural] if w.concept not in there]
+        word = self.words[match[0].lower()]
+        present = {self.words[m[0].lower()].concept for m in self.matches(phrase)}
+        return [w.text for w in self.others[word.group, word.plural] if w.concept not in present]
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #8e62e377
 def like_case(word, model) -> str:
@@ -101,7 +99,9 @@ def _starts_with_vowel(word) -> bool:
 def _article(word, model, shouting) -> str:
     "`a` or `an` as the word needs it, in the casing of the article that stood there."
     fitting = "an" if _starts_with_vowel(word) else "a"
-    return fitting.upper() if shouting else fitting.capitalize() if model[0].isupper() else fitting
+    if shouting:
+        return fitting.upper()
+    return fitting.capitalize() if model[0].isupper() else fitting
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #eb6bd9d6
 def swap(phrase, match, word) -> str:
@@ -109,75 +109,74 @@ def swap(phrase, match, word) -> str:
     before, after = phrase[: match.start()], phrase[match.end() :]
     article = re.search(r"(?<!\w)(an?)\s+$", before, re.I)
     if article and _starts_with_vowel(word) != _starts_with_vowel(match[0]):
-        before = (
-            before[: article.start(1)]
-            + _article(word, article[1], phrase.isupper())
-            + before[article.end(1) :]
-        )
+        fitting = _article(word, article[1], phrase.isupper())
+        before = before[: article.start(1)] + fitting + before[article.end(1) :]
     return before + like_case(word, match[0]) + after
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #191c73f7
 def swapped(phrase, swapper, pairs=False) -> list:
-    "All phrases with one word replaced, or (`pairs`) with two."
-    single = [
-        swap(phrase, m, w) for m in swapper.found(phrase) for w in swapper.replacements(m, phrase)
-    ]
+    "All phrases with one word replaced, or (`pairs`) with two, at most 6 x 6 for each two words."
+    matches = swapper.matches(phrase)
     if not pairs:
-        return single
+        return [swap(phrase, m, w) for m in matches for w in swapper.replacements(m, phrase)]
     # the second replacement stands before the first, so that its place is still right
     return [
         swap(swap(phrase, b, w), a, v)
-        for i, a in enumerate(swapper.found(phrase))
-        for b in swapper.found(phrase)[i + 1 :]
+        for i, a in enumerate(matches)
+        for b in matches[i + 1 :]
         for w in swapper.replacements(b, phrase)[:6]
         for v in swapper.replacements(a, phrase)[:6]
     ]
 
-
-def like_style(sentence, phrase) -> str:
-    "A foreign sentence in the casing and with the final stop of the phrase, so that neither gives it away."
-    text = sentence.strip().rstrip(".").rstrip()
-    first = text[:1].lower() if phrase[:1].islower() else text[:1].upper()
-    text = text.upper() if len(phrase) > 1 and phrase.isupper() else first + text[1:]
-    return text + "." if phrase.rstrip().endswith(".") else text
-
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #2ae27643
 def class_texts(entry, kind) -> list:
-    "`captions` (sentences that describe a class) or `negatives` (wrong for it, in a like setting); a plain list holds captions."
-    return entry.get(kind, []) if isinstance(entry, dict) else entry if kind == "captions" else []
+    """`captions` (what describes a class) or `negatives` (wrong for it, in a like setting).
+
+    `entry`: a dict with both, or a plain list, which holds captions."""
+    if isinstance(entry, dict):
+        return entry.get(kind, [])
+    return entry if kind == "captions" else []
 
 
 def _are_sentences(texts) -> bool:
     return isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
 
 
-def load_class_sentences(path="ucf_crime") -> dict:
-    """{class: sentences that describe it, or {"captions": […], "negatives": […]}} from a JSON file; `ucf_crime`: the shipped ones.
+def _is_class_entry(entry) -> bool:
+    return isinstance(entry, (list, dict)) and all(
+        _are_sentences(class_texts(entry, kind)) for kind in ("captions", "negatives")
+    )
 
-    Raises `DataError`."""
+
+def load_class_sentences(path="ucf_crime") -> dict:
+    """{class: sentences that describe it, or {"captions": […], "negatives": […]}} from a JSON file.
+
+    `ucf_crime`: the shipped ones. Raises `DataError` for a file of another shape."""
+    file = asset("ucf_crime_prompts.json") if path == "ucf_crime" else Path(path)
     try:
-        found = json.loads(
-            (asset("ucf_crime_prompts.json") if path == "ucf_crime" else Path(path)).read_text(
-                encoding="utf-8"
-            )
-        )
+        classes = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise DataError(f"class sentences {str(path)!r}: {e}") from e
-    entries = found.values() if isinstance(found, dict) else [None]
-    if not all(
-        isinstance(e, (list, dict))
-        and all(_are_sentences(class_texts(e, k)) for k in ("captions", "negatives"))
-        for e in entries
-    ):
+    if not isinstance(classes, dict) or not all(map(_is_class_entry, classes.values())):
         raise DataError(
             f'class sentences {str(path)!r}: must be {{"class": ["a sentence", …]}}, '
             'or {"class": {"captions": […], "negatives": […]}}'
         )
-    return found
+    return classes
+
+# %% ../../nbs/2_data/20_hard_negatives.ipynb #b2d0000c
+def like_style(sentence, phrase) -> str:
+    "A foreign sentence in the casing and with the final stop of the phrase."
+    text = sentence.strip().rstrip(".").rstrip()
+    first = text[:1].lower() if phrase[:1].islower() else text[:1].upper()
+    text = text.upper() if len(phrase) > 1 and phrase.isupper() else first + text[1:]
+    return text + "." if phrase.rstrip().endswith(".") else text
 
 
 def class_negatives_for(label, phrase, class_sentences) -> tuple:
-    "(the class's own negatives, captions of the other classes) in the style of the phrase; both empty without a label."
+    """(the class's own negatives, captions of the other classes) in the style of the phrase.
+
+    Both are empty without a label."""
     own = class_texts(class_sentences.get(label, []), "negatives")
     others = [
         t
@@ -189,38 +188,42 @@ def class_negatives_for(label, phrase, class_sentences) -> tuple:
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #ee71bde9
 def negatives_for(sample, region, n, seed, swapper, class_sentences=None) -> tuple:
-    "At most `n` sentences that are wrong for the region: of its class, of other classes, then one word replaced, then two."
+    """At most `n` sentences that are wrong for the region.
+
+    Of its class, of other classes, then one word replaced, then two; never a text of the sample."""
     rng = random.Random(f"{seed}\n{sample.id}\n{region.id}\n{region.phrase}")
-    taken = {folded(t) for r in sample.regions for t in (r.phrase, r.long_phrase)} | {
-        folded(c) for c in sample.captions
-    }
-    of_class, found = class_negatives_for(sample.label, region.phrase, class_sentences or {}), []
-    for candidates in (
-        *of_class,
-        swapped(region.phrase, swapper),
-        swapped(region.phrase, swapper, pairs=True),
-    ):
+    taken = {folded(t) for r in sample.regions for t in (r.phrase, r.long_phrase)}
+    taken |= {folded(c) for c in sample.captions}
+    of_class = class_negatives_for(sample.label, region.phrase, class_sentences or {})
+    one_word, two_words = (swapped(region.phrase, swapper, pairs) for pairs in (False, True))
+    negatives = []
+    for candidates in (*of_class, one_word, two_words):
         rng.shuffle(candidates)
         for text in candidates:
-            if len(found) == n:
-                return tuple(found)
+            if len(negatives) == n:
+                return tuple(negatives)
             if folded(text) not in taken:
                 taken.add(folded(text))
-                found.append(text)
-    return tuple(found)
+                negatives.append(text)
+    return tuple(negatives)
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #7911e855
 def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Samples:
-    """Samples whose regions all have hard negatives where any can be made; those that have some keep theirs.
+    """Samples whose regions all have hard negatives where any can be made.
 
-    `n`: at most so many per region. `class_sentences`: as `load_class_sentences` gives, used for samples with a `label`. `words`: Words,
-    default the shipped lists. The same seed gives the same negatives whatever else is in the data set."""
+    Regions that have some keep theirs. `n`: at most so many per region. `class_sentences`: as
+    `load_class_sentences` gives, used for samples with a `label`. `words`: Words, default the
+    shipped lists. The same seed gives the same negatives whatever else is in the data set."""
     swapper, out = Swapper(words or shipped_words()), []
+
+    def with_negatives(sample, region):
+        if region.negatives:
+            return region
+        negatives = negatives_for(sample, region, n, seed, swapper, class_sentences)
+        return dataclasses.replace(region, negatives=negatives)
+
     for s in samples:
-        made = lambda r, s=s: dataclasses.replace(
-            r, negatives=negatives_for(s, r, n, seed, swapper, class_sentences)
-        )
-        regions = [r if r.negatives else made(r) for r in s.regions]
+        regions = [with_negatives(s, r) for r in s.regions]
         out.append(dataclasses.replace(s, regions=regions))
     had, have = (
         sum(bool(r.negatives) for s in group for r in s.regions) for group in (samples, out)
@@ -229,9 +232,5 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
     get_logger().info(
         f"hard negatives: {had} regions had some, {have - had} more have now, {none} have none"
     )
-    return Samples(
-        out,
-        getattr(samples, "formats", None),
-        getattr(samples, "counts", None),
-        getattr(samples, "changes", ()),
-    )
+    formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
+    return Samples(out, formats, counts, getattr(samples, "changes", ()))

@@ -11,26 +11,25 @@ import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Reject, boxes_at
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
-from fgclip_nb.data.frame_cache import open_clip
+from fgclip_nb.data.memory_cache import open_clip
 
-# %% ../../nbs/2_data/18_inputs.ipynb #ace5832d
-@dataclass
-class ClipInputs:
-    "Frames of one sample and where its regions are in them. T frames, R regions, S pixels."
+# %% ../../nbs/2_data/18_inputs.ipynb #01c0382a
+def _choose_numbers(clip, first, last, present, num_frames, region_frames, source, rng):
+    """(frames spread over first..last, those and what the regions need), both rising.
 
-    frames: np.ndarray  # (T,S,S,3) uint8
-    numbers: np.ndarray  # (T,) int64, rising frame numbers in the file
-    times: np.ndarray  # (T,) float32, place of each frame in the sample's span, 0-1
-    in_clip: np.ndarray  # (T,) bool, False for frames that only a region asked for
-    regions: list  # R, those that are visible
-    boxes: np.ndarray  # (R,T,4) float32 xyxy 0-1, zero where invisible
-    visible: np.ndarray  # (R,T) bool, at least one per region
-    rejects: list  # Reject of every region that is not visible
-    coverage: float  # share of the sample's regions that the evenly spread frames hit; NaN without regions
+    `present`: per region the frames where it is visible."""
+    span = (first, last)
+    spread = sample_frames(span, num_frames, rng, clip.frames)
+    if source == "boxes":
+        return spread, spread
+    if clip.frames is not None:
+        present = [np.intersect1d(p, clip.frames) for p in present]
+    own = [sample_frames(span, region_frames, rng, p) for p in present]
+    return spread, np.unique(np.concatenate([spread, *own]))
 
 # %% ../../nbs/2_data/18_inputs.ipynb #7f60b19c
 def _region_boxes(region, numbers, present, source):
-    "(boxes (T,4), visible (T,)) of a region on the chosen frames."
+    "(boxes (F,4) xyxy 0-1, visible (F,)) of a region on the chosen frames."
     visible = np.isin(numbers, present)
     if source == "boxes" and region.keyframes:
         boxes = boxes_at(region.keyframes, numbers)[0]
@@ -38,36 +37,52 @@ def _region_boxes(region, numbers, present, source):
         boxes = np.tile(np.array(region.box or (0.0, 0.0, 1.0, 1.0)), (len(numbers), 1))
     return np.where(visible[:, None], boxes, 0).astype(np.float32), visible
 
-
+# %% ../../nbs/2_data/18_inputs.ipynb #91d00007
 def _never_visible(sample, region):
-    value = [k.frame for k in region.keyframes] or list(region.span or ())
+    "Reject of a region that is visible in none of the sampled frames."
+    frames = [k.frame for k in region.keyframes] or list(region.span or ())
     return Reject(
         sample.file,
         sample.entry,
         "keyframes" if region.keyframes else "span",
-        str(value)[:80],
+        str(frames)[:80],
         "not visible in any of the sampled frames",
         sample.id,
         "never_visible",
         regions=1,
     )
 
-# %% ../../nbs/2_data/18_inputs.ipynb #01c0382a
-def _choose_numbers(clip, first, last, present, num_frames, region_frames, source, rng):
-    "(frames spread over first..last, those and what the regions need), both rising."
-    spread = sample_frames((first, last), num_frames, rng, clip.frames)
-    if source == "boxes":
-        return spread, spread
-    own = [
-        sample_frames(
-            (first, last),
-            region_frames,
-            rng,
-            p if clip.frames is None else np.intersect1d(p, clip.frames),
-        )
-        for p in present
-    ]
-    return spread, np.unique(np.concatenate([spread, *own]))
+# %% ../../nbs/2_data/18_inputs.ipynb #ace5832d
+@dataclass
+class ClipInputs:
+    "Frames of one sample and where its regions are in them. F frames, R regions."
+
+    frames: np.ndarray  # (F,size,size,3) uint8
+    numbers: np.ndarray  # (F,) int64, rising frame numbers in the file
+    times: np.ndarray  # (F,) float32, place of each frame in the sample's span, 0-1
+    in_clip: np.ndarray  # (F,) bool, False for frames that only a region asked for
+    regions: list  # R, those that are visible
+    boxes: np.ndarray  # (R,F,4) float32 xyxy 0-1, zero where invisible
+    visible: np.ndarray  # (R,F) bool, at least one per region
+    rejects: list  # Reject of every region that is not visible
+    coverage: float  # share of the regions that the evenly spread frames hit; NaN without regions
+
+
+def _bind(clip, span, numbers, spread, tracks, rejects, hit) -> ClipInputs:
+    "ClipInputs of the visible `tracks`, (region, boxes, visible) each; `hit`: bool per region."
+    begin, end = clip.times[list(span)]
+    times = (clip.times[numbers] - begin) / max(end - begin, 1e-9)
+    return ClipInputs(
+        frames=clip.read(numbers),
+        numbers=numbers,
+        times=times.astype(np.float32),
+        in_clip=np.isin(numbers, spread),
+        regions=[region for region, _, _ in tracks],
+        boxes=np.array([b for _, b, _ in tracks], np.float32).reshape(-1, len(numbers), 4),
+        visible=np.array([v for _, _, v in tracks], bool).reshape(-1, len(numbers)),
+        rejects=rejects,
+        coverage=float(np.mean(hit)) if hit else float("nan"),
+    )
 
 # %% ../../nbs/2_data/18_inputs.ipynb #a678517d
 def clip_inputs(
@@ -75,9 +90,10 @@ def clip_inputs(
 ) -> ClipInputs:
     """Frames and region tracks of one video sample.
 
-    `num_frames` spread over the sample's span, jittered when `rng` (numpy Generator) is given. With region_source="span" every
-    region gets up to `region_frames` frames of its own span as well. `cache` (FrameCache, MemoryCache): frames come from there when
-    it holds the clip. Raises DataError when the clip cannot be read or its span holds no frame."""
+    `num_frames` spread over the sample's span, jittered when `rng` (numpy Generator) is given. With
+    region_source="span" every region gets up to `region_frames` frames of its own span as well.
+    `cache` (FrameCache, MemoryCache): frames come from there when it holds the clip. Raises
+    DataError when the clip cannot be read or its span holds no frame."""
     clip = open_clip(sample.media, size, cache)
     first, last = span_frames(clip.times, sample.span)
     present = [region_presence(r, first, last) for r in sample.regions]
@@ -86,26 +102,13 @@ def clip_inputs(
     )
     if not len(numbers):
         raise DataError(
-            f"{sample.media}: the cache holds no frame of {first}..{last}; build it for this data set"
+            f"{sample.media}: the cache holds no frame of {first}..{last}; "
+            "build it for this data set"
         )
     tracks = [
         (r, *_region_boxes(r, numbers, p, region_source)) for r, p in zip(sample.regions, present)
     ]
-    kept = [t for t in tracks if t[2].any()]
-    boxes = np.array([b for _, b, _ in kept], np.float32).reshape(-1, len(numbers), 4)
-    visible = np.array([v for _, _, v in kept], bool).reshape(-1, len(numbers))
+    kept = [track for track in tracks if track[2].any()]
+    rejects = [_never_visible(sample, r) for r, _, visible in tracks if not visible.any()]
     hit = [np.isin(spread, p).any() for p in present]
-    times = (clip.times[numbers] - clip.times[first]) / max(
-        clip.times[last] - clip.times[first], 1e-9
-    )
-    return ClipInputs(
-        clip.read(numbers),
-        numbers,
-        times.astype(np.float32),
-        np.isin(numbers, spread),
-        [t[0] for t in kept],
-        boxes,
-        visible,
-        [_never_visible(sample, r) for r, _, v in tracks if not v.any()],
-        float(np.mean(hit)) if hit else float("nan"),
-    )
+    return _bind(clip, (first, last), numbers, spread, kept, rejects, hit)

@@ -11,7 +11,7 @@ from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Fault, Samples, is_video, sample_reject, shorten
-from fgclip_nb.data.rows import Row, VideoRow, _mark_duplicates
+from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import Pairs, open_text, read_entries
 from fgclip_nb.data.source import Source, Tally, paragraph
@@ -45,7 +45,7 @@ def _has_track(items) -> bool:
         isinstance(i, dict) and ("keyframes" in i or "start_frame" in i) for i in items
     )
 
-# %% ../../nbs/2_data/11_load.ipynb #3d66d21e
+
 def format_of(row) -> str:
     "The format of one entry by its keys, or ''."
     if not isinstance(row, dict):
@@ -55,16 +55,13 @@ def format_of(row) -> str:
         return "fgovd"
     if has("annotations") and has("data"):
         return "label_studio"
-    if has("video") and any(
-        map(has, ("region_captions", "box_infos", "global_caption", "timestamps"))
-    ):
+    of_clip = ("region_captions", "box_infos", "global_caption", "timestamps")
+    if has("video") and any(map(has, of_clip)):
         return "video_times"
     if has("f_path"):
-        return (
-            "video_list"
-            if has("global_caption") or is_video(row["f_path"]) or _has_track(row.get("bbox_info"))
-            else "finehard"
-        )
+        path, boxes = row["f_path"], row.get("bbox_info")
+        clip = has("global_caption") or is_video(path) or _has_track(boxes)
+        return "video_list" if clip else "finehard"
     return "regions" if has("image") or has("video") else ""
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
@@ -80,7 +77,7 @@ def _pair_format(value) -> str:
 
 
 def _as_dict(pairs) -> dict:
-    return _mark_duplicates(list(pairs))
+    return mark_duplicates(list(pairs))
 
 
 def _is_coco(pairs) -> bool:
@@ -94,15 +91,33 @@ def _read_row(value, src, format) -> list:
         if isinstance(value, Fault):
             raise value
         src.format = format or src.format
-        row = VideoRow(value)
+        row = Row(value)
         if not src.format:
             raise Fault("entry", value, "no known format has these keys", "unknown_format")
-        found = READERS[src.format](row, src)
+        samples = READERS[src.format](row, src)
     except Fault as f:
         src.reject(f, entries=1)
         return []
     src.tally.formats.setdefault(src.file, src.format)
-    return found if isinstance(found, list) else [found] if found else []
+    if isinstance(samples, list):
+        return samples
+    return [samples] if samples else []
+
+# %% ../../nbs/2_data/11_load.ipynb #26b78249
+def _read_videos(pairs, src):
+    """Samples of a dict of videos or of numbered pairs.
+
+    A name that stands there twice is rejected the second time."""
+    seen = set()
+    for key, value in pairs:
+        src.entry, src.key = key[:100].encode(errors="replace").decode(), key
+        if key in seen:
+            value = Fault(shorten(key), value, "the key stands in the file twice", "duplicate_key")
+        seen.add(key)
+        known = _pair_format(value) or src.format or "video_dict"
+        yield from _read_row(value, src, "" if isinstance(value, Fault) else known)
+    if not pairs and not pairs.fault:
+        yield from _read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #4120e082
 def _read_pairs(pairs, src):
@@ -121,28 +136,27 @@ def _read_pairs(pairs, src):
     if pairs.fault:
         yield from _read_row(pairs.fault, src, "")
 
-# %% ../../nbs/2_data/11_load.ipynb #26b78249
-def _read_videos(pairs, src):
-    "Samples of a dict of videos or of numbered pairs; a name that stands there twice is rejected the second time."
-    seen = set()
-    for key, value in pairs:
-        src.entry, src.key = key[:100].encode(errors="replace").decode(), key
-        if key in seen:
-            value = Fault(shorten(key), value, "the key stands in the file twice", "duplicate_key")
-        seen.add(key)
-        yield from _read_row(
-            value,
-            src,
-            _pair_format(value) or src.format or "video_dict"
-            if not isinstance(value, Fault)
-            else "",
-        )
-    if not pairs and not pairs.fault:
-        yield from _read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
+# %% ../../nbs/2_data/11_load.ipynb #1da39763
+def is_temporal(path) -> bool:
+    "Whether a .txt file holds UCF-Crime's temporal annotation."
+    if Path(path).suffix != ".txt":
+        return False
+    with open_text(path) as f:
+        return any(TEMPORAL.fullmatch(line) for line in f.readlines(4000))
+
+
+def _video_pairs(value):
+    "Pairs of a file that is one object, or of an entry that is a dict of videos; else None."
+    if isinstance(value, Pairs):
+        return value
+    if isinstance(value, dict) and not format_of(value) and any(map(_pair_format, value.values())):
+        return Pairs(value.items())
 
 # %% ../../nbs/2_data/11_load.ipynb #3bad081e
 def read_file(path, src):
-    "All samples of one data file, one after the other; samples that several entries add to come last."
+    """All samples of one data file, one after the other.
+
+    Samples that several entries add to come last."""
     if is_temporal(path):
         src.tally.formats[src.file] = "temporal"
         yield from read_temporal(path, src)
@@ -156,33 +170,44 @@ def read_file(path, src):
             yield from _read_row(entry.value, src, format_of(entry.value))
     yield from src.groups.values()
 
-# %% ../../nbs/2_data/11_load.ipynb #1da39763
-def _video_pairs(value):
-    "Pairs of a file that is one object, or of a line or element that is a dict of videos; else None."
-    if isinstance(value, Pairs):
-        return value
-    if isinstance(value, dict) and not format_of(value) and any(map(_pair_format, value.values())):
-        return Pairs(value.items())
-
-
-def is_temporal(path) -> bool:
-    "Whether a .txt file holds UCF-Crime's temporal annotation."
-    if Path(path).suffix != ".txt":
-        return False
-    with open_text(path) as f:
-        return any(TEMPORAL.fullmatch(line) for line in f.readlines(4000))
-
-# %% ../../nbs/2_data/11_load.ipynb #734f8aac
-DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-
 # %% ../../nbs/2_data/11_load.ipynb #2d344831
 def sample_path(name="sample") -> Path:
-    "The regions.jsonl of a shipped data set."
+    "The regions.jsonl of a shipped data set: sample (photos) or video_sample (clips)."
     return asset(name, "regions.jsonl")
+
+# %% ../../nbs/2_data/11_load.ipynb #a2ba9e32
+DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+def _folder_files(folder) -> list:
+    "(file, '') of the data files anywhere below a folder, by name."
+    files = [
+        (p, "")
+        for p in sorted(folder.rglob("*"))
+        if p.name.lower().endswith(DATA_SUFFIXES) and p.is_file()
+    ]
+    if not files:
+        raise DataError(f"data folder {str(folder)!r} holds no {', '.join(DATA_SUFFIXES)} file")
+    return files
+
+
+def _listed_file(name, listing) -> Path:
+    "A file named in a listing: beside it, or from the current folder where only that is there."
+    beside = listing.parent / name
+    return beside if os.path.isfile(beside) or not os.path.isfile(name) else Path(name)
+
+
+def _listed_files(listing) -> list:
+    "(file, line it is named in) for each line of a .txt file."
+    with open_text(listing) as f:
+        lines = [(line.strip(), n) for n, line in enumerate(f, 1) if line.strip()]
+    return [(_listed_file(name, listing), f"{listing}, line {n}") for name, n in lines]
 
 # %% ../../nbs/2_data/11_load.ipynb #9848f3bc
 def data_files(path) -> list:
-    "The data files that a path stands for, as (file, place in the list it was named in). Raises `DataError` when there are none."
+    """The data files that a path stands for, as (file, place in the list it was named in).
+
+    Raises `DataError` when there are none."""
     if isinstance(path, (list, tuple)):
         return [pair for p in path for pair in data_files(p)]
     if isinstance(path, str) and path in ("sample", "video_sample"):
@@ -194,41 +219,12 @@ def data_files(path) -> list:
         raise DataError(f"data {str(path)!r}: no such file or folder (seen from {Path.cwd()})")
     return _listed_files(path) if path.suffix == ".txt" and not is_temporal(path) else [(path, "")]
 
-# %% ../../nbs/2_data/11_load.ipynb #a2ba9e32
-def _folder_files(folder) -> list:
-    found = [
-        (p, "")
-        for p in sorted(folder.rglob("*"))
-        if p.name.lower().endswith(DATA_SUFFIXES) and p.is_file()
-    ]
-    if not found:
-        raise DataError(f"data folder {str(folder)!r} holds no {', '.join(DATA_SUFFIXES)} file")
-    return found
-
-
-def _listed_files(listing) -> list:
-    "The files named in a .txt file, line by line, relative to it or to the current folder."
-    with open_text(listing) as f:
-        lines = [
-            (line.strip(), f"{listing}, line {n}") for n, line in enumerate(f, 1) if line.strip()
-        ]
-    beside = lambda name: listing.parent / name
-    return [
-        (
-            beside(name)
-            if os.path.isfile(beside(name)) or not os.path.isfile(name)
-            else Path(name),
-            where,
-        )
-        for name, where in lines
-    ]
-
 # %% ../../nbs/2_data/11_load.ipynb #07dba6b4
 def iter_samples(path, media_root=None, tally=None):
-    """Samples one after the other, in the order of the files; `tally` collects rejects and counts. Only FG-OVD, COCO and
-    SugarCrepe files are held whole (their entries belong together), and a file that is one JSON object.
+    """Samples one after the other, in the order of the files; `tally` collects rejects and counts.
 
-    Raises `DataError` when the path or the media root does not exist."""
+    Only FG-OVD, COCO and SugarCrepe files are held whole (their entries belong together), and a
+    file that is one JSON object. Raises `DataError` when path or media root does not exist."""
     tally, coco, crepe, roots = tally or Tally(), {}, {}, {}
     if media_root and not os.path.isdir(media_root):
         raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
@@ -241,39 +237,31 @@ def iter_samples(path, media_root=None, tally=None):
         else:
             _read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
     for s in coco.values():
-        yield dataclasses.replace(
-            s, short_caption="".join(s.captions[:1]), caption=paragraph(s.captions)
-        )
+        short = "".join(s.captions[:1])
+        yield dataclasses.replace(s, short_caption=short, caption=paragraph(s.captions))
     yield from crepe.values()
 
 # %% ../../nbs/2_data/11_load.ipynb #bf2baf29
 def drop_missing(samples, tally, missing="auto") -> list:
-    "The samples whose media exist; the others become rejects. `missing`: reject, keep, or auto = keep when not a single one exists."
+    """The samples whose media exist; the others become rejects.
+
+    `missing`: reject, keep, or auto = keep when not a single one exists."""
     lost = [s for s in samples if s.media in tally.missing]
     if missing == "keep" or not lost:
         return samples
     if missing == "auto" and len(lost) == len(samples):
         get_logger().warning(
-            f"none of the {len(lost)} samples has its media here (first: {lost[0].media}); all are kept, "
-            "nothing can be shown or trained on"
+            f"none of the {len(lost)} samples has its media here (first: {lost[0].media}); "
+            "all are kept, nothing can be shown or trained on"
         )
         return samples
     for s in lost:
-        tally.rejects.append(
-            sample_reject(s, Fault("media", s.media, "no such file", "missing_media"))
-        )
+        fault = Fault("media", s.media, "no such file", "missing_media")
+        tally.rejects.append(sample_reject(s, fault))
         tally.kept -= s.entries
     return [s for s in samples if s.media not in tally.missing]
 
 # %% ../../nbs/2_data/11_load.ipynb #5f2dcb05
-def _say(tally, samples, rejects):
-    "One line on what was read."
-    c, formats = tally.counts(samples), sorted(set(tally.formats.values()))
-    get_logger().info(
-        f"data: {len(tally.formats)} file(s), format {', '.join(formats) or 'unknown'}; {sums(c)}; samples {c['samples']}"
-    )
-
-
 def sums(c) -> str:
     "Entries and regions that went in, as kept + rejected."
     return "; ".join(
@@ -281,17 +269,29 @@ def sums(c) -> str:
         for k in ("entries", "regions")
     )
 
+
+def _log_counts(tally, samples):
+    "One line on what was read."
+    c, formats = tally.counts(samples), sorted(set(tally.formats.values()))
+    get_logger().info(
+        f"data: {len(tally.formats)} file(s), format {', '.join(formats) or 'unknown'}; "
+        f"{sums(c)}; samples {c['samples']}"
+    )
+
 # %% ../../nbs/2_data/11_load.ipynb #6063f323
 def load_samples(path, media_root=None, missing="auto") -> tuple:
     """(samples, rejects) of a data set in any known format.
 
-    `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards (then `samples` is a memory-mapped
-    sequence), or `"sample"` (151 shipped photos). `media_root`: where media
-    paths start; default each data file's own folder. Nothing under it is opened. `samples` is a list with `.formats` and `.counts`;
-    entries and regions kept plus those rejected are what was read. Raises `DataError` when path or media root does not exist."""
+    `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards
+    (then `samples` is a memory-mapped sequence), or `"sample"` (151 shipped photos) or
+    `"video_sample"` (23 shipped clips). `media_root`: where media paths start; default each data
+    file's own folder. Nothing under it is opened. `samples` is a list with `.formats` and
+    `.counts`; entries and regions kept plus those rejected are what was read. `missing`: what
+    becomes of samples without their media: reject, keep, or auto = keep when not a single one
+    exists. Raises `DataError` when path or media root does not exist."""
     if is_sharded(path):
         return open_shards(path, media_root), []
     tally = Tally()
     samples = drop_missing(list(iter_samples(path, media_root, tally)), tally, missing)
-    _say(tally, samples, tally.rejects)
+    _log_counts(tally, samples)
     return Samples(samples, tally.formats, tally.counts(samples)), tally.rejects

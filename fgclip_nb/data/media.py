@@ -11,20 +11,8 @@ from fgclip_nb.data.samples import Fault, is_video
 
 # %% ../../nbs/2_data/03_media.ipynb #1de5763a
 UCF_CLASSES = (
-    "Abuse",
-    "Arrest",
-    "Arson",
-    "Assault",
-    "Burglary",
-    "Explosion",
-    "Fighting",
-    "RoadAccidents",
-    "Robbery",
-    "Shooting",
-    "Shoplifting",
-    "Stealing",
-    "Vandalism",
-    "Normal",
+    *("Abuse", "Arrest", "Arson", "Assault", "Burglary", "Explosion", "Fighting", "RoadAccidents"),
+    *("Robbery", "Shooting", "Shoplifting", "Stealing", "Vandalism", "Normal"),
 )
 UCF_NORMAL = (
     "Training_Normal_Videos_Anomaly",
@@ -32,7 +20,7 @@ UCF_NORMAL = (
     "Normal_Videos_event",
 )
 
-# %% ../../nbs/2_data/03_media.ipynb #bb005564
+
 def ucf_label(name) -> str:
     "UCF-Crime's class of a video by its file name, or ''."
     m = re.match(r"[A-Za-z]+", os.path.basename(name))
@@ -40,20 +28,17 @@ def ucf_label(name) -> str:
 
 # %% ../../nbs/2_data/03_media.ipynb #5bfea6d0
 def video_names(name) -> list:
-    "Where a video may lie under the media root: as written, with .mp4, in UCF-Crime's class folders, and without the folders written."
+    """Where a video may lie under the media root, best guess first.
+
+    As written with .mp4 where it has no suffix, as written, in UCF-Crime's class folders, and
+    without the folders written."""
     stem = name if is_video(name) else name + ".mp4"
-    label = ucf_label(name)
-    folders = UCF_NORMAL if label == "Normal" else (label,) if label else ()
-    return list(
-        dict.fromkeys(
-            [
-                stem,
-                name,
-                *(f"{f}/{os.path.basename(stem)}" for f in folders),
-                os.path.basename(stem),
-            ]
-        )
-    )
+    base, label = os.path.basename(stem), ucf_label(name)
+    if label == "Normal":
+        folders = UCF_NORMAL
+    else:
+        folders = (label,) if label else ()
+    return list(dict.fromkeys([stem, name, *(f"{f}/{base}" for f in folders), base]))
 
 # %% ../../nbs/2_data/03_media.ipynb #07bbaa92
 class MediaRoot:
@@ -64,7 +49,7 @@ class MediaRoot:
         self._real = {}  # folder -> its real path: one look-up per folder instead of per file
 
     def locate(self, name, field) -> str:
-        "The absolute path of `name` under the root; a Fault when it leads outside or cannot be a path."
+        "The absolute path of `name` under the root; a Fault if it leads outside or is no path."
         if not name or "\0" in name or len(name) > 4000:
             raise Fault(field, name, "not a file name", "bad_path")
         if "://" in name:
@@ -78,16 +63,12 @@ class MediaRoot:
         if os.path.islink(path):
             path = os.path.realpath(path)
         if not path.startswith(self.root.rstrip(os.sep) + os.sep):
-            raise Fault(
-                field,
-                name,
-                f"leads out of the media root {self.root}: give a media_root that holds it",
-                "outside_media_root",
-            )
+            reason = f"leads out of the media root {self.root}: give a media_root that holds it"
+            raise Fault(field, name, reason, "outside_media_root")
         return path
 
     def find(self, names, field) -> tuple:
         "(path, exists) of the first of `names` that is there, else of the first."
         paths = [self.locate(n, field) for n in names]
-        there = next((p for p in paths if os.path.isfile(p)), None)
-        return there or paths[0], there is not None
+        path = next((p for p in paths if os.path.isfile(p)), None)
+        return path or paths[0], path is not None

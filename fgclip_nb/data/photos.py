@@ -13,7 +13,7 @@ from fgclip_nb.core.identity import DataError
 
 # %% ../../nbs/2_data/14_photos.ipynb #a32402ef
 def _to_rgb(image):
-    "PIL image of any mode -> PIL image in mode RGB; 16-bit grey is scaled to 8 bits, transparency is laid on white."
+    "PIL image of any mode -> RGB; 16-bit grey is scaled to 8 bits, transparency laid on white."
     from PIL import Image
 
     if image.mode == "F":
@@ -29,8 +29,8 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 # %% ../../nbs/2_data/14_photos.ipynb #02d22302
-def _existing(path):
-    "A path that is a non-empty file, or DataError."
+def existing_file(path) -> Path:
+    "`path` as a Path. Raises DataError when there is no such file or when it is empty."
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; check media_root and the name in the annotation")
@@ -46,15 +46,16 @@ def _open_image(path):
     image, limit = Image.open(path), Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
         raise ValueError(
-            f"{image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit}"
+            f"{image.width} x {image.height} pixels are more than "
+            f"PIL.Image.MAX_IMAGE_PIXELS = {limit}"
         )
     return image
 
 # %% ../../nbs/2_data/14_photos.ipynb #acfb2a3a
 def _picture_source(path):
-    "(what Pillow opens, name for messages) of a path or of the bytes of a picture file, as shards embed them."
+    "(what Pillow opens, name for messages) of a path, or of a picture file's bytes as in shards."
     if not isinstance(path, bytes):
-        return (_existing(path),) * 2
+        return (existing_file(path),) * 2
     if not path:
         raise DataError("embedded picture: 0 bytes; convert the data set again")
     return BytesIO(path), f"embedded picture of {len(path)} bytes"
@@ -63,9 +64,10 @@ def _picture_source(path):
 def read_image(path, size=None):
     """The picture in `path` as uint8 (H,W,3) RGB, turned upright by its EXIF orientation.
 
-    `size` (pixels) squashes it to (size,size,3) with Pillow's bicubic filter, as the reference does.
-    Any mode is accepted: palette, CMYK, 16-bit grey, alpha (laid on white). Raises DataError naming the file when it is
-    missing, empty, no image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS. `path` may also be the bytes of such a file."""
+    `size` (pixels) squashes it to (size,size,3) with Pillow's bicubic filter, as the reference
+    does. Any mode is accepted: palette, CMYK, 16-bit grey, alpha (laid on white). `path` may also
+    be the bytes of such a file. Raises DataError naming the file when it is missing, empty, no
+    image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS."""
     from PIL import Image, ImageOps
 
     source, path = _picture_source(path)
@@ -75,9 +77,7 @@ def read_image(path, size=None):
             if size is not None:
                 rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
             return np.array(rgb)
-    except (
-        Exception
-    ) as e:  # decoders raise whatever they like; the file is what all of these have in common
+    except Exception as e:  # decoders raise whatever they like; what they share is the file
         raise DataError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
 # %% ../../nbs/2_data/14_photos.ipynb #bd1f0675
@@ -86,9 +86,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # %% ../../nbs/2_data/14_photos.ipynb #5a395711
 def normalize(pixels, dtype=None):
-    """uint8 pixels (...,H,W,3) or (...,3,H,W), tensor or array -> normalised (...,3,H,W) on the same device.
+    """uint8 pixels (...,H,W,3) or (...,3,H,W), tensor or array -> normalised (...,3,H,W).
 
-    `dtype` is the floating type of the result, float32 unless given. Mean and standard deviation are CLIP's."""
+    The result stays on the same device. `dtype` is its floating type, float32 unless given. Mean
+    and standard deviation are CLIP's. Raises TypeError for pixels that are not uint8."""
     import torch
 
     pixels = torch.as_tensor(pixels)

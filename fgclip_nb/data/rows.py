@@ -35,7 +35,7 @@ MAX_TEXT = 100_000  # characters; the longest captions of FineHARD have about 2,
 
 
 def check_text(value, field) -> str:
-    "A string that can be tokenised, or a Fault. It is returned as it is: nothing is stripped or repaired."
+    "A string that can be tokenised, or a Fault. It is returned as it is, nothing is repaired."
     if not isinstance(value, str):
         raise Fault(field, value, f"{type(value).__name__} instead of text")
     if len(value) > MAX_TEXT:
@@ -51,10 +51,11 @@ def check_text(value, field) -> str:
 
 # %% ../../nbs/2_data/02_rows.ipynb #d9f0b9a1
 def check_box(value, field, size=None, form="xyxy") -> tuple:
-    """(x1, y1, x2, y2) as fractions from a list of four numbers (a fifth, a score, is ignored), or a Fault.
+    """(x1, y1, x2, y2) as fractions from a list of four numbers, or a Fault.
 
-    `size`: (width, height) in pixels when the numbers are pixels; None for fractions. `form`: xyxy or xywh. Whether a box has area and
-    lies inside the image is not judged here but by the filters."""
+    A fifth number, a score, is ignored. `size`: (width, height) in pixels when the numbers are
+    pixels; None for fractions. `form`: xyxy or xywh. Whether a box has area and lies inside the
+    image is not judged here but by the filters."""
     if not isinstance(value, (list, tuple)):
         raise Fault(field, value, "not a list of four numbers")
     if len(value) not in (4, 5):
@@ -72,114 +73,129 @@ def check_box(value, field, size=None, form="xyxy") -> tuple:
 DUPLICATE = "\0duplicate key"
 
 
-def _mark_duplicates(pairs) -> dict:
-    "JSON object hook: the dict, with the first repeated key noted under DUPLICATE."
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def mark_duplicates(pairs) -> dict:
+    "JSON object hook: the dict of `pairs`, with the first repeated key noted under DUPLICATE."
+    marked = dict(pairs)
+    if len(marked) != len(pairs):
         keys = [k for k, _ in pairs]
-        found[DUPLICATE] = next(k for k in keys if keys.count(k) > 1)
-    return found
+        marked[DUPLICATE] = next(k for k in keys if keys.count(k) > 1)
+    return marked
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_mark_duplicates)
+DECODER = json.JSONDecoder(object_pairs_hook=mark_duplicates)
 
-# %% ../../nbs/2_data/02_rows.ipynb #b244d5df
-class RowTexts:
-    "A JSON object whose faults name their field; here its texts."
+# %% ../../nbs/2_data/02_rows.ipynb #146a5a7f
+def _join(field, key) -> str:
+    return f"{field}.{key}" if field else str(key)
+
+
+def check_object(value, field="") -> dict:
+    "A JSON object whose keys stand once, or a Fault."
+    if not isinstance(value, dict):
+        raise Fault(field or "entry", value, f"{type(value).__name__} instead of a JSON object")
+    if DUPLICATE in value:
+        key = _join(field, value[DUPLICATE])
+        raise Fault(key, value, "the key is written twice", "duplicate_key")
+    return value
+
+# %% ../../nbs/2_data/02_rows.ipynb #cdf7abf6
+def check_texts(value, field) -> tuple:
+    """Strings from a list, from the values of an object (in order) or from one string.
+
+    () for None, a Fault for anything else."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, dict):
+        value = list(check_object(value, field).values())
+    if value is not None and not isinstance(value, list):
+        raise Fault(field, value, "not a list of texts")
+    return tuple(check_text(t, f"{field}[{i}]") for i, t in enumerate(value or ()))
+
+# %% ../../nbs/2_data/02_rows.ipynb #b8626b81
+def check_pair(value, field, check):
+    """Two ordered numbers from a list of two, each passed through `check`.
+
+    None for None and for [None, None]; a Fault when there are not two or they are out of order."""
+    if value is None or value == [None, None]:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise Fault(field, value, "not a list of two numbers")
+    first, last = (check(v, f"{field}[{i}]") for i, v in enumerate(value))
+    if first > last:
+        raise Fault(field, value, "ends before it starts")
+    return first, last
+
+# %% ../../nbs/2_data/02_rows.ipynb #ddc19aca
+def check_enabled(value, field) -> bool:
+    "The `enabled` of a keyframe's object, True when it has none."
+    enabled = value.get("enabled", True)
+    if enabled not in (True, False):
+        raise Fault(f"{field}.enabled", enabled, "not true or false")
+    return bool(enabled)
+
+
+def check_keyframe(value, field, size=None) -> Keyframe:
+    "A Keyframe from {frame, bbox, enabled}, or a Fault. `size` as in `check_box`."
+    enabled = check_enabled(check_object(value, field), field)
+    frame = check_int(value.get("frame"), f"{field}.frame")
+    return Keyframe(frame, check_box(value.get("bbox"), f"{field}.bbox", size), enabled)
+
+# %% ../../nbs/2_data/02_rows.ipynb #424d1a11
+class Row:
+    """A JSON object handed out field by field, each checked.
+
+    A value that cannot be used raises a Fault that names its field, seen from the entry. None is
+    like absent."""
 
     def __init__(self, value, field=""):
-        if not isinstance(value, dict):
-            raise Fault(field or "entry", value, f"{type(value).__name__} instead of a JSON object")
-        if DUPLICATE in value:
-            raise Fault(
-                _join(field, value[DUPLICATE]), value, "the key is written twice", "duplicate_key"
-            )
-        self.value, self.field = value, field
+        self.value, self.field = check_object(value, field), field
 
     def __contains__(self, key):
         return self.value.get(key) is not None
 
     def text(self, key, default=None) -> str:
         "A string; `default` when absent or null, a Fault when there is no default."
-        found = self.value.get(key)
-        if found is None and default is not None:
+        value, field = self.value.get(key), _join(self.field, key)
+        if value is None and default is not None:
             return default
-        if found is None:
-            raise Fault(_join(self.field, key), None, "missing", "missing_field")
-        return check_text(found, _join(self.field, key))
+        if value is None:
+            raise Fault(field, None, "missing", "missing_field")
+        return check_text(value, field)
 
     def texts(self, key) -> tuple:
-        "Strings from a list, from the values of an object (in order) or from one string; () when absent."
-        found, name = self.value.get(key), _join(self.field, key)
-        if isinstance(found, str):
-            found = [found]
-        if isinstance(found, dict):
-            found = list(RowTexts(found, name).value.values())
-        if found is not None and not isinstance(found, list):
-            raise Fault(name, found, "not a list of texts")
-        return tuple(check_text(t, f"{name}[{i}]") for i, t in enumerate(found or ()))
-
-# %% ../../nbs/2_data/02_rows.ipynb #146a5a7f
-def _join(field, key) -> str:
-    return f"{field}.{key}" if field else str(key)
-
-# %% ../../nbs/2_data/02_rows.ipynb #0b4b4b9c
-class Row(RowTexts):
-    "A JSON object whose faults name their field; with numbers, boxes and lists."
+        "Strings from a list, an object or one string; () when absent."
+        return check_texts(self.value.get(key), _join(self.field, key))
 
     def whole(self, key, default=None, low=0):
         "A whole number; `default` when absent or null."
-        found = self.value.get(key)
-        return default if found is None else check_int(found, _join(self.field, key), low)
+        value = self.value.get(key)
+        return default if value is None else check_int(value, _join(self.field, key), low)
 
     def items(self, key) -> list:
-        "The rows of a list of objects; [] when absent. Each row knows its field, such as `bbox_info[1]`."
-        found, name = self.value.get(key), _join(self.field, key)
-        if found is not None and not isinstance(found, list):
-            raise Fault(name, found, f"{type(found).__name__} instead of a list")
-        return [(f"{name}[{i}]", item) for i, item in enumerate(found or ())]
+        """(field, item) pairs of a list; [] when absent.
 
-    def box(self, key, size=None, form="xyxy"):
+        The field is the item's place, such as `bbox_info[1]`. The items are not checked."""
+        value, field = self.value.get(key), _join(self.field, key)
+        if value is not None and not isinstance(value, list):
+            raise Fault(field, value, f"{type(value).__name__} instead of a list")
+        return [(f"{field}[{i}]", item) for i, item in enumerate(value or ())]
+
+    def box(self, key, size=None, form="xyxy") -> tuple:
         return check_box(self.value.get(key), _join(self.field, key), size, form)
 
     def size(self) -> tuple | None:
         "(width, height) in pixels, or None when the row has neither."
         if "width" not in self and "height" not in self:
             return None
-        return tuple(
-            check_int(self.value.get(k), _join(self.field, k), 1) for k in ("width", "height")
-        )
-
-# %% ../../nbs/2_data/02_rows.ipynb #36096d5d
-class VideoRow(Row):
-    "A row with keyframes and spans."
+        sides = ("width", "height")
+        return tuple(check_int(self.value.get(k), _join(self.field, k), 1) for k in sides)
 
     def keyframes(self, key="keyframes", size=None) -> tuple:
         "Keyframes ordered by frame; () when absent, null or empty (a region of a normal video)."
-        found = []
-        for name, item in self.items(key):
-            k = Row(item, name)
-            enabled = k.value.get("enabled", True)
-            if enabled not in (True, False):
-                raise Fault(f"{name}.enabled", enabled, "not true or false")
-            found.append(
-                Keyframe(
-                    check_int(k.value.get("frame"), f"{name}.frame"),
-                    k.box("bbox", size),
-                    bool(enabled),
-                )
-            )
-        return tuple(sorted(found, key=lambda k: k.frame))
+        keyframes = [check_keyframe(item, field, size) for field, item in self.items(key)]
+        return tuple(sorted(keyframes, key=lambda k: k.frame))
 
     def pair(self, key, check, *keys):
-        "Two ordered numbers from a list of two, or from two keys; None when absent."
-        found = [self.value.get(k) for k in keys] if keys else self.value.get(key)
-        name = _join(self.field, "/".join(keys) or key)
-        if found is None or found == [None, None]:
-            return None
-        if not isinstance(found, list) or len(found) != 2:
-            raise Fault(name, found, "not a list of two numbers")
-        a, b = (check(v, f"{name}[{i}]") for i, v in enumerate(found))
-        if a > b:
-            raise Fault(name, found, "ends before it starts")
-        return a, b
+        "Two ordered numbers from a list of two, or from two `keys`; None when absent."
+        value = [self.value.get(k) for k in keys] if keys else self.value.get(key)
+        return check_pair(value, _join(self.field, "/".join(keys) or key), check)

@@ -6,7 +6,7 @@
 __all__ = ['open_shards']
 
 # %% ../../nbs/2_data/10_shards.ipynb #4568ba55
-import json, os
+import copy, json, os
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -15,104 +15,108 @@ from fgclip_nb.data.samples import CaptionNegative, Keyframe, Negatives, Region,
 
 # %% ../../nbs/2_data/10_shards.ipynb #344653da
 def is_sharded(path) -> bool:
-    "Whether a path is a folder of Parquet shards written by `convert` (below)."
+    "Whether a path is a folder of Parquet shards written by `convert`, and finished."
     return isinstance(path, (str, Path)) and os.path.isfile(Path(path) / "shards.json")
 
 # %% ../../nbs/2_data/10_shards.ipynb #c3667748
-def shard_features():
-    "Columns of a shard, as `datasets.Features`."
-    from datasets import Features, List, Value
+def _region_columns() -> dict:
+    "Columns of a region within a sample's row."
+    from datasets import List, Value
 
-    text, numbers = Value("string"), List(Value("float64"))
-    keyframe = dict(frame=Value("int64"), bbox=numbers, enabled=Value("bool"))
-    region = dict(
+    text, number, numbers = Value("string"), Value("int64"), List(Value("float64"))
+    return dict(
         phrase=text,
         long_phrase=text,
         box=numbers,
-        keyframes=List(keyframe),
+        keyframes=List(dict(frame=number, bbox=numbers, enabled=Value("bool"))),
         negatives=List(text),
-        span=List(Value("int64")),
+        span=List(number),
         source=text,
         id=text,
         negatives_level=text,
         other_negatives=List(dict(level=text, texts=List(text))),
     )
-    negative = dict(caption=text, negative=text, type=text)
-    return Features(
-        dict(
-            id=text,
-            media=text,
-            kind=text,
-            caption=text,
-            short_caption=text,
-            captions=List(text),
-            regions=List(region),
-            span=numbers,
-            split=text,
-            label=text,
-            width=Value("int64"),
-            height=Value("int64"),
-            caption_negatives=List(negative),
-            file=text,
-            entry=text,
-            entries=Value("int64"),
-            data=Value("large_binary"),
-        )
+
+
+def shard_features():
+    "Columns of a shard, as `datasets.Features`."
+    from datasets import Features, List, Value
+
+    text, number = Value("string"), Value("int64")
+    sample = dict(
+        id=text,
+        media=text,
+        kind=text,
+        caption=text,
+        short_caption=text,
+        captions=List(text),
+        regions=List(_region_columns()),
+        span=List(Value("float64")),
+        split=text,
+        label=text,
+        width=number,
+        height=number,
+        caption_negatives=List(dict(caption=text, negative=text, type=text)),
+        file=text,
+        entry=text,
+        entries=number,
+        data=Value("large_binary"),
     )
+    return Features(sample)
 
 # %% ../../nbs/2_data/10_shards.ipynb #1f174977
+def _region_row(region) -> dict:
+    "A region as plain lists and dicts. `dataclasses.asdict` copies deeply: ten times slower."
+    return vars(region) | dict(
+        keyframes=[vars(k) for k in region.keyframes],
+        other_negatives=[n._asdict() for n in region.other_negatives],
+    )
+
+
 def to_row(sample, root) -> dict:
     "A sample as plain lists and dicts, its media path relative to `root`."
-    plain = lambda r: dict(
-        keyframes=[vars(k) for k in r.keyframes],
-        other_negatives=[n._asdict() for n in r.other_negatives],
-    )
-    regions = [vars(r) | plain(r) for r in sample.regions]  # asdict copies deeply: ten times slower
     row = {
         **vars(sample),
-        "regions": regions,
+        "regions": [_region_row(r) for r in sample.regions],
         "caption_negatives": [n._asdict() for n in sample.caption_negatives],
     }
     if sample.media.startswith(root.rstrip(os.sep) + os.sep):
         row["media"] = os.path.relpath(sample.media, root)
     return row
 
-
-def _pair(values):
+# %% ../../nbs/2_data/10_shards.ipynb #c6335c1c
+def _tuple(values):
     return None if values is None else tuple(values)
 
 
-def _region_from(r) -> Region:
-    keyframes = tuple(Keyframe(k["frame"], tuple(k["bbox"]), k["enabled"]) for k in r["keyframes"])
-    others = tuple(
-        Negatives(n["level"], tuple(n["texts"])) for n in r.get("other_negatives", ())
-    )  # shards of version 0.1.0 have none
+def _region_from(row) -> Region:
+    keyframes = row["keyframes"]
+    others = row.get("other_negatives", ())  # shards of version 0.1.0 have none
     changed = dict(
-        box=_pair(r["box"]),
-        span=_pair(r["span"]),
-        negatives=tuple(r["negatives"]),
-        keyframes=keyframes,
-        other_negatives=others,
+        box=_tuple(row["box"]),
+        span=_tuple(row["span"]),
+        negatives=tuple(row["negatives"]),
+        keyframes=tuple(Keyframe(k["frame"], tuple(k["bbox"]), k["enabled"]) for k in keyframes),
+        other_negatives=tuple(Negatives(n["level"], tuple(n["texts"])) for n in others),
     )
-    return Region(**r | changed)
+    return Region(**row | changed)
 
 
 def from_row(row, root) -> Sample:
     "The sample that `to_row` wrote."
-    negatives = tuple(CaptionNegative(**n) for n in row["caption_negatives"])
     changed = dict(
         regions=[_region_from(r) for r in row["regions"]],
         captions=tuple(row["captions"]),
-        span=_pair(row["span"]),
-        caption_negatives=negatives,
+        span=_tuple(row["span"]),
+        caption_negatives=tuple(CaptionNegative(**n) for n in row["caption_negatives"]),
         media=os.path.join(root, row["media"]),
     )
     return Sample(**{**row, **changed})
 
 # %% ../../nbs/2_data/10_shards.ipynb #4cc5ad1e
 @contextmanager
-def _no_bars():
-    "Without the progress bars of `datasets`, which leave a line per refresh in logs and notebooks."
+def no_bars():
+    "Without the progress bars of `datasets`, which leave a line per refresh in logs."
     import datasets
 
     off = datasets.are_progress_bars_disabled()
@@ -128,7 +132,9 @@ RELEASE = 1_000  # samples
 
 
 def release_pages(files):
-    "Hand the mapped pages of these files back to the kernel (elsewhere than on Linux it takes them itself). Reading maps them again."
+    """Hand the mapped pages of these files (real paths) back to the kernel.
+
+    Reading maps them again. Elsewhere than on Linux nothing is done: the system takes them."""
     import ctypes
 
     if not os.path.exists("/proc/self/maps"):
@@ -143,46 +149,49 @@ def release_pages(files):
 
 # %% ../../nbs/2_data/10_shards.ipynb #9b2cf361
 class ArrowRows:
-    "Rows of a folder of shards by integer index, as dicts; memory-mapped, with a bounded share of the pages held."
+    """Rows of a folder of shards by integer index, as dicts.
+
+    Memory-mapped, with a bounded share of the pages held."""
 
     def __init__(self, folder):
         import datasets
 
-        cache, shards = (
-            str(folder / ".arrow") if os.access(folder, os.W_OK) else None,
-            sorted(map(str, folder.glob("shard-*.parquet"))),
-        )
-        with _no_bars():
+        cache = str(folder / ".arrow") if os.access(folder, os.W_OK) else None
+        shards = sorted(map(str, folder.glob("shard-*.parquet")))
+        with no_bars():
             self.rows = datasets.Dataset.from_parquet(shards, cache_dir=cache)
-        self.files, self.reads = {os.path.realpath(f["filename"]) for f in self.rows.cache_files}, 0
+        self.files = {os.path.realpath(f["filename"]) for f in self.rows.cache_files}
+        self.reads = 0  # since pages were last handed back
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        found = self.rows[i]
+        "A row, or for a slice a dict of columns."
+        rows = self.rows[i]
         self.reads += 1 if isinstance(i, int) else i.stop - i.start
         if self.reads >= RELEASE:
             release_pages(self.files)
             self.reads = 0
-        return found
+        return rows
 
     def column(self, name) -> list:
         return self.rows.select_columns([name])[:][name]
 
-# %% ../../nbs/2_data/10_shards.ipynb #c67e376f
-class ShardedSamples:
-    "Samples of a folder of shards by integer index. Has `.formats`, `.counts` and `.changes` like `Samples`."
+# %% ../../nbs/2_data/10_shards.ipynb #b15c0e93
+class ShardedSequence:
+    """Samples of a folder of shards by integer index, memory-mapped.
+
+    Has `.formats`, `.counts` and `.changes` like `Samples`. `media_root` overrides the one noted in
+    `shards.json`. Raises `DataError` when a shard is missing or foreign."""
 
     def __init__(self, folder, media_root=None):
         folder = Path(folder)
         about = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
         self.folder, self.root = folder, os.path.realpath(media_root or about["media_root"])
         self.formats, self.counts, self.changes = about["formats"], about["counts"], []
-        self.rows, self.indices = (
-            ArrowRows(folder),
-            None,
-        )  # indices: which rows these are; None = all
+        self.rows = ArrowRows(folder)
+        self.indices = None  # which rows these are; None = all
         if len(self.rows) != self.counts["samples"]:
             raise DataError(
                 f"{folder}: {len(self.rows)} rows, but shards.json says {self.counts['samples']}: "
@@ -198,10 +207,6 @@ class ShardedSamples:
         i = range(len(self))[int(i)]  # negative counts from the end, IndexError beyond it
         return from_row(self.rows[i if self.indices is None else int(self.indices[i])], self.root)
 
-# %% ../../nbs/2_data/10_shards.ipynb #b15c0e93
-class ShardedSequence(ShardedSamples):
-    "Reading in order, columns and parts."
-
     def __iter__(self):
         if self.indices is not None:
             yield from (self[i] for i in range(len(self)))
@@ -213,20 +218,20 @@ class ShardedSequence(ShardedSamples):
 
     def column(self, name) -> list:
         "One column of all samples, such as `split`, without decoding the rest."
-        found = self.rows.column(name)
-        return list(found) if self.indices is None else [found[i] for i in self.indices]
+        values = self.rows.column(name)
+        return list(values) if self.indices is None else [values[i] for i in self.indices]
 
     def subset(self, indices):
         "The samples at these indices, still memory-mapped."
-        import copy
-
         part, chosen = copy.copy(self), np.asarray(indices, dtype=np.int64)
         part.indices = chosen if self.indices is None else self.indices[chosen]
         return part
 
 # %% ../../nbs/2_data/10_shards.ipynb #4d760c93
 def open_shards(folder, media_root=None) -> ShardedSequence:
-    "Samples of a converted data set: a sequence by integer index. Raises `DataError` when the folder holds no finished conversion."
+    """Samples of a converted data set: a sequence by integer index.
+
+    Raises `DataError` when the folder holds no finished conversion."""
     if not is_sharded(folder):
         raise DataError(
             f"{folder}: no shards.json, so no finished `python -m fgclip_nb.data convert`"

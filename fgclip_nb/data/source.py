@@ -10,7 +10,15 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.data.samples import Fault, Reject, Sample, shorten
-from fgclip_nb.data.rows import VideoRow
+from fgclip_nb.data.rows import Row
+
+# %% ../../nbs/2_data/05_source.ipynb #7b06ba50
+def split_of(name) -> str:
+    """train, val or test when a file's name says so, else ''.
+
+    Such as `UCFCrime_Train.json` or `captions_val2017.json`."""
+    m = re.search(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", name, re.I)
+    return m[1].lower() if m else ""
 
 # %% ../../nbs/2_data/05_source.ipynb #b90001ff
 @dataclass
@@ -42,45 +50,36 @@ class Source:
 
     def __init__(self, file, root, tally):
         self.file, self.root, self.tally = str(file), root, tally
-        self.entry, self.key, self.format, self.split = "", "", "", split_of(Path(file).name)
-        self.groups, self.coco, self.crepe = (
-            {},
-            {},
-            {},
-        )  # samples that several entries add to; the last two also several files
+        self.split = split_of(Path(file).name)
+        self.entry = self.key = self.format = ""  # of what is being read
+        # samples that several entries add to; the last two also several files
+        self.groups, self.coco, self.crepe = {}, {}, {}
 
     def reject(self, fault, entries=0, regions=0, sample=""):
         "Note a fault with what is lost by it."
-        r = Reject(
-            self.file,
-            self.entry,
-            fault.field,
-            shorten(fault.value),
-            fault.reason,
-            sample,
-            fault.rule,
-            entries,
-            regions,
-        )
+        value, where = shorten(fault.value), (self.file, self.entry, fault.field)
+        r = Reject(*where, value, fault.reason, sample, fault.rule, entries, regions)
         self.tally.rejects.append(r)
 
     def media(self, names, field) -> str:
-        "The absolute path of the first of `names` that exists, else of the first; noted when there is none."
-        path, there = self.root.find(names, field)
-        if not there:
+        """The absolute path of the first of `names` that exists, else of the first.
+
+        Noted in `tally.missing` when there is none; a Fault when it leads out of the root."""
+        path, exists = self.root.find(names, field)
+        if not exists:
             self.tally.missing.add(path)
         return path
 
     def regions(self, items, parse, sample="") -> list:
         "`parse(row, index)` over (field, item) pairs; a Fault rejects one region."
-        found = []
+        regions = []
         for i, (name, item) in enumerate(items):
             self.tally.regions += 1
             try:
-                found.append(parse(VideoRow(item, name), i))
+                regions.append(parse(Row(item, name), i))
             except Fault as f:
                 self.reject(f, regions=1, sample=sample)
-        return found
+        return regions
 
     def shared(self, groups, name, media, size) -> Sample:
         "The sample that several entries add to, made when it is asked for first."
@@ -102,40 +101,14 @@ class Source:
         self.tally.kept += 1
         return Sample(file=self.file, entry=self.entry, **{"split": self.split, **fields})
 
-# %% ../../nbs/2_data/05_source.ipynb #7b06ba50
-def split_of(name) -> str:
-    "train, val or test when a file's name says so (`UCFCrime_Train.json`, `captions_val2017.json`), else ''."
-    m = re.search(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", name, re.I)
-    return m[1].lower() if m else ""
-
 # %% ../../nbs/2_data/05_source.ipynb #c68a3be1
 UNCOUNTABLE = {
-    "broccoli",
-    "grass",
-    "water",
-    "snow",
-    "sand",
-    "furniture",
-    "luggage",
-    "food",
-    "hair",
-    "clothing",
-    "bread",
-    "rice",
-    "fruit",
+    *("broccoli", "grass", "water", "snow", "sand", "furniture", "luggage", "food", "hair"),
+    *("clothing", "bread", "rice", "fruit"),
 }
 IN_PAIRS = {
-    "scissors",
-    "skis",
-    "pants",
-    "glasses",
-    "jeans",
-    "shorts",
-    "sunglasses",
-    "trousers",
-    "pliers",
-    "tongs",
-    "binoculars",
+    *("scissors", "skis", "pants", "glasses", "jeans", "shorts", "sunglasses", "trousers"),
+    *("pliers", "tongs", "binoculars"),
 }
 
 
@@ -148,16 +121,15 @@ def with_article(noun) -> str:
         return f"a pair of {noun}"
     if last.endswith("s") and not last.endswith(("ss", "us", "is")):
         return noun
-    vowel = re.match(r"[aeiou]|hour|honest|x-ray", noun, re.I) and not re.match(
-        r"uni|use|usual|eu|one|ute", noun, re.I
-    )
+    sounds_consonant = re.match(r"uni|use|usual|eu|one|ute", noun, re.I)
+    vowel = re.match(r"[aeiou]|hour|honest|x-ray", noun, re.I) and not sounds_consonant
     return f"{'an' if vowel else 'a'} {noun}"
 
 # %% ../../nbs/2_data/05_source.ipynb #b51a3ce7
+def _sentence(text) -> str:
+    return text if text.endswith((".", "!", "?", "。")) else text + "."
+
+
 def paragraph(captions) -> str:
-    "Short captions joined to one text, each ending as a sentence; this is what stands in for a long caption."
-    return " ".join(
-        c.strip() if c.strip().endswith((".", "!", "?", "。")) else c.strip() + "."
-        for c in captions
-        if c.strip()
-    )
+    "Short captions joined to one text, each ending as a sentence; it stands in for a long caption."
+    return " ".join(_sentence(c.strip()) for c in captions if c.strip())

@@ -13,8 +13,10 @@ import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.data.samples import Fault, Region, Samples, sample_reject
-from fgclip_nb.data.shards import ShardedSamples
+from fgclip_nb.data.shards import ShardedSequence
 from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.video_index import frame_times
+from fgclip_nb.data.clips import region_presence, span_frames
 from fgclip_nb.data.filters import MAX_REJECTS, RULES
 
 # %% ../../nbs/2_data/21_splits.ipynb #4ff8538b
@@ -28,81 +30,114 @@ def is_plain_normal(sample) -> bool:
     )
 
 
-def add_normal_regions(samples) -> Samples:
-    """Samples whose normal clips all have a region, where any other sample has one: the whole frame of the clip's span, under its caption.
+def _with_whole_frame(sample):
+    "The sample with one region: the whole frame of its span, under its caption."
+    phrase = sample.short_caption or sample.caption
+    region = Region(phrase, source="clip", id=f"{sample.id}#clip")
+    return dataclasses.replace(sample, regions=[region])
 
-    Memory-mapped shards stay as they are."""
-    if isinstance(samples, ShardedSamples) or not any(s.regions for s in samples):
+# %% ../../nbs/2_data/21_splits.ipynb #a2d00003
+def add_normal_regions(samples) -> Samples:
+    """Samples whose normal clips all have a region, where any other sample has one.
+
+    It is the whole frame of the clip's span, under its caption. Memory-mapped shards stay as they
+    are."""
+    if isinstance(samples, ShardedSequence) or not any(s.regions for s in samples):
         return samples
-    whole = lambda s: [Region(s.short_caption or s.caption, source="clip", id=f"{s.id}#clip")]
-    out = [dataclasses.replace(s, regions=whole(s)) if is_plain_normal(s) else s for s in samples]
+    out = [_with_whole_frame(s) if is_plain_normal(s) else s for s in samples]
     added = sum(map(is_plain_normal, samples))
     if added:
         get_logger().info(
-            f"normal clips: {added} had no region; theirs is the whole frame of their span, under their caption"
+            f"normal clips: {added} had no region; "
+            "theirs is the whole frame of their span, under their caption"
         )
-    return Samples(
-        out,
-        getattr(samples, "formats", None),
-        getattr(samples, "counts", None),
-        getattr(samples, "changes", ()),
-    )
+    formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
+    return Samples(out, formats, counts, getattr(samples, "changes", ()))
 
 # %% ../../nbs/2_data/21_splits.ipynb #6a185158
 def media_name(path) -> str:
+    "A medium's name without folder and extension, in lower case."
     return re.sub(r"\.\w{1,5}$", "", str(path).replace("\\", "/").rsplit("/", 1)[-1]).lower()
 
 # %% ../../nbs/2_data/21_splits.ipynb #cf40679c
 def read_names(path, media_root=None) -> set:
-    "Names of media in a data set of any format, or in a plain list (the first word of each line)."
+    """Names of media (`media_name`) in a data set of any format, or in a plain list.
+
+    A plain list ends in .txt; the first word of each line counts."""
     if str(path).endswith(".txt"):
-        return {
-            media_name(line.split()[0])
-            for line in Path(path).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        }
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return {media_name(line.split()[0]) for line in lines if line.strip()}
     return {media_name(s.media) for s in load_samples(path, media_root, missing="keep")[0]}
 
-
+# %% ../../nbs/2_data/21_splits.ipynb #aa964b0b
 def _meet(a, b) -> bool:
-    "Whether two samples of one medium show the same: photos always, clips when their spans overlap."
+    "Whether samples of one medium show the same: photos always, clips when their spans overlap."
     return a.span is None or b.span is None or (a.span[0] < b.span[1] and b.span[0] < a.span[1])
 
-# %% ../../nbs/2_data/21_splits.ipynb #aa964b0b
+
 def overlap(samples, test_names=None) -> dict:
-    "Sorted names of media in the training part (split `train` or none) that also stand in another part, or among `test_names`."
+    """Sorted names of media in the training part that also stand elsewhere, by where.
+
+    The training part: split `train` or none. Elsewhere: another split, or `test_names`."""
     parts = {"train": defaultdict(list), "held out": defaultdict(list)}
     for s in samples:
         parts["train" if s.split in ("train", "") else "held out"][media_name(s.media)].append(s)
-    both = sorted(parts["train"].keys() & parts["held out"].keys())
-    same = [
-        n for n in both if any(_meet(a, b) for a in parts["train"][n] for b in parts["held out"][n])
-    ]
+    train, held_out = parts["train"], parts["held out"]
+    both = sorted(train.keys() & held_out.keys())
+    same = [n for n in both if any(_meet(a, b) for a in train[n] for b in held_out[n])]
     return {
         "train and held out": same,
         "train and held out, at other times": [n for n in both if n not in set(same)],
-        "train and test list": sorted(parts["train"].keys() & (test_names or set())),
+        "train and test list": sorted(train.keys() & (test_names or set())),
     }
+
+# %% ../../nbs/2_data/21_splits.ipynb #64f8e2f4
+def _column(samples, name) -> list:
+    "One field of all samples; shards read it without decoding the rest."
+    if hasattr(samples, "column"):
+        return samples.column(name)
+    return [getattr(s, name) for s in samples]
+
+# %% ../../nbs/2_data/21_splits.ipynb #a2d00008
+def leave_out(samples, names) -> tuple:
+    """(samples, rejects): without the media among `names` (`read_names`).
+
+    Samples of the test split stay, they are not trained on."""
+    media, splits = _column(samples, "media"), _column(samples, "split")
+    lost = {
+        i
+        for i, (path, split) in enumerate(zip(media, splits))
+        if split.lower() != "test" and media_name(path) in names
+    }
+    kept = [i for i in range(len(samples)) if i not in lost]
+    rejects = []
+    for sample in (samples[i] for i in sorted(lost)[:MAX_REJECTS]):
+        fault = Fault("media", sample.media, RULES["test_medium"], "test_medium")
+        rejects.append(sample_reject(sample, fault))
+    get_logger().info(
+        f"test media: {len(samples)} samples = {len(kept)} kept + {len(lost)} left out"
+    )
+    if hasattr(samples, "subset"):
+        return samples.subset(kept), rejects
+    formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
+    return Samples([samples[i] for i in kept], formats, counts), rejects
 
 # %% ../../nbs/2_data/21_splits.ipynb #0587ab57
 def clip_range(sample, fps=0.0) -> tuple:
-    "(first, last) frame of a sample's span: by its video, or with `fps` by the annotation alone. `DataError` when no frame lies in it."
-    from fgclip_nb.data.video import frame_times
-    from fgclip_nb.data.clips import span_frames
+    """(first, last) frame of a sample's span.
 
+    By its video, or with `fps` (frames per second) by the annotation alone. Raises `DataError` when
+    no frame lies in the span."""
     if not fps:
         return span_frames(frame_times(sample.media), sample.span)
-    marked = [k.frame for r in sample.regions for k in r.keyframes] + [
-        f for r in sample.regions for f in r.span or ()
-    ]
+    marked = [k.frame for r in sample.regions for k in r.keyframes]
+    marked += [f for r in sample.regions for f in r.span or ()]
     frames = 1 + max([*marked, math.ceil(sample.span[1] * fps) if sample.span else 0])
     return span_frames(np.arange(frames) / fps, sample.span)
 
 
 def stretches(sample, first, last) -> list:
-    "[(`captions` or `regions`, frames)] of what a sample says about time within the frames first..last."
-    from fgclip_nb.data.clips import region_presence
-
+    "[(`captions` or `regions`, frames)] of what a sample says about time within first..last."
     captions = [("captions", np.arange(first, last + 1))] if sample.span else []
     return captions + [
         ("regions", region_presence(r, first, last))
@@ -114,7 +149,8 @@ def stretches(sample, first, last) -> list:
 def not_hit(samples, choose, fps=0.0) -> dict:
     """{`captions`: (stretches of time, those that no chosen frame lies in), `regions`: the same}.
 
-    `choose(first, last)`: the frame numbers looked at for a sample whose span holds the frames first..last; `fps` as in `clip_range`."""
+    `choose(first, last)`: the frame numbers looked at for a sample whose span holds the frames
+    first..last; `fps` as in `clip_range`."""
     counts = {"captions": [0, 0], "regions": [0, 0]}
     for s in samples:
         if s.kind != "video":
@@ -127,30 +163,4 @@ def not_hit(samples, choose, fps=0.0) -> dict:
         for kind, frames in stretches(s, first, last):
             counts[kind][0] += 1
             counts[kind][1] += not np.isin(frames, chosen).any()
-    return {kind: tuple(map(int, found)) for kind, found in counts.items()}
-
-# %% ../../nbs/2_data/21_splits.ipynb #64f8e2f4
-def leave_out(samples, names) -> tuple:
-    "(samples, rejects): without the media among `names` (`read_names`); samples of the test split stay, they are not trained on."
-    media, splits = (
-        [getattr(s, k) for s in samples] if not hasattr(samples, "column") else samples.column(k)
-        for k in ("media", "split")
-    )
-    lost = {
-        i
-        for i, (m, split) in enumerate(zip(media, splits))
-        if split.lower() != "test" and media_name(m) in names
-    }
-    kept = [i for i in range(len(samples)) if i not in lost]
-    fault = lambda s: Fault("media", s.media, RULES["test_medium"], "test_medium")
-    rejects = [sample_reject(samples[i], fault(samples[i])) for i in sorted(lost)[:MAX_REJECTS]]
-    get_logger().info(
-        f"test media: {len(samples)} samples = {len(kept)} kept + {len(lost)} left out"
-    )
-    if hasattr(samples, "subset"):
-        return samples.subset(kept), rejects
-    return Samples(
-        [samples[i] for i in kept],
-        getattr(samples, "formats", None),
-        getattr(samples, "counts", None),
-    ), rejects
+    return {kind: tuple(map(int, pair)) for kind, pair in counts.items()}

@@ -13,45 +13,47 @@ from fgclip_nb.data.shards import open_shards
 from fgclip_nb.data.conversion import convert
 
 # %% ../../nbs/2_data/13_throughput.ipynb #ad324a5a
-def _generated(i) -> dict:
-    "An entry of FineHARD's shape, different for every number."
-    colours, things = (
-        ("red", "green", "blue", "white", "black"),
-        ("mug", "chair", "dog", "car", "lamp", "tree", "bag"),
+COLOURS = ("red", "green", "blue", "white", "black")
+THINGS = ("mug", "chair", "dog", "car", "lamp", "tree", "bag")
+
+
+def _phrase(i, k) -> str:
+    return f"a {COLOURS[(i + k) % 5]} {THINGS[(i * 3 + k) % 7]} number {i % 997}"
+
+
+def _generated_box(i, k) -> dict:
+    "The k-th box of entry i; the first has ten negatives."
+    phrase = _phrase(i, k)
+    box = dict(
+        bbox=[0.1 * k, 0.05, 0.1 * k + 0.2, 0.9],
+        short_expr=phrase,
+        long_expr=f"{phrase} that stands on the left of the table near the wall",
+        flag_short_neg=int(k == 0),
     )
-    phrase = lambda k: f"a {colours[(i + k) % 5]} {things[(i * 3 + k) % 7]} number {i % 997}"
-    long = lambda k: f"{phrase(k)} that stands on the left of the table near the wall"
-    boxes = [
-        dict(
-            bbox=[0.1 * k, 0.05, 0.1 * k + 0.2, 0.9],
-            short_expr=phrase(k),
-            long_expr=long(k),
-            flag_short_neg=int(k == 0),
-            **(
-                {"short_expr_negs": {str(n): phrase(k + n + 1) for n in range(10)}}
-                if k == 0
-                else {}
-            ),
-        )
-        for k in range(3 + (i % 10 < 3))
-    ]
+    if k == 0:
+        box["short_expr_negs"] = {str(n): _phrase(i, n + 1) for n in range(10)}
+    return box
+
+
+def generated_entry(i) -> dict:
+    "An entry of FineHARD's shape, different for every number."
     depth = ("front", "middle", "back")
-    caption = f"Photo {i}. " + " ".join(
-        f"There is {phrase(k)} in the {depth[k % 3]} of the picture." for k in range(12)
+    sentences = (
+        f"There is {_phrase(i, k)} in the {depth[k % 3]} of the picture." for k in range(12)
     )
     return dict(
         f_path=f"part{i // 10_000:04d}/{i:09d}.jpg",
-        caption=caption,
-        short_caption=phrase(0),
-        bbox_info=boxes,
+        caption=f"Photo {i}. " + " ".join(sentences),
+        short_caption=_phrase(i, 0),
+        bbox_info=[_generated_box(i, k) for k in range(3 + (i % 10 < 3))],
     )
 
-
+# %% ../../nbs/2_data/13_throughput.ipynb #e211da60
 def write_generated(path, entries):
     "A file of JSON lines with that many generated entries."
     with open(path, "w", encoding="utf-8") as f:
         for i in range(entries):
-            f.write(json.dumps(_generated(i)) + "\n")
+            f.write(json.dumps(generated_entry(i)) + "\n")
 
 # %% ../../nbs/2_data/13_throughput.ipynb #cbeb7ee5
 def _peak_gib() -> float:
@@ -66,38 +68,7 @@ def _read_all(folder) -> int:
     shards = open_shards(folder)
     return sum(len(shards[i].regions) for i in epoch_order(len(shards)))
 
-# %% ../../nbs/2_data/13_throughput.ipynb #9f2c3e95
-def bench(folder, entries=1_000_000) -> dict:
-    "Generate, convert, open and read entries, each part in its own process: entries per second (clock, processor) and peak GiB of each."
-    import subprocess
 
-    folder, told = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in ("generate", "convert", "open", "read"):
-        begun = time.perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "fgclip_nb.data",
-            "bench-part",
-            part,
-            str(folder),
-            str(entries),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{part}: {done.stderr[-2000:]}")
-        peak, busy = map(float, done.stdout.split("\n")[-2].split())
-        seconds = time.perf_counter() - begun
-        told[part] = dict(
-            entries_per_s=round(entries / seconds),
-            entries_per_processor_s=round(entries / busy),
-            peak_gib=round(peak, 2),
-        )
-        print(part, told[part], flush=True)
-    return told
-
-# %% ../../nbs/2_data/13_throughput.ipynb #6ff7706b
 def bench_part(part, folder, entries) -> str:
     "One part of `bench`; its last line: peak GiB and seconds of processor time."
     if part == "generate":
@@ -109,3 +80,31 @@ def bench_part(part, folder, entries) -> str:
     if part == "read":
         _read_all(f"{folder}/shards")
     return f"{_peak_gib():.3f} {time.process_time():.2f}"
+
+# %% ../../nbs/2_data/13_throughput.ipynb #9f2c3e95
+def bench(folder, entries=1_000_000) -> dict:
+    """Generate, convert, open and read entries, each part in its own process.
+
+    Returns for each part entries per second (of the clock and of processor time) and peak GiB, and
+    prints them as they come. RuntimeError with what a part said when it fails."""
+    import subprocess
+
+    folder, parts = Path(folder), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fgclip_nb.data", "bench-part"]
+    for part in ("generate", "convert", "open", "read"):
+        begun = time.perf_counter()
+        done = subprocess.run(
+            [*command, part, str(folder), str(entries)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{part}: {done.stderr[-2000:]}")
+        peak, busy = map(float, done.stdout.split("\n")[-2].split())
+        seconds = time.perf_counter() - begun
+        parts[part] = dict(
+            entries_per_s=round(entries / seconds),
+            entries_per_processor_s=round(entries / busy),
+            peak_gib=round(peak, 2),
+        )
+        print(part, parts[part], flush=True)
+    return parts

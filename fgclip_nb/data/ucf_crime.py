@@ -8,25 +8,10 @@ __all__ = []
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #c678b8a0
 import re
 from fgclip_nb.data.samples import Fault, Region, Sample
-from fgclip_nb.data.rows import VideoRow, check_int, check_number, check_text
+from fgclip_nb.data.rows import Row, check_int, check_number, check_pair, check_text
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.entries import open_text
-from fgclip_nb.data.video_formats import _clip
-
-# %% ../../nbs/2_data/09_ucf_crime.ipynb #76fec9a6
-def read_uca(row, src) -> list:
-    "One video of UCA: duration, timestamps and sentences; a sample per sentence. A video that cannot be read is one entry."
-    name = check_text(src.key, "video")
-    times, texts = row.items("timestamps"), row.items("sentences")
-    if len(times) != len(texts):
-        raise Fault("timestamps", len(times), f"{len(times)} spans for {len(texts)} sentences")
-    media = src.media(video_names(name), "video")
-    src.tally.entries += len(texts) - 1
-    found = [
-        _uca_sentence(src, name, media, i, time, text)
-        for i, ((_, time), (_, text)) in enumerate(zip(times, texts))
-    ]
-    return [s for s in found if s]
+from fgclip_nb.data.video_formats import clip_sample
 
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #afdfe6a8
 def _uca_sentence(src, name, media, i, time, text):
@@ -34,20 +19,51 @@ def _uca_sentence(src, name, media, i, time, text):
     where = src.entry
     src.entry = f"{where}.sentences[{i}]"
     try:
-        text, span = (
-            check_text(text, "sentence"),
-            VideoRow({"timestamps": time}).pair("timestamps", check_number),
-        )
-        return _clip(src, name, [], text, media, id=f"{name}#{i}", span=span)
+        text, span = check_text(text, "sentence"), check_pair(time, "timestamps", check_number)
+        return clip_sample(src, name, [], text, media, id=f"{name}#{i}", span=span)
     except Fault as f:
         src.reject(f, entries=1)
     finally:
         src.entry = where
 
-# %% ../../nbs/2_data/09_ucf_crime.ipynb #ecd53561
+# %% ../../nbs/2_data/09_ucf_crime.ipynb #76fec9a6
+def read_uca(row, src) -> list:
+    """One video of UCA: duration, timestamps (seconds) and sentences; a sample per sentence.
+
+    A video that cannot be read is one entry."""
+    name = check_text(src.key, "video")
+    times, texts = row.items("timestamps"), row.items("sentences")
+    if len(times) != len(texts):
+        raise Fault("timestamps", len(times), f"{len(times)} spans for {len(texts)} sentences")
+    media = src.media(video_names(name), "video")
+    src.tally.entries += len(texts) - 1
+    samples = [
+        _uca_sentence(src, name, media, i, time, text)
+        for i, ((_, time), (_, text)) in enumerate(zip(times, texts))
+    ]
+    return [s for s in samples if s]
+
+# %% ../../nbs/2_data/09_ucf_crime.ipynb #1ca78473
 TEMPORAL = re.compile(r"\s*(\S+)\s+([A-Za-z]+)((?:\s+-?\d+){2,})\s*")
 
 
+def _temporal_sample(line, src) -> Sample:
+    "The video of one line `name class start end …`; its spans are frames, both ends included."
+    m = TEMPORAL.fullmatch(line)
+    if not m:
+        raise Fault("line", line.strip(), "not `name class start end …`")
+    name, label, numbers = m[1], m[2], [int(n) for n in m[3].split()]
+    media = src.media(video_names(name), "name")
+    pairs = [p for p in zip(numbers[::2], numbers[1::2]) if p != (-1, -1)]
+
+    def parse(r, i):
+        return Region(label, span=r.pair("span", check_int), source="label", id=f"{name}#{i}")
+
+    regions = src.regions([("span", dict(span=list(p))) for p in pairs], parse, name)
+    split = src.split or "test"
+    return src.sample(id=name, media=media, kind="video", label=label, regions=regions, split=split)
+
+# %% ../../nbs/2_data/09_ucf_crime.ipynb #ecd53561
 def read_temporal(path, src):
     "Samples of UCF-Crime's `name class start end start end` lines; -1 means no span."
     with open_text(path) as f:
@@ -59,24 +75,3 @@ def read_temporal(path, src):
                 yield _temporal_sample(line, src)
             except Fault as fault:
                 src.reject(fault, entries=1)
-
-# %% ../../nbs/2_data/09_ucf_crime.ipynb #1ca78473
-def _temporal_sample(line, src) -> Sample:
-    m = TEMPORAL.fullmatch(line)
-    if not m:
-        raise Fault("line", line.strip(), "not `name class start end …`")
-    name, label, numbers = m[1], m[2], [int(n) for n in m[3].split()]
-    media = src.media(video_names(name), "name")
-    spans = [
-        ("span", dict(span=list(p))) for p in zip(numbers[::2], numbers[1::2]) if p != (-1, -1)
-    ]
-    regions = src.regions(
-        spans,
-        lambda r, i: Region(
-            label, span=r.pair("span", check_int), source="label", id=f"{name}#{i}"
-        ),
-        name,
-    )
-    return src.sample(
-        id=name, media=media, kind="video", label=label, regions=regions, split=src.split or "test"
-    )

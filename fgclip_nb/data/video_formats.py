@@ -8,22 +8,12 @@ __all__ = []
 # %% ../../nbs/2_data/08_video_formats.ipynb #02be695e
 import json, os, re
 from fgclip_nb.data.samples import Fault, Keyframe, Region, Sample, is_video
-from fgclip_nb.data.rows import Row, VideoRow, check_box, check_int, check_number, check_text
+from fgclip_nb.data.rows import Row, check_box, check_enabled, check_int, check_number, check_text
 from fgclip_nb.data.media import ucf_label, video_names
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #0575f73c
-def _video_region(r, id, span=None) -> Region:
-    return Region(
-        r.text("caption"),
-        keyframes=r.keyframes(),
-        span=span,
-        source="expression",
-        id=id,
-        negatives=r.texts("negatives"),
-    )
-
-
-def _clip(src, name, regions, caption, media, id=None, **fields) -> Sample:
+def clip_sample(src, name, regions, caption, media, id=None, **fields) -> Sample:
+    "A clip with one caption; its label is UCF-Crime's class where the name says one."
     return src.sample(
         id=id or name,
         media=media,
@@ -37,37 +27,42 @@ def _clip(src, name, regions, caption, media, id=None, **fields) -> Sample:
     )
 
 
+def _video_region(r, id, span=None) -> Region:
+    return Region(
+        r.text("caption"),
+        keyframes=r.keyframes(),
+        span=span,
+        source="expression",
+        id=id,
+        negatives=r.texts("negatives"),
+    )
+
+# %% ../../nbs/2_data/08_video_formats.ipynb #a704d2a2
 def read_video_dict(row, src) -> Sample:
     "One value of {video: {global: {Caption}, region: [{caption, keyframes}]}}."
     name = check_text(src.key, "video")
     if "global" not in row and "region" not in row:
         raise Fault("entry", row.value, "neither `global` nor `region`", "unknown_format")
-    media, whole = (
-        src.media(video_names(name), "video"),
-        Row(row.value.get("global") or {}, "global"),
-    )
-    caption, items = whole.text("Caption", "") or whole.text("caption", ""), row.items("region")
-    return _clip(
-        src,
-        name,
-        src.regions(items, lambda r, i: _video_region(r, f"{name}#{i}"), name),
-        caption,
-        media,
-    )
+    media = src.media(video_names(name), "video")
+    whole = Row(row.value.get("global") or {}, "global")
+    caption = whole.text("Caption", "") or whole.text("caption", "")
+    regions = src.regions(row.items("region"), lambda r, i: _video_region(r, f"{name}#{i}"), name)
+    return clip_sample(src, name, regions, caption, media)
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #1e09beaf
 def read_video_list(row, src) -> Sample:
-    "One entry with f_path, global_caption and bbox_info: [{caption, start_frame, end_frame, keyframes}]."
+    """One entry with f_path, global_caption and bbox_info.
+
+    bbox_info: [{caption, start_frame, end_frame, keyframes}]."""
     name = row.text("f_path")
     media, items = src.media(video_names(name), "f_path"), row.items("bbox_info")
     caption = row.text("global_caption", "") or row.text("caption", "")
 
     def parse(r, i):
-        return _video_region(
-            r, f"{name}#{i}", r.pair("span", check_int, "start_frame", "end_frame")
-        )
+        span = r.pair("span", check_int, "start_frame", "end_frame")
+        return _video_region(r, f"{name}#{i}", span)
 
-    return _clip(src, name, src.regions(items, parse, name), caption, media)
+    return clip_sample(src, name, src.regions(items, parse, name), caption, media)
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #1db4156e
 def _timed_region(r, id, box_info, name) -> Region:
@@ -75,90 +70,82 @@ def _timed_region(r, id, box_info, name) -> Region:
     caption = r.value["caption"]
     if caption is None:
         raise Fault(name, box_info, "a track without a caption", "more_boxes_than_captions")
-    keyframes = VideoRow({name: box_info}).keyframes(name)
+    keyframes = Row({name: box_info}).keyframes(name)
     return Region(check_text(caption, r.field), keyframes=keyframes, source="expression", id=id)
+
+
+def _item_at(items, i):
+    "The i-th item of (field, item) pairs, None beyond their end."
+    return items[i][1] if i < len(items) else None
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #fcf2840d
 def read_video_times(row, src) -> Sample:
-    "One entry with video, global_caption, region_captions, box_infos (a track each) and timestamps in seconds."
+    """One entry with video, global_caption, region_captions, box_infos and timestamps.
+
+    box_infos: a track for each caption; timestamps: two numbers, seconds."""
     name, span = row.text("video"), row.pair("timestamps", check_number)
     media, caption = src.media(video_names(name), "video"), row.text("global_caption", "")
     captions, tracks = row.items("region_captions"), row.items("box_infos")
-    at = lambda items, i: items[i][1] if i < len(items) else None
     both = [
-        (f"region_captions[{i}]", dict(caption=at(captions, i)))
+        (f"region_captions[{i}]", dict(caption=_item_at(captions, i)))
         for i in range(max(len(captions), len(tracks)))
     ]
     id = name if span is None else f"{name}@{span[0]:g}-{span[1]:g}"
-    regions = src.regions(
-        both, lambda r, i: _timed_region(r, f"{id}#{i}", at(tracks, i), f"box_infos[{i}]"), id
-    )
-    return _clip(src, name, regions, caption, media, id=id, span=span)
+
+    def parse(r, i):
+        return _timed_region(r, f"{id}#{i}", _item_at(tracks, i), f"box_infos[{i}]")
+
+    return clip_sample(src, name, src.regions(both, parse, id), caption, media, id=id, span=span)
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #266719f0
 def _studio_names(name) -> list:
     "Where an uploaded video may lie under the media root."
     path = name.split("?d=")[-1].lstrip("/")
     base = os.path.basename(path)
-    return [
-        n
-        for p in dict.fromkeys((path, base, re.sub(r"^[0-9a-f]{6,}-", "", base)))
-        for n in video_names(p)
-    ]
+    unhashed = re.sub(r"^[0-9a-f]{6,}-", "", base)
+    return [n for p in dict.fromkeys((path, base, unhashed)) for n in video_names(p)]
 
 
 def _studio_keyframe(item) -> Keyframe:
     "Percent of the frame, as corner and size, to fractions."
-    enabled = item.value.get("enabled", True)
-    if enabled not in (True, False):
-        raise Fault(f"{item.field}.enabled", enabled, "not true or false")
-    box = check_box(
-        [item.value.get(k) for k in ("x", "y", "width", "height")],
-        f"{item.field}.x/y/width/height",
-        (100, 100),
-        "xywh",
-    )
-    return Keyframe(check_int(item.value.get("frame"), f"{item.field}.frame"), box, bool(enabled))
+    enabled = check_enabled(item.value, item.field)
+    corner_and_size = [item.value.get(k) for k in ("x", "y", "width", "height")]
+    box = check_box(corner_and_size, f"{item.field}.x/y/width/height", (100, 100), "xywh")
+    return Keyframe(check_int(item.value.get("frame"), f"{item.field}.frame"), box, enabled)
 
-# %% ../../nbs/2_data/08_video_formats.ipynb #2ce00b34
-def _studio_region(r, id, typed) -> Region:
-    value = Row(r.value.get("value"), f"{r.field}.value")
-    meta = Row(r.value.get("meta") or {}, f"{r.field}.meta")
-    phrase = " ".join(typed.get(_id(r.value), ()) or meta.texts("text") or value.texts("labels"))
-    if not phrase:
-        raise Fault(
-            f"{r.field}.value",
-            r.value,
-            "no text and no label says what the rectangle shows",
-            "missing_field",
-        )
-    keyframes = sorted(
-        (_studio_keyframe(Row(k, name)) for name, k in value.items("sequence")),
-        key=lambda k: k.frame,
-    )
-    return Region(phrase, keyframes=tuple(keyframes), source="expression", id=id)
-
-
+# %% ../../nbs/2_data/08_video_formats.ipynb #e33bc7b3
 def _studio_results(row) -> list:
     "(field, result) pairs of all annotations that were not cancelled."
     annotations = [Row(a, name) for name, a in row.items("annotations")]
-    return [
-        pair for a in annotations if not a.value.get("was_cancelled") for pair in a.items("result")
-    ]
-
-# %% ../../nbs/2_data/08_video_formats.ipynb #e33bc7b3
-def _studio_typed(results) -> dict:
-    "Texts typed for each result id."
-    texts = [
-        Row(r, name) for name, r in results if isinstance(r, dict) and r.get("type") == "textarea"
-    ]
-    return {
-        _id(t.value): Row(t.value.get("value"), f"{t.field}.value").texts("text") for t in texts
-    }
+    kept = [a for a in annotations if not a.value.get("was_cancelled")]
+    return [pair for a in kept for pair in a.items("result")]
 
 
 def _id(result) -> str:
     return json.dumps(result.get("id")) if isinstance(result, dict) else ""
+
+
+def _studio_typed(results) -> dict:
+    "Texts typed for each result id."
+    areas = [
+        Row(r, name) for name, r in results if isinstance(r, dict) and r.get("type") == "textarea"
+    ]
+    return {
+        _id(t.value): Row(t.value.get("value"), f"{t.field}.value").texts("text") for t in areas
+    }
+
+# %% ../../nbs/2_data/08_video_formats.ipynb #2ce00b34
+def _studio_region(r, id, typed) -> Region:
+    "The track of a rectangle; its phrase is what was typed, else `meta.text`, else its labels."
+    value = Row(r.value.get("value"), f"{r.field}.value")
+    meta = Row(r.value.get("meta") or {}, f"{r.field}.meta")
+    phrase = " ".join(typed.get(_id(r.value), ()) or meta.texts("text") or value.texts("labels"))
+    if not phrase:
+        reason = "no text and no label says what the rectangle shows"
+        raise Fault(f"{r.field}.value", r.value, reason, "missing_field")
+    keyframes = [_studio_keyframe(Row(k, name)) for name, k in value.items("sequence")]
+    keyframes = tuple(sorted(keyframes, key=lambda k: k.frame))
+    return Region(phrase, keyframes=keyframes, source="expression", id=id)
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #5e5b6882
 def read_label_studio(row, src) -> Sample:
@@ -172,10 +159,5 @@ def read_label_studio(row, src) -> Sample:
     ]
     ids = {_id(r) for _, r in tracks}
     caption = " ".join(t for i, texts in typed.items() if i not in ids for t in texts)
-    return _clip(
-        src,
-        name,
-        src.regions(tracks, lambda r, i: _studio_region(r, f"{name}#{i}", typed), name),
-        caption,
-        media,
-    )
+    regions = src.regions(tracks, lambda r, i: _studio_region(r, f"{name}#{i}", typed), name)
+    return clip_sample(src, name, regions, caption, media)

@@ -14,7 +14,8 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, write_atomic
 from fgclip_nb.data.photos import normalize
 from fgclip_nb.data.samples import visible_spans
-from fgclip_nb.data.video import read_frames, video_info
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.data.video_index import video_info
 from fgclip_nb.evaluation.ranking import unit
 from fgclip_nb.evaluation.encoder import (
     feature_tensor,

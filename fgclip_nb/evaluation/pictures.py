@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.samples import is_video
-from fgclip_nb.data.video import read_frames, video_info
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.data.video_index import video_info
 from fgclip_nb.evaluation.ranking import cosines, unit
 from fgclip_nb.evaluation.encoder import encoded_of, is_clip, media_of
 from fgclip_nb.evaluation.captions import as_encoder, captions_of

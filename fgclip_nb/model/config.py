@@ -11,19 +11,28 @@ from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.text.tokenizer import BOS, EOS
 
 # %% ../../nbs/4_model/02_config.ipynb #27b00f79
-def model_sizes(image, patch, vision, vision_layers, text, text_layers, projection):
-    "The numbers of a preset as CLIPConfig arguments; heads are 64 wide, MLPs four times the tower."
-    tower = lambda width, layers: dict(
+def _tower_sizes(width, layers, projection):
+    "Sizes of one tower; heads are 64 wide, the MLP is four times the tower."
+    return dict(
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         intermediate_size=4 * width,
         projection_dim=projection,
     )
+
+# %% ../../nbs/4_model/02_config.ipynb #64f5ac21
+def model_sizes(image, patch, vision, vision_layers, text, text_layers, projection):
+    """The numbers of a preset as CLIPConfig arguments.
+
+    `image` and `patch` in pixels; `vision` and `text` are the widths of the towers, `projection`
+    that of the shared embedding."""
     return dict(
         projection_dim=projection,
-        text_config=tower(text, text_layers),
-        vision_config=dict(tower(vision, vision_layers), image_size=image, patch_size=patch),
+        text_config=_tower_sizes(text, text_layers, projection),
+        vision_config=dict(
+            _tower_sizes(vision, vision_layers, projection), image_size=image, patch_size=patch
+        ),
     )
 
 # %% ../../nbs/4_model/02_config.ipynb #c94f7f23
@@ -36,13 +45,17 @@ PRESETS = {
 
 # %% ../../nbs/4_model/02_config.ipynb #6d6c6551
 class FGCLIPConfig(CLIPConfig):
-    "CLIPConfig under the name `fgclip`. Use `FGCLIPConfig.preset(name)`, `from_pretrained(folder)`, or CLIPConfig's own arguments."
+    """CLIPConfig under the name `fgclip`.
+
+    Use `FGCLIPConfig.preset(name)`, `from_pretrained(folder)`, or CLIPConfig's own arguments."""
 
     model_type = "fgclip"
 
     @classmethod
     def preset(cls, name, **changes):
-        "Configuration of a known size; `changes` replace top-level entries."
+        """Configuration of a known size; `changes` replace top-level entries.
+
+        ConfigError for a name that is not in PRESETS."""
         if name not in PRESETS:
             raise ConfigError(f"unknown model {name!r}; known are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
@@ -54,3 +67,19 @@ def _settle_ids(text_config):
         text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id = BOS, EOS, EOS
     if text_config.pad_token_id in (None, 1):
         text_config.pad_token_id = text_config.eos_token_id
+
+# %% ../../nbs/4_model/02_config.ipynb #e3adf696
+def check_config(config):
+    "Settle token numbers, in place; ConfigError for what this model cannot be."
+    _settle_ids(config.text_config)
+    if (n := config.text_config.max_position_embeddings) != 77:
+        raise ConfigError(
+            f"text_config.max_position_embeddings is {n}; "
+            "FG-CLIP's long table of 248 rows is stretched from 77"
+        )
+    image, patch = config.vision_config.image_size, config.vision_config.patch_size
+    if not isinstance(image, int) or not isinstance(patch, int) or image % patch:
+        raise ConfigError(
+            f"vision_config.image_size {image} and patch_size {patch}: "
+            "the first has to be a whole multiple of the second"
+        )

@@ -10,13 +10,16 @@ import torch
 
 # %% ../../nbs/4_model/00_roi.ipynb #53b1d059
 def _extent(start, end):
-    "Ends of the boxes along one axis, in cells -> number of sample points, from float32 arithmetic in the reference's order."
+    "Ends of R boxes on one axis, in cells -> number of points (R,), rounded as in the reference."
     count = torch.ceil((end.float() - 0.5) - (start.float() - 0.5))
     return torch.where(torch.isfinite(count), count, 0.0).clamp(min=0)
 
 # %% ../../nbs/4_model/00_roi.ipynb #88e85f1d
 def _points(start, end, size, dtype):
-    "Ends along one axis -> sample points (n,S) from the first cell's centre, whether each exists and lies near the map, true number (n,)."
+    """Ends of R boxes along an axis of `size` cells -> their sample points near the map.
+
+    Returns the points (R, 2*size+5), counted from the centre of the first cell; whether each exists
+    and lies no further than a cell outside the map; the true number of points (R,)."""
     count = _extent(start, end).to(dtype)
     begin, finish = (torch.nan_to_num(e.float(), posinf=0, neginf=0) - 0.5 for e in (start, end))
     begin, extent = begin.to(dtype), (finish - begin).to(dtype)
@@ -28,34 +31,37 @@ def _points(start, end, size, dtype):
 
 # %% ../../nbs/4_model/00_roi.ipynb #32e4d1ab
 def axis_weights(start, end, size, dtype=torch.float32):
-    """Ends of n boxes along one axis, in cells -> weights (n,size) of the cells. They sum to 1 where the box lies inside the map.
+    """Ends of R boxes on one axis, in cells -> weights (R,size) of the cells.
 
-    A box without extent, or with its ends exchanged, gets zeros."""
-    points, counts, n = _points(start, end, size, dtype)
+    They sum to 1 where the box lies inside the map. A box without extent, or with its ends
+    exchanged, gets zeros."""
+    points, counts, number = _points(start, end, size, dtype)
     points = points.clamp(0, size - 1)
-    triangles = (
-        1 - (points[..., None] - torch.arange(size, device=start.device, dtype=dtype)).abs()
-    ).clamp(min=0)
-    return (triangles * counts[..., None]).sum(1) / n.clamp(min=1)[:, None]
+    cells = torch.arange(size, device=start.device, dtype=dtype)
+    triangles = (1 - (points[..., None] - cells).abs()).clamp(min=0)
+    return (triangles * counts[..., None]).sum(1) / number.clamp(min=1)[:, None]
 
 # %% ../../nbs/4_model/00_roi.ipynb #02abd1a8
-def roi_weights(boxes, H, W, dtype=torch.float32):
-    """Boxes (n,4) x1,y1,x2,y2 in cells -> weights (n,H,W): the pooled feature is the sum of weight times feature over the cells.
+def roi_weights(boxes, rows, columns, dtype=torch.float32):
+    """Boxes (R,4) xyxy in cells -> weights (R,rows,columns).
 
-    Equals RoIAlign with one output cell, aligned, adaptive sampling (He et al., Mask R-CNN; torchvision's `roi_align`).
+    The pooled feature is the sum of weight times feature over the cells. Equals RoIAlign with one
+    output cell, aligned, adaptive sampling (He et al., Mask R-CNN; torchvision's `roi_align`).
     A box with no area, or wholly outside, gets zeros."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = ((_extent(x1, x2) > 0) & (_extent(y1, y2) > 0)).to(dtype)
-    return (
-        axis_weights(y1, y2, H, dtype)[:, :, None]
-        * (axis_weights(x1, x2, W, dtype) * inside[:, None])[:, None, :]
-    )
+    down = axis_weights(y1, y2, rows, dtype)
+    across = axis_weights(x1, x2, columns, dtype) * inside[:, None]
+    return down[:, :, None] * across[:, None, :]
 
 # %% ../../nbs/4_model/00_roi.ipynb #179b7c8c
-def box_slots(box_image, B):
-    "Image number of each box (n,) int64 -> (slot (n,) of the box among those of its image, largest number of boxes in an image)."
+def box_slots(box_image, n_images):
+    """Picture of each box (R,) int64 -> (slot (R,), slots).
+
+    The slot of a box is its number among the boxes of its picture; `slots` is the largest number
+    of boxes in a picture."""
     order = torch.argsort(box_image, stable=True)
-    counts = torch.bincount(box_image, minlength=B)
+    counts = torch.bincount(box_image, minlength=n_images)
     starts = counts.cumsum(0) - counts
     slot = torch.empty_like(box_image)
     slot[order] = torch.arange(len(box_image), device=box_image.device) - starts[box_image[order]]
@@ -63,10 +69,11 @@ def box_slots(box_image, B):
 
 # %% ../../nbs/4_model/00_roi.ipynb #1e2ca9ac
 def pool_boxes(features, boxes, box_image, grid, slots=None):
-    """Patch features (B,H*W,D), boxes (n,4) in cells, image of each box (n,), grid (H,W) -> (n,D), float32 or float64.
+    """Patch features (F,P,D), boxes (R,4) xyxy in cells and their pictures (R,) -> (R,D).
 
-    Differentiable with respect to the features. Boxes without area give exact zeros and no gradient. slots: what `box_slots` returns,
-    where it is known already."""
+    `grid` is (rows, columns) with P = rows x columns; `slots` what `box_slots` returns, where it is
+    known already. float32, float64 for float64. Differentiable with respect to the features; boxes
+    without area give exact zeros and no gradient."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     slot, slots = slots or box_slots(box_image, len(features))
     with torch.autocast(features.device.type, enabled=False):
@@ -76,17 +83,18 @@ def pool_boxes(features, boxes, box_image, grid, slots=None):
 
 # %% ../../nbs/4_model/00_roi.ipynb #f3ad958f
 def roi_align_1x1(features, boxes):
-    """Maps (B,D,H,W), and for each image a tensor (n_i,4) of boxes x1,y1,x2,y2 in cells -> (sum of n_i, D), image after image.
+    """Maps (F,D,rows,columns) and per picture a tensor (r,4) of boxes -> (R,D), picture by picture.
 
-    Equals torchvision's roi_align(features, boxes, 1, sampling_ratio=-1, aligned=True)[..., 0, 0]; float32, float64 for float64."""
+    Boxes are xyxy in cells; R is the sum of all r. Equals torchvision's
+    roi_align(features, boxes, 1, sampling_ratio=-1, aligned=True)[..., 0, 0]; float32, float64 for
+    float64. ValueError where maps and lists of boxes differ in number."""
     if len(boxes) != len(features):
         raise ValueError(
-            f"{len(features)} maps but boxes for {len(boxes)} images; give one (n,4) tensor per image, (0,4) for no box"
+            f"{len(features)} maps but boxes for {len(boxes)} images; "
+            "give one (n,4) tensor per image, (0,4) for no box"
         )
     flat = torch.cat([b.reshape(-1, 4) for b in boxes]) if len(boxes) else features.new_zeros(0, 4)
-    image = torch.repeat_interleave(
-        torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes], dtype=torch.int64)
-    ).to(features.device)
-    return pool_boxes(
-        features.flatten(2).transpose(1, 2), flat.to(features.device), image, features.shape[-2:]
-    )
+    counts = torch.tensor([len(b) for b in boxes], dtype=torch.int64)
+    image = torch.repeat_interleave(torch.arange(len(boxes)), counts).to(features.device)
+    patches = features.flatten(2).transpose(1, 2)
+    return pool_boxes(patches, flat.to(features.device), image, features.shape[-2:])

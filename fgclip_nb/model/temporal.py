@@ -11,36 +11,36 @@ from torch import nn
 
 # %% ../../nbs/4_model/01_temporal.ipynb #0da132e2
 def by_clip(values, frame_clip, clips):
-    """Frames (F,...) -> (padded (B,T,...) with zeros, mask (B,T) bool, True = a real frame).
+    """Frames (F,...) -> (B, longest clip, ...) padded with zeros, and where a real frame stands.
 
-    `frame_clip` (F,) int64: clip of each frame, the frames of a clip standing together. ValueError for a clip without a frame."""
+    `frame_clip` (F,) int64 is the clip of each frame, the frames of a clip standing together;
+    `clips` their number B. The mask (B, longest clip) is bool. ValueError for a clip without a
+    frame."""
     counts = torch.bincount(frame_clip, minlength=clips)
     if len(counts) != clips or (counts == 0).any():
         raise ValueError(f"{clips} clips with {counts.tolist()} frames: every clip needs one")
-    place = (
-        torch.arange(len(frame_clip), device=values.device)
-        - (counts.cumsum(0) - counts)[frame_clip]
-    )
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(len(frame_clip), device=values.device) - starts[frame_clip]
     padded = values.new_zeros(clips, int(counts.max()), *values.shape[1:])
     mask = torch.arange(padded.shape[1], device=values.device) < counts[:, None]
     return padded.index_put((frame_clip, place), values), mask
 
 # %% ../../nbs/4_model/01_temporal.ipynb #3eb860da
 def mean_by(values, owner, owners):
-    "Mean of the rows (V,D) that belong to each owner: (owners,D); zeros for an owner without rows. `owner` (V,) int64."
+    """Mean of the rows that belong to each owner: (rows,D) -> (owners,D).
+
+    `owner` (rows,) int64. An owner without rows gets zeros."""
     counts = torch.bincount(owner, minlength=owners).clamp(min=1)
-    return values.new_zeros(owners, values.shape[1]).index_add(0, owner, values) / counts[
-        :, None
-    ].to(values.dtype)
+    sums = values.new_zeros(owners, values.shape[1]).index_add(0, owner, values)
+    return sums / counts[:, None].to(values.dtype)
 
 # %% ../../nbs/4_model/01_temporal.ipynb #da332ef4
 def time_waves(times, dim):
-    "Places 0-1 (...) -> waves (...,dim): sines and cosines, from half a turn to 128 turns over the span."
+    "Places 0-1 (...) -> waves (...,dim): sines and cosines, from half a turn to 128 over the span."
     speeds = torch.logspace(-1, 7, dim // 2, base=2.0, device=times.device) * 2 * torch.pi
     angles = times[..., None].float() * speeds
-    return torch.cat(
-        [angles.sin(), angles.cos(), angles.new_zeros(*angles.shape[:-1], dim % 2)], -1
-    )
+    odd = angles.new_zeros(*angles.shape[:-1], dim % 2)
+    return torch.cat([angles.sin(), angles.cos(), odd], -1)
 
 # %% ../../nbs/4_model/01_temporal.ipynb #2187de71
 class TemporalLayer(nn.Module):
@@ -53,9 +53,11 @@ class TemporalLayer(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         for last in (self.out, self.fc2):
-            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def attend(self, x, mask):
+        "Normed frames (B,frames,D), mask (B,frames) -> what attention adds to them."
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1)
         )
@@ -63,28 +65,35 @@ class TemporalLayer(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def forward(self, x, place, mask):
+        "Frames and their waves (B,frames,D), mask (B,frames) -> frames (B,frames,D)."
         x = x + self.attend(self.norm1(x) + place, mask)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 # %% ../../nbs/4_model/01_temporal.ipynb #4a96ae16
 class TemporalHead(nn.Module):
-    "Frame features of a clip -> clip feature; the mean of the real frames until trained, and always the frame itself for one frame."
+    """Frame features of a clip -> clip feature.
+
+    The mean of the real frames until trained, and always the frame itself for one frame."""
 
     def __init__(self, dim, layers=2, heads=None):
         super().__init__()
         heads = heads or max(1, dim // 64)  # 64 channels per head, as in CLIP's towers
         self.place = nn.Linear(dim, dim, bias=False)
         self.layers = nn.ModuleList(TemporalLayer(dim, heads) for _ in range(layers))
-        self.norm, self.query = nn.LayerNorm(dim), nn.Parameter(torch.zeros(dim))
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Parameter(torch.zeros(dim))
 
     def weights(self, x, mask):
-        "Share of each frame in the pooled feature, (B,T), zero for padding."
+        "Share of each frame in the pooled feature, (B,frames), zero for padding."
         agreement = self.norm(x) @ self.query / x.shape[-1] ** 0.5
         return agreement.masked_fill(~mask, float("-inf")).softmax(-1)
 
     def forward(self, features, times, mask):
-        "features (B,T,D) any norm, times (B,T) 0-1, mask (B,T) True for real frames (at least one per clip) -> (B,D)."
-        x, place = features, self.place(time_waves(times, features.shape[-1]).to(features.dtype))
+        """Features (B,frames,D) of any norm, times (B,frames) 0-1, mask -> (B,D).
+
+        mask (B,frames) is True for real frames, at least one per clip."""
+        place = self.place(time_waves(times, features.shape[-1]).to(features.dtype))
+        x = features
         for layer in self.layers:
             x = layer(x, place, mask)
         pooled = (self.weights(x, mask).to(x.dtype)[:, None] @ x)[:, 0]
@@ -93,9 +102,10 @@ class TemporalHead(nn.Module):
 
 # %% ../../nbs/4_model/01_temporal.ipynb #aa80c031
 def pool_clips(head, features, times, frame_clip, clips):
-    """Frame features (F,D) of a batch -> clip features (clips,D); photos, one frame each, pass unchanged and cost nothing.
+    """Frame features (F,D) of a batch -> clip features (B,D), with `clips` = B.
 
-    times (F,) 0-1; frame_clip (F,) int64. `head` None: the mean."""
+    times (F,) 0-1; frame_clip (F,) int64. `head` None: the mean. Photos, one frame each, pass
+    unchanged and cost nothing."""
     if len(features) == clips:
         return features
     if head is None:

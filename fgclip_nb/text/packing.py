@@ -11,41 +11,11 @@ import numpy as np, torch
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.text.tokenizer import EOS, LENGTH_EDGES, MAX_LENGTH, encode
 
-# %% ../../nbs/1_text/01_packing.ipynb #17cf57b6
-@dataclass
-class PackedText:
-    """Distinct beginnings ("nodes") of texts, and the blocks in which they attend.
-
-    tokens (T,) and positions (T,) of the nodes; cells (C,) node of each cell of the blocks, block after block, row-major;
-    pick (T,) the cell that represents each node; again (E,) further cells of nodes that have several, again_node (E,) their nodes;
-    row_lengths (U,) and ends (U,), the length and the last node of each row in block order; back (U,) the place of each text in
-    block order. All int64. blocks: list of (rows, width) as plain numbers."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    cells: torch.Tensor
-    pick: torch.Tensor
-    again: torch.Tensor
-    again_node: torch.Tensor
-    row_lengths: torch.Tensor
-    ends: torch.Tensor
-    back: torch.Tensor
-    blocks: list
-
-    def _each(self, f):
-        return replace(
-            self, **{x.name: f(getattr(self, x.name)) for x in fields(self) if x.name != "blocks"}
-        )
-
-    def to(self, device, non_blocking=False):
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self):
-        return self._each(lambda t: t.pin_memory())
-
 # %% ../../nbs/1_text/01_packing.ipynb #888d6017
 def _nodes(ids, real):
-    "Sorted rows (U,L) and which cells are real -> node of each cell (-1 for padding) and which cells are its first."
+    """Sorted rows (U,L) and which cells are real (U,L) -> node of each cell, and its first cells.
+
+    Both (U,L); the node of padding is -1."""
     same = np.zeros_like(real)
     same[1:] = np.logical_and.accumulate((ids[1:] == ids[:-1]) & real[1:] & real[:-1], axis=1)
     fresh = real & ~same
@@ -60,24 +30,65 @@ def _blocks(lengths, edges):
 
 # %% ../../nbs/1_text/01_packing.ipynb #e3877321
 def _layout(node, fresh, lengths, edges):
-    "Place the rows in blocks -> cells, whether a cell represents its node, whether it is real, order of rows, [(rows, width)]."
+    """Place the rows in blocks.
+
+    Returns, block after block and row-major, the node of each cell, whether it is the first of its
+    node, whether it is real; then the order of the rows and [(rows, width)] of the blocks."""
     cells, first, real, order, shapes = [], [], [], [], []
     for rows in _blocks(lengths, edges):
         width = lengths[rows].max()
-        n, inside = node[rows, :width], np.arange(width) < lengths[rows, None]
+        inside = np.arange(width) < lengths[rows, None]
         end = node[rows, lengths[rows] - 1]
-        cells.append(np.where(inside, n, end[:, None]).ravel())
+        cells.append(np.where(inside, node[rows, :width], end[:, None]).ravel())
         first.append(fresh[rows, :width].ravel())
         real.append(inside.ravel())
         order.append(rows)
         shapes.append((len(rows), int(width)))
     return *(np.concatenate(x) for x in (cells, first, real, order)), shapes
 
+# %% ../../nbs/1_text/01_packing.ipynb #17cf57b6
+@dataclass
+class PackedText:
+    """Distinct beginnings ("nodes") of texts, and the blocks in which they attend.
+
+    For M nodes of U texts in blocks of C cells, of which E repeat a node; all int64.
+    tokens (M,), positions (M,): of the nodes
+    cells (C,): node of each cell of the blocks, block after block, row-major
+    pick (M,): the cell that represents each node
+    again (E,), again_node (E,): further cells of nodes that have several, and their nodes
+    row_lengths (U,), ends (U,): length and last node of each row in block order
+    back (U,): the place of each text in block order
+    blocks: list of (rows, width) as plain numbers"""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    cells: torch.Tensor
+    pick: torch.Tensor
+    again: torch.Tensor
+    again_node: torch.Tensor
+    row_lengths: torch.Tensor
+    ends: torch.Tensor
+    back: torch.Tensor
+    blocks: list
+
+    def _each(self, f):
+        tensors = [x.name for x in fields(self) if x.name != "blocks"]
+        return replace(self, **{name: f(getattr(self, name)) for name in tensors})
+
+    def to(self, device, non_blocking=False):
+        "The same texts on another device."
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        "The same texts in page-locked memory, from which a GPU copies faster."
+        return self._each(lambda t: t.pin_memory())
+
 # %% ../../nbs/1_text/01_packing.ipynb #ba3ba26a
 def pack(input_ids, lengths, edges=LENGTH_EDGES) -> PackedText:
-    """Rows (U,L) int64 and their lengths (U,) -> PackedText on the same device. What stands behind a row's length is never looked at.
+    """Rows (U,L) int64 and their lengths (U,) int64 -> PackedText on the same device.
 
-    Rows between two `edges` of length share a block."""
+    What stands behind a row's length is never looked at. Rows between two `edges` of length
+    (tokens) share a block."""
     device = input_ids.device
     ids, lengths = input_ids.cpu().numpy(), lengths.cpu().numpy()
     if not len(ids):
@@ -89,31 +100,25 @@ def pack(input_ids, lengths, edges=LENGTH_EDGES) -> PackedText:
     cells, first, real, order, shapes = _layout(node, fresh, lengths, np.array(edges))
     back = np.empty_like(rank)
     back[rank[order]] = np.arange(len(rank))
-    pick, again = np.empty(fresh.sum(), dtype=np.int64), np.flatnonzero(real & ~first)
+    pick = np.empty(fresh.sum(), dtype=np.int64)
     pick[cells[first]] = np.flatnonzero(first)
-    arrays = (
-        ids[fresh],
-        np.nonzero(fresh)[1],
-        cells,
-        pick,
-        again,
-        cells[again],
-        lengths[order],
-        node[order, lengths[order] - 1],
-        back,
-    )
-    return PackedText(
-        *(torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).to(device) for a in arrays),
-        shapes,
-    )
+    again = np.flatnonzero(real & ~first)
+    ends = node[order, lengths[order] - 1]
+    nodes = (ids[fresh], np.nonzero(fresh)[1], cells, pick, again, cells[again])
+    arrays = (*nodes, lengths[order], ends, back)
+    tensors = (torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in arrays)
+    return PackedText(*(t.to(device) for t in tensors), shapes)
 
 # %% ../../nbs/1_text/01_packing.ipynb #cb9553df
 @dataclass
 class TextBatch:
-    """Distinct texts of a batch.
+    """Distinct texts of a batch: U rows of at most L tokens for T texts asked for.
 
-    input_ids (U,L) int64, padded with EOS behind the row's end; lengths (U,) int64 with both marks; index (N,) int64 row of each text
-    asked for; caption_ids (N,) int64 identity of each text asked for; packed: how to compute the rows without repetition (see `pack`)."""
+    input_ids (U,L) int64, padded with EOS behind the row's end
+    lengths (U,) int64, tokens of each row with both marks
+    index (T,) int64, row of each text
+    caption_ids (T,) int64, identity of each text (see `stable_id`)
+    packed: how to compute the rows without repetition (see `pack`)"""
 
     input_ids: torch.Tensor
     lengths: torch.Tensor
@@ -135,13 +140,17 @@ class TextBatch:
         return replace(self, **{name: None if v is None else f(v) for name, v in values.items()})
 
     def to(self, device, non_blocking=False):
+        "The same batch on another device."
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self):
+        "The same batch in page-locked memory, from which a GPU copies faster."
         return self._each(lambda t: t.pin_memory())
 
     def select(self, which):
-        "The texts at the positions `which` (of the N asked for) as a batch of their own, with only the rows that they need."
+        """The texts at the positions `which` (of the T asked for) as a batch of their own.
+
+        It has only the rows that they need, cut to the longest of them."""
         which = torch.as_tensor(which, dtype=torch.int64, device=self.index.device)
         rows, index = self.index[which].unique(return_inverse=True)
         lengths = self.lengths[rows]
@@ -150,13 +159,15 @@ class TextBatch:
 
 # %% ../../nbs/1_text/01_packing.ipynb #f8e3ceda
 def _cut(ids, context_length):
+    "A tuple of token numbers, cut to `context_length` with its closing mark."
     return ids if len(ids) <= context_length else (*ids[: context_length - 1], EOS)
 
 # %% ../../nbs/1_text/01_packing.ipynb #55efd8b3
 def tokenize(texts, context_length=77) -> TextBatch:
-    """Texts -> TextBatch of their distinct rows, cut to `context_length` tokens (both marks included).
+    """Texts -> TextBatch of their distinct rows, cut to `context_length` tokens with both marks.
 
-    77 is the length of the short position table, 248 of the long one; any length from 2 to 248 is possible."""
+    77 is the length of the short position table, 248 of the long one. Any length from 2 to 248 is
+    possible; another raises ValueError, an item that is no string TypeError."""
     if not 2 <= context_length <= MAX_LENGTH:
         raise ValueError(
             f"context_length is {context_length}; it has to lie between 2 and {MAX_LENGTH}"

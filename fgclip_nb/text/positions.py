@@ -13,7 +13,10 @@ KEPT = 20  # positions that the stretched table shares with the short one
 
 
 def stretch_positions(short):
-    "Short table (77,H) -> long table (248,H): 20 rows kept, the others interpolated fourfold, the last three extrapolated."
+    """Short table (77,W) -> long table (248,W).
+
+    20 rows are kept, the others interpolated fourfold, the last three extrapolated. Source:
+    Long-CLIP (Zhang et al. 2024, knowledge-preserved stretching), as FG-CLIP's code has it."""
     here, there = short[KEPT:-1], short[KEPT + 1 :]
     between = torch.stack([((4 - j) * here + j * there) / 4 for j in range(4)], 1).flatten(0, 1)
     beyond = torch.stack([short[-1] + j * (short[-1] - short[-2]) / 4 for j in range(4)])
@@ -21,5 +24,7 @@ def stretch_positions(short):
 
 # %% ../../nbs/1_text/02_positions.ipynb #4e5fbd12
 def long_positions(ori, res):
-    "The table (248,H) that long captions read: the first 20 rows of one parameter, the others of the other."
+    """The table (248,W) that long captions read, from the two parameters (248,W) that hold it.
+
+    The first 20 rows are those of `ori`, the others those of `res`."""
     return torch.cat([ori[:KEPT], res[KEPT:]])

@@ -14,28 +14,23 @@ from fgclip_nb.core.folder import asset
 VOCABULARY = asset("clip_bpe", "bpe_simple_vocab_16e6.txt.gz")
 BOS, EOS = 49406, 49407  # "<|startoftext|>" and "<|endoftext|>"; the second also fills the padding
 MAX_LENGTH = 248  # rows of the long position table
-LENGTH_EDGES = (
-    8,
-    12,
-    16,
-    24,
-    32,
-    48,
-    77,
-    128,
-    MAX_LENGTH,
-)  # texts between two edges attend in one padded block
+# texts between two edges attend in one padded block
+LENGTH_EDGES = (8, 12, 16, 24, 32, 48, 77, 128, MAX_LENGTH)
 
 # %% ../../nbs/1_text/00_tokenizer.ipynb #a4cce049
 def _byte_letters() -> list:
-    "The 256 printable letters that stand for the 256 bytes in the vocabulary file, in its order: printable bytes first, then the others."
+    """The 256 printable letters that stand for the 256 bytes in the vocabulary file.
+
+    In the file's order: printable bytes first, then the others."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 # %% ../../nbs/1_text/00_tokenizer.ipynb #084ab875
 @lru_cache
 def read_vocabulary() -> tuple:
-    "The shipped vocabulary -> (dict token -> number, list of merges). OpenAI's file; 49,408 tokens."
+    """The shipped vocabulary -> (dict token -> number, list of merges).
+
+    OpenAI's file; 49,408 tokens."""
     with gzip.open(VOCABULARY, "rt", encoding="utf-8") as f:
         lines = f.read().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 1 + 49152 - 256 - 2]]
@@ -50,7 +45,9 @@ def read_vocabulary() -> tuple:
 
 # %% ../../nbs/1_text/00_tokenizer.ipynb #ce3895f5
 def get_tokenizer(model_max_length=77):
-    "transformers' CLIPTokenizer over the shipped vocabulary; pad token = end of text (49407), as in the official code."
+    """transformers' CLIPTokenizer over the shipped vocabulary.
+
+    Its pad token is the end of text (49407), as in the official code."""
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     vocabulary, merges = read_vocabulary()
@@ -59,7 +56,10 @@ def get_tokenizer(model_max_length=77):
     )
 
 # %% ../../nbs/1_text/00_tokenizer.ipynb #1cba6ccb
-WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+WORDS = (
+    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"""
+    r"""[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+)
 
 
 @lru_cache
@@ -105,7 +105,9 @@ def _encode_new(texts):
 
 # %% ../../nbs/1_text/00_tokenizer.ipynb #e56978d7
 def encode(texts) -> list:
-    "Texts -> one tuple of token numbers each, uncut, with the opening and closing mark. An item that is no string raises TypeError."
+    """Texts -> one tuple of token numbers each, uncut, with the opening and closing mark.
+
+    texts: a string or an iterable of strings. An item that is no string raises TypeError."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):

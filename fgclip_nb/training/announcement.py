@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.data.video import frame_times
+from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import write_rejects
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show

@@ -13,7 +13,7 @@ from fgclip_nb.core.identity import DataError, stable_id
 from fgclip_nb.core.folder import Run, get_logger, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.load import load_samples
-from fgclip_nb.data.video import frame_times
+from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import check_media, filter_regions
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences

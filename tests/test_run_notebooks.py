@@ -1,0 +1,34 @@
+"""The run notebooks that are no front door, under papermill with small numbers: they must not rot.
+
+Whole notebooks are no cell."""
+
+import pytest
+
+from test_front_door import papermill, pictures, said
+
+pytestmark = pytest.mark.ci
+
+
+def test_benchmark(tmp_path):
+    "Agreement first, then times, growth and what surrounds the step."
+    small = dict(model="tiny", batch=2, boxes=2, hard=1, repeats=1, compared=2)
+    small |= dict(growth_model="tiny", largest=32, training_steps=7, device="cpu")
+    done, cells = papermill("benchmark.ipynb", tmp_path / "o.ipynb", tmp_path, **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "times" in said(cells) and pictures(cells) >= 1
+
+
+def test_video_benchmark(tmp_path):
+    small = dict(repeats=1, clips=3, epochs=1, num_frames=8, batch_size=2, gradient_caching=1)
+    small |= dict(model="tiny", step_frames=1)
+    done, cells = papermill("video_benchmark.ipynb", tmp_path / "o.ipynb", tmp_path, **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Extrapolated" in said(cells) and pictures(cells) >= 1
+
+
+def test_ablation(tmp_path):
+    small = dict(steps=6, output=tmp_path / "runs")
+    done, cells = papermill("ablation.ipynb", tmp_path / "o.ipynb", **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The claim" in said(cells) and "Accumulating 4 × 4" in said(cells)
+    assert pictures(cells) >= 3
