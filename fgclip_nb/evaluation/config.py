@@ -133,17 +133,6 @@ def evaluate_config(params):
     check_names(params, [f.name for f in fields(EvaluateConfig)])
     return EvaluateConfig(**params)
 
-# %% ../../nbs/7_evaluation/15_config.ipynb #cd7ecfbf
-def evaluation_parameter_cell():
-    "Source of the notebook's parameters cell."
-    lines = [
-        "# Parameters of this evaluation: "
-        "`-p name value` on papermill's command line replaces any of them."
-    ]
-    for f in fields(EvaluateConfig):
-        lines.append(f"{f.name}: {f.type.__name__} = {f.default!r}  # {f.metadata['help']}")
-    return "\n".join(lines)
-
 # %% ../../nbs/7_evaluation/15_config.ipynb #65fbba52
 def evaluation_folder(cfg):
     """Where the results go.
@@ -159,7 +148,7 @@ def evaluation_folder(cfg):
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return project_root() / "runs" / f"evaluate-{digest[:10]}"
 
-# %% ../../nbs/7_evaluation/15_config.ipynb #f7b24940
+# %% ../../nbs/7_evaluation/15_config.ipynb #c40417ab
 def _place(path):
     "A path from the project's root; None for an empty one."
     return resolve_path(path) if path else None
