@@ -148,7 +148,7 @@ def evaluation_folder(cfg):
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return project_root() / "runs" / f"evaluate-{digest[:10]}"
 
-# %% ../../nbs/7_evaluation/15_config.ipynb #c40417ab
+# %% ../../nbs/7_evaluation/15_config.ipynb #287e1770
 def _place(path):
     "A path from the project's root; None for an empty one."
     return resolve_path(path) if path else None
