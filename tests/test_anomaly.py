@@ -1,5 +1,5 @@
-"""What a cell cannot check: frame figures over excerpts of UCF-Crime's own files and over all of them, XD-Violence lists, scores read from
-files, videos on disk."""
+"""What a cell cannot check: frame figures over excerpts of UCF-Crime's own files and over all of
+them, XD-Violence lists, scores read from files, videos on disk."""
 
 import inspect, json
 from pathlib import Path
@@ -68,11 +68,14 @@ def test_an_oracle_scores_one(ucf, suffix):
 @pytest.mark.parametrize("kind", ["noise", "ties", "constant"])
 def test_figures_are_scikit_learns(ucf, kind):
     rng = np.random.default_rng(0)
-    made = lambda v: dict(
-        noise=rng.random(len(v)),
-        ties=np.round(rng.random(len(v)) + v, 1),
-        constant=np.full(len(v), 0.3),
-    )[kind]
+
+    def made(labels):
+        if kind == "noise":
+            return rng.random(len(labels))
+        if kind == "ties":
+            return np.round(rng.random(len(labels)) + labels, 1)
+        return np.full(len(labels), 0.3)
+
     scores = {n: made(v) for n, v in ucf.items()}
     found = frame_auc(scores, ANNOTATION, frames=FRAMES)
     y, s = (np.concatenate([d[n] for n in sorted(ucf)]) for d in (ucf, scores))

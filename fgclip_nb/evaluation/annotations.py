@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.evaluation.features import _plain_npy
+from fgclip_nb.data.samples import Reject
+from fgclip_nb.evaluation.features import read_plain_npy
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #d61c18a8
 MEDIA_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".npy")
@@ -25,7 +26,9 @@ def video_name(name):
 
 @dataclass(frozen=True)
 class AnomalyVideo:
-    "Test labels of a video: its classes (empty = normal) and anomalous spans of frames (first, last), both inclusive."
+    """Test labels of a video.
+
+    classes: empty = normal; spans: anomalous frames (first, last), both inclusive, from 0."""
 
     name: str
     classes: tuple
@@ -33,16 +36,17 @@ class AnomalyVideo:
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #300595a5
 def _classes(fields):
-    "Classes of a line and its number fields; XD-Violence writes the classes into the name (`…_label_B1-0-0`, `…_label_A`)."
+    """Classes of a line's fields, and its number fields.
+
+    XD-Violence writes the classes into the name (`…_label_B1-0-0`, `…_label_A`)."""
     if len(fields) > 1 and not fields[1].lstrip("-").isdigit():
         return (() if fields[1].startswith("Normal") else (fields[1],)), fields[2:]
     if "_label_" not in fields[0]:
         raise ValueError("no class: expected `name class start end …`, or a name with `_label_`")
-    return tuple(
-        c for c in video_name(fields[0]).rsplit("_label_", 1)[1].split("-") if c not in ("A", "0")
-    ), fields[1:]
+    codes = video_name(fields[0]).rsplit("_label_", 1)[1].split("-")
+    return tuple(c for c in codes if c not in ("A", "0")), fields[1:]
 
-# %% ../../nbs/7_evaluation/10_annotations.ipynb #e80bcaf5
+
 def _spans(numbers):
     "Spans from the number fields of a line; ValueError says what is wrong."
     if len(numbers) % 2:
@@ -50,9 +54,8 @@ def _spans(numbers):
     try:
         values = [int(n) for n in numbers]
     except ValueError:
-        raise ValueError(
-            f"{next(n for n in numbers if not n.lstrip('-').isdigit())!r} is no frame number"
-        ) from None
+        wrong = next(n for n in numbers if not n.lstrip("-").isdigit())
+        raise ValueError(f"{wrong!r} is no frame number") from None
     spans = [(a, b) for a, b in zip(values[::2], values[1::2]) if (a, b) != (-1, -1)]
     for a, b in spans:
         if a < 0 or b < 0:
@@ -62,8 +65,8 @@ def _spans(numbers):
     return tuple(spans)
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #9a319c01
-def _anomaly_line(line):
-    "An annotation line -> AnomalyVideo; ValueError says what is wrong."
+def anomaly_line(line):
+    "An annotation line -> `AnomalyVideo`; ValueError says what is wrong."
     fields = line.split()
     classes, numbers = _classes(fields)
     if "_label_" not in fields[0] and not numbers:
@@ -77,68 +80,59 @@ def _anomaly_line(line):
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #55c08adb
 def read_anomaly_annotations(path):
-    "UCF-Crime or XD-Violence test labels -> ({name: AnomalyVideo}, rejects). One reject per wrong line, with its reason."
-    from fgclip_nb.data.samples import Reject
+    """UCF-Crime or XD-Violence test labels -> ({name: AnomalyVideo}, rejects).
 
+    One reject per wrong line, with its reason. Raises `DataError` when there is no file."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such annotation file")
     videos, rejects = {}, []
-    for number, line in enumerate(
-        Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1
-    ):
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            video = _anomaly_line(line)
+            video = anomaly_line(line)
             if video.name in videos:
                 raise ValueError(f"{video.name} stands in the file twice; the first line counts")
             videos[video.name] = video
         except ValueError as e:
-            rejects.append(
-                Reject(
-                    str(path),
-                    f"line {number}",
-                    "line",
-                    line.strip()[:120],
-                    str(e),
-                    line.split()[0],
-                    "anomaly_annotation",
-                )
-            )
+            text, name = line.strip()[:120], line.split()[0]
+            where = str(path), f"line {number}", "line"
+            rejects.append(Reject(*where, text, str(e), name, "anomaly_annotation"))
     return videos, rejects
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #dd63c1ee
 def smooth(scores, window):
-    "Centred moving average of `scores` (T,) over `window` entries, ends repeated. window 1 changes nothing."
+    """Centred moving average float64 (S,) of `scores` (S,) over `window` entries, ends repeated.
+
+    window 1 changes nothing; below 1 or broken is a `ConfigError`."""
     if window < 1 or int(window) != window:
         raise ConfigError(f"smoothing: a whole number from 1 is expected, got {window}")
+    scores = np.asarray(scores, dtype=np.float64)
     if window == 1 or not len(scores):
-        return np.asarray(scores, dtype=np.float64)
-    padded = np.pad(
-        np.asarray(scores, dtype=np.float64), (window // 2, (window - 1) // 2), mode="edge"
-    )
+        return scores
+    padded = np.pad(scores, (window // 2, (window - 1) // 2), mode="edge")
     return np.lib.stride_tricks.sliding_window_view(padded, window).mean(-1)
 
 
 def to_frames(scores, frames=None, segment=None):
-    """Per-frame scores: `scores` (S,) repeated to `frames`.
+    """Per-frame scores float64: `scores` (S,) repeated to `frames`.
 
-    segment: frames per score; None spreads the scores evenly. Scores that already come per frame (more than half as many as frames)
-    stay."""
+    segment: frames per score; None spreads the scores evenly. Scores that already come per frame
+    (more than half as many as frames) stay."""
     scores = np.asarray(scores, dtype=np.float64)
     if segment:
-        return np.pad(
-            np.repeat(scores, segment),
-            (0, max(0, (frames or 0) - len(scores) * segment)),
-            mode="edge",
-        )[:frames]
+        missing = max(0, (frames or 0) - len(scores) * segment)
+        return np.pad(np.repeat(scores, segment), (0, missing), mode="edge")[:frames]
     if frames is None or 2 * len(scores) > frames:
         return scores
     return scores[np.arange(frames) * len(scores) // frames]
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #08405e09
 def read_frame_counts(source):
-    "{name: frames} from a dictionary or a CSV with columns video and n_frames; None -> {}."
+    """{name: frames} from a dictionary or a CSV with columns video and n_frames; None -> {}.
+
+    Raises `DataError` for other columns or a count that is no whole number from 1."""
     if source is None:
         return {}
     if isinstance(source, dict):
@@ -146,44 +140,43 @@ def read_frame_counts(source):
     with open(source, newline="", encoding="utf-8") as f:
         lines = list(csv.DictReader(f))
     if lines and not {"video", "n_frames"} <= set(lines[0]):
-        raise DataError(
-            f"{source}: columns video and n_frames are needed, found {', '.join(lines[0])}"
-        )
-    wrong = next(
-        (
-            i
-            for i, r in enumerate(lines, 2)
-            if not str(r["n_frames"]).isdigit() or int(r["n_frames"]) < 1
-        ),
-        None,
-    )
-    if wrong:
-        raise DataError(
-            f"{source}, line {wrong}: n_frames is {lines[wrong - 2]['n_frames']!r}, not a number of frames"
-        )
-    return {video_name(r["video"]): int(r["n_frames"]) for r in lines}
+        names = ", ".join(lines[0])
+        raise DataError(f"{source}: columns video and n_frames are needed, found {names}")
+    for number, line in enumerate(lines, 2):
+        count = line["n_frames"]
+        if not str(count).isdigit() or int(count) < 1:
+            raise DataError(
+                f"{source}, line {number}: n_frames is {count!r}, not a number of frames"
+            )
+    return {video_name(line["video"]): int(line["n_frames"]) for line in lines}
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #a87429d5
+def _checked_scores(name, scores):
+    "Scores of a video as float64 (S,); `DataError` for NaN, Inf, empty or nested ones."
+    if hasattr(scores, "detach"):
+        scores = scores.detach().cpu()
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise DataError(
+            f"scores of {name}: expected a flat, non-empty list, got shape {values.shape}"
+        )
+    if not np.isfinite(values).all():
+        bad = np.flatnonzero(~np.isfinite(values))[0]
+        raise DataError(f"scores of {name}: entry {bad} is NaN or Inf")
+    return values
+
+
 def read_scores(source):
-    """{name: scores (T,)} from a dictionary, a folder of npy files (no pickle), or a JSON object. NaN, Inf, empty or nested scores raise
-    DataError."""
+    """{name: scores (S,)} from a dictionary, a folder of npy files (no pickle), or a JSON object.
+
+    NaN, Inf, empty or nested scores raise `DataError`, and so does a video that is there twice."""
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        source = {p.name: _plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
+        source = {p.name: read_plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
     elif isinstance(source, (str, Path)):
         source = json.loads(Path(source).read_text(encoding="utf-8"))
     out = {}
     for name, scores in source.items():
-        values = np.asarray(
-            scores.detach().cpu() if hasattr(scores, "detach") else scores, dtype=np.float64
-        )
-        if values.ndim != 1 or not len(values):
-            raise DataError(
-                f"scores of {name}: expected a flat, non-empty list, got shape {values.shape}"
-            )
-        if not np.isfinite(values).all():
-            raise DataError(
-                f"scores of {name}: entry {np.flatnonzero(~np.isfinite(values))[0]} is NaN or Inf"
-            )
+        values = _checked_scores(name, scores)
         if video_name(name) in out:
             raise DataError(
                 f"scores of {name}: the video is there twice, with and without suffix or folder"
@@ -194,21 +187,27 @@ def read_scores(source):
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #425c9a3e
 @dataclass
 class FrameScores:
-    "A video's frames: scores (T,), labels (T,) bool, its AnomalyVideo, and how many annotated frames lie beyond the last one."
+    """A video's frames.
+
+    scores (T,) float64, labels (T,) bool, and how many annotated frames lie beyond the last one.
+    T frames."""
 
     video: AnomalyVideo
     scores: np.ndarray
     labels: np.ndarray
     cut: int = 0
 
-# %% ../../nbs/7_evaluation/10_annotations.ipynb #999cd6df
-def _frame_scores(video, values):
-    "Per-frame scores with the labels of their video; ValueError when a span starts after the last frame."
+
+def frame_scores(video, values):
+    """`FrameScores` of an `AnomalyVideo` with one value (T,) per frame.
+
+    ValueError when a span starts after the last frame."""
     labels, cut = np.zeros(len(values), dtype=bool), 0
     for first, last in video.spans:
         if first >= len(values):
             raise ValueError(
-                f"span {first} {last} starts after the last of {len(values)} frames: give `frames` (counts) or `segment`"
+                f"span {first} {last} starts after the last of {len(values)} frames: "
+                "give `frames` (counts) or `segment`"
             )
         labels[first : last + 1] = True
         cut += max(0, last + 1 - len(values))
@@ -216,43 +215,27 @@ def _frame_scores(video, values):
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #07774e14
 def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1):
-    """Scores and annotation of each video in both -> (list of FrameScores, rejects, missing names, names without annotation).
+    """Scores and annotation of each video that has both.
 
-    annotation_file: a file, or {name: AnomalyVideo}."""
-    from fgclip_nb.data.samples import Reject
-
-    given = isinstance(annotation_file, dict)
-    videos, rejects = (
-        ({video_name(n): v for n, v in annotation_file.items()}, [])
-        if given
-        else read_anomaly_annotations(annotation_file)
-    )
-    scores, counts, annotation_file = (
-        read_scores(scores),
-        read_frame_counts(frames),
-        "annotation" if given else annotation_file,
-    )
-    out = []
+    (list of `FrameScores`, rejects, names without scores, names without annotation).
+    annotation_file: a file, or {name: AnomalyVideo}; scores: see `read_scores`; frames: see
+    `read_frame_counts`; segment: see `to_frames`; smoothing: window in scores, see `smooth`."""
+    if isinstance(annotation_file, dict):
+        videos, rejects = {video_name(n): v for n, v in annotation_file.items()}, []
+        source = "annotation"
+    else:
+        videos, rejects = read_anomaly_annotations(annotation_file)
+        source = str(annotation_file)
+    scores, counts = read_scores(scores), read_frame_counts(frames)
+    matched = []
     for name in sorted(videos.keys() & scores.keys()):
         values = to_frames(smooth(scores[name], smoothing), counts.get(name), segment)
         try:
-            out.append(_frame_scores(videos[name], values))
+            matched.append(frame_scores(videos[name], values))
         except ValueError as e:
-            rejects.append(
-                Reject(
-                    str(annotation_file),
-                    name,
-                    "span",
-                    str(videos[name].spans),
-                    str(e),
-                    name,
-                    "anomaly_annotation",
-                )
-            )
-    bad = {r.sample for r in rejects}
-    return (
-        out,
-        rejects,
-        sorted(videos.keys() - scores.keys()),
-        sorted(scores.keys() - videos.keys() - bad),
-    )
+            spans = str(videos[name].spans)
+            rejects.append(Reject(source, name, "span", spans, str(e), name, "anomaly_annotation"))
+    rejected = {r.sample for r in rejects}
+    missing = sorted(videos.keys() - scores.keys())
+    unannotated = sorted(scores.keys() - videos.keys() - rejected)
+    return matched, rejects, missing, unannotated

@@ -12,40 +12,55 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, write_atomic
+from fgclip_nb.data.photos import normalize
+from fgclip_nb.data.samples import visible_spans
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.data.video_index import video_info
 from fgclip_nb.evaluation.ranking import unit
-from fgclip_nb.evaluation.encoder import _Frozen, _stack, _tensor, weights_fingerprint
-from fgclip_nb.evaluation.captions import _as_encoder
-from fgclip_nb.evaluation.features import _plain_npy
+from fgclip_nb.evaluation.encoder import (
+    feature_tensor,
+    frozen,
+    need_dense,
+    stack_features,
+    weights_fingerprint,
+)
+from fgclip_nb.evaluation.captions import as_encoder
+from fgclip_nb.evaluation.features import read_plain_npy
 from fgclip_nb.evaluation.annotations import AnomalyVideo, video_name
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #afcf8f17
 def read_prompts(source=None):
-    "{class: [sentences]} with a class `Normal`, from a dictionary, a JSON file, or the shipped prompts."
-    path = source or asset("ucf_crime_prompts.json")
-    prompts = (
-        source if isinstance(source, dict) else json.loads(Path(path).read_text(encoding="utf-8"))
-    )
+    """{class: [sentences]} with a class `Normal`, from a dictionary, a JSON file, or as shipped.
+
+    Raises `DataError` without a non-empty class `Normal` and another one."""
+    path, prompts = source or asset("ucf_crime_prompts.json"), source
+    if not isinstance(source, dict):
+        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
     prompts = {
         c: [p["phrase"], *p["captions"]] if isinstance(p, dict) else list(p)
         for c, p in prompts.items()
     }
     if not prompts.get("Normal") or len(prompts) < 2:
         raise DataError(
-            f"prompts {str(path)[:200]!r}: a non-empty class `Normal` and at least one other class are needed"
+            f"prompts {str(path)[:200]!r}: a non-empty class `Normal` and at least one other class "
+            "are needed"
         )
     return prompts
 
 
 def grid_boxes(n=3):
-    "n x n overlapping windows of half the image's side and the whole image, 0-1 xyxy (n*n+1,4): regions where nobody drew any."
+    """n x n overlapping windows of half the image's side and the whole image.
+
+    (n*n+1,4) xyxy 0-1: regions where nobody drew any."""
     starts = np.linspace(0, 0.5, n)
     return np.array([(x, y, x + 0.5, y + 0.5) for y in starts for x in starts] + [(0, 0, 1, 1)])
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #9eb0f668
 def anomaly_probability(features, normal, anomalous, scale=100.0):
-    """Features (…,D), unit rows of normal (n,D) and anomalous (m,D) sentences -> probability (…) on the anomalous ones.
+    """Features (…,D), unit rows of normal (n,D) and anomalous (m,D) sentences -> (…).
 
-    Softmax over all sentences at `scale`, each side divided by its number: features that know nothing score one half."""
+    The probability on the anomalous ones: softmax over all sentences at `scale`, each side divided
+    by its number."""
     logits = scale * features @ np.concatenate([normal, anomalous]).T
     logits = np.exp(logits - logits.max(-1, keepdims=True))
     yes, no = logits[..., len(normal) :].mean(-1), logits[..., : len(normal)].mean(-1)
@@ -54,92 +69,82 @@ def anomaly_probability(features, normal, anomalous, scale=100.0):
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #2f9fe567
 @dataclass
 class VideoFeatures:
-    "Unit features of a video's segments: whole (S,D), regions (S,R,D); and its number of frames."
+    """Unit features of a video's S segments: whole (S,D), regions (S,R,D); its number of frames."""
 
     whole: np.ndarray
     regions: np.ndarray
     frames: int
 
     def bag(self):
-        "What a head reads, (S,2D): the whole frame, and over the regions the highest entry of each dimension."
+        "What a head reads, (S,2D): the whole, and over the regions the highest of each dimension."
         return np.concatenate([self.whole, self.regions.max(1)], axis=1)
 
 
-def _segment_frames(n, every):
+def segment_frames(n, every):
     "The middle frame of each segment of `every` frames of n."
     return np.minimum(np.arange(0, n, every) + every // 2, n - 1)
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #3a5436b0
 def _encode_video(encoder, path, every, boxes, most=64):
-    "`VideoFeatures` of one file."
+    "`VideoFeatures` of one file; at most `most` frames at a time."
     import torch
-    from fgclip_nb.data.photos import normalize
-    from fgclip_nb.data.video import read_frames
-    from fgclip_nb.data.video_index import video_info
 
-    n, cells, whole, regions = (
-        video_info(path).frames,
-        torch.as_tensor(boxes * encoder.grid, dtype=torch.float32),
-        [],
-        [],
-    )
-    numbers = _segment_frames(n, every)
-    encoder._need_dense()
-    with _Frozen(encoder.model):
+    frames = video_info(path).frames
+    numbers = segment_frames(frames, every)
+    cells = torch.as_tensor(boxes * encoder.grid, dtype=torch.float32).to(encoder.device)
+    whole, regions = [], []
+    need_dense(encoder.model)
+    with frozen(encoder.model):
         for i in range(0, len(numbers), most):
-            pixels = normalize(
-                torch.from_numpy(read_frames(path, numbers[i : i + most], encoder.image_size)).to(
-                    encoder.device
-                )
-            )
-            whole.append(_tensor(encoder.model.get_image_features(pixels)))
-            regions.append(
-                encoder.model.get_image_box_roi_features(
-                    pixels, [cells.to(encoder.device)] * len(pixels)
-                )
-            )
-    return VideoFeatures(
-        unit(_stack(whole)), unit(_stack(regions)).reshape(len(numbers), len(boxes), -1), n
-    )
+            images = read_frames(path, numbers[i : i + most], encoder.image_size)
+            pixels = normalize(torch.from_numpy(images).to(encoder.device))
+            whole.append(feature_tensor(encoder.model.get_image_features(pixels)))
+            regions.append(encoder.model.get_image_box_roi_features(pixels, [cells] * len(pixels)))
+    by_segment = unit(stack_features(regions)).reshape(len(numbers), len(boxes), -1)
+    return VideoFeatures(unit(stack_features(whole)), by_segment, frames)
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #aa3d2ac6
 def _cached_video(cache, name, encode, source):
-    "`VideoFeatures` from <cache>/<name>.npy (S,1+R,D); encode(source) is called and kept where the file is not there yet."
+    """`VideoFeatures` from <cache>/<name>.npy (S,1+R,D).
+
+    encode(source) is called and kept where the file is not there yet."""
     path, counts = cache / f"{name}.npy", cache / "frames.json"
     known = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
     if path.is_file() and name in known:
-        both = _plain_npy(path).astype(np.float64)
+        both = read_plain_npy(path).astype(np.float64)
         return VideoFeatures(both[:, 0], both[:, 1:], known[name])
-    found = encode(source)
-    np.save(path, np.concatenate([found.whole[:, None], found.regions], axis=1).astype(np.float32))
-    write_atomic(counts, json.dumps(known | {name: found.frames}, indent=1) + "\n")
-    return found
+    features = encode(source)
+    both = np.concatenate([features.whole[:, None], features.regions], axis=1)
+    np.save(path, both.astype(np.float32))
+    write_atomic(counts, json.dumps(known | {name: features.frames}, indent=1) + "\n")
+    return features
 
 
 def _open_cache(cache, about):
-    "The folder, made if needed; DataError when it was made from something else."
+    "The folder, made if needed; `DataError` when it was made from something else."
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     note, about = cache / "made_from.json", json.loads(json.dumps(about))
     if not note.is_file():
         write_atomic(note, json.dumps(about, indent=1) + "\n")
-    found = json.loads(note.read_text(encoding="utf-8"))
-    other = [k for k in about if found.get(k) != about[k]]
+    noted = json.loads(note.read_text(encoding="utf-8"))
+    other = [k for k in about if noted.get(k) != about[k]]
     if other:
         raise DataError(
-            f"{cache}: these features were made with another {', '.join(other)}; give another folder or delete it"
+            f"{cache}: these features were made with another {', '.join(other)}; "
+            "give another folder or delete it"
         )
     return cache
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #be0fc898
 def video_features(model, paths, every=16, boxes=None, image_size=None, cache=None):
-    """Features of a frame from every segment of `every` frames -> {name: VideoFeatures}. boxes: (R,4) 0-1, default `grid_boxes()`.
+    """Features of a frame from every segment of `every` frames -> {name: `VideoFeatures`}.
 
-    cache: a folder that keeps them, an array without pickle per video; what is there is not encoded again."""
-    encoder, boxes = (
-        _as_encoder(model, image_size),
-        grid_boxes() if boxes is None else np.asarray(boxes),
-    )
+    boxes: (R,4) xyxy 0-1, default `grid_boxes()`. cache: a folder that keeps them, an array without
+    pickle per video; what is there is not encoded again. Raises `ConfigError` for cached features,
+    `DataError` for a cache of other weights, boxes, segments or image size."""
+    encoder = as_encoder(model, image_size)
+    boxes = grid_boxes() if boxes is None else np.asarray(boxes)
     if not hasattr(encoder, "model"):
         raise ConfigError(
             "videos need a model: a folder of cached features holds none of their segments"
@@ -150,62 +155,44 @@ def video_features(model, paths, every=16, boxes=None, image_size=None, cache=No
         "every": every,
         "boxes": boxes.tolist(),
     }
-    cache = None if cache is None else _open_cache(cache, about)
-    encode = lambda path: _encode_video(encoder, path, every, boxes)
+
+    def encode(path):
+        return _encode_video(encoder, path, every, boxes)
+
     named = {video_name(p): p for p in paths}
-    return {
-        n: encode(p) if cache is None else _cached_video(cache, n, encode, p)
-        for n, p in named.items()
-    }
+    if cache is None:
+        return {n: encode(p) for n, p in named.items()}
+    cache = _open_cache(cache, about)
+    return {n: _cached_video(cache, n, encode, p) for n, p in named.items()}
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #9be7efba
 def anomaly_scores(
     model, paths, prompts=None, every=16, region_weight=0.5, boxes=None, image_size=None, cache=None
 ):
-    """Zero-shot scores per segment of `every` frames -> ({name: scores (S,)}, {name: frames}), ready for `frame_auc(…, frames=…)`.
+    """Zero-shot scores per segment of `every` frames -> ({name: scores (S,)}, {name: frames}).
 
-    Score = (1 - region_weight) * whole frame + region_weight * highest region. boxes, cache: see `video_features`."""
-    encoder, prompts = _as_encoder(model, image_size), read_prompts(prompts)
+    Ready for `frame_auc(…, frames=…)`. Score = (1 - region_weight) * whole frame + region_weight *
+    highest region. prompts: see `read_prompts`; boxes, cache: see `video_features`."""
+    encoder, prompts = as_encoder(model, image_size), read_prompts(prompts)
     features = video_features(encoder, paths, every, boxes, cache=cache)
     normal = unit(encoder.texts(prompts["Normal"]))
-    anomalous = unit(
-        encoder.texts([t for c, texts in prompts.items() if c != "Normal" for t in texts])
-    )
+    others = [t for c, texts in prompts.items() if c != "Normal" for t in texts]
+    anomalous = unit(encoder.texts(others))
     scale = math.exp(encoder.model.logit_scale.item())
-    told = lambda x: anomaly_probability(x, normal, anomalous, scale)
+
+    def probability(x):
+        return anomaly_probability(x, normal, anomalous, scale)
+
     scores = {
-        n: (1 - region_weight) * told(f.whole) + region_weight * told(f.regions).max(-1)
+        n: (1 - region_weight) * probability(f.whole)
+        + region_weight * probability(f.regions).max(-1)
         for n, f in features.items()
     }
     return scores, {n: f.frames for n, f in features.items()}
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #937ee1c3
-def track_annotations(samples, wanted=None):
-    """{name: AnomalyVideo} from the box tracks of clips: a frame is anomalous where a wanted region is visible.
-
-    wanted: function of (sample, region); default every region of a video whose label is neither empty nor Normal."""
-    from fgclip_nb.data.samples import visible_spans
-
-    wanted = wanted or (lambda s, r: s.label not in ("", "Normal"))
-    spans, labels = {}, {}
-    for s in samples:
-        if s.kind != "video":
-            continue
-        own = [
-            (v[0].frame, v[-1].frame)
-            for r in s.regions
-            if wanted(s, r)
-            for v in visible_spans(r.keyframes)
-        ]
-        spans.setdefault(video_name(s.media), []).extend(own)
-        labels[video_name(s.media)] = s.label if s.label not in ("", "Normal") else "event"
-    return {
-        n: AnomalyVideo(n, (labels[n],) if own else (), _joined(own)) for n, own in spans.items()
-    }
-
-
-def _joined(spans):
-    "Spans in order, those that touch or overlap made one."
+def joined_spans(spans):
+    "Spans (first, last) in order, those that touch or overlap made one."
     out = []
     for first, last in sorted(spans):
         if out and first <= out[-1][1] + 1:
@@ -213,3 +200,29 @@ def _joined(spans):
         else:
             out.append((first, last))
     return tuple(out)
+
+
+def _in_labelled_video(sample, region):
+    "Whether the video of a region is labelled as anything but normal."
+    return sample.label not in ("", "Normal")
+
+
+def track_annotations(samples, wanted=None):
+    """{name: AnomalyVideo} from the box tracks of clips: a frame is anomalous where a wanted region
+    is visible.
+
+    wanted: function of (sample, region); default every region of a video whose label is neither
+    empty nor Normal."""
+    wanted = wanted or _in_labelled_video
+    spans, labels = {}, {}
+    for s in samples:
+        if s.kind != "video":
+            continue
+        name = video_name(s.media)
+        tracks = [v for r in s.regions if wanted(s, r) for v in visible_spans(r.keyframes)]
+        spans.setdefault(name, []).extend((v[0].frame, v[-1].frame) for v in tracks)
+        labels[name] = s.label if s.label not in ("", "Normal") else "event"
+    return {
+        n: AnomalyVideo(n, (labels[n],) if own else (), joined_spans(own))
+        for n, own in spans.items()
+    }

@@ -15,16 +15,35 @@ from fgclip_nb.evaluation.encoder import Encoder
 
 # %% ../../nbs/7_evaluation/03_captions.ipynb #c5ec9e8a
 def captions_of(sample, long=False, most=5):
-    "The captions a sample is asked for: the long one, or its first `most` short ones (`captions`, else `short_caption`, else `caption`)."
+    """The captions a sample is scored with.
+
+    long: the long one. Else its first `most` short ones: `captions`, else `short_caption`, else
+    `caption`."""
     if long:
         return [sample.caption] if sample.caption else []
     short = list(sample.captions) or [sample.short_caption or sample.caption]
     return [c for c in short if c][:most]
 
+# %% ../../nbs/7_evaluation/03_captions.ipynb #fa205be2
+def lost_reasons(encoder, items, rows):
+    "reason -> number of the `items` that are not among `rows`."
+    kept = set(np.asarray(rows).tolist())
+    return dict(Counter(encoder.why_lost(x) for i, x in enumerate(items) if i not in kept))
+
+
+def as_encoder(model, image_size=None, batch_size=64):
+    "An `Encoder`, or anything with its methods, unchanged; a model wrapped in one."
+    if hasattr(model, "texts") and hasattr(model, "images"):
+        return model
+    return Encoder(model, image_size, batch_size)
+
 # %% ../../nbs/7_evaluation/03_captions.ipynb #9263b922
 @dataclass
 class CaptionSet:
-    "Features of readable photos and their captions: samples kept, images (I,D), texts, text_features (T,D), owner (T,) row of the photo."
+    """Features of readable photos and their captions.
+
+    samples: I, those that were kept; images (I,D); texts: T; text_features (T,D); owner (T,) row of
+    each text's photo; lost: reason -> photos."""
 
     samples: list
     images: np.ndarray
@@ -33,40 +52,27 @@ class CaptionSet:
     owner: np.ndarray
     lost: dict
 
-# %% ../../nbs/7_evaluation/03_captions.ipynb #fa205be2
-def _reasons(encoder, items, rows):
-    "reason -> number of the items that are not among `rows`."
-    kept = set(np.asarray(rows).tolist())
-    return dict(Counter(encoder.why_lost(x) for i, x in enumerate(items) if i not in kept))
 
-# %% ../../nbs/7_evaluation/03_captions.ipynb #807dcb38
 def encode_captions(encoder, samples, long=False, most=5):
-    "Encode the samples' photos and captions -> `CaptionSet`. Photos without a caption stay as distractors."
+    """Encode the samples' photos and captions -> `CaptionSet`.
+
+    Photos without a caption stay as distractors. Raises `DataError` when no caption is left."""
     images, rows = encoder.images(samples)
     kept = [samples[i] for i in rows]
     pairs = [(c, i) for i, s in enumerate(kept) for c in captions_of(s, long, most)]
     if not pairs:
         raise DataError(
-            f"no readable photo with a {'long' if long else 'short'} caption among {len(samples)} samples"
+            f"no readable photo with a {'long' if long else 'short'} caption "
+            f"among {len(samples)} samples"
         )
     texts, owner = [c for c, _ in pairs], np.array([i for _, i in pairs], dtype=np.int64)
-    lost = _reasons(encoder, samples, rows) | {
-        "without caption": len(kept) - len(set(owner.tolist()))
-    }
+    lost = lost_reasons(encoder, samples, rows)
+    lost["without caption"] = len(kept) - len(set(owner.tolist()))
     return CaptionSet(
         kept, images, texts, encoder.texts(texts, long), owner, {k: n for k, n in lost.items() if n}
     )
 
 # %% ../../nbs/7_evaluation/03_captions.ipynb #ffa2d468
-def _as_encoder(model, image_size=None, batch_size=64):
-    "An `Encoder`, or anything with its methods, unchanged; a model wrapped in one."
-    return (
-        model
-        if hasattr(model, "texts") and hasattr(model, "images")
-        else Encoder(model, image_size, batch_size)
-    )
-
-
 def caption_retrieval(
     model,
     samples,
@@ -78,19 +84,21 @@ def caption_retrieval(
     ties="against",
     batch_size=64,
 ):
-    """`retrieval` of the samples' photos and captions (at most `captions` short ones each, or the long one).
+    """`retrieval` of the samples' photos and captions: at most `captions` short ones each, or the
+    long one.
 
-    model: a model or an `Encoder`. Adds "lost" (photos missing, unreadable or without caption) and "cut" (captions longer than the
-    context). A sentence that stands at two photos is right for both."""
-    encoder = _as_encoder(model, image_size, batch_size)
-    found = encode_captions(encoder, list(samples), long, captions)
-    out = retrieval(
-        found.images,
-        found.text_features,
-        text_image=found.owner,
+    model: a model or an `Encoder`. Adds "lost" (photos missing, unreadable or without caption) and
+    "cut" (captions longer than the context). A sentence that stands at two photos is right for
+    both."""
+    encoder = as_encoder(model, image_size, batch_size)
+    encoded = encode_captions(encoder, list(samples), long, captions)
+    table = retrieval(
+        encoded.images,
+        encoded.text_features,
+        text_image=encoded.owner,
         permutations=permutations,
         seed=seed,
         ties=ties,
-        text_ids=[stable_id(t) for t in found.texts],
+        text_ids=[stable_id(t) for t in encoded.texts],
     )
-    return out | {"lost": found.lost, "cut": len(encoder.cut.intersection(found.texts))}
+    return table | {"lost": encoded.lost, "cut": len(encoder.cut.intersection(encoded.texts))}

@@ -12,47 +12,48 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset
 from fgclip_nb.evaluation.ranking import (
     TIE_RULES,
-    _blocks,
-    _grouped_permutations,
-    _null_sums,
-    _padded,
+    grouped_permutations,
+    null_sums,
+    padded_rows,
     rank_queries,
+    row_blocks,
     unit,
 )
 from fgclip_nb.evaluation.scores import Ranked
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #f04d4ec6
-def _list_file(source, shipped):
-    "The shipped file of a bare name, else the path itself."
+def list_file(source, shipped):
+    "The shipped file `<shipped><source>.txt` of a bare name, else the path itself."
     path = asset(f"{shipped}{source}.txt")
     return path if path.is_file() else Path(source)
 
 
 def read_lines(source, shipped=""):
-    "Entries of a list as they are, or the non-empty lines of a text file; a bare name means the shipped file `<shipped><name>.txt`."
+    """Entries of a list as they are, or the non-empty lines of a text file.
+
+    A bare name means the shipped file `<shipped><name>.txt`; `DataError` when there is none."""
     if not isinstance(source, (str, Path)):
         return [str(x) for x in source]
-    path = _list_file(source, shipped)
+    path = list_file(source, shipped)
     if not path.is_file():
-        raise DataError(
-            f"{source!r}: neither a shipped list ({', '.join(sorted(p.stem for p in asset().glob('*.txt')))}) nor a file"
-        )
+        names = ", ".join(sorted(p.stem for p in asset().glob("*.txt")))
+        raise DataError(f"{source!r}: neither a shipped list ({names}) nor a file")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #493ce5e7
 def read_labels(source):
     "A label set: list, file, or `coco80`. Repeated names raise `DataError`."
     labels = read_lines(source)
+    if not labels:
+        raise DataError(f"label set {source!r}: no labels")
     twice = sorted({x for x in labels if labels.count(x) > 1})
-    if twice or not labels:
-        raise DataError(
-            f"label set {source!r}: {'no labels' if not labels else f'{twice[0]!r} stands there twice'}"
-        )
+    if twice:
+        raise DataError(f"label set {source!r}: {twice[0]!r} stands there twice")
     return labels
 
 
 def read_templates(source):
-    "Prompt templates: list, file, `imagenet` (80) or `photo` (1). Each holds one {} for the class name."
+    "Prompt templates: list, file, `imagenet` (80) or `photo` (1). Each holds one {} for the class."
     templates = read_lines(source, "templates_")
     wrong = [t for t in templates if t.count("{}") != 1]
     if wrong or not templates:
@@ -62,24 +63,28 @@ def read_templates(source):
     return templates
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #fab7f601
+def label_of(phrase, labels):
+    """Number of the label that `phrase` is, or ends with; the longest match wins.
+
+    None without one."""
+    text = " ".join(phrase.casefold().strip(" .").split())
+    folded = [label.casefold() for label in labels]
+    fits = [i for i, name in enumerate(folded) if text == name or text.endswith(" " + name)]
+    return max(fits, key=lambda i: len(labels[i]), default=None)
+
+# %% ../../nbs/7_evaluation/04_classification.ipynb #5befb56d
 def class_features(encoder, labels, templates):
     "One unit vector per label (C,D): mean of its prompts' unit vectors, made a unit vector again."
     prompts = [t.format(label) for label in labels for t in templates]
     features = unit(encoder.texts(prompts), "prompt features")
     return unit(features.reshape(len(labels), len(templates), -1).mean(1))
 
-
-def label_of(phrase, labels):
-    "Number of the label that `phrase` is, or ends with ('a photo of a hot dog.' -> hot dog); the longest match wins; None without one."
-    text = " ".join(phrase.casefold().strip(" .").split())
-    fits = [
-        i
-        for i, label in enumerate(labels)
-        if text == label.casefold() or text.endswith(" " + label.casefold())
-    ]
-    return max(fits, key=lambda i: len(labels[i]), default=None)
-
 # %% ../../nbs/7_evaluation/04_classification.ipynb #45316514
+def _nothing_ranked(ks):
+    "A `Ranked` without items."
+    return Ranked([], [], *(np.zeros(0, dtype=np.int64),) * 3, ks=ks)
+
+
 def classify(
     features,
     classes,
@@ -91,25 +96,32 @@ def classify(
     seed=0,
     ties="against",
 ):
-    "Features (n,D) against class features (C,D), target (n,) class numbers -> `Ranked`; detail has the predicted class and the margin."
+    """Features (n,D) against class features (C,D), target (n,) class numbers -> `Ranked`.
+
+    groups: the photo of each item, permuted and resampled together. detail: target, the best wrong
+    class and its margin over the right one."""
     target = np.asarray(target, dtype=np.int64)
-    ids = ids or [str(i) for i in range(len(target))]
     if not len(target):
-        return Ranked([], [], *(np.zeros(0, dtype=np.int64),) * 3, ks=ks)
-    perm = _grouped_permutations(groups or ids, permutations, seed)
-    permuted = (lambda block: target[perm[:, block]][..., None]) if permutations else None
-    queries, classes = unit(features), unit(classes, "class features")
-    places = rank_queries(queries, classes, target[:, None], permuted, ties, ks)
-    one = np.ones_like(target)
-    return Ranked(
-        ids,
-        list(groups or ids),
-        places.ranks,
-        one * len(classes),
-        one,
+        return _nothing_ranked(ks)
+    ids = ids or [str(i) for i in range(len(target))]
+    groups = list(groups or ids)
+    perm = grouped_permutations(groups, permutations, seed)
+
+    def permuted(block):
+        return target[perm[:, block]][..., None]
+
+    places = rank_queries(
+        unit(features),
+        unit(classes, "class features"),
+        target[:, None],
+        permuted if permutations else None,
+        ties,
         ks,
-        null=places.null,
-        detail={"target": target, "predicted": places.wrong, "margin": places.margin},
+    )
+    one = np.ones_like(target)
+    detail = {"target": target, "predicted": places.wrong, "margin": places.margin}
+    return Ranked(
+        ids, groups, places.ranks, one * len(classes), one, ks, null=places.null, detail=detail
     )
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #831c04c1
@@ -131,22 +143,18 @@ def per_class(ranked, labels):
         "per_class": table,
     }
 
-
+# %% ../../nbs/7_evaluation/04_classification.ipynb #72db8b81
 def first_answer(ranked):
-    "The class the model answers: the target where it is first, else the highest other one."
+    "The class the model answers (n,): the target where it is first, else the highest other one."
     return np.where(ranked.ranks == 1, ranked.detail["target"], ranked.detail["predicted"])
 
-# %% ../../nbs/7_evaluation/04_classification.ipynb #72db8b81
+
 def most_frequent_answer(ranked, labels):
     "The answer given most often and its share: a collapsed model shows itself here."
     habits = np.bincount(first_answer(ranked), minlength=len(labels))
     often = int(habits.argmax())
-    return {
-        "most_frequent_answer": {
-            "label": labels[often],
-            "share": float(habits[often] / len(ranked)),
-        }
-    }
+    share = float(habits[often] / len(ranked))
+    return {"most_frequent_answer": {"label": labels[often], "share": share}}
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #a4c1d86a
 def _own_scores(features, texts):
@@ -156,12 +164,23 @@ def _own_scores(features, texts):
 
 def _rank_of_first(scores, valid, ties):
     "Rank of entry 0 among the valid entries of the last axis; scores (…,b,k), valid (b,k)."
-    beats = (
-        scores[..., 1:] >= scores[..., :1]
-        if ties == "against"
-        else scores[..., 1:] > scores[..., :1]
-    )
+    first, others = scores[..., :1], scores[..., 1:]
+    beats = others >= first if ties == "against" else others > first
     return 1 + (beats & valid[:, 1:]).sum(-1)
+
+
+def _rank_options(items, texts, table, ties):
+    """Items (b,D) with their options, table (b,k) of text rows, -1 = none.
+
+    (ranks (b,), best wrong text (b,), its margin over the right one (b,))."""
+    valid = table >= 0
+    scores = np.where(valid, _own_scores(items, texts[table]), -np.inf)
+    rows = np.arange(len(scores))
+    best = np.zeros(len(scores), dtype=np.int64)
+    if table.shape[1] > 1:
+        best = scores[:, 1:].argmax(1) + 1
+    margin = (scores[rows, best] - scores[:, 0]).astype(np.float64)
+    return _rank_of_first(scores, valid, ties), table[rows, best], margin
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #837d0383
 def choose(
@@ -176,36 +195,29 @@ def choose(
 ):
     """Each item's right text against its own wrong ones -> `Ranked`.
 
-    features (n,D); text_features (m,D); options: n lists of text rows, the right one first. detail: the best wrong text and the margin."""
+    features (n,D); text_features (m,D); options: n lists of text rows, the right one first.
+    detail: the best wrong text and its margin. Raises `ConfigError` for an unknown tie rule."""
     if ties not in TIE_RULES:
         raise ConfigError(f"ties: {ties!r} is not one of {', '.join(TIE_RULES)}")
-    ids = ids or [str(i) for i in range(len(options))]
     if not options:
-        return Ranked([], [], *(np.zeros(0, dtype=np.int64),) * 3, ks=(1,))
-    items, texts, table = unit(features), unit(text_features, "text_features"), _padded(options)
-    perm = _grouped_permutations(groups or ids, permutations, seed)
-    ranks, predicted, margin, null = (
-        np.zeros(len(items), t) for t in (np.int64, np.int64, np.float64, np.float64)
-    )
-    null = np.zeros((permutations, 2))
-    for block in _blocks(len(items), items.shape[1] * (permutations + table.shape[1]), 16_000_000):
-        valid, own = table[block] >= 0, texts[table[block]]
-        scores = np.where(valid, _own_scores(items[block], own), -np.inf)
-        ranks[block] = _rank_of_first(scores, valid, ties)
-        best = (
-            scores[:, 1:].argmax(1) + 1
-            if table.shape[1] > 1
-            else np.zeros(len(scores), dtype=np.int64)
-        )
-        predicted[block] = table[block][np.arange(len(best)), best]
-        margin[block] = scores[np.arange(len(best)), best] - scores[:, 0]
+        return _nothing_ranked((1,))
+    ids = ids or [str(i) for i in range(len(options))]
+    groups = list(groups or ids)
+    items, texts, table = unit(features), unit(text_features, "text_features"), padded_rows(options)
+    perm = grouped_permutations(groups, permutations, seed)
+    parts, null = [], np.zeros((permutations, 2))
+    for block in row_blocks(
+        len(items), items.shape[1] * (permutations + table.shape[1]), 16_000_000
+    ):
+        own = table[block]
+        parts.append(_rank_options(items[block], texts, own, ties))
         if permutations:
-            null += _null_sums(
-                _rank_of_first(_own_scores(items[perm[:, block]], own), valid, ties), (1,)
-            )
+            scores = _own_scores(items[perm[:, block]], texts[own])
+            null += null_sums(_rank_of_first(scores, own >= 0, ties), (1,))
+    ranks, predicted, margin = (np.concatenate(column) for column in zip(*parts))
     return Ranked(
         ids,
-        list(groups or ids),
+        groups,
         ranks,
         (table >= 0).sum(1),
         np.ones(len(items), dtype=np.int64),

@@ -6,6 +6,7 @@
 __all__ = ['compare_evaluations']
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #32bd9a64
+import glob
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
@@ -17,17 +18,19 @@ ENOUGH_PHOTOS = 10
 
 
 def _shared_rows(a, b):
-    "Row numbers (k,) of the items that both `Ranked` have, in each."
+    "Row numbers int64 (2,k) of the items that both `Ranked` have, in each."
     place = {k: i for i, k in enumerate(a.ids)}
     both = [(place[k], j) for j, k in enumerate(b.ids) if k in place]
     return np.array(both, dtype=np.int64).reshape(-1, 2).T
 
 
-def _paired_rows(task, name, a, b, repeats, seed):
-    "Difference b - a of each score on the items that both have."
+def paired_rows(task, name, a, b, repeats, seed):
+    "Difference b - a of each score of two `Ranked` on the items that both have, as table rows."
     ia, ib = _shared_rows(a, b)
+    if not len(ia):
+        return []
     groups, out = [a.groups[i] for i in ia], []
-    for metric, va in a.values().items() if len(ia) else ():
+    for metric, va in a.values().items():
         if metric == "mean_rank" and (a.options == 2).all():
             continue
         va, vb = va[ia], b.values()[metric][ib]
@@ -53,25 +56,45 @@ def _paired_rows(task, name, a, b, repeats, seed):
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #2106f6e0
 def compare_evaluations(first, second, repeats=1000, seed=0):
-    """Two `Evaluation`s (or folders of them) of the same data -> pandas table: scores on shared items, difference second - first, its 95 %
-    paired interval."""
+    """Two `Evaluation`s (or folders of them) of the same data -> pandas table.
+
+    Scores on shared items, difference second - first, its 95 % paired interval. Raises `DataError`
+    when no item is shared."""
     import pandas as pd
 
     first, second = (
         load_evaluation(e) if isinstance(e, (str, Path)) else e for e in (first, second)
     )
-    shared = [
-        (task, name, a, second.items[task][name])
-        for task, lists in first.items.items()
-        for name, a in lists.items()
-        if name in second.items.get(task, {})
-    ]
-    out = [row for pair in shared for row in _paired_rows(*pair, repeats, seed)]
+    out = []
+    for task, lists in first.items.items():
+        for name, a in lists.items():
+            if name in second.items.get(task, {}):
+                out += paired_rows(task, name, a, second.items[task][name], repeats, seed)
     if not out:
         raise DataError(
             "the two evaluations share no item of any task: were they made on the same data?"
         )
     return pd.DataFrame(out)
+
+# %% ../../nbs/7_evaluation/09_comparison.ipynb #e06c71ef
+def plot_paired(paired, names=("first", "second")):
+    """Differences of `compare_evaluations` with their intervals; filled where one excludes zero.
+
+    Returns the figure."""
+    import matplotlib.pyplot as plt
+
+    paired = paired[paired.metric != "mean_rank"].iloc[::-1]
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.22 * len(paired)), layout="constrained")
+    for y, r in enumerate(paired.itertuples()):
+        ax.plot([r.low, r.high], [y, y], color="tab:blue", lw=1.5)
+        fill = "tab:blue" if r.decided else "white"
+        ax.plot(r.difference, y, "o", color="tab:blue", mfc=fill, ms=5)
+    ax.axvline(0, color="black", lw=1)
+    labels = [f"{r.task} {r.list} {r.metric} ({r.items})" for r in paired.itertuples()]
+    ax.set_yticks(range(len(paired)), labels, fontsize=7)
+    ax.set(xlabel="difference on the same items, with 95 % interval (hollow: undecided)")
+    ax.set_title(f"{names[1]}\nminus {names[0]}", fontsize=9)
+    return fig
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #f1c9ecd1
 def _evaluation_name(folder, evaluation):
@@ -82,10 +105,10 @@ def _evaluation_name(folder, evaluation):
 
 
 def load_evaluations(*where):
-    "name -> `Evaluation` in and below folders, or folders that match patterns; baselines come after the models they belong to."
-    import glob
+    """name -> `Evaluation` in and below folders, or folders that match patterns.
 
-    found, seen = {}, set()
+    Baselines come after the models they belong to."""
+    evaluations, seen = {}, set()
     paths = [Path(p) for place in where for p in sorted(glob.glob(str(place)))]
     folders = dict.fromkeys(f.parent for p in paths for f in sorted(p.rglob("evaluation.json")))
     for folder in sorted(folders, key=lambda f: f.name == "baseline"):
@@ -93,9 +116,9 @@ def load_evaluations(*where):
         name = _evaluation_name(folder, e)
         same = (name, e.manifest.get("weights"), e.manifest.get("samples_id"))
         if folder.name != "baseline" or same not in seen:
-            found[str(folder) if name in found else name] = e
+            evaluations[str(folder) if name in evaluations else name] = e
         seen.add(same)
-    return found
+    return evaluations
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #f329f78e
 ONE_QUESTION = {
@@ -109,114 +132,85 @@ ONE_QUESTION = {
 ANOTHER_EYE = {"image_size": "another image size", "context_length": "another context length"}
 
 
+def _differences(base, other, words):
+    "The `words` (entry -> words) of manifest entries that two evaluations have, and differently."
+    pairs = {k: (base.manifest.get(k), other.manifest.get(k)) for k in words}
+    return [words[k] for k, (a, b) in pairs.items() if a is not None and b is not None and a != b]
+
+
 def evaluation_notes(named):
-    "Sentences that say what keeps evaluations (name -> `Evaluation`) from being compared; empty when nothing does."
-    told = [
+    """Sentences on what keeps evaluations (name -> `Evaluation`) from being compared.
+
+    Empty when nothing does."""
+    notes = [
         f"{name} was trained on {n} of the {e.manifest['samples']} samples that it is scored on."
         for name, e in named.items()
         if (n := e.manifest.get("seen_in_training"))
     ]
-    if len(named) < 2:
-        return told
-    (first, base), *others = named.items()
-    pair = lambda k, e: (base.manifest.get(k), e.manifest.get(k))
-    unlike = lambda keys, e: [
-        said
-        for k, said in keys.items()
-        if None not in pair(k, e) and pair(k, e)[0] != pair(k, e)[1]
-    ]
-    apart = {name: unlike(ONE_QUESTION, e) for name, e in others}
-    told += [
-        f"{name} and {first}: {', '.join(why)}. Their scores do not compare; evaluate them with the same parameters."
-        for name, why in apart.items()
-        if why
-    ]
-    seen = {name: unlike(ANOTHER_EYE, e) for name, e in others}
-    return told + [
-        f"{name} and {first}: {', '.join(why)}, a property of the models."
-        for name, why in seen.items()
-        if why
-    ]
+    (first, base), *others = list(named.items()) or [("", None)]
+    for name, e in others:
+        if reasons := _differences(base, e, ONE_QUESTION):
+            notes.append(
+                f"{name} and {first}: {', '.join(reasons)}. "
+                "Their scores do not compare; evaluate them with the same parameters."
+            )
+    for name, e in others:
+        if reasons := _differences(base, e, ANOTHER_EYE):
+            notes.append(f"{name} and {first}: {', '.join(reasons)}, a property of the models.")
+    return notes
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #0d4d388e
-def side_by_side(named):
-    "Evaluations (name -> `Evaluation`) as one pandas table: a row per score, `value [low, high]` per name; * = beyond what chance gives."
+def _score_cell(score):
+    "`value [low, high]` of a row of `Evaluation.table`; * = beyond what chance gives."
     import pandas as pd
 
-    def cell(r):
-        span = "" if pd.isna(r.low) else f" [{r.low:.3f}, {r.high:.3f}]"
-        star = "*" if not pd.isna(r.above_chance) and r.above_chance else ""
-        return "" if pd.isna(r.value) else f"{r.value:.3f}{star}{span}"
+    if pd.isna(score.value):
+        return ""
+    span = "" if pd.isna(score.low) else f" [{score.low:.3f}, {score.high:.3f}]"
+    star = "*" if not pd.isna(score.above_chance) and score.above_chance else ""
+    return f"{score.value:.3f}{star}{span}"
+
+
+def side_by_side(named):
+    "Evaluations (name -> `Evaluation`) as one pandas table: a row per score, a column per name."
+    import pandas as pd
 
     columns = {}
     for name, e in named.items():
         for r in e.table().itertuples():
-            row = columns.setdefault(
-                (r.task, r.list, r.metric), {"items": r.scored, "chance": r.chance}
-            )
-            row[name] = cell(r)
-    return (
-        pd.DataFrame.from_dict(columns, orient="index")
-        .rename_axis(["task", "list", "metric"])
-        .fillna("")
-    )
+            start = {"items": r.scored, "chance": r.chance}
+            columns.setdefault((r.task, r.list, r.metric), start)[name] = _score_cell(r)
+    table = pd.DataFrame.from_dict(columns, orient="index")
+    return table.rename_axis(["task", "list", "metric"]).fillna("")
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #b54d582b
-def _shares(evaluation):
-    "The shares right of an evaluation, by task, list and metric."
+def share_table(evaluation):
+    "The shares right of an evaluation, by task, list and metric (pandas)."
     table = evaluation.table()
-    return table[(table.metric != "mean_rank") & table.value.notna()].set_index(
-        ["task", "list", "metric"]
-    )
+    shares = table[(table.metric != "mean_rank") & table.value.notna()]
+    return shares.set_index(["task", "list", "metric"])
 
 
 def plot_side_by_side(named, title="Models side by side"):
-    "Every share of several evaluations with its 95 % interval, one colour per model; black: chance."
+    """Shares of evaluations (name -> `Evaluation`) with 95 % intervals, one colour per model.
+
+    Black: chance. Returns the figure."""
     import matplotlib.pyplot as plt
 
-    tables = {name: _shares(e) for name, e in named.items()}
-    rows_ = list(dict.fromkeys(k for t in tables.values() for k in t.index))[::-1]
-    fig, ax = plt.subplots(
-        figsize=(8.5, 1.4 + (0.1 + 0.09 * len(named)) * len(rows_)), layout="constrained"
-    )
+    tables = {name: share_table(e) for name, e in named.items()}
+    lines = list(dict.fromkeys(k for t in tables.values() for k in t.index))[::-1]
+    height = 1.4 + (0.1 + 0.09 * len(named)) * len(lines)
+    fig, ax = plt.subplots(figsize=(8.5, height), layout="constrained")
     for i, (name, t) in enumerate(tables.items()):
-        y = np.array([rows_.index(k) for k in t.index]) + 0.7 * (0.5 - (i + 0.5) / len(named))
+        y = np.array([lines.index(k) for k in t.index]) + 0.7 * (0.5 - (i + 0.5) / len(named))
         ax.hlines(y, t.low.astype(float), t.high.astype(float), color=f"C{i}", lw=1.5)
         ax.plot(t.value, y, "o", color=f"C{i}", ms=4, label=name)
     for t in tables.values():
-        ax.plot(
-            t.chance.astype(float),
-            [rows_.index(k) for k in t.index],
-            "|",
-            color="black",
-            ms=11,
-            zorder=0,
-        )
-    ax.set_yticks(range(len(rows_)), [" ".join(k) for k in rows_], fontsize=7)
+        y = [lines.index(k) for k in t.index]
+        ax.plot(t.chance.astype(float), y, "|", color="black", ms=11, zorder=0)
+    ax.set_yticks(range(len(lines)), [" ".join(k) for k in lines], fontsize=7)
     ax.set(
         xlabel="share right, with 95 % interval (black: chance)", xlim=(-0.02, 1.02), title=title
     )
     fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return fig
-
-# %% ../../nbs/7_evaluation/09_comparison.ipynb #e06c71ef
-def plot_paired(paired, names=("first", "second")):
-    "Paired differences of `compare_evaluations` with their intervals; filled where the interval excludes zero."
-    import matplotlib.pyplot as plt
-
-    paired = paired[paired.metric != "mean_rank"].iloc[::-1]
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.22 * len(paired)), layout="constrained")
-    for y, r in enumerate(paired.itertuples()):
-        ax.plot([r.low, r.high], [y, y], color="tab:blue", lw=1.5)
-        ax.plot(
-            r.difference, y, "o", color="tab:blue", mfc="tab:blue" if r.decided else "white", ms=5
-        )
-    ax.axvline(0, color="black", lw=1)
-    ax.set_yticks(
-        range(len(paired)),
-        [f"{r.task} {r.list} {r.metric} ({r.items})" for r in paired.itertuples()],
-        fontsize=7,
-    )
-    ax.set(xlabel="difference on the same items, with 95 % interval (hollow: undecided)")
-    ax.set_title(f"{names[1]}\nminus {names[0]}", fontsize=9)
     return fig

@@ -6,10 +6,11 @@
 __all__ = ['EvaluateConfig', 'evaluate_config']
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #efcb5874
-import json
+import hashlib, json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.identity import ConfigError, project_root
+from fgclip_nb.core.folder import resolve_path
 from fgclip_nb.core.params import check_names, check_values, nearest, param
 from fgclip_nb.evaluation.tasks import TASKS
 from fgclip_nb.evaluation.annotations import MEDIA_SUFFIXES, read_frame_counts, read_scores
@@ -18,15 +19,19 @@ from fgclip_nb.evaluation.anomaly import anomaly_scores, track_annotations
 # %% ../../nbs/7_evaluation/15_config.ipynb #1d9eabfa
 @dataclass
 class EvaluateConfig:
-    "Every parameter of nbs/evaluate.ipynb, checked. Raises `ConfigError` for a wrong type or an impossible value."
+    """Every parameter of nbs/evaluate.ipynb, checked.
+
+    Raises `ConfigError` for a wrong type or an impossible value."""
 
     model: str = param(
         "tiny",
-        "run folder, checkpoint folder, CLIP folder or hub id, OpenAI file, folder of cached features, or a preset (random)",
+        "run folder, checkpoint folder, CLIP folder or hub id, OpenAI file, folder of cached "
+        "features, or a preset (random)",
     )
     baseline: str = param(
         "",
-        "a second model to compare with on the same items, e.g. plain CLIP of the same size; empty for none",
+        "a second model to compare with on the same items, e.g. plain CLIP of the same size; "
+        "empty for none",
     )
     data: str = param("sample", "data set: `sample`, or a file or folder in any known format")
     media_root: str = param(
@@ -34,7 +39,8 @@ class EvaluateConfig:
     )
     split: str = param(
         "auto",
-        "split to score; `auto` takes val where there is one, else everything; `all` takes everything",
+        "split to score; `auto` takes val where there is one, else everything; `all` takes "
+        "everything",
     )
     tasks: str = param(
         "short_retrieval,region_classification,hard_negatives,caption_negatives",
@@ -58,15 +64,18 @@ class EvaluateConfig:
     permutations: int = param(1000, "permutations behind the chance band", 20, 1000000)
     annotations: str = param(
         "",
-        "temporal anomaly labels (UCF-Crime, XD-Violence), or `tracks`: the boxes of the data; empty for none",
+        "temporal anomaly labels (UCF-Crime, XD-Violence), or `tracks`: the boxes of the "
+        "data; empty for none",
     )
     events: str = param(
         "",
-        "for `tracks`: words, one of which a region must hold; empty takes all of videos not labelled Normal",
+        "for `tracks`: words, one of which a region must hold; empty takes all of videos not "
+        "labelled Normal",
     )
     scores: str = param(
         "",
-        "anomaly scores of any method: folder of npy files or a JSON object; empty for zero-shot scores of `videos`",
+        "anomaly scores of any method: folder of npy files or a JSON object; empty for "
+        "zero-shot scores of `videos`",
     )
     videos: str = param(
         "", "folder of videos for zero-shot anomaly scores; empty takes those of the data"
@@ -88,92 +97,93 @@ class EvaluateConfig:
     device: str = param("", "`cpu`, `cuda`, ...; empty takes CUDA where there is one")
     output: str = param(
         "",
-        "folder for results; empty for `evaluation` in the run folder, else runs/evaluate-<hash of the parameters>",
+        "folder for results; empty for `evaluation` in the run folder, else "
+        "runs/evaluate-<hash of the parameters>",
     )
 
     def __post_init__(self):
         check_values(self)
         for t in self.task_list():
             if t not in TASKS:
+                known = ", ".join(TASKS)
                 raise ConfigError(
-                    f"parameter `tasks`: {t!r} is no task{nearest(t, TASKS)}; known are {', '.join(TASKS)}"
+                    f"parameter `tasks`: {t!r} is no task{nearest(t, TASKS)}; known are {known}"
                 )
 
     def task_list(self):
+        "Names of the tasks."
         return [t.strip() for t in self.tasks.split(",") if t.strip()]
 
     def event(self):
         "Which regions are the event, for `track_annotations`; None = its default."
         words = {w.strip().lower() for w in self.events.split(",") if w.strip()}
-        return (lambda s, r: bool(words & set(r.phrase.lower().split()))) if words else None
+        if not words:
+            return None
 
-# %% ../../nbs/7_evaluation/15_config.ipynb #cd7ecfbf
-def evaluation_parameter_cell():
-    "Source of the notebook's parameters cell."
-    lines = [
-        "# Parameters of this evaluation: `-p name value` on papermill's command line replaces any of them."
-    ]
-    return "\n".join(
-        lines
-        + [
-            f"{f.name}: {f.type.__name__} = {f.default!r}  # {f.metadata['help']}"
-            for f in fields(EvaluateConfig)
-        ]
-    )
+        def holds_a_word(sample, region):
+            return bool(words & set(region.phrase.lower().split()))
+
+        return holds_a_word
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #20445605
 def evaluate_config(params):
-    "`EvaluateConfig` from a notebook's parameters; an unknown name raises `ConfigError` with the nearest known one."
+    """`EvaluateConfig` from a notebook's parameters.
+
+    An unknown name raises `ConfigError` with the nearest known one."""
     check_names(params, [f.name for f in fields(EvaluateConfig)])
     return EvaluateConfig(**params)
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #65fbba52
-def anomaly_input(cfg, encoder, samples):
-    "Parameters -> (scores, annotation, frame counts) for `frame_auc`."
-    from fgclip_nb.core.folder import resolve_path
-
-    place = lambda path: resolve_path(path) if path else None
-    annotation = (
-        track_annotations(samples, cfg.event())
-        if cfg.annotations == "tracks"
-        else place(cfg.annotations)
-    )
-    if cfg.scores:
-        return (
-            read_scores(place(cfg.scores)),
-            annotation,
-            read_frame_counts(place(cfg.frame_counts)),
-        )
-    found = (
-        Path(place(cfg.videos)).rglob("*")
-        if cfg.videos
-        else {Path(s.media) for s in samples if s.kind == "video"}
-    )
-    videos = sorted(p for p in found if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
-    if not videos:
-        raise ConfigError(
-            "parameter `videos`: no video there; give a folder of videos, or data with clips, or `scores`"
-        )
-    scores, frames = anomaly_scores(
-        encoder, videos, place(cfg.prompts), cfg.every, cache=place(cfg.feature_cache)
-    )
-    return scores, annotation, frames
-
-
 def evaluation_folder(cfg):
-    "Where the results go: `output`, else `evaluation` inside the run folder that holds the model, else runs/evaluate-<hash>."
-    import hashlib
-    from fgclip_nb.core.identity import project_root
-    from fgclip_nb.core.folder import resolve_path
+    """Where the results go.
 
+    `output`, else `evaluation` inside the run folder that holds the model, else
+    runs/evaluate-<hash of the parameters>."""
     if cfg.output:
         return resolve_path(cfg.output)
     model = resolve_path(cfg.model)
     if (model / "checkpoints").is_dir():
         return model / "evaluation"
     kept = {k: v for k, v in asdict(cfg).items() if k not in ("output", "device", "batch_size")}
-    return (
-        project_root()
-        / "runs"
-        / f"evaluate-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]}"
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return project_root() / "runs" / f"evaluate-{digest[:10]}"
+
+# %% ../../nbs/7_evaluation/15_config.ipynb #287e1770
+def _place(path):
+    "A path from the project's root; None for an empty one."
+    return resolve_path(path) if path else None
+
+
+def _videos_of(cfg, samples):
+    "The videos to score: those in the folder `videos`, else those of the data; or ConfigError."
+    if cfg.videos:
+        paths = Path(_place(cfg.videos)).rglob("*")
+    else:
+        paths = {Path(s.media) for s in samples if s.kind == "video"}
+    videos = sorted(p for p in paths if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
+    if not videos:
+        raise ConfigError(
+            "parameter `videos`: no video there; give a folder of videos, or data with clips, "
+            "or `scores`"
+        )
+    return videos
+
+
+def anomaly_input(cfg, encoder, samples):
+    """Parameters -> (scores, annotation, frame counts) for `frame_auc`.
+
+    Raises `ConfigError` when there are neither scores nor videos."""
+    annotation = _place(cfg.annotations)
+    if cfg.annotations == "tracks":
+        annotation = track_annotations(samples, cfg.event())
+    if cfg.scores:
+        counts = read_frame_counts(_place(cfg.frame_counts))
+        return read_scores(_place(cfg.scores)), annotation, counts
+    scores, frames = anomaly_scores(
+        encoder,
+        _videos_of(cfg, samples),
+        _place(cfg.prompts),
+        cfg.every,
+        cache=_place(cfg.feature_cache),
     )
+    return scores, annotation, frames

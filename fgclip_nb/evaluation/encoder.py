@@ -6,9 +6,13 @@
 __all__ = ['Encoder']
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #8401efd7
+import hashlib, inspect, itertools
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.data.inputs import clip_inputs
+from fgclip_nb.data.photos import normalize, read_image
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #3d42a792
 def vision_size(model):
@@ -17,270 +21,321 @@ def vision_size(model):
     return int(config.image_size), int(config.patch_size)
 
 
-def _tensor(out):
+def feature_tensor(out):
     "The feature tensor of a model call; transformers 5 wraps it in an output object."
     return out if hasattr(out, "detach") else out.pooler_output
 
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #7c6acd4b
+def has_long_path(model):
+    """Whether the model was trained to read captions beyond 77 tokens.
 
-def _has_long_path(model):
-    "Whether the model was trained to read captions beyond 77 tokens: FG-CLIP was, plain CLIP (also inside this package's class) was not."
-    import inspect
-
+    FG-CLIP was, plain CLIP (also inside this package's class) was not."""
     report = getattr(model, "load_report", None)
     if report is not None and any("text_filip_projection" in str(x) for x in report.initialised):
         return False
     return "walk_short_pos" in inspect.signature(model.get_text_features).parameters
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #7ce1f031
-class _Frozen:
+@contextmanager
+def frozen(model):
     "Within: no gradient and evaluation mode; afterwards the model's mode is what it was."
+    import torch
 
-    def __init__(self, model):
-        self.model = model
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
 
-    def __enter__(self):
-        import torch
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #47267c27
+def weights_fingerprint(model):
+    """SHA-256 over names, dtypes and bytes of all weights, in sorted order.
 
-        self.training, self.grad = self.model.training, torch.inference_mode()
-        self.model.eval()
-        self.grad.__enter__()
+    Equal exactly when the weights are."""
+    import torch
 
-    def __exit__(self, *error):
-        self.grad.__exit__(*error)
-        self.model.train(self.training)
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #e3b931b3
-def _is_clip(item):
+def is_clip(item):
+    "Whether a sample is a stretch of video; a bare path is taken for a photo."
     return getattr(item, "kind", "image") == "video"
 
 
-class _EncoderBase:
-    "The model, its sizes, and what went wrong on the way."
+def media_of(item):
+    "Path of a sample's photo or video, or the path itself, as text."
+    return str(getattr(item, "media", item))
+
+
+def encoded_of(item):
+    "What `read_image` opens: the bytes of a photo embedded in a shard, else its path."
+    return getattr(item, "encoded", item)
+
+
+def why_unread(item):
+    "Why a photo or clip (sample or path) has no feature: `photo missing`, `clip unreadable`, …"
+    there = getattr(item, "data", None) is not None or Path(media_of(item)).is_file()
+    return f"{'clip' if is_clip(item) else 'photo'} {'unreadable' if there else 'missing'}"
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #614cf6c4
+def _readable_images(items, size, unreadable):
+    "Yield (row, uint8 (size,size,3)) of the images that can be read; the others are noted."
+    for row, item in enumerate(items):
+        try:
+            yield row, read_image(encoded_of(item), size)
+        except DataError as e:
+            unreadable.append({"file": media_of(item), "reason": str(e)})
+
+
+def pixel_batches(items, size, batch_size, device, unreadable):
+    """Yield (row numbers, pixel_values (b,3,size,size) on `device`) of the images that can be read.
+
+    items: samples or paths. Of the others {file, reason} is appended to `unreadable`."""
+    import torch
+
+    readable = _readable_images(items, size, unreadable)
+    while batch := list(itertools.islice(readable, batch_size)):
+        rows, pixels = zip(*batch)
+        yield list(rows), normalize(torch.from_numpy(np.stack(pixels)).to(device))
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #211cd46e
+def stack_features(parts, width=0):
+    "Feature tensors (…,D) -> one float32 array; (0, width) when there are none."
+    if not parts:
+        return np.zeros((0, width), dtype=np.float32)
+    return np.concatenate([p.detach().float().cpu().numpy() for p in parts])
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #1a30e85c
+def read_clip(sample, frames, size, device, unreadable):
+    """(`ClipInputs`, normalised pixels (F,3,size,size)) of `frames` frames of a video sample.
+
+    None when it cannot be read: then {file, reason} is appended to `unreadable`."""
+    import torch
+
+    try:
+        inputs = clip_inputs(sample, frames, size)
+    except DataError as e:
+        unreadable.append({"file": str(sample.media), "reason": str(e)})
+        return None
+    return inputs, normalize(torch.from_numpy(inputs.frames).to(device))
+
+
+def in_parts(n, size, call):
+    "call(slice) on slices of at most `size` of n rows, put together."
+    import torch
+
+    return torch.cat([call(slice(i, i + size)) for i in range(0, n, size)])
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #c617b0e0
+def clip_feature(model, inputs, pixels, batch_size):
+    """Frames (F,3,S,S) of a clip -> (1,D).
+
+    By the model's temporal head, or the mean over frames where it has none."""
+    import torch
+    from fgclip_nb.model.temporal import pool_clips
+
+    def encode(part):
+        return feature_tensor(model.get_image_features(pixel_values=pixels[part]))
+
+    frames = in_parts(len(pixels), batch_size, encode)
+    times = torch.from_numpy(inputs.times).to(frames.device)
+    clip = torch.zeros(len(frames), dtype=torch.int64, device=frames.device)
+    return pool_clips(getattr(model, "temporal", None), frames, times, clip, 1)
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #728b4f5d
+def text_batch_features(model, texts, context_length, long=False):
+    """Features (T,D) of a batch of texts, cut to `context_length` tokens.
+
+    long: by the path with 248 positions, where the model has one."""
+    from fgclip_nb.text.packing import tokenize
+
+    device = next(model.parameters()).device
+    batch = tokenize(texts, context_length=context_length).to(device)
+    if hasattr(model, "encode_text"):
+        return model.encode_text(batch, long=long and has_long_path(model))[batch.index]
+    path = {"walk_short_pos": not long} if has_long_path(model) else {}
+    return feature_tensor(model.get_text_features(input_ids=batch.input_ids, **path))[batch.index]
+
+
+def too_long(texts, context_length):
+    "The set of `texts` that lose words when cut to `context_length` tokens."
+    from fgclip_nb.text.tokenizer import encode
+
+    return {t for t, ids in zip(texts, encode(texts)) if len(ids) > context_length}
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #827ac312
+def in_cells(boxes, grid, device):
+    "Boxes (R,4) xyxy 0-1 -> float32 tensor (R,4) in cells of a grid x grid map."
+    import torch
+
+    cells = np.asarray(boxes, dtype=np.float32).reshape(-1, 4) * np.float32(grid)
+    return torch.as_tensor(cells, device=device)
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #d26c4e24
+def need_dense(model):
+    "Raise `ConfigError` when the model cannot encode regions."
+    if not hasattr(model, "get_image_box_roi_features"):
+        raise ConfigError(
+            f"{type(model).__name__} has no dense features, so no regions: load its folder with "
+            "FGCLIP.from_clip, which gives it a dense path, or ask for tasks of whole photos only"
+        )
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #0fa572c0
+def photo_region_features(model, batches, boxes, grid):
+    """Features of boxes in photos -> (tensors [(r,D)], int64 (R,2) numbers of photo and box).
+
+    batches: of `pixel_batches`; boxes: per photo (n,4) xyxy 0-1; boxes are numbered through."""
+    first, rows, parts = np.cumsum([0, *map(len, boxes)]), [], []
+    for photo_rows, pixels in batches:
+        cells = [in_cells(boxes[i], grid, pixels.device) for i in photo_rows]
+        parts.append(model.get_image_box_roi_features(pixels, box_info=cells))
+        rows += [(i, first[i] + j) for i in photo_rows for j in range(len(boxes[i]))]
+    return parts, np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #f44bcf5a
+def clip_region_feature(model, inputs, pixels, k, grid, batch_size):
+    "Mean feature (1,D) of region k of a clip (frames (F,3,S,S)) over the frames that show it."
+    shown = np.flatnonzero(inputs.visible[k])
+    cells = in_cells(inputs.boxes[k][shown], grid, pixels.device)[:, None]
+
+    def encode(part):
+        return model.get_image_box_roi_features(pixels[shown[part]], box_info=list(cells[part]))
+
+    return in_parts(len(shown), batch_size, encode).mean(0, keepdim=True)
+
+# %% ../../nbs/7_evaluation/02_encoder.ipynb #45b150d3
+class Encoder:
+    """A model seen through its features: batched, without gradient, returned as float32 arrays.
+
+    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size:
+    distinct texts per call; frames: per clip. `unreadable` collects {file, reason} of images left
+    out; `cut` the texts that were longer than the context."""
 
     def __init__(self, model, image_size=None, batch_size=64, text_batch_size=512, frames=32):
-        self.model, self.batch_size, self.text_batch_size, self.frames = (
-            model,
-            batch_size,
-            text_batch_size,
-            frames,
-        )
-        self.image_size, self.patch_size = (
-            image_size or vision_size(model)[0],
-            vision_size(model)[1],
-        )
-        self.context = {False: 77, True: 248 if _has_long_path(model) else 77}
-        self.unreadable, self.cut, self._images, self._texts = [], set(), {}, {False: {}, True: {}}
+        own_size, self.patch_size = vision_size(model)
+        self.model = model
+        self.image_size = image_size or own_size
+        self.batch_size = batch_size
+        self.text_batch_size = text_batch_size
+        self.frames = frames
+        self.context = {False: 77, True: 248 if has_long_path(model) else 77}
+        self.unreadable = []
+        self.cut = set()
+        self._images = {}  # (media, span) -> feature
+        self._texts = {False: {}, True: {}}  # long path or not -> text -> feature
 
     @property
     def device(self):
         return next(self.model.parameters()).device
 
+    @property
+    def grid(self):
+        "Patches along a side of the image."
+        return self.image_size // self.patch_size
+
     def why_lost(self, item):
         "Why a photo or clip (sample or path) has no feature."
-        there = getattr(item, "data", None) is not None or Path(_media(item)).is_file()
-        return f"{'clip' if _is_clip(item) else 'photo'} {'unreadable' if there else 'missing'}"
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #211cd46e
-def _stack(parts, width=0):
-    "Feature tensors -> one float32 array; (0, width) when there are none."
-    return (
-        np.concatenate([p.detach().float().cpu().numpy() for p in parts])
-        if parts
-        else np.zeros((0, width), dtype=np.float32)
-    )
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #614cf6c4
-def _media(item):
-    return str(getattr(item, "media", item))
-
-
-def _encoded(item):
-    return getattr(item, "encoded", item)
-
-
-class _ImageEncoder(_EncoderBase):
-    def _readable(self, items):
-        "Yield (row, uint8 (S,S,3)) of the images (samples or paths) that can be read; the others are noted in `unreadable`."
-        from fgclip_nb.data.photos import read_image
-
-        for row, item in enumerate(items):
-            try:
-                yield row, read_image(_encoded(item), self.image_size)
-            except DataError as e:
-                self.unreadable.append({"file": _media(item), "reason": str(e)})
+        return why_unread(item)
 
     def pixel_batches(self, items):
         "Yield (rows, pixel_values (b,3,S,S)) of the readable images, on the model's device."
-        import itertools, torch
-        from fgclip_nb.data.photos import normalize
+        return pixel_batches(items, self.image_size, self.batch_size, self.device, self.unreadable)
 
-        readable = self._readable(items)
-        while batch := list(itertools.islice(readable, self.batch_size)):
-            rows, pixels = zip(*batch)
-            yield list(rows), normalize(torch.from_numpy(np.stack(pixels)).to(self.device))
-
-    def _new_photos(self, items):
-        "Encode photos that are not known yet."
-        new = {(_media(x), None): x for x in items if (_media(x), None) not in self._images}
-        keys = list(new)
-        for kept, pixels in self.pixel_batches(new.values()):
-            self._images.update(
-                zip(
-                    [keys[i] for i in kept],
-                    _stack([_tensor(self.model.get_image_features(pixel_values=pixels))]),
-                )
-            )
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #1a30e85c
-class _MediaEncoder(_ImageEncoder):
     def clip(self, sample):
-        "(`ClipInputs`, normalised frames (T,3,S,S)) of a video sample, or None when it cannot be read (noted in `unreadable`)."
-        import torch
-        from fgclip_nb.data.photos import normalize
-        from fgclip_nb.data.inputs import clip_inputs
+        "(`ClipInputs`, normalised frames (F,3,S,S)) of a video sample, or None; see `read_clip`."
+        return read_clip(sample, self.frames, self.image_size, self.device, self.unreadable)
 
-        try:
-            found = clip_inputs(sample, self.frames, self.image_size)
-        except DataError as e:
-            return self.unreadable.append({"file": str(sample.media), "reason": str(e)})
-        return found, normalize(torch.from_numpy(found.frames).to(self.device))
+    def _encode_photos(self, items):
+        "Encode photos that are not known yet."
+        new = {(media_of(x), None): x for x in items if (media_of(x), None) not in self._images}
+        keys = list(new)
+        for rows, pixels in self.pixel_batches(new.values()):
+            features = feature_tensor(self.model.get_image_features(pixel_values=pixels))
+            self._images.update(zip([keys[i] for i in rows], stack_features([features])))
 
-    def _in_parts(self, pixels, call):
-        "call(slice) over batches of frames, put together."
-        import torch
-
-        return torch.cat(
-            [call(slice(i, i + self.batch_size)) for i in range(0, len(pixels), self.batch_size)]
-        )
-
-    def _new_clip(self, sample, key):
+    def _encode_clip(self, key, sample):
         "Encode a clip that is not known yet."
-        if key in self._images or (found := self.clip(sample)) is None:
+        if key in self._images:
             return
-        features = self._in_parts(
-            found[1],
-            lambda part: _tensor(self.model.get_image_features(pixel_values=found[1][part])),
-        )
-        self._images[key] = _stack([self._clip_feature(features, found[0])])[0]
-
-    def _clip_feature(self, frames, inputs):
-        "Frame features (T,D) -> (1,D) by the model's temporal head, or their mean where it has none."
-        import torch
-        from fgclip_nb.model.temporal import pool_clips
-
-        times, clip = (
-            torch.from_numpy(inputs.times).to(frames.device),
-            torch.zeros(len(frames), dtype=torch.int64, device=frames.device),
-        )
-        return pool_clips(getattr(self.model, "temporal", None), frames, times, clip, 1)
+        clip = self.clip(sample)
+        if clip is not None:
+            feature = clip_feature(self.model, *clip, self.batch_size)
+            self._images[key] = stack_features([feature])[0]
 
     def images(self, items):
-        """Global features of the readable ones among `items` (paths, or samples of photos and clips): (float32 (k,D), rows (k,) int64).
-        Each is encoded once."""
-        keys = [(_media(x), getattr(x, "span", None) if _is_clip(x) else None) for x in items]
-        with _Frozen(self.model):
-            self._new_photos([x for x in items if not _is_clip(x)])
+        """Global features of the readable ones of `items`: paths, or samples of photos and clips.
+
+        (float32 (k,D), rows (k,) int64). Each is encoded once."""
+        keys = [(media_of(x), getattr(x, "span", None) if is_clip(x) else None) for x in items]
+        with frozen(self.model):
+            self._encode_photos([x for x in items if not is_clip(x)])
             for key, x in zip(keys, items):
-                if _is_clip(x):
-                    self._new_clip(x, key)
+                if is_clip(x):
+                    self._encode_clip(key, x)
         rows = [i for i, k in enumerate(keys) if k in self._images]
-        return (np.stack([self._images[keys[i]] for i in rows]) if rows else _stack([])), np.array(
-            rows, dtype=np.int64
-        )
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #728b4f5d
-class _TextEncoder(_MediaEncoder):
-    def _encode(self, texts, long):
-        "Features of one batch of distinct texts."
-        from fgclip_nb.text.tokenizer import encode
-        from fgclip_nb.text.packing import tokenize
-
-        self.cut.update(t for t, ids in zip(texts, encode(texts)) if len(ids) > self.context[long])
-        batch = tokenize(texts, context_length=self.context[long]).to(self.device)
-        if hasattr(self.model, "encode_text"):
-            return self.model.encode_text(batch, long=long and _has_long_path(self.model))[
-                batch.index
-            ]
-        path = {"walk_short_pos": not long} if _has_long_path(self.model) else {}
-        return _tensor(self.model.get_text_features(input_ids=batch.input_ids, **path))[batch.index]
+        features = [self._images[keys[i]] for i in rows]
+        stacked = np.stack(features) if features else stack_features([])
+        return stacked, np.array(rows, dtype=np.int64)
 
     def texts(self, texts, long=False):
-        "Features of `texts`, float32 (n,D), in their order. long: the path with 248 positions, where the model has one."
+        """Features of `texts`, float32 (T,D), in their order.
+
+        long: the path with 248 positions, where the model has one."""
         known, texts = self._texts[long], list(texts)
         new = sorted(set(texts) - known.keys())
-        with _Frozen(self.model):
+        length = self.context[long]
+        with frozen(self.model):
             for i in range(0, len(new), self.text_batch_size):
                 part = new[i : i + self.text_batch_size]
-                known.update(zip(part, _stack([self._encode(part, long)])))
-        return np.stack([known[t] for t in texts]) if texts else np.zeros((0, 0), dtype=np.float32)
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #d26c4e24
-class _RegionEncoder(_TextEncoder):
-    "Features of boxes."
-
-    @property
-    def grid(self):
-        return self.image_size // self.patch_size
-
-    def _need_dense(self):
-        if not hasattr(self.model, "get_image_box_roi_features"):
-            raise ConfigError(
-                f"{type(self.model).__name__} has no dense features, so no regions: load its folder with FGCLIP.from_clip, "
-                "which gives it a dense path, or ask for tasks of whole photos only"
-            )
+                self.cut |= too_long(part, length)
+                features = text_batch_features(self.model, part, length, long)
+                known.update(zip(part, stack_features([features])))
+        return np.stack([known[t] for t in texts]) if texts else stack_features([])
 
     def regions(self, items, boxes):
-        """items: photos (samples or paths); boxes: one float (n,4) array per photo, 0-1 xyxy -> (float32 (k,D), photo number (k,), region
-        number within all boxes (k,))."""
-        import torch
+        """Features of boxes in photos (samples or paths); boxes: per photo float (n,4) xyxy 0-1.
 
-        self._need_dense()
-        first, rows, parts = np.cumsum([0, *map(len, boxes)]), [], []
-        with _Frozen(self.model):
-            for kept, pixels in self.pixel_batches(items):
-                cells = [
-                    torch.as_tensor(
-                        np.asarray(boxes[i], dtype=np.float32).reshape(-1, 4)
-                        * np.float32(self.grid),
-                        device=self.device,
-                    )
-                    for i in kept
-                ]
-                parts.append(self.model.get_image_box_roi_features(pixels, box_info=cells))
-                rows += [(i, first[i] + j) for i in kept for j in range(len(boxes[i]))]
-        rows = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        return _stack(parts), rows[:, 0], rows[:, 1]
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #f44bcf5a
-class Encoder(_RegionEncoder):
-    """A model seen through its features: batched, without gradient, returned as float32 arrays.
-
-    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size: distinct texts per call; frames: per clip.
-    `unreadable` collects {file, reason} of images left out; `cut` the texts that were longer than the context."""
-
-    def _clip_region(self, inputs, pixels, k):
-        "Mean feature (1,D) of region k over the frames that show it."
-        import torch
-
-        shown = np.flatnonzero(inputs.visible[k])
-        cells = torch.from_numpy(inputs.boxes[k][shown] * np.float32(self.grid)).to(self.device)[
-            :, None
-        ]
-        call = lambda part: self.model.get_image_box_roi_features(
-            pixels[shown[part]], box_info=list(cells[part])
-        )
-        return self._in_parts(shown, call).mean(0, keepdim=True)
+        (float32 (k,D), photo number (k,), box number within all boxes (k,)). Raises `ConfigError`
+        for a model without dense features."""
+        need_dense(self.model)
+        with frozen(self.model):
+            batches = self.pixel_batches(items)
+            parts, rows = photo_region_features(self.model, batches, boxes, self.grid)
+        return stack_features(parts), rows[:, 0], rows[:, 1]
 
     def clip_regions(self, sample, wanted):
-        "Regions of a clip for which wanted(region) holds and that are visible: (float32 (k,D), regions)."
-        self._need_dense()
-        if (found := self.clip(sample)) is None:
-            return _stack([]), []
-        picked = [k for k, r in enumerate(found[0].regions) if wanted(r)]
-        with _Frozen(self.model):
-            return _stack([self._clip_region(*found, k) for k in picked]), [
-                found[0].regions[k] for k in picked
+        """Regions of a clip for which wanted(region) holds and that are visible.
+
+        (float32 (k,D), regions); the mean of each box over the frames that show it."""
+        need_dense(self.model)
+        clip = self.clip(sample)
+        if clip is None:
+            return stack_features([]), []
+        inputs, pixels = clip
+        picked = [k for k, r in enumerate(inputs.regions) if wanted(r)]
+        with frozen(self.model):
+            features = [
+                clip_region_feature(self.model, inputs, pixels, k, self.grid, self.batch_size)
+                for k in picked
             ]
+        return stack_features(features), [inputs.regions[k] for k in picked]
+
+    def dense(self, item):
+        "Dense map of one photo (sample or path): float32 (grid, grid, D)."
+        with frozen(self.model):
+            maps = [
+                self.model.get_image_dense_features(pixels)
+                for _, pixels in self.pixel_batches([item])
+            ]
+        if not maps:
+            raise DataError(self.unreadable[-1]["reason"])
+        return stack_features(maps).reshape(self.grid, self.grid, -1)
 
     def describe(self):
         "Entries for the manifest."
@@ -294,25 +349,3 @@ class Encoder(_RegionEncoder):
             "frames_per_clip": self.frames,
             "context_length": context,
         }
-
-    def dense(self, item):
-        "Dense map of one photo (sample or path): float32 (grid, grid, D)."
-        with _Frozen(self.model):
-            maps = [
-                self.model.get_image_dense_features(pixels)
-                for _, pixels in self.pixel_batches([item])
-            ]
-        if not maps:
-            raise DataError(self.unreadable[-1]["reason"])
-        return _stack(maps).reshape(self.grid, self.grid, -1)
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #47267c27
-def weights_fingerprint(model):
-    "SHA-256 over names, dtypes and bytes of all weights, in sorted order: equal exactly when the weights are."
-    import hashlib, torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

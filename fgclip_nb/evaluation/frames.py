@@ -13,8 +13,8 @@ from fgclip_nb.evaluation.ranking import interval
 from fgclip_nb.evaluation.annotations import match_scores
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #0f5fd795
-def _auc_ap(labels, scores):
-    "(ROC AUC, average precision), or (None, None) when only one class is there."
+def auc_and_ap(labels, scores):
+    "(ROC AUC, average precision) of labels (T,) bool; (None, None) when one class only is there."
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     if labels.all() or not labels.any():
@@ -22,35 +22,32 @@ def _auc_ap(labels, scores):
     return float(roc_auc_score(labels, scores)), float(average_precision_score(labels, scores))
 
 
-def _pooled(found):
-    "All frames of some videos: labels, scores."
-    if not found:
+def pooled_frames(videos):
+    "All frames of `FrameScores`: labels bool (T,), scores (T,)."
+    if not videos:
         return np.zeros(0, dtype=bool), np.zeros(0)
-    return np.concatenate([f.labels for f in found]), np.concatenate([f.scores for f in found])
+    return np.concatenate([v.labels for v in videos]), np.concatenate([v.scores for v in videos])
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #d4fd52a4
 class WeightedCurves:
-    "AUC and AP under weights per video: scores are sorted once."
+    "AUC and AP of a list of `FrameScores` under weights per video: scores are sorted once."
 
-    def __init__(self, found):
-        labels, scores = _pooled(found)
-        video = np.repeat(np.arange(len(found)), [len(f.scores) for f in found])
+    def __init__(self, videos):
+        labels, scores = pooled_frames(videos)
+        video = np.repeat(np.arange(len(videos)), [len(v.scores) for v in videos])
         _, place = np.unique(-scores, return_inverse=True)  # 0 = highest score
-        cells, inverse = np.unique(place * len(found) + video, return_inverse=True)
-        self.levels, self.place, self.video = (
-            int(place.max()) + 1,
-            cells // len(found),
-            cells % len(found),
-        )
+        cells, inverse = np.unique(place * len(videos) + video, return_inverse=True)
+        self.levels = int(place.max()) + 1
+        self.place = cells // len(videos)
+        self.video = cells % len(videos)
         self.positive = np.bincount(inverse, weights=labels)
         self.negative = np.bincount(inverse) - self.positive
 
     def __call__(self, weights):
         "weights (videos,) -> (AUC, AP); (None, None) when one class has no weight."
-        p, n = (
-            np.bincount(self.place, weights=weights[self.video] * c, minlength=self.levels)
-            for c in (self.positive, self.negative)
-        )
+        weight = weights[self.video]
+        p = np.bincount(self.place, weights=weight * self.positive, minlength=self.levels)
+        n = np.bincount(self.place, weights=weight * self.negative, minlength=self.levels)
         tp, fp = np.cumsum(p), np.cumsum(n)
         if not tp[-1] or not fp[-1]:
             return None, None
@@ -58,46 +55,48 @@ class WeightedCurves:
         return float(auc), float((p * tp / np.maximum(tp + fp, 1e-300)).sum() / tp[-1])
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #e9aad139
-def _video_bootstrap(found, curves, repeats, seed):
-    """95 % intervals of AUC and AP over resampled videos (normal and anomalous apart, so that both stay present). None below three videos
-    of a kind that is there: drawing the same one or two again and again would look like certainty."""
-    rng, kinds = (
-        np.random.default_rng(seed),
-        [np.flatnonzero([bool(f.video.spans) == k for f in found]) for k in (False, True)],
-    )
+def video_bootstrap(videos, curves, repeats, seed):
+    """{"auc": [low, high], "ap": …}: 95 % intervals over resampled videos.
+
+    {} below three videos of a kind that is there."""
+    rng = np.random.default_rng(seed)
+    anomalous = np.array([bool(v.video.spans) for v in videos])
+    kinds = [np.flatnonzero(anomalous == k) for k in (False, True)]
     if any(0 < len(k) < 3 for k in kinds):
         return {}
-    weights = lambda: sum(
-        np.bincount(rng.choice(k, len(k)), minlength=len(found)) for k in kinds if len(k)
-    ).astype(float)
-    draws = [curves(weights()) for _ in range(repeats)]
+    draws = []
+    for _ in range(repeats):
+        drawn = [rng.choice(k, len(k)) for k in kinds if len(k)]
+        draws.append(
+            curves(sum(np.bincount(d, minlength=len(videos)) for d in drawn).astype(float))
+        )
     draws = np.array([d for d in draws if d[0] is not None])
     return {"auc": interval(draws[:, 0]), "ap": interval(draws[:, 1])} if len(draws) else {}
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #7f0670dc
-def _class_scores(found, curves):
-    "Per class: its videos together with all normal ones, and (`auc_within`) its videos alone."
-    normal, out = np.array([not f.video.spans for f in found]), {}
-    for c in sorted({c for f in found for c in f.video.classes}):
-        own = np.array([c in f.video.classes for f in found])
-        (auc, ap), (within, _) = (curves(weights.astype(float)) for weights in (own | normal, own))
-        frames = sum(len(f.scores) for f, o in zip(found, own) if o)
+def class_scores(videos, curves):
+    """class -> its AUC and AP with all normal videos, and `auc_within`: in its own videos alone."""
+    normal, out = np.array([not v.video.spans for v in videos]), {}
+    for c in sorted({c for v in videos for c in v.video.classes}):
+        own = np.array([c in v.video.classes for v in videos])
+        auc, ap = curves((own | normal).astype(float))
         out[c] = {
             "auc": auc,
             "ap": ap,
-            "auc_within": within,
+            "auc_within": curves(own.astype(float))[0],
             "videos": int(own.sum()),
-            "frames": int(frames),
+            "frames": int(sum(len(v.scores) for v, o in zip(videos, own) if o)),
         }
     return out
 
-# %% ../../nbs/7_evaluation/11_frames.ipynb #71095516
-def _frame_figures(found, threshold):
+
+def frame_figures(videos, threshold):
     "The figures of matched videos and their denominators."
-    labels, values = _pooled(found)
-    normal, anomalous = ([f for f in found if bool(f.video.spans) == k] for k in (False, True))
-    (auc, ap), (auc_anomalous, ap_anomalous) = _auc_ap(labels, values), _auc_ap(*_pooled(anomalous))
-    alarms = _pooled(normal)[1] >= threshold
+    labels, values = pooled_frames(videos)
+    normal, anomalous = ([v for v in videos if bool(v.video.spans) == k] for k in (False, True))
+    auc, ap = auc_and_ap(labels, values)
+    auc_anomalous, ap_anomalous = auc_and_ap(*pooled_frames(anomalous))
+    alarms = pooled_frames(normal)[1] >= threshold
     return {
         "auc": auc,
         "ap": ap,
@@ -106,12 +105,12 @@ def _frame_figures(found, threshold):
         "ap_anomalous": ap_anomalous,
         "false_alarm_rate": float(alarms.mean()) if len(alarms) else None,
         "threshold": threshold,
-        "videos": len(found),
+        "videos": len(videos),
         "normal_videos": len(normal),
         "anomalous_videos": len(anomalous),
         "frames": len(labels),
         "anomalous_frames": int(labels.sum()),
-        "annotated_frames_cut": sum(f.cut for f in found),
+        "annotated_frames_cut": sum(v.cut for v in videos),
     }
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #36db803d
@@ -127,30 +126,34 @@ def frame_auc(
 ):
     """Frame-level ROC AUC and AP of any method's scores.
 
-    scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or without suffix; annotation_file: UCF-Crime
-    or XD-Violence test labels, or {name: AnomalyVideo}; frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`,
-    `smooth`; threshold: for the false-alarm rate. Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos
-    only), per_class, false_alarm_rate (share of the frames of normal videos at or over the threshold), denominators, missing, unannotated
-    and rejects. A figure that needs two classes is None with only one."""
-    found, rejects, missing, extra = match_scores(
+    scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or
+    without suffix; annotation_file: UCF-Crime or XD-Violence test labels, or {name: AnomalyVideo};
+    frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`, `smooth`;
+    threshold: for the false-alarm rate; repeats: draws behind the intervals, 0 for none.
+    Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos only),
+    per_class, false_alarm_rate (share of the frames of normal videos at or over the threshold),
+    denominators, missing, unannotated and rejects. A figure that needs two classes is None with
+    only one. Raises `DataError` when no scored video is annotated."""
+    videos, rejects, missing, extra = match_scores(
         scores, annotation_file, frames, segment, smoothing
     )
-    if not found:
+    if not videos:
         where = "the annotation" if isinstance(annotation_file, dict) else annotation_file
         raise DataError(
-            f"{where}: none of the scored videos has a usable line; scored: {extra[:3]}, rejects: {len(rejects)}"
+            f"{where}: none of the scored videos has a usable line; "
+            f"scored: {extra[:3]}, rejects: {len(rejects)}"
         )
     if missing:
         logging.getLogger("fgclip_nb").warning(
             "%d of %d annotated videos have no scores, e.g. %s",
             len(missing),
-            len(missing) + len(found),
+            len(missing) + len(videos),
             missing[0],
         )
-    curves = WeightedCurves(found)
-    return _frame_figures(found, threshold) | {
-        "interval": _video_bootstrap(found, curves, repeats, seed) if repeats else {},
-        "per_class": _class_scores(found, curves),
+    curves = WeightedCurves(videos)
+    return frame_figures(videos, threshold) | {
+        "interval": video_bootstrap(videos, curves, repeats, seed) if repeats else {},
+        "per_class": class_scores(videos, curves),
         "smoothing": smoothing,
         "missing": missing,
         "unannotated": extra,

@@ -6,25 +6,30 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #c26741be
-import math
+import math, textwrap
 from pathlib import Path
 import numpy as np
+from fgclip_nb.data.photos import read_image
+from fgclip_nb.data.samples import is_video
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.data.video_index import video_info
 from fgclip_nb.evaluation.ranking import cosines, unit
-from fgclip_nb.evaluation.encoder import _encoded, _is_clip, _media
-from fgclip_nb.evaluation.captions import _as_encoder, captions_of
-from fgclip_nb.evaluation.comparison import _shares
-from fgclip_nb.evaluation.frames import _auc_ap, _pooled
+from fgclip_nb.evaluation.encoder import encoded_of, is_clip, media_of
+from fgclip_nb.evaluation.captions import as_encoder, captions_of
+from fgclip_nb.evaluation.comparison import share_table
+from fgclip_nb.evaluation.frames import auc_and_ap, pooled_frames
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #62b9d1fb
-def _panels(n, columns=4, size=2.6):
-    "A figure with n axes without ticks."
+def panels(n, columns=4, size=2.6):
+    "A figure with n axes without ticks, `size` inches wide each: (figure, axes (n,))."
     import matplotlib.pyplot as plt
 
     columns = max(1, min(columns, n))
+    lines = math.ceil(n / columns)
     fig, axes = plt.subplots(
-        math.ceil(n / columns),
+        lines,
         columns,
-        figsize=(size * columns, size * 1.25 * math.ceil(n / columns)),
+        figsize=(size * columns, size * 1.25 * lines),
         squeeze=False,
         layout="constrained",
     )
@@ -34,80 +39,73 @@ def _panels(n, columns=4, size=2.6):
     return fig, axes.flatten()[:n]
 
 
-def _wrapped(text, width=30, lines=4):
-    "Text in at most `lines` lines."
-    import textwrap
-
+def wrapped(text, width=30, lines=4):
+    "Text in at most `lines` lines of `width` characters."
     return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …"))
 
-# %% ../../nbs/7_evaluation/14_pictures.ipynb #b0119adf
-def _draw_box(ax, box, height, width, color="tab:red"):
-    "A 0-1 xyxy box on an image of the given pixel size."
+
+def draw_box(ax, box, height, width, color="tab:red"):
+    "A 0-1 xyxy box on an image of the given size in pixels."
     from matplotlib.patches import Rectangle
 
     x1, y1, x2, y2 = np.asarray(box) * (width, height, width, height)
     for edge, line in (("white", 3.5), (color, 1.8)):
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=edge, lw=line))
 
-# %% ../../nbs/7_evaluation/14_pictures.ipynb #c3c222d4
-def _picture(item, frame=None, span=None):
-    "A photo (sample or path); of a video the frame asked for, else the middle of the span in seconds, else of the whole."
-    from fgclip_nb.data.photos import read_image
-    from fgclip_nb.data.video import read_frames
-    from fgclip_nb.data.video_index import video_info
-    from fgclip_nb.data.samples import is_video
 
-    path = _media(item)
+def picture_of(item, frame=None, span=None):
+    """A photo (sample or path) as uint8 (H,W,3).
+
+    Of a video the frame with number `frame`, else the middle of `span` (seconds), else of all."""
+    path = media_of(item)
     if not is_video(path):
-        return read_image(_encoded(item))
+        return read_image(encoded_of(item))
     info = video_info(path)
-    middle = int(sum(span) / 2 * info.fps) if span else info.frames // 2
-    return read_frames(path, [min(middle if frame is None else frame, info.frames - 1)])[0]
+    if frame is None:
+        frame = int(sum(span) / 2 * info.fps) if span else info.frames // 2
+    return read_frames(path, [min(frame, info.frames - 1)])[0]
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #9146e809
+def _mistake_title(row):
+    "What was right, what was answered, and by how much; a photo is named by its file."
+    answer = row["predicted"]
+    if str(answer).startswith("/"):
+        answer = Path(answer).name
+    place = f"rank {row['rank']} of {row['options']}, lead {row['margin']:.3f}"
+    return f"{wrapped('right: ' + str(row['answer']))}\n{wrapped(f'answered: {answer}')}\n{place}"
+
+
 def plot_mistakes(mistakes, title="Worst mistakes", samples=()):
-    """The rows of `Evaluation.mistakes` as photos with their box: what was right, what was answered, and by how much. A wrongly retrieved
-    photo is named by file. samples: needed where photos are embedded in shards."""
-    fig, axes = _panels(len(mistakes), size=3)
+    """The rows of `Evaluation.mistakes` as photos with their box.
+
+    What was right, what was answered, and by how much. samples: needed where photos are embedded in
+    shards."""
+    fig, axes = panels(len(mistakes), size=3)
     known = {s.media: s for s in samples}
     for ax, row in zip(axes, mistakes.to_dict("records")):
-        image = _picture(known.get(row["media"], row["media"]), row.get("frame"), row.get("span"))
+        item = known.get(row["media"], row["media"])
+        image = picture_of(item, row.get("frame"), row.get("span"))
         ax.imshow(image)
         if row.get("box") is not None:
-            _draw_box(ax, row["box"], *image.shape[:2])
-        answer = (
-            Path(row["predicted"]).name
-            if str(row["predicted"]).startswith("/")
-            else row["predicted"]
-        )
-        ax.set_title(
-            _wrapped(f"right: {row['answer']}")
-            + "\n"
-            + _wrapped(f"answered: {answer}")
-            + f"\nrank {row['rank']} of {row['options']}, lead {row['margin']:.3f}",
-            fontsize=7,
-        )
+            draw_box(ax, row["box"], *image.shape[:2])
+        ax.set_title(_mistake_title(row), fontsize=7)
     fig.suptitle(title)
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #4f11bafb
 def similarity_map(encoder, photo, texts):
-    "Cosines of each patch of one photo (sample or path) with each text: float32 (texts, grid, grid)."
+    "Cosines of each patch of one photo (sample or path) with each text: float32 (T, grid, grid)."
     patches = encoder.dense(photo)
     grid, words = len(patches), unit(encoder.texts(texts))
     return cosines(words, unit(patches.reshape(grid * grid, -1))).reshape(len(texts), grid, grid)
 
-# %% ../../nbs/7_evaluation/14_pictures.ipynb #663ca01d
-def plot_similarity(model, photo, texts, image_size=None):
-    "Dense similarity of one photo (sample or path) with texts, each over the photo, on one colour scale."
-    encoder = _as_encoder(model, image_size)
-    from fgclip_nb.data.photos import read_image
 
-    maps, image = (
-        similarity_map(encoder, photo, texts),
-        read_image(_encoded(photo), encoder.image_size),
-    )
-    fig, axes = _panels(len(texts) + 1, 4)
+def plot_similarity(model, photo, texts, image_size=None):
+    "Dense similarity of one photo (sample or path) with texts, each over the photo, on one scale."
+    encoder = as_encoder(model, image_size)
+    maps = similarity_map(encoder, photo, texts)
+    image = read_image(encoded_of(photo), encoder.image_size)
+    fig, axes = panels(len(texts) + 1, 4)
     axes[0].imshow(image)
     axes[0].set_title(f"the photo, read as {encoder.grid} x {encoder.grid} patches", fontsize=8)
     for ax, text, values in zip(axes[1:], texts, maps):
@@ -121,102 +119,84 @@ def plot_similarity(model, photo, texts, image_size=None):
             vmin=maps.min(),
             vmax=maps.max(),
         )
-        ax.set_title(_wrapped(text), fontsize=8)
+        ax.set_title(wrapped(text), fontsize=8)
     fig.colorbar(shown, ax=list(axes), label="cosine of patch and text", shrink=0.8)
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #bd8515f0
 def plot_neighbours(model, samples, queries, k=4, image_size=None):
-    "For each query text the k photos nearest to it, best first, with cosines; a green frame marks a photo that the query is a caption of."
-    from fgclip_nb.data.photos import read_image
+    """For each query text the k photos nearest to it, best first, with cosines.
 
-    encoder = _as_encoder(model, image_size)
-    samples = [s for s in samples if not _is_clip(s)]
+    A green frame marks a photo that the query is a caption of."""
+    encoder = as_encoder(model, image_size)
+    samples = [s for s in samples if not is_clip(s)]
     images, rows = encoder.images(samples)
     scores = cosines(unit(encoder.texts(queries)), unit(images))
-    fig, axes = _panels(k * len(queries), k, 2.4)
+    fig, axes = panels(k * len(queries), k, 2.4)
     for q, text in enumerate(queries):
         for place, i in enumerate(np.argsort(-scores[q], kind="stable")[:k]):
             ax, sample = axes[q * k + place], samples[rows[i]]
             image = read_image(sample.encoded)
             ax.imshow(image)
             if text in captions_of(sample, most=10**6):
-                _draw_box(ax, (0, 0, 1, 1), *image.shape[:2], color="tab:green")
-            ax.set_title(
-                (_wrapped(text, 38) + "\n" if place == 0 else "") + f"cosine {scores[q, i]:.3f}",
-                fontsize=7,
-                loc="left",
-            )
+                draw_box(ax, (0, 0, 1, 1), *image.shape[:2], color="tab:green")
+            start = wrapped(text, 38) + "\n" if place == 0 else ""
+            ax.set_title(f"{start}cosine {scores[q, i]:.3f}", fontsize=7, loc="left")
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #5f627d07
 def plot_scores(evaluation, title=""):
-    "Every share of an evaluation as a point with its 95 % interval, beside the band that permuted links score and nominal chance."
+    """Every share of an evaluation as a point with its 95 % interval.
+
+    Beside it the band that permuted links score, and nominal chance."""
     import matplotlib.pyplot as plt
 
-    table = _shares(evaluation).iloc[::-1].reset_index()
+    table = share_table(evaluation).iloc[::-1].reset_index()
+    columns = ["value", "low", "high", "chance", "chance_low", "chance_high"]
+    numbers, y = table[columns].astype(float), table.index
     fig, ax = plt.subplots(figsize=(8, 1.4 + 0.22 * len(table)), layout="constrained")
-    numbers = {
-        c: table[c].astype(float)
-        for c in ("value", "low", "high", "chance", "chance_low", "chance_high")
-    }
-    ax.hlines(
-        table.index,
-        numbers["chance_low"],
-        numbers["chance_high"],
-        color="0.8",
-        lw=7,
-        label="pictures shuffled (95 %)",
-    )
-    ax.hlines(table.index, numbers["low"], numbers["high"], color="tab:blue", lw=1.5)
-    ax.plot(
-        numbers["value"],
-        table.index,
-        "o",
-        color="tab:blue",
-        ms=4,
-        label="score, with its 95 % interval",
-    )
-    ax.plot(numbers["chance"], table.index, "|", color="black", ms=9, label="blind guess")
-    ax.set_yticks(
-        table.index,
-        [f"{r.task} {r.list} {r.metric} ({r.scored} of {r.asked})" for r in table.itertuples()],
-        fontsize=7,
-    )
+    band = {"color": "0.8", "lw": 7, "label": "pictures shuffled (95 %)"}
+    ax.hlines(y, numbers["chance_low"], numbers["chance_high"], **band)
+    ax.hlines(y, numbers["low"], numbers["high"], color="tab:blue", lw=1.5)
+    point = {"color": "tab:blue", "ms": 4, "label": "score, with its 95 % interval"}
+    ax.plot(numbers["value"], y, "o", **point)
+    ax.plot(numbers["chance"], y, "|", color="black", ms=9, label="blind guess")
+    labels = [f"{r.task} {r.list} {r.metric} ({r.scored} of {r.asked})" for r in table.itertuples()]
+    ax.set_yticks(y, labels, fontsize=7)
     ax.set(xlabel="share right", xlim=(-0.02, 1.02), title=title)
     fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #dfdae292
-def plot_anomaly(found, threshold=0.5):
+def plot_anomaly(videos, threshold=0.5):
     "Scores over time of videos (`FrameScores` of `match_scores`), annotated spans shaded."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(len(found), 1, figsize=(9, 1.7 * len(found)), squeeze=False)
-    for ax, f in zip(axes[:, 0], found):
-        ax.plot(f.scores, lw=1, color="tab:blue")
-        for first, last in f.video.spans:
+    fig, axes = plt.subplots(len(videos), 1, figsize=(9, 1.7 * len(videos)), squeeze=False)
+    for ax, v in zip(axes[:, 0], videos):
+        ax.plot(v.scores, lw=1, color="tab:blue")
+        for first, last in v.video.spans:
             ax.axvspan(first, last, color="tab:red", alpha=0.25, lw=0)
         ax.axhline(threshold, color="0.5", lw=0.8, ls="--")
-        ax.set(ylim=(-0.03, 1.03), xlim=(0, max(1, len(f.scores) - 1)), ylabel="score")
-        told = (
-            f"{', '.join(f.video.classes)}, annotated frames in red" if f.video.spans else "normal"
-        )
-        ax.set_title(f"{f.video.name}: {told}", fontsize=8, loc="left")
+        ax.set(ylim=(-0.03, 1.03), xlim=(0, max(1, len(v.scores) - 1)), ylabel="score")
+        kind = "normal"
+        if v.video.spans:
+            kind = f"{', '.join(v.video.classes)}, annotated frames in red"
+        ax.set_title(f"{v.video.name}: {kind}", fontsize=8, loc="left")
     axes[-1, 0].set_xlabel("frame")
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/7_evaluation/14_pictures.ipynb #3dee4210
+
 def plot_curves(named):
-    "ROC and precision-recall curves over all frames; named: label -> list of FrameScores."
+    "ROC and precision-recall curves over all frames; named: label -> list of `FrameScores`."
     import matplotlib.pyplot as plt
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
-    for label, found in named.items():
-        labels, scores = _pooled(found)
-        auc, ap = _auc_ap(labels, scores)
+    for label, videos in named.items():
+        labels, scores = pooled_frames(videos)
+        auc, ap = auc_and_ap(labels, scores)
         left.plot(*roc_curve(labels, scores)[:2], label=f"{label}: AUC {auc:.3f}")
         precision, recall, _ = precision_recall_curve(labels, scores)
         right.plot(recall, precision, label=f"{label}: AP {ap:.3f}")

@@ -15,24 +15,25 @@ from fgclip_nb.core.identity import ConfigError, DataError
 def unit(features, name="features"):
     """Rows of `features` (N,D; array or tensor) as float64 unit vectors.
 
-    A zero row stays zero: it scores the same with everything, so it ties and, by default, loses. NaN or Inf raises `DataError`."""
-    x = np.asarray(
-        features.detach().cpu().double() if hasattr(features, "detach") else features,
-        dtype=np.float64,
-    )
+    A zero row stays zero: it scores the same with everything, so it ties and, by default, loses.
+    NaN or Inf raises `DataError`."""
+    if hasattr(features, "detach"):
+        features = features.detach().cpu().double()
+    x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2:
         raise DataError(f"{name}: expected shape (N, D), got {x.shape}")
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
         raise DataError(
-            f"{name}: {len(bad)} of {len(x)} rows hold NaN or Inf, the first is row {bad[0]}; remove them before scoring"
+            f"{name}: {len(bad)} of {len(x)} rows hold NaN or Inf, the first is row {bad[0]}; "
+            "remove them before scoring"
         )
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     return x / np.where(norm > 0, norm, 1)
 
 
 def cosines(a, b):
-    "Cosines of unit rows `a` (n,D) with `b` (m,D): summed in float64, rounded to float32 so that equal features tie exactly."
+    "Cosines float32 (n,m) of unit rows `a` (n,D), `b` (m,D), summed in float64: equal rows tie."
     return (a @ b.T).astype(np.float32)
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #c657277c
@@ -40,19 +41,23 @@ TIE_RULES = ("against", "official")
 
 
 def standing(scores, ties="against"):
-    "For each entry of `scores` (n,m): how many entries of its row are >= it (ties='against') or > it (ties='official'). int32 (n,m)."
+    """For each entry of `scores` (n,m): how many entries of its row are as high, int32 (n,m).
+
+    As high is >= with ties="against" and > with "official"; another rule is a `ConfigError`."""
     from scipy.stats import rankdata
 
     if ties not in TIE_RULES:
         raise ConfigError(f"ties: {ties!r} is not one of {', '.join(TIE_RULES)}")
-    ranks = rankdata(-scores, method="max" if ties == "against" else "min", axis=1).astype(np.int32)
+    method = "max" if ties == "against" else "min"
+    ranks = rankdata(-scores, method=method, axis=1).astype(np.int32)
     return ranks if ties == "against" else ranks - 1
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #ff1f80f0
 def best_rank(counts, right, ties="against"):
     """Rank (from 1) of the best right answer of each query; 0 where a query has none.
 
-    counts (n,m) from `standing`; right (…,n,g) candidate numbers, -1 = no entry. Right answers never count against each other."""
+    counts (n,m) from `standing`; right (…,n,g) candidate numbers, -1 = no entry. Right answers
+    never count against each other."""
     far = np.iinfo(np.int32).max
     picked = np.where(right >= 0, counts[np.arange(len(counts))[:, None], right], far)
     best = picked.min(-1)
@@ -61,7 +66,9 @@ def best_rank(counts, right, ties="against"):
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #0a550385
 def chance_recall(n, m, k):
-    "Probability that at least one of m right answers stands among the first k of n in random order. 0 when m = 0."
+    """Probability that one of m right answers stands among the first k of n in random order.
+
+    0 when m = 0."""
     n, m, k = int(n), int(m), min(int(k), int(n))
     return (math.comb(n, k) - math.comb(n - m, k)) / math.comb(n, k)
 
@@ -78,26 +85,25 @@ def _group_sums(values, groups):
 
 
 def bootstrap_means(values, groups=None, repeats=1000, seed=0):
-    "Means of `values` (n,) over `repeats` resamplings of items, or of whole `groups` (n,). float64 (repeats,)."
+    "Means float64 (repeats,) of `values` (n,) when items, or whole `groups` (n,), are redrawn."
     values = np.asarray(values, dtype=np.float64)
-    sums, sizes = (
-        (values, np.ones(len(values)))
-        if groups is None
-        else _group_sums(values, np.asarray(groups))
-    )
+    if groups is None:
+        sums, sizes = values, np.ones(len(values))
+    else:
+        sums, sizes = _group_sums(values, np.asarray(groups))
     rng, means = np.random.default_rng(seed), np.empty(repeats)
     for i in range(repeats):
         drawn = rng.integers(0, len(sums), len(sums))
         means[i] = sums[drawn].sum() / sizes[drawn].sum()
     return means
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #d6b0a6de
+
 def interval(draws, level=0.95):
     "[low, high] that holds the middle `level` of `draws`."
     return [float(v) for v in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #33211c71
-def _padded(lists):
+def padded_rows(lists):
     "Ragged lists of row numbers -> int64 (n, longest), filled up with -1."
     out = np.full((len(lists), max([1, *map(len, lists)])), -1, dtype=np.int64)
     for row, items in zip(out, lists):
@@ -112,12 +118,26 @@ def _rows_of(ids):
         rows.setdefault(key, []).append(row)
     return rows
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #bf361c88
-def links(n_images, n_texts, image_ids=None, text_image=None, text_ids=None):
-    """Which answers are right: (texts of each image (I,g), images of each text (T,h)), int64 row numbers, -1 = none.
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #5412007a
+def _link_tables(rows, text_image, text_ids, n_images):
+    "The two padded tables of `links` from checked ids; rows: image id -> row numbers."
+    shared = {}
+    for key, text in zip(text_image, text_ids):
+        shared.setdefault(text, {}).update(dict.fromkeys(rows[key]))
+    images_of = [list(shared[text]) for text in text_ids]
+    texts_of = [[] for _ in range(n_images)]
+    for text, images in enumerate(images_of):
+        for image in images:
+            texts_of[image].append(text)
+    return padded_rows(texts_of), padded_rows(images_of)
 
-    text_image: for each text its image's row, or its id when image_ids are given; default: text i belongs to image i.
-    text_ids: texts with equal ids are one sentence and share their images. Raises `DataError` for an unknown image."""
+
+def links(n_images, n_texts, image_ids=None, text_image=None, text_ids=None):
+    """Which answers are right: (texts of each image (I,g), images of each text (T,h)).
+
+    Both are int64 row numbers, -1 = none. text_image: for each text its image's row, or its id when
+    image_ids are given; default: text i belongs to image i. text_ids: texts with equal ids are one
+    sentence and share their images. Raises `DataError` for an unknown image."""
     image_ids = list(range(n_images)) if image_ids is None else list(np.asarray(image_ids).tolist())
     if text_image is None and n_images != n_texts:
         raise DataError(
@@ -125,53 +145,70 @@ def links(n_images, n_texts, image_ids=None, text_image=None, text_ids=None):
         )
     text_image = image_ids if text_image is None else list(np.asarray(text_image).tolist())
     text_ids = list(range(n_texts)) if text_ids is None else list(np.asarray(text_ids).tolist())
-    for name, ids, n in (
-        ("image_ids", image_ids, n_images),
-        ("text_image", text_image, n_texts),
-        ("text_ids", text_ids, n_texts),
-    ):
+    sizes = {"image_ids": n_images, "text_image": n_texts, "text_ids": n_texts}
+    for (name, n), ids in zip(sizes.items(), (image_ids, text_image, text_ids)):
         if len(ids) != n:
             raise DataError(f"{name}: {len(ids)} entries for {n} rows")
     rows = _rows_of(image_ids)
     unknown = [t for t, key in enumerate(text_image) if key not in rows]
     if unknown:
         raise DataError(
-            f"text_image: text {unknown[0]} belongs to image {text_image[unknown[0]]!r}, which is not among the images"
+            f"text_image: text {unknown[0]} belongs to image {text_image[unknown[0]]!r}, "
+            "which is not among the images"
         )
     return _link_tables(rows, text_image, text_ids, n_images)
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #5412007a
-def _link_tables(rows, text_image, text_ids, n_images):
-    "The two padded tables of `links` from checked ids."
-    shared = {}
-    for key, text in zip(text_image, text_ids):
-        shared.setdefault(text, {}).update(dict.fromkeys(rows[key]))
-    images_of, texts_of = [list(shared[text]) for text in text_ids], [[] for _ in range(n_images)]
-    for text, images in enumerate(images_of):
-        for image in images:
-            texts_of[image].append(text)
-    return _padded(texts_of), _padded(images_of)
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #c41d7f03
+def _permutations(n, repeats, seed):
+    "`repeats` random permutations of n rows and their inverses, int64 (repeats,n) each."
+    rng = np.random.default_rng(seed)
+    perm = np.zeros((repeats, 0), dtype=np.int64)
+    if n:
+        perm = np.argsort(rng.random((repeats, n)), axis=1)
+    return perm, np.argsort(perm, axis=1)
+
+
+def permuted_links(texts_of, images_of, repeats, seed):
+    """Links under permutations, as functions of a slice of queries.
+
+    block -> right answers int64 (repeats, rows, g), for image queries and for text queries."""
+    perm, inverse = _permutations(len(texts_of), repeats, seed)
+
+    def texts_of_images(block):
+        return texts_of[perm[:, block]]
+
+    def images_of_texts(block):
+        return np.where(images_of[block] >= 0, inverse[:, images_of[block]], -1)
+
+    return texts_of_images, images_of_texts
+
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #66ddead2
+def grouped_permutations(groups, repeats, seed):
+    "Permutations int64 (repeats,n) of n items that shuffle whole groups (n,), dealt out again."
+    rng = np.random.default_rng(seed)
+    _, inverse = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    here = np.argsort(inverse, kind="stable")
+    perm = np.empty((repeats, len(inverse)), dtype=np.int64)
+    for row in perm:
+        shuffled = rng.permutation(inverse.max(initial=-1) + 1)
+        row[here] = np.argsort(shuffled[inverse], kind="stable")
+    return perm
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #44e88b99
-def _blocks(n, width, budget=4_000_000):
+def row_blocks(n, width, budget=4_000_000):
     "Slices over n rows so that rows × width stays near `budget` entries."
     rows = max(1, budget // max(1, width))
     return [slice(i, min(n, i + rows)) for i in range(0, n, rows)]
 
 
-@dataclass
-class Places:
-    """Per query: ranks of the best right answer (0 without one), the best wrong candidate and its lead over the right one; null sums (P,
-    len(ks)+1)."""
-
-    ranks: np.ndarray
-    wrong: np.ndarray
-    margin: np.ndarray
-    null: np.ndarray | None = None
+def null_sums(ranks, ks):
+    "ranks (P,n), 0 = no right answer -> float64 (P, len(ks)+1): hits at each k, sum of ranks."
+    hits = [((ranks > 0) & (ranks <= k)).sum(1) for k in ks]
+    return np.stack([*hits, ranks.sum(1)], 1).astype(np.float64)
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #0991eaf1
 def _best_wrong(scores, right):
-    "Highest candidate that is not right, and its lead over the best right one; scores (n,m), right (n,g)."
+    "Best candidate that is not right, its lead over the best right one; scores (n,m), right (n,g)."
     rows, there = np.arange(len(scores))[:, None], right >= 0
     own = np.where(there, scores[rows, right], -np.inf).max(1)
     wrong = scores.copy()
@@ -180,63 +217,33 @@ def _best_wrong(scores, right):
     return best, wrong[rows[:, 0], best] - own
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #d5faa0e9
+@dataclass
+class Places:
+    """What `rank_queries` finds for n queries.
+
+    ranks (n,) of the best right answer (0 without one); the best wrong candidate (n,) and its lead
+    `margin` (n,) over the right one; null (P, len(ks)+1): sums under permutations."""
+
+    ranks: np.ndarray
+    wrong: np.ndarray
+    margin: np.ndarray
+    null: np.ndarray | None = None
+
+
 def rank_queries(queries, candidates, right, permuted=None, ties="against", ks=(1, 5, 10)):
-    """Places of the best right answers, and what they would be under permuted links.
+    """`Places` of the best right answers, and what they would be under permuted links.
 
     queries (n,D), candidates (m,D) unit rows; right (n,g) candidate numbers, -1 = none;
     permuted: function(block) -> right answers (P,rows,g) under P permutations."""
-    n = len(queries)
-    out, sums = Places(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64), np.zeros(n)), 0
-    for block in _blocks(n, max(len(candidates), 1000 * right.shape[1] if permuted else 1)):
+    n, sums = len(queries), 0
+    out = Places(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64), np.zeros(n))
+    for block in row_blocks(n, max(len(candidates), 1000 * right.shape[1] if permuted else 1)):
         scores = cosines(queries[block], candidates)
         counts = standing(scores, ties)
         out.ranks[block] = best_rank(counts, right[block], ties)
         out.wrong[block], out.margin[block] = _best_wrong(scores, right[block])
         if permuted is not None:
-            sums = sums + _null_sums(best_rank(counts, permuted(block), ties), ks)
+            sums = sums + null_sums(best_rank(counts, permuted(block), ties), ks)
     if permuted is not None:
         out.null = sums
     return out
-
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #869cdcdd
-def _null_sums(ranks, ks):
-    "ranks (P,n), 0 = no right answer -> (P, len(ks)+1): hits at each k, sum of ranks."
-    return np.stack([((ranks > 0) & (ranks <= k)).sum(1) for k in ks] + [ranks.sum(1)], 1).astype(
-        np.float64
-    )
-
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #c41d7f03
-def _permutations(n, repeats, seed):
-    "`repeats` random permutations of n rows and their inverses, int64 (repeats,n) each."
-    rng = np.random.default_rng(seed)
-    perm = (
-        np.argsort(rng.random((repeats, n)), axis=1)
-        if n
-        else np.zeros((repeats, 0), dtype=np.int64)
-    )
-    return perm, np.argsort(perm, axis=1)
-
-
-def _grouped_permutations(groups, repeats, seed):
-    """Permutations of n items (repeats,n) that shuffle whole groups: the groups' items in a random order of groups, dealt out again.
-
-    Items of one photo look alike and so do their answers; shuffling single items would call that luck knowledge."""
-    rng, (_, inverse) = (
-        np.random.default_rng(seed),
-        np.unique(np.asarray(groups, dtype=str), return_inverse=True),
-    )
-    here, perm = (
-        np.argsort(inverse, kind="stable"),
-        np.empty((repeats, len(inverse)), dtype=np.int64),
-    )
-    for row in perm:
-        row[here] = np.argsort(rng.permutation(inverse.max(initial=-1) + 1)[inverse], kind="stable")
-    return perm
-
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #ae960978
-def _permuted_links(texts_of, images_of, repeats, seed):
-    "Functions block -> right answers (repeats, rows, g) for image queries and for text queries."
-    perm, inverse = _permutations(len(texts_of), repeats, seed)
-    i2t = lambda block: texts_of[perm[:, block]]
-    t2i = lambda block: np.where(images_of[block] >= 0, inverse[:, images_of[block]], -1)
-    return i2t, t2i

@@ -9,12 +9,33 @@ __all__ = []
 from collections import Counter
 from dataclasses import dataclass
 import numpy as np
-from fgclip_nb.evaluation.encoder import _is_clip
+from fgclip_nb.data.samples import visible_spans
+from fgclip_nb.evaluation.encoder import is_clip
+
+# %% ../../nbs/7_evaluation/05_regions.ipynb #66fb84a9
+def region_id(sample, region):
+    "A name that is the same in every evaluation of the data."
+    return region.id or f"{sample.id} {region.phrase}"
+
+
+def shown_at(region):
+    "(frame number or None in a photo, box xyxy 0-1) that show a region; (None, None) if none does."
+    if region.box is not None or not region.keyframes:
+        return None, region.box
+    spans = visible_spans(region.keyframes)
+    if not spans:
+        return None, None
+    longest = max(spans, key=lambda v: v[-1].frame - v[0].frame)
+    middle = longest[len(longest) // 2]
+    return middle.frame, middle.bbox
 
 # %% ../../nbs/7_evaluation/05_regions.ipynb #1c782994
 @dataclass
 class RegionSet:
-    "Regions that were encoded: features (k,D) and the (sample, region) of each row; `left`: (sample, region, reason) of the others."
+    """Regions that were encoded, and those that were not.
+
+    features (R,D); items: the (sample, region) of each row; left: (sample, region, reason) of the
+    others."""
 
     features: np.ndarray
     items: list
@@ -22,60 +43,43 @@ class RegionSet:
 
     @property
     def ids(self):
-        return [_region_id(s, r) for s, r in self.items]
+        return [region_id(s, r) for s, r in self.items]
 
     @property
     def groups(self):
+        "The photo of each row: what is resampled together."
         return [s.id for s, _ in self.items]
 
     def detail(self):
-        "What the pictures need: media, and the frame (None in a photo) and box that show the region."
-        frames, boxes = zip(*(_shown_at(r) for _, r in self.items)) if self.items else ((), ())
+        "What the pictures need: media, and the frame (None in a photo) and box of each region."
+        shown = [shown_at(r) for _, r in self.items]
         return {
             "media": [s.media for s, _ in self.items],
-            "frame": list(frames),
-            "box": list(boxes),
+            "frame": [frame for frame, _ in shown],
+            "box": [box for _, box in shown],
         }
 
     def asked(self):
+        "(sample, region) of all regions, encoded or not: the full denominator."
         return self.items + [(s, r) for s, r, _ in self.left]
 
     def lost(self):
+        "reason -> number of regions that were left out."
         return dict(Counter(reason for *_, reason in self.left))
 
-# %% ../../nbs/7_evaluation/05_regions.ipynb #66fb84a9
-def _shown_at(region):
-    "(frame, box) that show a region: its own box in a photo, the middle keyframe of its longest span in a clip."
-    from fgclip_nb.data.samples import visible_spans
 
-    if region.box is not None or not region.keyframes:
-        return None, region.box
-    longest = max(
-        visible_spans(region.keyframes), key=lambda v: v[-1].frame - v[0].frame, default=[]
-    )
-    return (
-        (longest[len(longest) // 2].frame, longest[len(longest) // 2].bbox)
-        if longest
-        else (None, None)
-    )
-
-
-def _region_id(sample, region):
-    return region.id or f"{sample.id} {region.phrase}"
-
-
-def subset(found, wanted):
+def subset(regions, wanted):
     "The part of a `RegionSet` for which wanted(region) holds."
-    rows = [i for i, (_, r) in enumerate(found.items) if wanted(r)]
+    rows = [i for i, (_, r) in enumerate(regions.items) if wanted(r)]
     return RegionSet(
-        found.features[rows],
-        [found.items[i] for i in rows],
-        [x for x in found.left if wanted(x[1])],
+        regions.features[rows],
+        [regions.items[i] for i in rows],
+        [x for x in regions.left if wanted(x[1])],
     )
 
 # %% ../../nbs/7_evaluation/05_regions.ipynb #e819efe0
 def _photo_regions(encoder, pairs):
-    "[(sample, region with a box)] of photos -> features, [(sample, region)]; each photo is read once."
+    "[(sample, region with a box)] of photos -> features, [(sample, region)]; photos are read once."
     photos = {}
     for s, r in pairs:
         photos.setdefault(s.media, []).append((s, r))
@@ -84,28 +88,29 @@ def _photo_regions(encoder, pairs):
     items = [pair for own in photos.values() for pair in own]
     return features, [items[i] for i in rows]
 
-# %% ../../nbs/7_evaluation/05_regions.ipynb #70fd4c50
+
 def _why_left(encoder, sample, region, unreadable):
     "Why a region has no feature."
-    if not _is_clip(sample) and region.box is None:
+    if not is_clip(sample) and region.box is None:
         return "no box in a photo"
-    if _is_clip(sample) and sample.media not in unreadable:
+    if is_clip(sample) and sample.media not in unreadable:
         return "not visible in the frames looked at"
     return encoder.why_lost(sample)
 
 # %% ../../nbs/7_evaluation/05_regions.ipynb #32efb426
 def encode_regions(encoder, samples, wanted):
-    "Encode the regions for which wanted(region) holds, on readable photos and clips -> `RegionSet`."
-    asked = [(s, r) for s in samples for r in s.regions if wanted(r)]
-    parts = [
-        _photo_regions(encoder, [(s, r) for s, r in asked if not _is_clip(s) and r.box is not None])
-    ]
-    for s in {id(s): s for s, _ in asked if _is_clip(s)}.values():
+    "Encode the regions of photos and clips for which wanted(region) holds -> `RegionSet`."
+    pairs = [(s, r) for s in samples for r in s.regions if wanted(r)]
+    boxed = [(s, r) for s, r in pairs if not is_clip(s) and r.box is not None]
+    parts = [_photo_regions(encoder, boxed)]
+    for s in {id(s): s for s, _ in pairs if is_clip(s)}.values():
         features, regions = encoder.clip_regions(s, wanted)
         parts.append((features, [(s, r) for r in regions]))
-    items, features = [pair for _, part in parts for pair in part], [f for f, part in parts if part]
-    done, unreadable = {(id(s), id(r)) for s, r in items}, {x["file"] for x in encoder.unreadable}
+    items = [pair for _, part in parts for pair in part]
+    features = [f for f, part in parts if part] or [parts[0][0]]
+    done = {(id(s), id(r)) for s, r in items}
+    unreadable = {x["file"] for x in encoder.unreadable}
     left = [
-        (s, r, _why_left(encoder, s, r, unreadable)) for s, r in asked if (id(s), id(r)) not in done
+        (s, r, _why_left(encoder, s, r, unreadable)) for s, r in pairs if (id(s), id(r)) not in done
     ]
-    return RegionSet(np.concatenate(features) if features else parts[0][0], items, left)
+    return RegionSet(np.concatenate(features), items, left)

@@ -10,55 +10,39 @@ import json, logging
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError, sha256_file, stable_id
-from fgclip_nb.core.folder import write_atomic
-from fgclip_nb.evaluation.scores import Ranked, _both_directions, summarise
-from fgclip_nb.evaluation.captions import _as_encoder
-from fgclip_nb.evaluation.classification import _list_file, read_labels, read_templates
-from fgclip_nb.evaluation.tasks import Settings, TASKS
+from fgclip_nb.core.identity import (
+    ConfigError,
+    DataError,
+    code_identity,
+    sha256_file,
+    stable_id,
+    versions,
+)
+from fgclip_nb.core.folder import Run, resolve_path, write_atomic
+from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.splits import media_name
+from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
+from fgclip_nb.evaluation.captions import as_encoder
+from fgclip_nb.evaluation.classification import list_file, read_labels, read_templates
+from fgclip_nb.evaluation.tasks import TASKS, Settings
 from fgclip_nb.evaluation.features import load_model
 
-# %% ../../nbs/7_evaluation/08_results.ipynb #629d1c16
-def _file_hashes(samples, *sources):
-    "name -> SHA-256 of the annotation files behind the samples, and of label and template files."
-    files = {s.file for s in samples if s.file} | {str(x) for x in sources}
-    return {Path(f).name: sha256_file(f) for f in sorted(files) if Path(f).is_file()}
-
-# %% ../../nbs/7_evaluation/08_results.ipynb #885e00d5
-def _manifest(encoder, samples, settings, name):
-    "What the scores depend on."
-    from fgclip_nb.core.identity import code_identity, versions
-
-    labels, lists = (
-        read_labels(settings.labels),
-        ((settings.labels, ""), (settings.templates, "templates_")),
-    )
-    files = _file_hashes(
-        samples, *(_list_file(x, start) for x, start in lists if isinstance(x, (str, Path)))
-    )
-    return {
-        "model": name,
-        **encoder.describe(),
-        "tie_rule": settings.ties,
-        "permutations": settings.permutations,
-        "seed": settings.seed,
-        "captions_per_photo": settings.captions,
-        "labels": len(labels),
-        "label_set": settings.labels if isinstance(settings.labels, str) else labels,
-        "templates": read_templates(settings.templates),
-        "samples": len(samples),
-        "samples_id": stable_id(" ".join(sorted(s.id for s in samples))),
-        "files": files,
-        "code": code_identity(),
-        "versions": versions(),
-    }
-
 # %% ../../nbs/7_evaluation/08_results.ipynb #cb0cee66
+def _is_score(name, table):
+    "Whether a table's entry is a score; of two options the mean rank is 2 - acc1, and left out."
+    if name == "mean_rank":
+        return table.get("candidates") != 2
+    return name == "mean_per_class_recall" or name.rstrip("0123456789") in ("r", "acc")
+
+
 def _row(task, name, table, metric):
     "One line of the flat table."
-    at = lambda key, default=(None, None): (table.get(key) or {}).get(metric, default)
-    low, high = at("interval")
-    chance_low, chance_high = at("chance_interval")
+
+    def entry(key, default=None):
+        return (table.get(key) or {}).get(metric, default)
+
+    low, high = entry("interval", (None, None))
+    chance_low, chance_high = entry("chance_interval", (None, None))
     return {
         "task": task,
         "list": name,
@@ -66,37 +50,34 @@ def _row(task, name, table, metric):
         "value": table[metric],
         "low": low,
         "high": high,
-        "chance": at("chance", None),
+        "chance": entry("chance"),
         "chance_low": chance_low,
         "chance_high": chance_high,
-        "above_chance": at("above_chance", None),
+        "above_chance": entry("above_chance"),
         "scored": table["queries"],
         "asked": table["asked"],
     }
 
 
 def rows(results):
-    "Results (task -> list -> table) as flat rows; a score without an interval (mean per-class recall) is included."
-    metric = lambda k, table: (
-        k.rstrip("0123456789") in ("r", "acc")
-        or k == "mean_per_class_recall"
-        or k == "mean_rank"
-        and table.get("candidates") != 2
-    )  # of two options the rank is 2 - acc1
+    "Results (task -> list -> table) as flat rows; a score without an interval is included."
     return [
-        _row(task, name, table, m)
+        _row(task, name, table, metric)
         for task, lists in results.items()
         for name, table in lists.items()
         if isinstance(table, dict) and table.get("asked")
-        for m in table
-        if metric(m, table)
+        for metric in table
+        if _is_score(metric, table)
     ]
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #efce5eb0
 @dataclass
 class Evaluation:
-    """results: task -> list -> table; items: task -> list -> `Ranked`; manifest; unreadable: files left out, with reasons; rejects: entries
-    of the annotation that could not be used."""
+    """What `evaluate` returns.
+
+    results: task -> list -> table; items: task -> list -> `Ranked`; manifest: what the scores
+    depend on; unreadable: files left out, with reasons; rejects: entries of the annotation that
+    could not be used."""
 
     results: dict
     items: dict
@@ -111,30 +92,23 @@ class Evaluation:
         return pd.DataFrame(rows(self.results))
 
     def mistakes(self, task, name, n=10):
-        """The n worst mistakes of a list, by how far the best wrong answer leads: pandas table with media, box, answer, predicted, margin,
-        rank."""
+        """The n worst mistakes of a list, by how far the best wrong answer leads.
+
+        A pandas table with media, box, answer, predicted, margin, rank."""
         import pandas as pd
 
         ranked = self.items[task][name]
         if not len(ranked):
             return pd.DataFrame()
-        kept = ("media", "span", "frame", "box", "answer", "predicted", "margin")
-        columns = {
-            k: pd.Series(
-                list(ranked.detail[k]), dtype=object if k in ("span", "frame", "box") else None
-            )
-            for k in kept
-            if k in ranked.detail
-        }
-        frame = pd.DataFrame(
-            {"id": ranked.ids, **columns, "rank": ranked.ranks, "options": ranked.options}
-        )
-        return (
-            frame[frame["rank"] > 1]
-            .sort_values("margin", ascending=False)
-            .head(n)
-            .reset_index(drop=True)
-        )
+        columns = {}
+        for k in ("media", "span", "frame", "box", "answer", "predicted", "margin"):
+            if k in ranked.detail:
+                dtype = object if k in ("span", "frame", "box") else None
+                columns[k] = pd.Series(list(ranked.detail[k]), dtype=dtype)
+        ends = {"rank": ranked.ranks, "options": ranked.options}
+        frame = pd.DataFrame({"id": ranked.ids, **columns, **ends})
+        wrong = frame[frame["rank"] > 1].sort_values("margin", ascending=False)
+        return wrong.head(n).reset_index(drop=True)
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #61f6d505
 BENCHMARK_TASK = {
@@ -151,111 +125,110 @@ def _benchmark_metrics(task, name, table):
     "Flat metrics under CLIP_benchmark's names."
     if task.endswith("retrieval"):
         side = {"i2t": "text", "t2i": "image"}[name]
-        return {
-            f"{side}_retrieval_recall@{k[1:]}": v
-            for k, v in table.items()
-            if k[0] == "r" and k[1:].isdigit()
-        }
+        recalls = {k: v for k, v in table.items() if k[0] == "r" and k[1:].isdigit()}
+        return {f"{side}_retrieval_recall@{k[1:]}": v for k, v in recalls.items()}
     if task.endswith("classification"):
         return {k: table.get(k) for k in ("acc1", "acc5", "mean_per_class_recall")}
     return {"acc": table["acc1"]}
 
+
+def _benchmark_place(task, name, dataset):
+    "(file, data set) under which a list is kept: lists of a whole task share a file."
+    whole = name in ("i2t", "t2i", "labels")
+    file = f"{task}.json" if whole else f"{task}_{name}.json"
+    if whole and task != "long_retrieval":
+        return file, dataset
+    return file, f"{dataset}/{task if whole else name}"
+
 # %% ../../nbs/7_evaluation/08_results.ipynb #dd5c1e17
 def benchmark_files(results, model, pretrained, dataset):
-    "File name -> content in the shape of CLIP_benchmark's result files (dataset, model, pretrained, task, metrics, language)."
+    """File name -> content in the shape of CLIP_benchmark's result files.
+
+    dataset, model, pretrained, task, metrics, language."""
     files = {}
     for task, lists in results.items():
         for name, table in lists.items():
-            if (
-                task not in BENCHMARK_TASK
-                or name == "both"
-                or not isinstance(table, dict)
-                or not table.get("asked")
-            ):
+            if task not in BENCHMARK_TASK or name == "both":
                 continue
-            whole = name in ("i2t", "t2i", "labels")
-            data = (
-                dataset
-                if whole and task != "long_retrieval"
-                else f"{dataset}/{task if whole else name}"
-            )
-            entry = files.setdefault(
-                f"{task}.json" if whole else f"{task}_{name}.json",
-                {
-                    "dataset": data,
-                    "model": model,
-                    "pretrained": pretrained,
-                    "task": BENCHMARK_TASK[task],
-                    "metrics": {},
-                    "language": "en",
-                },
-            )
-            entry["metrics"] |= _benchmark_metrics(task, name, table)
+            if not isinstance(table, dict) or not table.get("asked"):
+                continue
+            file, data = _benchmark_place(task, name, dataset)
+            entry = {
+                "dataset": data,
+                "model": model,
+                "pretrained": pretrained,
+                "task": BENCHMARK_TASK[task],
+                "metrics": {},
+                "language": "en",
+            }
+            metrics = files.setdefault(file, entry)["metrics"]
+            metrics |= _benchmark_metrics(task, name, table)
     return files
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #cf6239ef
 def _items_frame(items):
-    "Every scored item in one pandas table."
+    "Every scored item (task -> list -> `Ranked`) in one pandas table."
     import pandas as pd
 
-    margin = lambda r: r.detail.get("margin", np.zeros(len(r)))
-    parts = [
-        pd.DataFrame(
-            {
-                "task": task,
-                "list": name,
-                "id": r.ids,
-                "group": r.groups,
-                "rank": r.ranks,
-                "options": r.options,
-                "right": r.right,
-                "margin": margin(r),
-            }
-        )
-        for task, lists in items.items()
-        for name, r in lists.items()
-        if len(r)
-    ]
+    parts = []
+    for task, lists in items.items():
+        for name, r in lists.items():
+            if len(r):
+                part = {
+                    "task": task,
+                    "list": name,
+                    "id": r.ids,
+                    "group": r.groups,
+                    "rank": r.ranks,
+                    "options": r.options,
+                    "right": r.right,
+                    "margin": r.detail.get("margin", np.zeros(len(r))),
+                }
+                parts.append(pd.DataFrame(part))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
-# %% ../../nbs/7_evaluation/08_results.ipynb #a80c7d0e
-def save_evaluation(evaluation, folder, dataset=""):
-    """Write an `Evaluation` into `folder` (made if needed): evaluation.json, evaluation.csv, items.csv, clip_benchmark/*.json. Returns the
-    folder."""
-    folder = Path(folder)
-    (folder / "clip_benchmark").mkdir(parents=True, exist_ok=True)
-    whole = {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
-    write_atomic(
-        folder / "evaluation.json",
-        json.dumps(whole, indent=1, ensure_ascii=False, default=float) + "\n",
-    )
-    write_atomic(folder / "evaluation.csv", evaluation.table().to_csv(index=False))
-    write_atomic(folder / "items.csv", _items_frame(evaluation.items).to_csv(index=False))
-    name, weights = evaluation.manifest["model"], evaluation.manifest.get("weights", "")
-    for file, entry in benchmark_files(
-        evaluation.results, name, weights[:12], dataset or "data"
-    ).items():
-        write_atomic(folder / "clip_benchmark" / file, json.dumps(entry, indent=1) + "\n")
-    return folder
 
-# %% ../../nbs/7_evaluation/08_results.ipynb #e1450bc7
-def _ranked_from(frame, prefix, ks):
+def _ranked_from(frame, task):
     "A `Ranked` from rows of items.csv."
-    column = lambda c: frame[c].to_numpy()
+    prefix, ks = "acc", (1,)
+    if task.endswith("retrieval"):
+        prefix, ks = "r", (1, 5, 10)
+    elif task.endswith("classification"):
+        ks = (1, 5)
     return Ranked(
         frame["id"].astype(str).tolist(),
         frame["group"].astype(str).tolist(),
-        column("rank"),
-        column("options"),
-        column("right"),
+        frame["rank"].to_numpy(),
+        frame["options"].to_numpy(),
+        frame["right"].to_numpy(),
         ks,
         prefix,
-        detail={"margin": column("margin")},
+        detail={"margin": frame["margin"].to_numpy()},
     )
 
-# %% ../../nbs/7_evaluation/08_results.ipynb #29ba8cf0
+# %% ../../nbs/7_evaluation/08_results.ipynb #a80c7d0e
+def save_evaluation(evaluation, folder, dataset=""):
+    """Write an `Evaluation` into `folder` (made if needed). Returns the folder.
+
+    evaluation.json, evaluation.csv, items.csv, clip_benchmark/*.json."""
+    folder = Path(folder)
+    (folder / "clip_benchmark").mkdir(parents=True, exist_ok=True)
+    whole = {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
+    text = json.dumps(whole, indent=1, ensure_ascii=False, default=float) + "\n"
+    write_atomic(folder / "evaluation.json", text)
+    write_atomic(folder / "evaluation.csv", evaluation.table().to_csv(index=False))
+    write_atomic(folder / "items.csv", _items_frame(evaluation.items).to_csv(index=False))
+    name, weights = evaluation.manifest["model"], evaluation.manifest.get("weights", "")
+    files = benchmark_files(evaluation.results, name, weights[:12], dataset or "data")
+    for file, entry in files.items():
+        write_atomic(folder / "clip_benchmark" / file, json.dumps(entry, indent=1) + "\n")
+    return folder
+
+
 def load_evaluation(folder):
-    "An `Evaluation` as `save_evaluation` wrote it (without the columns that only pictures need)."
+    """An `Evaluation` as `save_evaluation` wrote it, without the columns that only pictures need.
+
+    Raises `DataError` for a folder without one."""
     import pandas as pd
 
     folder = Path(folder)
@@ -267,23 +240,19 @@ def load_evaluation(folder):
     )
     items = {}
     for (task, name), part in frame.groupby(["task", "list"], sort=False):
-        prefix, ks = (
-            ("r", (1, 5, 10))
-            if task.endswith("retrieval")
-            else ("acc", (1, 5) if task.endswith("classification") else (1,))
-        )
-        items.setdefault(task, {})[name] = _ranked_from(part, prefix, ks)
+        items.setdefault(task, {})[name] = _ranked_from(part, task)
     return Evaluation(
         whole["results"], items, whole["manifest"], whole["unreadable"], whole.get("rejects", [])
     )
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #8b051cae
 def read_evaluation_samples(data, media_root=None, split=None):
-    "(samples, rejects) of `sample`, a path in any known format, or a list; of one split when `split` is given. Missing media stay in."
+    """(samples, rejects) of `sample`, a path in any known format, or a list of samples.
+
+    split: a name, `auto` (val where there is one), or None, empty or `all` for everything. Missing
+    media stay in. Raises `DataError` when nothing is left."""
     rejects = []
     if isinstance(data, (str, Path)):
-        from fgclip_nb.data.load import load_samples
-
         data, rejects = load_samples(data, media_root or None, missing="keep")
         if rejects:
             logging.getLogger("fgclip_nb").warning(
@@ -293,10 +262,38 @@ def read_evaluation_samples(data, media_root=None, split=None):
         split = "val" if any(s.split == "val" for s in data) else None
     samples = [s for s in data if split in (None, "", "all") or s.split == split]
     if not samples:
-        raise DataError(
-            f"no samples{f' of split {split!r}' if split else ''}; splits there: {sorted({s.split for s in data})}"
-        )
+        which = f" of split {split!r}" if split else ""
+        raise DataError(f"no samples{which}; splits there: {sorted({s.split for s in data})}")
     return samples, rejects
+
+# %% ../../nbs/7_evaluation/08_results.ipynb #885e00d5
+def _file_hashes(samples, *sources):
+    "name -> SHA-256 of the annotation files behind the samples, and of label and template files."
+    files = {s.file for s in samples if s.file} | {str(x) for x in sources}
+    return {Path(f).name: sha256_file(f) for f in sorted(files) if Path(f).is_file()}
+
+
+def evaluation_manifest(encoder, samples, settings, name):
+    "What the scores depend on."
+    labels = read_labels(settings.labels)
+    lists = ((settings.labels, ""), (settings.templates, "templates_"))
+    sources = [list_file(x, start) for x, start in lists if isinstance(x, (str, Path))]
+    return {
+        "model": name,
+        **encoder.describe(),
+        "tie_rule": settings.ties,
+        "permutations": settings.permutations,
+        "seed": settings.seed,
+        "captions_per_photo": settings.captions,
+        "labels": len(labels),
+        "label_set": settings.labels if isinstance(settings.labels, str) else labels,
+        "templates": read_templates(settings.templates),
+        "samples": len(samples),
+        "samples_id": stable_id(" ".join(sorted(s.id for s in samples))),
+        "files": _file_hashes(samples, *sources),
+        "code": code_identity(),
+        "versions": versions(),
+    }
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #3b29da97
 def _tables(result, settings):
@@ -307,8 +304,17 @@ def _tables(result, settings):
         for name, r in result.ranked.items()
     }
     if set(tables) == {"i2t", "t2i"}:
-        tables |= {"both": _both_directions(*result.ranked.values(), tables.values())}
+        tables |= {"both": both_directions(*result.ranked.values(), tables.values())}
     return tables | result.notes
+
+
+def _check_names(tasks, settings):
+    "Raise `ConfigError` for the first unknown task or setting."
+    known = Settings.__dataclass_fields__
+    wrong = [t for t in tasks if t not in TASKS] + [k for k in settings if k not in known]
+    if wrong:
+        tasks, settings = ", ".join(TASKS), ", ".join(known)
+        raise ConfigError(f"{wrong[0]!r} is neither a task ({tasks}) nor a setting ({settings})")
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #2316ebf7
 def evaluate(
@@ -324,63 +330,62 @@ def evaluate(
 ):
     """Run `tasks` (names in TASKS) over `data` -> `Evaluation`.
 
-    model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a path that `load_samples` reads, or samples.
-    split: a name, `auto` (val where there is one) or None (everything). settings: ties, permutations, seed, labels, templates, captions
-    (see `Settings`). Raises ConfigError for an unknown task or setting."""
+    model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a
+    path that `load_samples` reads, or samples. split: a name, `auto` (val where there is one) or
+    None (everything). settings: those of `Settings`, ties, permutations, seed, labels, templates,
+    captions. Raises `ConfigError` for an unknown task or setting."""
     tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    wrong = [t for t in tasks if t not in TASKS] + [
-        k for k in settings if k not in Settings.__dataclass_fields__
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{wrong[0]!r} is neither a task ({', '.join(TASKS)}) nor a setting ({', '.join(Settings.__dataclass_fields__)})"
-        )
+    _check_names(tasks, settings)
     if isinstance(model, (str, Path)):
         model, name = load_model(model), name or str(model)
-    encoder, settings = _as_encoder(model, image_size, batch_size), Settings(**settings)
+    encoder, settings = as_encoder(model, image_size, batch_size), Settings(**settings)
     samples, rejects = read_evaluation_samples(data, media_root, split)
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
         results[task], items[task] = _tables(result, settings), result.ranked
     unreadable = list({x["file"]: x for x in encoder.unreadable}.values())
-    manifest = _manifest(encoder, samples, settings, name or type(model).__name__)
+    manifest = evaluation_manifest(encoder, samples, settings, name or type(model).__name__)
     return Evaluation(results, items, manifest, unreadable, [r.as_dict() for r in rejects])
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #a82f1f3b
-def trained_spans(source):
-    "media name -> spans in seconds (None = whole) of the training part of a run folder, or of a checkpoint in one; {} where nobody says."
-    from fgclip_nb.core.folder import Run, resolve_path
-    from fgclip_nb.data.splits import media_name
-    from fgclip_nb.data.load import load_samples
+def _existing(path):
+    "A run's path from the project's root where it exists there, else as written; None if empty."
+    if not path:
+        return None
+    return resolve_path(path) if resolve_path(path).exists() else path
 
-    params = next(
-        (p for f in (Path(source), *Path(source).parents[:2]) if (p := Run(f).params())), {}
-    )
+
+def trained_spans(source):
+    """media name -> spans in seconds (None = whole) of the training part of a run folder, or of a
+    checkpoint in one; {} where nobody says."""
+    folders = (Path(source), *Path(source).parents[:2])
+    params = next((p for f in folders if (p := Run(f).params())), {})
     if not params.get("data"):
         return {}
-    place, found = (
-        lambda path: resolve_path(path) if path and resolve_path(path).exists() else path or None,
-        {},
-    )
     try:
         samples, _ = load_samples(
-            place(params["data"]), place(params.get("media_root")), missing="keep"
+            _existing(params["data"]), _existing(params.get("media_root")), missing="keep"
         )
     except DataError:
         return {}
+    spans = {}
     for s in samples:
         if s.split.lower() not in ("val", "valid", "validation", "test"):
-            found.setdefault(media_name(s.media), []).append(s.span)
-    return found
+            spans.setdefault(media_name(s.media), []).append(s.span)
+    return spans
+
+
+def _overlap(a, b):
+    "Whether two spans (start, end) in seconds share time; None is the whole."
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
 
 def seen_in_training(source, samples):
-    "The samples whose photo, or stretch of video, stands in the training part of the run folder `source`."
-    from fgclip_nb.data.splits import media_name
-
+    "The samples whose photo, or stretch of video, the run folder `source` trained on."
     seen = trained_spans(source)
-    meet = lambda a, b: a is None or b is None or (a[0] < b[1] and b[0] < a[1])
     return [
-        s for s in samples if any(meet(s.span, span) for span in seen.get(media_name(s.media), ()))
+        s
+        for s in samples
+        if any(_overlap(s.span, span) for span in seen.get(media_name(s.media), ()))
     ]

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.evaluation.ranking import (
-    _permuted_links,
     bootstrap_means,
     chance_rank,
     chance_recall,
     interval,
     links,
+    permuted_links,
     rank_queries,
     unit,
 )
@@ -26,9 +26,10 @@ from fgclip_nb.evaluation.ranking import (
 class Ranked:
     """Places of the right answers, item by item.
 
-    ranks, options, right (n,): place from 1, number of candidates, right answers among them; ids, groups (n,): item, and the photo it
-    belongs to; null (P, len(ks)+1): sums of hits and ranks under permutations; asked: items of the task; lost: reason -> items left out;
-    detail: per-item columns for the pictures (media, box, answer, predicted, margin)."""
+    ids, groups (n,): item, and the photo it belongs to; ranks, options, right (n,): place from 1,
+    number of candidates, right answers among them; null (P, len(ks)+1): sums of hits and ranks
+    under permutations; asked: items of the task; lost: reason -> items left out; detail: per-item
+    columns for the pictures (media, box, answer, predicted, margin)."""
 
     ids: list
     groups: list
@@ -51,29 +52,24 @@ class Ranked:
 
     def values(self):
         "Per-item values of each score: hit (0 or 1) at each k, and the rank. name -> float64 (n,)."
-        return dict(
-            zip(
-                self.names,
-                [(self.ranks <= k).astype(np.float64) for k in self.ks]
-                + [self.ranks.astype(np.float64)],
-            )
-        )
+        hits = [(self.ranks <= k).astype(np.float64) for k in self.ks]
+        return dict(zip(self.names, [*hits, self.ranks.astype(np.float64)]))
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #097fcf20
 def _chance(ranked):
-    "Chance value of each score: the mean over items, each with its own number of options and right answers."
+    "Mean chance value of each score over items, each with its own options and right answers."
     pairs, weight = np.unique(np.stack([ranked.options, ranked.right]), axis=1, return_counts=True)
-    mean = lambda f: float(
-        sum(w * f(int(n), int(m)) for n, m, w in zip(*pairs, weight)) / weight.sum()
-    )
-    chances = [mean(lambda n, m, k=k: chance_recall(n, m, k)) for k in ranked.ks] + [
-        mean(chance_rank)
-    ]
-    return dict(zip(ranked.names, chances))
+
+    def mean(chance):
+        values = sum(w * chance(int(n), int(m)) for n, m, w in zip(*pairs, weight))
+        return float(values / weight.sum())
+
+    chances = [mean(lambda n, m, k=k: chance_recall(n, m, k)) for k in ranked.ks]
+    return dict(zip(ranked.names, [*chances, mean(chance_rank)]))
 
 
 def _above(scores, bands):
-    "Better than chance beyond the band: recalls over its upper end, the mean rank under its lower end."
+    "Better than chance: recalls over the upper end of their band, the mean rank under its lower."
     return {
         k: bool(scores[k] < low if k == "mean_rank" else scores[k] > high)
         for k, (low, high) in bands.items()
@@ -91,30 +87,32 @@ def _null_table(scores, draws, names):
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #b960e619
 def wilson(share, n, z=1.96):
-    "Wilson's 95 % interval of a share of n items."
+    "Wilson's 95 % interval [low, high] of a share of n items (Wilson 1927)."
     shrink = 1 + z * z / n
-    centre, half = (
-        (share + z * z / (2 * n)) / shrink,
-        z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink,
-    )
+    centre = (share + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def _score_interval(name, values, groups, repeats, seed):
-    "Bootstrap interval; where all items agree resampling shows nothing, and a share gets Wilson's interval over the photos."
+    "Bootstrap interval of a score's values; Wilson's over photos where all values agree."
     if name != "mean_rank" and (values == values[0]).all():
         return wilson(float(values[0]), len(set(groups)))
     return interval(bootstrap_means(values, groups, repeats, seed))
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #ff578e44
 def summarise(ranked, repeats=1000, seed=0):
-    "A `Ranked` as a flat table of plain numbers (ready for JSON); scores are None when nothing could be scored."
-    out = {"queries": len(ranked), "asked": ranked.asked or len(ranked), "lost": dict(ranked.lost)}
+    """A `Ranked` as a flat table of plain numbers, ready for JSON.
+
+    repeats: resamplings behind the intervals. Scores are None when nothing could be scored."""
+    counts = {"queries": len(ranked), "asked": ranked.asked or len(ranked)}
+    counts["lost"] = dict(ranked.lost)
     if not len(ranked):
-        return dict.fromkeys(ranked.names) | out
+        return dict.fromkeys(ranked.names) | counts
     values = ranked.values()
     scores = {name: float(v.mean()) for name, v in values.items()}
-    out |= {
+    table = scores | counts
+    table |= {
         "candidates": float(ranked.options.mean()),
         "median_rank": float(np.median(ranked.ranks)),
         "chance": _chance(ranked),
@@ -123,41 +121,30 @@ def summarise(ranked, repeats=1000, seed=0):
             for name, v in values.items()
         },
     }
-    return (
-        scores
-        | out
-        | (
-            {}
-            if ranked.null is None
-            else _null_table(scores, ranked.null / len(ranked), ranked.names)
-        )
-    )
+    if ranked.null is not None:
+        table |= _null_table(scores, ranked.null / len(ranked), ranked.names)
+    return table
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #a046405b
 def _ranked_links(features, right, permuted, ties, ks, ids, groups):
     "Rank one direction's queries and keep those that have a right answer."
     places = rank_queries(*features, right, permuted, ties, ks)
-    asked = places.ranks > 0
-    pick = lambda items: [x for x, a in zip(items, asked) if a]
-    detail = {
-        "query": np.flatnonzero(asked),
-        "wrong": places.wrong[asked],
-        "margin": places.margin[asked],
-    }
-    options = np.full(asked.sum(), len(features[1]))
+    answered = places.ranks > 0
+    rows = np.flatnonzero(answered)
+    detail = {"query": rows, "wrong": places.wrong[answered], "margin": places.margin[answered]}
     return Ranked(
-        pick(ids),
-        pick(groups),
-        places.ranks[asked],
-        options,
-        (right[asked] >= 0).sum(1),
-        ks,
-        "r",
-        places.null,
+        ids=[ids[i] for i in rows],
+        groups=[groups[i] for i in rows],
+        ranks=places.ranks[answered],
+        options=np.full(len(rows), len(features[1])),
+        right=(right[answered] >= 0).sum(1),
+        ks=ks,
+        prefix="r",
+        null=places.null,
         detail=detail,
     )
 
-# %% ../../nbs/7_evaluation/01_scores.ipynb #5bd917c4
+
 def rank_both_ways(
     images,
     texts,
@@ -169,15 +156,15 @@ def rank_both_ways(
     seed=0,
     ties="against",
 ):
-    "Unit rows of photos and texts -> (`Ranked` of photos asking for text, `Ranked` of texts asking for photos)."
+    """(`Ranked` of photos asking for text, `Ranked` of texts asking for photos).
+
+    images (I,D), texts (T,D): unit rows; `links` explains image_ids, text_image and text_ids."""
     texts_of, images_of = links(len(images), len(texts), image_ids, text_image, text_ids)
-    i2t, t2i = (
-        _permuted_links(texts_of, images_of, permutations, seed) if permutations else (None, None)
-    )
-    names = [
-        str(i)
-        for i in (range(len(images)) if image_ids is None else np.asarray(image_ids).tolist())
-    ]
+    i2t, t2i = None, None
+    if permutations:
+        i2t, t2i = permuted_links(texts_of, images_of, permutations, seed)
+    ids = range(len(images)) if image_ids is None else np.asarray(image_ids).tolist()
+    names = [str(i) for i in ids]
     owner = [names[i] for i in images_of[:, 0]]
     text_names = [f"{names[i]}#{t}" for t, i in enumerate(images_of[:, 0])]
     return (
@@ -186,12 +173,13 @@ def rank_both_ways(
     )
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #daea617f
-def _both_directions(i2t, t2i, tables):
-    "Means of the two directions under the same names; the band comes from the same permutations, so it is a joint one."
+def both_directions(i2t, t2i, tables):
+    """Means of two directions (`Ranked`) and their tables under the same names.
+
+    The band comes from the same permutations, so it is a joint one."""
     a, b = tables
-    out = {n: (a[n] + b[n]) / 2 for n in i2t.names} | {
-        "chance": {n: (a["chance"][n] + b["chance"][n]) / 2 for n in i2t.names}
-    }
+    out = {n: (a[n] + b[n]) / 2 for n in i2t.names}
+    out["chance"] = {n: (a["chance"][n] + b["chance"][n]) / 2 for n in i2t.names}
     if i2t.null is not None:
         out |= _null_table(out, (i2t.null / len(i2t) + t2i.null / len(t2i)) / 2, i2t.names)
     return out | {"i2t": a, "t2i": b}
@@ -218,16 +206,18 @@ def retrieval(
     text_ids=None,
     ties="against",
 ):
-    """Retrieval both ways: r<k> = share of queries with a right answer among the first k, and mean_rank of the best right answer.
+    """Retrieval both ways: r<k> = share of queries with a right answer among the first k, and
+    mean_rank of the best right answer.
 
-    image_features (I,D), text_features (T,D), any norm. `links` explains image_ids, text_image and text_ids.
-    Top level: mean of both directions; "i2t" (photo asks for text) and "t2i" hold each direction with queries, candidates, chance,
-    interval (95 % bootstrap over photos), permuted and chance_interval (mean and 95 % of permuted links) and above_chance.
-    permutations=0 leaves the last three out."""
+    image_features (I,D), text_features (T,D), any norm. `links` explains image_ids, text_image and
+    text_ids. Top level: mean of both directions; "i2t" (photo asks for text) and "t2i" hold each
+    direction with queries, candidates, chance, interval (95 % bootstrap over photos), permuted and
+    chance_interval (mean and 95 % of permuted links) and above_chance. permutations=0 leaves the
+    last three out. Raises `DataError` for empty, unequally wide or non-finite features."""
     images, texts = unit(image_features, "image_features"), unit(text_features, "text_features")
     _check_pair(images, texts)
     both = rank_both_ways(
         images, texts, image_ids, text_image, text_ids, tuple(ks), permutations, seed, ties
     )
     tables = [summarise(r, max(permutations, 200), seed) for r in both]
-    return _both_directions(*both, tables) | {"ties": ties, "permutations": permutations}
+    return both_directions(*both, tables) | {"ties": ties, "permutations": permutations}

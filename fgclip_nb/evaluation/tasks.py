@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 import numpy as np
 from fgclip_nb.core.identity import DataError, stable_id
+from fgclip_nb.data.samples import LEVELS
 from fgclip_nb.evaluation.ranking import unit
 from fgclip_nb.evaluation.scores import rank_both_ways
-from fgclip_nb.evaluation.captions import _reasons, encode_captions
+from fgclip_nb.evaluation.captions import encode_captions, lost_reasons
 from fgclip_nb.evaluation.classification import (
     choose,
     class_features,
@@ -38,12 +39,16 @@ class Settings:
     captions: int = 5  # short captions per photo
 
     def permute(self):
+        "What the ranking functions take."
         return {"permutations": self.permutations, "seed": self.seed, "ties": self.ties}
 
-# %% ../../nbs/7_evaluation/06_tasks.ipynb #aecc3853
+
 @dataclass
 class TaskResult:
-    "`ranked`: name -> Ranked; `tables`: name -> extra entries of that table; `notes`: entries of the task as a whole."
+    """What a task found.
+
+    ranked: name -> `Ranked`; tables: name -> extra entries of that table; notes: entries of the
+    task as a whole."""
 
     ranked: dict
     tables: dict = field(default_factory=dict)
@@ -52,84 +57,82 @@ class TaskResult:
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #0d104bae
 def retrieval_task(encoder, samples, settings, long=False):
     "Caption retrieval both ways -> TaskResult with `i2t` and `t2i`."
-    found = encode_captions(encoder, samples, long, settings.captions)
-    media, ids = [s.media for s in found.samples], [s.id for s in found.samples]
+    encoded = encode_captions(encoder, samples, long, settings.captions)
+    media, ids = [s.media for s in encoded.samples], [s.id for s in encoded.samples]
+    spans = [s.span for s in encoded.samples]
     i2t, t2i = rank_both_ways(
-        unit(found.images, "image_features"),
-        unit(found.text_features, "text_features"),
+        unit(encoded.images, "image_features"),
+        unit(encoded.text_features, "text_features"),
         ids,
-        [ids[i] for i in found.owner],
-        [stable_id(t) for t in found.texts],
+        [ids[i] for i in encoded.owner],
+        [stable_id(t) for t in encoded.texts],
         **settings.permute(),
     )
-    first = {int(i): t for t, i in reversed(list(enumerate(found.owner)))}
-    i2t.asked, i2t.lost = len(samples), dict(found.lost)
-    spans = [s.span for s in found.samples]
-    asked = i2t.detail["query"]
+    first_text = {int(i): t for t, i in reversed(list(enumerate(encoded.owner)))}
+    i2t.asked, i2t.lost = len(samples), dict(encoded.lost)
+    photos = i2t.detail["query"]
     i2t.detail |= {
-        "media": [media[i] for i in asked],
-        "span": [spans[i] for i in asked],
-        "answer": [found.texts[first[i]] for i in asked],
-        "predicted": [found.texts[i] for i in i2t.detail.pop("wrong")],
+        "media": [media[i] for i in photos],
+        "span": [spans[i] for i in photos],
+        "answer": [encoded.texts[first_text[i]] for i in photos],
+        "predicted": [encoded.texts[i] for i in i2t.detail.pop("wrong")],
     }
     t2i.detail |= {
-        "media": [media[i] for i in found.owner],
-        "span": [spans[i] for i in found.owner],
-        "answer": list(found.texts),
+        "media": [media[i] for i in encoded.owner],
+        "span": [spans[i] for i in encoded.owner],
+        "answer": list(encoded.texts),
         "predicted": [media[i] for i in t2i.detail.pop("wrong")],
     }
-    return TaskResult(
-        {"i2t": i2t, "t2i": t2i}, notes={"cut": len(encoder.cut.intersection(found.texts))}
-    )
+    cut = len(encoder.cut.intersection(encoded.texts))
+    return TaskResult({"i2t": i2t, "t2i": t2i}, notes={"cut": cut})
 
-# %% ../../nbs/7_evaluation/06_tasks.ipynb #2e96edc3
+
 def long_retrieval_task(encoder, samples, settings):
+    "Retrieval with the long captions, by the path with 248 positions."
     return retrieval_task(encoder, samples, settings, long=True)
-
-# %% ../../nbs/7_evaluation/06_tasks.ipynb #b862bc67
-def region_classification_task(encoder, samples, settings):
-    "Boxes with a category against the label set with prompt templates; top 1 and 5, mean over classes."
-    labels, templates = read_labels(settings.labels), read_templates(settings.templates)
-    named = lambda r: r.source in ("category", "label")
-    found = encode_regions(
-        encoder, samples, lambda r: named(r) and label_of(r.phrase, labels) is not None
-    )
-    target = [label_of(r.phrase, labels) for _, r in found.items]
-    ranked = classify(
-        found.features,
-        class_features(encoder, labels, templates),
-        target,
-        found.ids,
-        found.groups,
-        **settings.permute(),
-    )
-    asked = sum(named(r) for s in samples for r in s.regions)
-    unknown = sum(
-        named(r) and label_of(r.phrase, labels) is None for s in samples for r in s.regions
-    )
-    return _classified(
-        ranked,
-        labels,
-        asked,
-        found.lost() | ({"label not in the set": unknown} if unknown else {}),
-        found.detail(),
-    )
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #832a3df1
 def _classified(ranked, labels, asked, lost, detail):
     "TaskResult `labels` of a classification, with its per-class table and readable answers."
     ranked.asked, ranked.lost = asked, lost
-    extra = per_class(ranked, labels) | most_frequent_answer(ranked, labels) if len(ranked) else {}
-    if len(ranked):
-        ranked.detail |= detail | {
-            "answer": [labels[i] for i in ranked.detail["target"]],
-            "predicted": [labels[i] for i in ranked.detail["predicted"]],
-        }
+    if not len(ranked):
+        return TaskResult({"labels": ranked}, {"labels": {}})
+    extra = per_class(ranked, labels) | most_frequent_answer(ranked, labels)
+    ranked.detail |= detail | {
+        "answer": [labels[i] for i in ranked.detail["target"]],
+        "predicted": [labels[i] for i in ranked.detail["predicted"]],
+    }
     return TaskResult({"labels": ranked}, {"labels": extra})
+
+
+def region_classification_task(encoder, samples, settings):
+    "Boxes with a category against the label set with prompt templates -> TaskResult `labels`."
+    labels, templates = read_labels(settings.labels), read_templates(settings.templates)
+    named = [r for s in samples for r in s.regions if r.source in ("category", "label")]
+    unknown = sum(label_of(r.phrase, labels) is None for r in named)
+
+    def known(region):
+        in_set = label_of(region.phrase, labels) is not None
+        return region.source in ("category", "label") and in_set
+
+    regions = encode_regions(encoder, samples, known)
+    ranked = classify(
+        regions.features,
+        class_features(encoder, labels, templates),
+        [label_of(r.phrase, labels) for _, r in regions.items],
+        regions.ids,
+        regions.groups,
+        **settings.permute(),
+    )
+    lost = regions.lost() | ({"label not in the set": unknown} if unknown else {})
+    return _classified(ranked, labels, len(named), lost, regions.detail())
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #84788db2
 def classification_task(encoder, samples, settings):
-    "Zero-shot classification of whole photos by `label`; the label set is the data's own when none of its labels is in `labels`."
+    """Zero-shot classification of whole photos by `label` -> TaskResult `labels`.
+
+    The label set is the data's own when none of its labels is in `labels`. Raises `DataError` for
+    data without labels."""
     named = [s for s in samples if s.label]
     labels = read_labels(settings.labels)
     if not any(label_of(s.label, labels) is not None for s in named):
@@ -138,20 +141,17 @@ def classification_task(encoder, samples, settings):
     if not known:
         raise DataError(f"classification: none of the {len(samples)} samples has a label")
     features, rows = encoder.images(known)
-    kept, classes = (
-        [known[i] for i in rows],
-        class_features(encoder, labels, read_templates(settings.templates)),
-    )
+    kept = [known[i] for i in rows]
     ranked = classify(
         features,
-        classes,
+        class_features(encoder, labels, read_templates(settings.templates)),
         [label_of(s.label, labels) for s in kept],
         [s.id for s in kept],
         **settings.permute(),
     )
-    lost = _reasons(encoder, known, rows) | (
-        {"label not in the set": len(named) - len(known)} if len(named) > len(known) else {}
-    )
+    lost = lost_reasons(encoder, known, rows)
+    if len(named) > len(known):
+        lost["label not in the set"] = len(named) - len(known)
     return _classified(ranked, labels, len(named), lost, {"media": [s.media for s in kept]})
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #f59dfc94
@@ -163,77 +163,62 @@ def _text_rows(groups):
 
 def _nearest_wrong(features, options):
     "Mean cosine of the right text with its nearest wrong one, over items: how hard the texts are."
-    unit_texts = unit(features)
-    return (
-        float(np.mean([(unit_texts[o[1:]] @ unit_texts[o[0]]).max() for o in options]))
-        if options
-        else None
-    )
+    if not options:
+        return None
+    texts = unit(features)
+    return float(np.mean([(texts[o[1:]] @ texts[o[0]]).max() for o in options]))
+
+
+def _fold(text):
+    return " ".join(text.lower().split())
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #3d9d2703
-def _level_facts(found, groups, texts, options, features):
-    "What a level's table says beside its scores: photos, texts, and regions whose right sentence is listed as wrong."
-    fold = lambda text: " ".join(text.lower().split())
-    missing = {s.media for s, _, why in found.left if why.endswith("missing")}
+def _level_facts(regions, groups, texts, options, features):
+    """What a level's table says beside its scores.
+
+    Photos, texts, how close wrong ones lie, and regions whose right sentence is listed as wrong."""
+    missing = {s.media for s, _, reason in regions.left if reason.endswith("missing")}
     return {
-        "photos": len({s.media for s, _ in found.asked()}),
+        "photos": len({s.media for s, _ in regions.asked()}),
         "photos_missing": len(missing),
-        "right_among_wrong": sum(fold(g[0]) in map(fold, g[1:]) for g in groups),
+        "right_among_wrong": sum(_fold(g[0]) in map(_fold, g[1:]) for g in groups),
         "texts": sum(map(len, groups)),
         "distinct_texts": len(texts),
         "nearest_wrong_text_cosine": _nearest_wrong(features, options),
     }
 
-# %% ../../nbs/7_evaluation/06_tasks.ipynb #4cbe02ed
-def _hard_level(encoder, found, level, settings):
-    "One level of hard negatives -> (Ranked, extra table entries)."
-    found = subset(found, lambda r: level in r.levels())
-    groups = [(r.phrase, *r.levels()[level]) for _, r in found.asked()]
+
+def _hard_level(encoder, regions, level, settings):
+    "One level of hard negatives of a `RegionSet` -> (Ranked, extra table entries)."
+    regions = subset(regions, lambda r: level in r.levels())
+    groups = [(r.phrase, *r.levels()[level]) for _, r in regions.asked()]
     texts, options = _text_rows(groups)
-    features, own = encoder.texts(texts), options[: len(found.items)]
-    ranked = choose(found.features, features, own, found.ids, found.groups, **settings.permute())
-    ranked.asked, ranked.lost = len(groups), found.lost()
+    features, own = encoder.texts(texts), options[: len(regions.items)]
+    ranked = choose(
+        regions.features, features, own, regions.ids, regions.groups, **settings.permute()
+    )
+    ranked.asked, ranked.lost = len(groups), regions.lost()
     if len(ranked):
-        ranked.detail |= found.detail() | {
+        ranked.detail |= regions.detail() | {
             "answer": [texts[o[0]] for o in own],
             "predicted": [texts[i] for i in ranked.detail["predicted"]],
         }
-    return ranked, _level_facts(found, groups, texts, options, features)
+    return ranked, _level_facts(regions, groups, texts, options, features)
 
-# %% ../../nbs/7_evaluation/06_tasks.ipynb #3d0b543e
+
 def hard_negatives_task(encoder, samples, settings):
-    "Regions against their own wrong sentences, per level: the four of FG-OVD first, then others by name."
-    from fgclip_nb.data.samples import LEVELS
-
-    found = encode_regions(encoder, samples, lambda r: bool(r.levels()))
-    there = {level for _, r in found.asked() for level in r.levels()}
+    "Regions against their own wrong sentences, per level: the four of FG-OVD, then others by name."
+    regions = encode_regions(encoder, samples, lambda r: bool(r.levels()))
+    there = {level for _, r in regions.asked() for level in r.levels()}
     names = [*(level for level in LEVELS if level in there), *sorted(there - set(LEVELS))]
-    results = {level: _hard_level(encoder, found, level, settings) for level in names}
+    results = {level: _hard_level(encoder, regions, level, settings) for level in names}
     return TaskResult(
         {k: r for k, (r, _) in results.items()}, {k: x for k, (_, x) in results.items()}
     )
 
-# %% ../../nbs/7_evaluation/06_tasks.ipynb #365326cd
-def caption_negatives_task(encoder, samples, settings):
-    "Photos: caption against an altered one, per type of alteration (SugarCrepe), and all together."
-    pairs = [(s, n) for s in samples for n in s.caption_negatives]
-    photos = list({s.media: s for s, _ in pairs}.values())
-    images, rows = encoder.images(photos)
-    row = {photos[r].media: i for i, r in enumerate(rows)}
-    types = sorted({n.type or "given" for _, n in pairs})
-    out = {
-        t: _pairs_of(
-            encoder, [(s, n) for s, n in pairs if (n.type or "given") == t], images, row, settings
-        )
-        for t in types
-    }
-    if len(types) > 1:
-        out["all"] = _pairs_of(encoder, pairs, images, row, settings)
-    return TaskResult(out)
-
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #2cef6568
-def _pairs_of(encoder, pairs, images, row, settings):
-    "Caption against its altered form, for the pairs whose photo was read (row: media -> image row)."
+def _altered_captions(encoder, pairs, images, row, settings):
+    "`pairs` [(sample, negative)] whose photo has a `row` (media -> row of images) -> `Ranked`."
     kept = [(s, n) for s, n in pairs if s.media in row]
     texts, options = _text_rows([(n.caption, n.negative) for _, n in kept])
     ids = [f"{s.id}#{stable_id(n.caption + n.negative)}" for s, n in kept]
@@ -241,16 +226,33 @@ def _pairs_of(encoder, pairs, images, row, settings):
     ranked = choose(
         features, encoder.texts(texts), options, ids, [s.id for s, _ in kept], **settings.permute()
     )
-    ranked.asked, ranked.lost = (
-        len(pairs),
-        dict(Counter(encoder.why_lost(s) for s, _ in pairs if s.media not in row)),
-    )
+    ranked.asked = len(pairs)
+    ranked.lost = dict(Counter(encoder.why_lost(s) for s, _ in pairs if s.media not in row))
     ranked.detail |= {
         "media": [s.media for s, _ in kept],
         "answer": [n.caption for _, n in kept],
         "predicted": [n.negative for _, n in kept],
     }
     return ranked
+
+
+def caption_negatives_task(encoder, samples, settings):
+    "Photos: caption against an altered one, per type of alteration (SugarCrepe), and all together."
+    pairs = [(s, n) for s in samples for n in s.caption_negatives]
+    photos = list({s.media: s for s, _ in pairs}.values())
+    images, rows = encoder.images(photos)
+    row = {photos[r].media: i for i, r in enumerate(rows)}
+    groups = {t: [] for t in sorted({n.type or "given" for _, n in pairs})}
+    for s, n in pairs:
+        groups[n.type or "given"].append((s, n))
+    if len(groups) > 1:
+        groups["all"] = pairs
+    return TaskResult(
+        {
+            kind: _altered_captions(encoder, part, images, row, settings)
+            for kind, part in groups.items()
+        }
+    )
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #e8dbffa6
 TASKS = {
