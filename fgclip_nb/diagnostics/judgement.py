@@ -12,7 +12,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_jsonl
 from fgclip_nb.diagnostics.numbers import metrics_frame
 from fgclip_nb.diagnostics.logs import (
-    _without_bank_only_zero,
+    with_implied_columns,
     event_rows,
     text_facts,
     text_rows,
@@ -109,7 +109,7 @@ def _foreign(path) -> Evidence:
             text_rows(path.read_text(encoding="utf-8", errors="replace").splitlines()),
             text_facts(path),
         )
-    rows, facts = _without_bank_only_zero(rows, facts)
+    rows, facts = with_implied_columns(rows, facts)
     if not rows and not facts:
         raise DataError(
             f"{path}: no run folder, no TensorBoard scalars, no log_history, and no [LOSS] or [DIAG] lines"

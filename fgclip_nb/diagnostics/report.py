@@ -10,7 +10,7 @@ import json
 from fgclip_nb.core.folder import Run, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
-from fgclip_nb.diagnostics.expectations import _escape, html_table, show
+from fgclip_nb.diagnostics.expectations import escape_html, html_table, show
 from fgclip_nb.diagnostics.rules import Evidence, candidates, chance
 from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
@@ -43,7 +43,7 @@ class VerdictTable:
             ): f"color:#fff;background:{RESULT_COLOURS[v.result]};font-weight:600;white-space:nowrap"
             for r, v in enumerate(self.found)
         }
-        return f"<p><b>{_escape(headline(self.found))}</b></p>" + html_table(
+        return f"<p><b>{escape_html(headline(self.found))}</b></p>" + html_table(
             self.head, self.rows(), styles
         )
 
@@ -139,13 +139,13 @@ def _cause_html(found) -> str:
     tripped = by_cause(found)
     tone = GREEN if not tripped else RESULT_COLOURS[tripped[0].result]
     if not tripped:
-        told = f"<p><b>{_escape(headline(found))}</b></p>"
+        told = f"<p><b>{escape_html(headline(found))}</b></p>"
     else:
         told = (
-            f"<p><b>{_escape(tripped[0].name.replace('_', ' '))}</b>: "
-            f"{_escape(tripped[0].why)}.</p><p>{_escape(tripped[0].next_action)}</p>"
+            f"<p><b>{escape_html(tripped[0].name.replace('_', ' '))}</b>: "
+            f"{escape_html(tripped[0].why)}.</p><p>{escape_html(tripped[0].next_action)}</p>"
         )
-    others = ", ".join(_escape(v.name.replace("_", " ")) for v in tripped[1:])
+    others = ", ".join(escape_html(v.name.replace("_", " ")) for v in tripped[1:])
     return (
         f'<div class="cause" style="--tone:{tone}">{told}'
         + (f'<p class="soft">Also tripped: {others}</p>' if others else "")
@@ -158,9 +158,9 @@ def _verdicts_html(found) -> str:
         ("verdict", "result", "value", "threshold", "why", "next"),
         [
             (
-                _escape(v.name.replace("_", " ")),
+                escape_html(v.name.replace("_", " ")),
                 _badge(v.result),
-                *map(_escape, (show(v.value), v.threshold, v.why, v.next_action)),
+                *map(escape_html, (show(v.value), v.threshold, v.why, v.next_action)),
             )
             for v in VerdictTable(found).found
         ],
@@ -217,7 +217,7 @@ def expected_and_observed(expected: list, ev: Evidence) -> list:
 # %% ../../nbs/6_diagnostics/13_report.ipynb #dd67c667
 def _report_parts(run, ev, found):
     "The sections of the report, in reading order."
-    yield f"<h1>{_escape(run.name)}</h1>"
+    yield f"<h1>{escape_html(run.name)}</h1>"
     yield (
         f'<p class="soft">{"finished" if run.finished else "still running or stopped"}, step {ev.last_step or 0} of '
         f"{ev.params.get('max_steps') or '?'}</p>"
@@ -228,14 +228,14 @@ def _report_parts(run, ev, found):
             p["phase"],
             p["steps"],
             p["state"],
-            _escape("; ".join(v.why for v in p["tripped"])),
+            escape_html("; ".join(v.why for v in p["tripped"])),
         )
         yield "<h2>By phase</h2>" + _rows_html(
             ("phase", "steps", "state", "tripped"), map(cells, phases(ev))
         )
     yield "<h2>Verdicts</h2>" + _verdicts_html(found)
     if run.expectations():
-        rows = [tuple(map(_escape, r)) for r in expected_and_observed(run.expectations(), ev)]
+        rows = [tuple(map(escape_html, r)) for r in expected_and_observed(run.expectations(), ev)]
         yield "<h2>Expected and observed</h2>" + _rows_html(
             ("quantity", "expected", "observed", "explanation"), rows
         )
@@ -243,7 +243,7 @@ def _report_parts(run, ev, found):
     for name, plot in PLOTS.items():
         yield f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
     yield "<h2>Parameters</h2>" + _rows_html(
-        ("parameter", "value"), [(_escape(k), _escape(v)) for k, v in ev.params.items()]
+        ("parameter", "value"), [(escape_html(k), escape_html(v)) for k, v in ev.params.items()]
     )
 
 # %% ../../nbs/6_diagnostics/13_report.ipynb #aff4ac91
@@ -252,7 +252,7 @@ def report_html(run) -> str:
     run = run if isinstance(run, Run) else Run(run)
     ev = run_evidence(run)
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{_escape(run.name)}</title>'
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape_html(run.name)}</title>'
         f"<style>{STYLE}</style>"
     )
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(_report_parts(run, ev, verdicts(ev)))}</body></html>'

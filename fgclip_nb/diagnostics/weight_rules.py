@@ -9,7 +9,7 @@ __all__ = []
 import math
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, bf16_spacing, round_bf16
 from fgclip_nb.diagnostics.measures import MODULES
-from fgclip_nb.diagnostics.expectations import RANDOM_MODELS, asked_scale
+from fgclip_nb.diagnostics.expectations import RANDOM_MODELS, configured_scale
 from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, _above_luck, chance, rule
 
 # %% ../../nbs/6_diagnostics/07_weight_rules.ipynb #d56e2a7a
@@ -177,7 +177,7 @@ def scale_as_asked(ev):
     loaded, (first, moved), asked = (
         loaded_scale(ev),
         first_scale(ev),
-        asked_scale(ev.params) if ev.params else None,
+        configured_scale(ev.params) if ev.params else None,
     )
     if loaded is None:
         return None
