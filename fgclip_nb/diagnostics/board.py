@@ -15,7 +15,7 @@ def board_tag(key: str) -> str:
         return f"train/{key}"
     return f"memory_bank/{key[5:]}" if key.startswith("bank_") else f"diagnostics/{key}"
 
-# %% ../../nbs/6_diagnostics/02_board.ipynb #ec060057
+# %% ../../nbs/6_diagnostics/02_board.ipynb #595348e4
 def tagged(row: dict) -> dict:
     "The numbers of a metrics row under TensorBoard's names."
     return {
@@ -24,7 +24,7 @@ def tagged(row: dict) -> dict:
         if k != "step" and isinstance(v, (int, float))
     }
 
-# %% ../../nbs/6_diagnostics/02_board.ipynb #e05fc437
+# %% ../../nbs/6_diagnostics/02_board.ipynb #b14604d2
 def write_scalars(writer, values: dict, step: int):
     "All numbers of a step in one TensorBoard record of a `SummaryWriter`."
     from tensorboard.compat.proto.summary_pb2 import Summary

@@ -220,7 +220,7 @@ def _scale_rows(cfg):
         why = "clamped to ln 100"
     yield "logit_scale prints as", f"{scale:.6f} (exp={math.exp(scale):.4f})", why
 
-# %% ../../nbs/6_diagnostics/04_expectations.ipynb #3b0b3fd0
+# %% ../../nbs/6_diagnostics/04_expectations.ipynb #59b96df7
 def _target_rows(cfg, p: Plan):
     "Which of the targets for the region loss will be judged."
     for step in (50, 200, 500):
