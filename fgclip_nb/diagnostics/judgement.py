@@ -12,33 +12,44 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_jsonl
 from fgclip_nb.diagnostics.numbers import metrics_frame
 from fgclip_nb.diagnostics.logs import (
-    with_implied_columns,
     event_rows,
     text_facts,
     text_rows,
     trainer_state_rows,
+    with_implied_columns,
 )
 from fgclip_nb.diagnostics.rules import Evidence, FAIL, LATER, PASS, RULES
 from fgclip_nb.diagnostics.criteria import CRITERIA
 from fgclip_nb.diagnostics import bank_rules, criteria, loss_rules, weight_rules
 
-RULE_ROOMS = (
-    weight_rules,
-    bank_rules,
-    loss_rules,
-    criteria,
-)  # importing a room registers its rules
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #79bd4ae1
+RULE_ROOMS = (weight_rules, bank_rules, loss_rules, criteria)
+
+
+def sort_by_cause(rules: dict, rooms=RULE_ROOMS):
+    "Put a table of rules, in place, in the order of the rooms that registered them; others last."
+    names = [room.__name__ for room in rooms]
+
+    def rank(name):
+        room = rules[name].judge.__module__
+        return names.index(room) if room in names else len(names)
+
+    for name in sorted(rules, key=rank):
+        rules[name] = rules.pop(name)
+
+
+sort_by_cause(RULES)
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #027a5f35
 def run_evidence(run) -> Evidence:
-    "Evidence of a run folder, finished or not."
+    "Evidence of a run folder (a Run or its path), finished or not."
     run = run if isinstance(run, Run) else Run(run)
-    facts = text_facts(run.path / "training.log") if (run.path / "training.log").exists() else {}
-    report = run.manifest().get("load_report")
-    if report:
+    log, retrieval = run.path / "training.log", run.path / "retrieval.json"
+    facts = text_facts(log) if log.exists() else {}
+    if report := run.manifest().get("load_report"):
         facts["load_report"] = report
-    if (run.path / "retrieval.json").exists():
-        facts["retrieval"] = json.loads((run.path / "retrieval.json").read_text())
+    if retrieval.exists():
+        facts["retrieval"] = json.loads(retrieval.read_text())
     timing = metrics_frame(run.timing())
     return Evidence(
         metrics_frame(run.metrics()),
@@ -49,39 +60,35 @@ def run_evidence(run) -> Evidence:
         str(run.path),
     )
 
-# %% ../../nbs/6_diagnostics/12_judgement.ipynb #ca5fdf94
-def verdicts(source) -> list:
-    "All verdicts that the evidence supports. `source`: Run, path of a folder or log, DataFrame, or Evidence."
-    ev = source if isinstance(source, Evidence) else evidence(source)
-    found = [r(ev) for r in RULES.values()] if len(ev.frame) or ev.facts else []
-    return [v for v in found if v is not None]
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #34e46af2
+def foreign_evidence(path: Path) -> Evidence:
+    """Evidence of a log that this package did not write.
 
-# %% ../../nbs/6_diagnostics/12_judgement.ipynb #ae71e7fa
-def by_cause(found: list) -> list:
-    "The tripped verdicts, most telling first: failures before incomparable figures, causes before criteria."
-    return sorted(
-        (v for v in found if v.tripped), key=lambda v: (v.name in CRITERIA, v.result != FAIL)
-    )
-
-# %% ../../nbs/6_diagnostics/12_judgement.ipynb #a3f2e146
-def headline(found: list) -> str:
-    "The most likely cause in a sentence."
-    tripped = by_cause(found)
-    if not found:
-        return "Nothing to judge yet."
-    if not tripped:
-        return (
-            "No rule tripped: "
-            + ", ".join(
-                f"{n} {r}" for r in (PASS, LATER) if (n := sum(v.result == r for v in found))
-            )
-            + "."
+    TensorBoard events (file or folder), HF Trainer's trainer_state.json (or its folder), or text.
+    Raises DataError when nothing in it can be judged."""
+    facts = {}
+    if path.is_dir() and (path / "trainer_state.json").exists():
+        path = path / "trainer_state.json"
+    if path.is_dir() or "tfevents" in path.name:
+        rows = event_rows(path)
+    elif path.suffix == ".json":
+        rows = trainer_state_rows(path)
+    else:
+        rows = text_rows(path.read_text(encoding="utf-8", errors="replace").splitlines())
+        facts = text_facts(path)
+    rows, facts = with_implied_columns(rows, facts)
+    if not rows and not facts:
+        raise DataError(
+            f"{path}: no run folder, no TensorBoard scalars, no log_history, "
+            "and no [LOSS] or [DIAG] lines"
         )
-    return f"{tripped[0].name}: {tripped[0].why}."
+    return Evidence(metrics_frame(rows), facts=facts, source=str(path))
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #9f4792a8
 def evidence(source) -> Evidence:
-    "Evidence from a Run or its folder, a DataFrame, TensorBoard events, trainer_state.json or a text log. Raises DataError."
+    """Evidence from a Run or its folder, a DataFrame, a metrics.jsonl or somebody's log.
+
+    Raises DataError when there is no such file, or nothing in it can be judged."""
     if isinstance(source, Run):
         return run_evidence(source)
     if hasattr(source, "columns"):
@@ -93,25 +100,35 @@ def evidence(source) -> Evidence:
         return run_evidence(path)
     if path.name == "metrics.jsonl":
         return Evidence(metrics_frame(read_jsonl(path)), source=str(path))
-    return _foreign(path)
+    return foreign_evidence(path)
 
-# %% ../../nbs/6_diagnostics/12_judgement.ipynb #34e46af2
-def _foreign(path) -> Evidence:
-    facts = {}
-    if path.is_dir() and (path / "trainer_state.json").exists():
-        path = path / "trainer_state.json"
-    if path.is_dir() or "tfevents" in path.name:
-        rows = event_rows(path)
-    elif path.suffix == ".json":
-        rows = trainer_state_rows(path)
-    else:
-        rows, facts = (
-            text_rows(path.read_text(encoding="utf-8", errors="replace").splitlines()),
-            text_facts(path),
-        )
-    rows, facts = with_implied_columns(rows, facts)
-    if not rows and not facts:
-        raise DataError(
-            f"{path}: no run folder, no TensorBoard scalars, no log_history, and no [LOSS] or [DIAG] lines"
-        )
-    return Evidence(metrics_frame(rows), facts=facts, source=str(path))
+
+def as_evidence(source) -> Evidence:
+    "Evidence as it is, or that of any source of `evidence`."
+    return source if isinstance(source, Evidence) else evidence(source)
+
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #ca5fdf94
+def verdicts(source) -> list:
+    """All verdicts that the evidence supports, in the order of the rules.
+
+    `source`: Run, path of a folder or log, DataFrame, or Evidence."""
+    ev = as_evidence(source)
+    judged = [r(ev) for r in RULES.values()] if len(ev.frame) or ev.facts else []
+    return [v for v in judged if v is not None]
+
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #ae71e7fa
+def by_cause(judged: list) -> list:
+    "The tripped verdicts, most telling first: causes before criteria, then failures first."
+    tripped = [v for v in judged if v.tripped]
+    return sorted(tripped, key=lambda v: (v.name in CRITERIA, v.result != FAIL))
+
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #a3f2e146
+def headline(judged: list) -> str:
+    "The most likely cause among verdicts, in a sentence."
+    if not judged:
+        return "Nothing to judge yet."
+    tripped = by_cause(judged)
+    if tripped:
+        return f"{tripped[0].name}: {tripped[0].why}."
+    counts = {result: sum(v.result == result for v in judged) for result in (PASS, LATER)}
+    return "No rule tripped: " + ", ".join(f"{n} {r}" for r, n in counts.items() if n) + "."

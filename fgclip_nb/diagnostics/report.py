@@ -14,53 +14,47 @@ from fgclip_nb.diagnostics.expectations import escape_html, html_table, show
 from fgclip_nb.diagnostics.rules import Evidence, candidates, chance
 from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
-from fgclip_nb.diagnostics.judgement import by_cause, headline, run_evidence, verdicts
-from fgclip_nb.diagnostics.plots import GREEN, PLOTS, RESULT_COLOURS, _as_evidence
+from fgclip_nb.diagnostics.judgement import as_evidence, by_cause, headline, run_evidence, verdicts
+from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS
+from fgclip_nb.diagnostics.plots import PLOTS
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #d6511756
 class VerdictTable:
-    "Verdicts as a table: HTML in a notebook, text elsewhere."
+    "Verdicts as a table, tripped ones first: HTML in a notebook, text elsewhere."
 
     head = ("verdict", "value", "threshold", "result", "why", "next")
 
-    def __init__(self, found):
-        self.found = sorted(found, key=lambda v: not v.tripped)
+    def __init__(self, judged):
+        self.judged = sorted(judged, key=lambda v: not v.tripped)
 
-    def rows(self):
+    def rows(self) -> list:
         return [
             (v.name.replace("_", " "), show(v.value), v.threshold, v.result, v.why, v.next_action)
-            for v in self.found
+            for v in self.judged
         ]
 
     def __len__(self):
-        return len(self.found)
+        return len(self.judged)
 
     def _repr_html_(self):
         styles = {
-            (
-                r,
-                3,
-            ): f"color:#fff;background:{RESULT_COLOURS[v.result]};font-weight:600;white-space:nowrap"
-            for r, v in enumerate(self.found)
+            (r, self.head.index("result")): f"color:#fff;background:{RESULT_COLOURS[v.result]};"
+            "font-weight:600;white-space:nowrap"
+            for r, v in enumerate(self.judged)
         }
-        return f"<p><b>{escape_html(headline(self.found))}</b></p>" + html_table(
-            self.head, self.rows(), styles
-        )
+        table = html_table(self.head, self.rows(), styles)
+        return f"<p><b>{escape_html(headline(self.judged))}</b></p>{table}"
 
     def __repr__(self):
-        lines = [
-            f"  {result:<15}{name:<26}{value:<27} {why}"
-            + (f"\n{'':70}→ {action}" if action else "")
-            for name, value, _, result, why, action in self.rows()
-        ]
-        others = [v.name.replace("_", " ") for v in by_cause(self.found)[1:]]
-        return "\n".join(
-            [
-                headline(self.found),
-                *([f"Also tripped: {', '.join(others)}."] if others else []),
-                *lines,
-            ]
-        )
+        lines = [headline(self.judged)]
+        others = [v.name.replace("_", " ") for v in by_cause(self.judged)[1:]]
+        if others:
+            lines.append(f"Also tripped: {', '.join(others)}.")
+        for name, value, _, result, why, action in self.rows():
+            lines.append(f"  {result:<15}{name:<26}{value:<27} {why}")
+            if action:
+                lines[-1] += f"\n{'':70}→ {action}"
+        return "\n".join(lines)
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #1a2bd01c
 def verdict_table(source) -> VerdictTable:
@@ -68,125 +62,59 @@ def verdict_table(source) -> VerdictTable:
     return VerdictTable(source if isinstance(source, list) else verdicts(source))
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #b21c07ab
-def phases(source) -> list:
-    "First 10 steps, bank coming on, steps 50 to 100, the rest: its state and the rules that had tripped by its end."
-    ev = _as_evidence(source)
-    plan, last, out = bank_timetable(ev), ev.last_step or 0, []
-    spans = [
-        ("first 10 steps", 1, 10),
-        ("steps 50 to 100", 50, 100),
-        ("after step 100", 101, int(ev.params.get("max_steps") or max(last, 101))),
-    ]
+def _spans(ev: Evidence) -> list:
+    "(name, first step, last step) of the phases."
+    plan, last = bank_timetable(ev), int(ev.params.get("max_steps") or max(ev.last_step or 0, 101))
+    spans = [("first 10 steps", 1, 10), ("steps 50 to 100", 50, 100), ("after step 100", 101, last)]
     if plan:
         spans.insert(1, ("bank coming on", max(plan[1] - 5, 1), plan[1] + 10))
-    for name, start, end in spans:
-        state = (
-            "not reached" if last < start else "judged" if last >= end or ev.finished else "running"
-        )
-        found = verdicts(ev.until(min(end, last))) if state != "not reached" else []
-        out.append(
-            dict(
-                phase=name,
-                steps=f"{start}–{end}",
-                state=state,
-                tripped=[v for v in found if v.tripped],
-            )
-        )
+    return spans
+
+
+def _state(ev: Evidence, start: int, end: int) -> str:
+    last = ev.last_step or 0
+    if last < start:
+        return "not reached"
+    return "judged" if last >= end or ev.finished else "running"
+
+
+def phases(source) -> list:
+    """First 10 steps, bank coming on, steps 50 to 100, the rest, as dicts.
+
+    phase: its name; steps: its span; state: not reached, running or judged; tripped: the verdicts
+    that had tripped by its end."""
+    ev, out = as_evidence(source), []
+    for name, start, end in _spans(ev):
+        state = _state(ev, start, end)
+        judged = []
+        if state != "not reached":
+            judged = verdicts(ev.until(min(end, ev.last_step or 0)))
+        tripped = [v for v in judged if v.tripped]
+        out.append(dict(phase=name, steps=f"{start}–{end}", state=state, tripped=tripped))
     return out
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #2e67c5c2
 def phase_lines(source) -> list:
     "The phases as text."
-    told = lambda p: (
-        "; ".join(f"{v.name}: {v.why}" for v in p["tripped"])
-        or ("no rule tripped" if p["state"] != "not reached" else "")
-    )
-    return [f"  {p['phase']:<18}{p['steps']:<10}{p['state']:<13}{told(p)}" for p in phases(source)]
-
-# %% ../../nbs/6_diagnostics/15_report.ipynb #82902b95
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1b1b1b;--soft:#666;--line:#ddd;--card:#f6f6f4}
-@media (prefers-color-scheme:dark){:root{--paper:#161616;--ink:#e8e8e8;--soft:#a5a5a5;--line:#3a3a3a;--card:#212121}}
-*{box-sizing:border-box} body{margin:0 auto;max-width:1120px;padding:1rem;font:15px/1.5 system-ui,sans-serif;background:var(--paper);color:var(--ink)}
-h1{font-size:1.3rem;margin:.2rem 0} h2{font-size:1.05rem;margin:1.6rem 0 .4rem} .soft{color:var(--soft)}
-.cause{border-left:.5rem solid var(--tone);background:var(--card);padding:.7rem 1rem;margin:.8rem 0;border-radius:.3rem} .cause p{margin:.2rem 0}
-table{border-collapse:collapse;width:100%;font-size:.88rem} th,td{padding:.35rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;text-align:left;overflow-wrap:break-word}
-.r{color:#fff;border-radius:.25rem;padding:.05rem .45rem;white-space:nowrap;font-weight:600;font-size:.8rem} img{max-width:100%;height:auto;background:#fff;border-radius:.3rem;margin:.3rem 0}
-@media (max-width:720px){thead{display:none} tr{display:block;border:1px solid var(--line);border-radius:.3rem;margin:.5rem 0;padding:.3rem} td{display:block;border:0;padding:.1rem .4rem}
-td[data-h]:not(:empty)::before{content:attr(data-h) ": ";color:var(--soft)}}
-"""
-
-
-def _badge(result):
-    return f'<span class="r" style="background:{RESULT_COLOURS[result]}">{result}</span>'
-
-# %% ../../nbs/6_diagnostics/15_report.ipynb #8d467065
-def _rows_html(head, rows) -> str:
-    "A table whose cells know their heading (for cards on narrow screens); cells are HTML already."
-    body = "".join(
-        "<tr>" + "".join(f'<td data-h="{h}">{c}</td>' for h, c in zip(head, row)) + "</tr>"
-        for row in rows
-    )
-    return (
-        "<table><thead><tr>"
-        + "".join(f"<th>{h}</th>" for h in head)
-        + f"</tr></thead><tbody>{body}</tbody></table>"
-    )
-
-# %% ../../nbs/6_diagnostics/15_report.ipynb #fdb0aa78
-def _cause_html(found) -> str:
-    "The banner: the cause, what to do, and what else tripped."
-    tripped = by_cause(found)
-    tone = GREEN if not tripped else RESULT_COLOURS[tripped[0].result]
-    if not tripped:
-        told = f"<p><b>{escape_html(headline(found))}</b></p>"
-    else:
-        told = (
-            f"<p><b>{escape_html(tripped[0].name.replace('_', ' '))}</b>: "
-            f"{escape_html(tripped[0].why)}.</p><p>{escape_html(tripped[0].next_action)}</p>"
-        )
-    others = ", ".join(escape_html(v.name.replace("_", " ")) for v in tripped[1:])
-    return (
-        f'<div class="cause" style="--tone:{tone}">{told}'
-        + (f'<p class="soft">Also tripped: {others}</p>' if others else "")
-        + "</div>"
-    )
-
-# %% ../../nbs/6_diagnostics/15_report.ipynb #1d9715ae
-def _verdicts_html(found) -> str:
-    return _rows_html(
-        ("verdict", "result", "value", "threshold", "why", "next"),
-        [
-            (
-                escape_html(v.name.replace("_", " ")),
-                _badge(v.result),
-                *map(escape_html, (show(v.value), v.threshold, v.why, v.next_action)),
-            )
-            for v in VerdictTable(found).found
-        ],
-    )
-
-
-def figure_uri(figure, dpi=80) -> str:
-    "A figure as a data URI (PNG without metadata, so equal figures give equal text)."
-    import base64, io
-    from PIL import Image
-
-    out, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
-    Image.open(out).convert("RGB").quantize(96).save(
-        small, "PNG", optimize=True
-    )  # a plot has few colours: a third of the size
-    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
+    lines = []
+    for p in phases(source):
+        told = "; ".join(f"{v.name}: {v.why}" for v in p["tripped"])
+        if not told and p["state"] != "not reached":
+            told = "no rule tripped"
+        lines.append(f"  {p['phase']:<18}{p['steps']:<10}{p['state']:<13}{told}")
+    return lines
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #aefc0279
-def _first_on(ev, column):
+def forward_of_first(ev: Evidence, column: str):
+    "The region forward of the first step at which a column was above 0; None when it never was."
     s, forwards = ev.series(column), ev.series("forwards")
     return float(forwards[(s > 0).idxmax()]) if (s > 0).any() and len(forwards) else None
 
 
-def _floor_in_batch(ev):
-    "The duplicate floor at the steps without bank entries: equal captions in the bank would count too."
+def floor_in_batch(ev: Evidence):
+    """The duplicate floor by step, without the steps at which the bank held entries.
+
+    Equal captions in the bank would count too."""
     floor, held = ev.series("duplicate_floor_region"), ev.series("bank_len")
     return floor[~floor.index.isin(held[held > 0].index)]
 
@@ -194,83 +122,159 @@ def _floor_in_batch(ev):
 OBSERVED = {
     "total steps": lambda ev: ev.last_step,
     "regions per forward": lambda ev: float(candidates(ev, "region_in_batch").mean()),
-    "bank on at forward": lambda ev: _first_on(ev, "bank_enabled"),
-    "bank full at forward": lambda ev: _first_on(ev, "bank_full"),
+    "bank on at forward": lambda ev: forward_of_first(ev, "bank_enabled"),
+    "bank full at forward": lambda ev: forward_of_first(ev, "bank_full"),
     "global chance level": lambda ev: float(chance(ev, "global").mean()),
     "region chance level, in batch": lambda ev: float(chance(ev, "region_in_batch").mean()),
     "region chance level, full bank": lambda ev: float(chance(ev, "region").tail(20).mean()),
     "hard chance level": lambda ev: float(chance(ev, "hard").mean()),
-    "duplicate floor": lambda ev: float(_floor_in_batch(ev).mean()),
-    "logit_scale prints as": lambda ev: loaded_scale(ev),
+    "duplicate floor": lambda ev: float(floor_in_batch(ev).mean()),
+    "logit_scale prints as": loaded_scale,
 }
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #22a6efdd
 def expected_and_observed(expected: list, ev: Evidence) -> list:
-    "Rows (name, expected, observed, explanation) from `Expectations.as_dicts()` and the run's evidence."
-    seen = {k: f(ev) for k, f in OBSERVED.items()} if len(ev.frame) else {}
-    known = lambda v: "" if v is None or v != v else show(v)
-    return [
-        (r["name"], show(r["value"]), known(seen.get(r["name"])), r["explanation"])
-        for r in expected
-    ]
+    """Rows (name, expected, observed, explanation) of texts; observed is empty where unknown.
+
+    `expected`: `Expectations.as_dicts()`, as a run keeps them in expectations.json."""
+    observed = {k: read(ev) for k, read in OBSERVED.items()} if len(ev.frame) else {}
+    rows = []
+    for e in expected:
+        value = observed.get(e["name"])
+        known = value is not None and value == value
+        shown = show(value) if known else ""
+        rows.append((e["name"], show(e["value"]), shown, e["explanation"]))
+    return rows
+
+# %% ../../nbs/6_diagnostics/15_report.ipynb #82902b95
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b1b1b;--soft:#666;--line:#ddd;--card:#f6f6f4}
+@media (prefers-color-scheme:dark){:root{--paper:#161616;--ink:#e8e8e8;--soft:#a5a5a5;\
+--line:#3a3a3a;--card:#212121}}
+*{box-sizing:border-box} body{margin:0 auto;max-width:1120px;padding:1rem;font:15px/1.5 \
+system-ui,sans-serif;background:var(--paper);color:var(--ink)}
+h1{font-size:1.3rem;margin:.2rem 0} h2{font-size:1.05rem;margin:1.6rem 0 .4rem}\
+ .soft{color:var(--soft)}
+.cause{border-left:.5rem solid var(--tone);background:var(--card);padding:.7rem 1rem;\
+margin:.8rem 0;border-radius:.3rem} .cause p{margin:.2rem 0}
+table{border-collapse:collapse;width:100%;font-size:.88rem}\
+ th,td{padding:.35rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;\
+text-align:left;overflow-wrap:break-word}
+.r{color:#fff;border-radius:.25rem;padding:.05rem .45rem;white-space:nowrap;font-weight:600;\
+font-size:.8rem} img{max-width:100%;height:auto;background:#fff;border-radius:.3rem;\
+margin:.3rem 0}
+@media (max-width:720px){thead{display:none} tr{display:block;border:1px solid var(--line);\
+border-radius:.3rem;margin:.5rem 0;padding:.3rem} td{display:block;border:0;padding:.1rem .4rem}
+td[data-h]:not(:empty)::before{content:attr(data-h) ": ";color:var(--soft)}}
+"""
+
+# %% ../../nbs/6_diagnostics/15_report.ipynb #8d467065
+def card_table(head, rows) -> str:
+    "A table whose cells know their heading (for cards on narrow screens); cells are HTML already."
+    body = "".join(
+        "<tr>" + "".join(f'<td data-h="{h}">{c}</td>' for h, c in zip(head, row)) + "</tr>"
+        for row in rows
+    )
+    names = "".join(f"<th>{h}</th>" for h in head)
+    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def verdicts_html(judged: list) -> str:
+    "The verdicts as a table for the report."
+    head = ("verdict", "result", "value", "threshold", "why", "next")
+    rows = []
+    for v in VerdictTable(judged).judged:
+        colour = RESULT_COLOURS[v.result]
+        badge = f'<span class="r" style="background:{colour}">{v.result}</span>'
+        texts = map(escape_html, (show(v.value), v.threshold, v.why, v.next_action))
+        rows.append((escape_html(v.name.replace("_", " ")), badge, *texts))
+    return card_table(head, rows)
+
+# %% ../../nbs/6_diagnostics/15_report.ipynb #fdb0aa78
+def cause_html(judged: list) -> str:
+    "The banner: the cause, what to do, and what else tripped."
+    tripped = by_cause(judged)
+    tone, told = GREEN, f"<p><b>{escape_html(headline(judged))}</b></p>"
+    if tripped:
+        first = tripped[0]
+        tone = RESULT_COLOURS[first.result]
+        name, why = escape_html(first.name.replace("_", " ")), escape_html(first.why)
+        told = f"<p><b>{name}</b>: {why}.</p><p>{escape_html(first.next_action)}</p>"
+    others = ", ".join(escape_html(v.name.replace("_", " ")) for v in tripped[1:])
+    also = f'<p class="soft">Also tripped: {others}</p>' if others else ""
+    return f'<div class="cause" style="--tone:{tone}">{told}{also}</div>'
+
+# %% ../../nbs/6_diagnostics/15_report.ipynb #1d9715ae
+def figure_uri(figure, dpi=80) -> str:
+    "A figure as a data URI (PNG without metadata, so equal figures give equal text)."
+    import base64, io
+    from PIL import Image
+
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(96).save(packed, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #dd67c667
-def _report_parts(run, ev, found):
-    "The sections of the report, in reading order."
+def _phases_html(ev: Evidence) -> str:
+    rows = [
+        (p["phase"], p["steps"], p["state"], escape_html("; ".join(v.why for v in p["tripped"])))
+        for p in phases(ev)
+    ]
+    return "<h2>By phase</h2>" + card_table(("phase", "steps", "state", "tripped"), rows)
+
+
+def _expectations_html(run: Run, ev: Evidence) -> str:
+    head = ("quantity", "expected", "observed", "explanation")
+    rows = [tuple(map(escape_html, r)) for r in expected_and_observed(run.expectations(), ev)]
+    return "<h2>Expected and observed</h2>" + card_table(head, rows)
+
+
+def report_parts(run: Run, ev: Evidence, judged: list):
+    "Yield the sections of the report, in reading order."
+    state = "finished" if run.finished else "still running or stopped"
+    steps = f"step {ev.last_step or 0} of {ev.params.get('max_steps') or '?'}"
     yield f"<h1>{escape_html(run.name)}</h1>"
-    yield (
-        f'<p class="soft">{"finished" if run.finished else "still running or stopped"}, step {ev.last_step or 0} of '
-        f"{ev.params.get('max_steps') or '?'}</p>"
-    )
-    yield _cause_html(found)
+    yield f'<p class="soft">{state}, {steps}</p>'
+    yield cause_html(judged)
     if not run.finished:
-        cells = lambda p: (
-            p["phase"],
-            p["steps"],
-            p["state"],
-            escape_html("; ".join(v.why for v in p["tripped"])),
-        )
-        yield "<h2>By phase</h2>" + _rows_html(
-            ("phase", "steps", "state", "tripped"), map(cells, phases(ev))
-        )
-    yield "<h2>Verdicts</h2>" + _verdicts_html(found)
+        yield _phases_html(ev)
+    yield "<h2>Verdicts</h2>" + verdicts_html(judged)
     if run.expectations():
-        rows = [tuple(map(escape_html, r)) for r in expected_and_observed(run.expectations(), ev)]
-        yield "<h2>Expected and observed</h2>" + _rows_html(
-            ("quantity", "expected", "observed", "explanation"), rows
-        )
+        yield _expectations_html(run, ev)
     yield "<h2>Plots</h2>"
     for name, plot in PLOTS.items():
         yield f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
-    yield "<h2>Parameters</h2>" + _rows_html(
-        ("parameter", "value"), [(escape_html(k), escape_html(v)) for k, v in ev.params.items()]
-    )
+    rows = [(escape_html(k), escape_html(v)) for k, v in ev.params.items()]
+    yield "<h2>Parameters</h2>" + card_table(("parameter", "value"), rows)
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #aff4ac91
 def report_html(run) -> str:
-    "The whole report of a run folder as text; self-contained."
+    "The whole report of a run folder (a Run or its path) as text; self-contained."
     run = run if isinstance(run, Run) else Run(run)
     ev = run_evidence(run)
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape_html(run.name)}</title>'
-        f"<style>{STYLE}</style>"
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape_html(run.name)}</title><style>{STYLE}</style>"
     )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(_report_parts(run, ev, verdicts(ev)))}</body></html>'
+    body = "".join(report_parts(run, ev, verdicts(ev)))
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #317a2375
 def conclude(run, figures=True) -> list:
-    "End of a run: write verdicts.json and report.html, put the plots into TensorBoard when the run has events; returns the verdicts."
+    """End of a run: write verdicts.json and report.html; returns the verdicts.
+
+    With `figures`, the plots are put into TensorBoard as well when the run has events."""
     run = run if isinstance(run, Run) else Run(run)
     ev = run_evidence(run)
-    found = verdicts(ev)
-    write_atomic(
-        run.path / "verdicts.json",
-        json.dumps([jsonable(v.as_dict()) for v in found], indent=1) + "\n",
-    )
+    judged = verdicts(ev)
+    rows = [jsonable(v.as_dict()) for v in judged]
+    write_atomic(run.path / "verdicts.json", json.dumps(rows, indent=1) + "\n")
     write_atomic(run.path / "report.html", report_html(run))
     if figures and (run.path / "tensorboard").exists():
         board = Board(run.path / "tensorboard")
         for name, plot in PLOTS.items():
             board.figure(f"plots/{name}", plot(ev), ev.last_step or 0)
         board.close()
-    return found
+    return judged

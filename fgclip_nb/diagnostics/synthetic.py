@@ -13,7 +13,7 @@ from fgclip_nb.core.folder import Run, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.measures import MODULES, PAIRS, QUANTILES
 
-# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #beb0a68b
+# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #5813cba2
 WORLD = dict(
     steps=200,
     regions=12,
@@ -78,7 +78,7 @@ def synthetic_losses(step: int, p, rng) -> dict:
         hardest_negative_cosine_region=0.1 + 0.1 * know,
     )
 
-# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #5fb234ec
+# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #889fabbe
 def synthetic_step(step: int, p, rng) -> dict:
     "The columns of one made-up step; `p`: a `world`, `rng`: a numpy generator."
     held = bank_entries(step, p)
@@ -126,7 +126,7 @@ def synthetic_modules(p) -> dict:
         }
     return columns
 
-# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #91293c96
+# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #6b939390
 def synthetic_diagnostics(step: int, p, rng) -> dict:
     "The additional columns of a made-up diagnostic step."
     columns = synthetic_similarities(step, p, rng)
