@@ -15,16 +15,7 @@ def board_tag(key: str) -> str:
         return f"train/{key}"
     return f"memory_bank/{key[5:]}" if key.startswith("bank_") else f"diagnostics/{key}"
 
-
-def write_scalars(writer, values: dict, step: int):
-    "All numbers of a step in one TensorBoard record: a tenth of the time of one record each."
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    writer.file_writer.add_summary(
-        Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]), step
-    )
-
-
+# %% ../../nbs/6_diagnostics/02_board.ipynb #595348e4
 def tagged(row: dict) -> dict:
     "The numbers of a metrics row under TensorBoard's names."
     return {
@@ -33,12 +24,24 @@ def tagged(row: dict) -> dict:
         if k != "step" and isinstance(v, (int, float))
     }
 
+# %% ../../nbs/6_diagnostics/02_board.ipynb #b14604d2
+def write_scalars(writer, values: dict, step: int):
+    "All numbers of a step in one TensorBoard record of a `SummaryWriter`."
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+    writer.file_writer.add_summary(Summary(value=scalars), step)
+
 # %% ../../nbs/6_diagnostics/02_board.ipynb #d0fd9d07
 class Board:
-    "Writes scalars, histograms and figures below `path`; opened at the first write."
+    """Writes scalars, histograms and figures below `path`; opened at the first write.
+
+    `purge`: a step from which on TensorBoard shall forget what the folder already holds."""
 
     def __init__(self, path):
-        self.path, self.writer, self.purge = Path(path), None, None
+        self.path = Path(path)
+        self.writer = None
+        self.purge = None
 
     def _open(self):
         if self.writer is None:
@@ -48,12 +51,14 @@ class Board:
         return self.writer
 
     def scalars(self, row: dict):
+        "The numbers of a metrics row; `row` holds its step."
         write_scalars(self._open(), tagged(row), row["step"])
 
     def histogram(self, tag, values, step):
         self._open().add_histogram(tag, values, step, bins=64)
 
     def figure(self, tag, figure, step):
+        "A matplotlib figure, closed afterwards."
         self._open().add_figure(tag, figure, step, close=True)
 
     def close(self):

@@ -10,33 +10,35 @@ import json, re
 from pathlib import Path
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #0ab301c2
-ALIASES = dict(
-    total="loss",
-    total_loss="loss",
-    region="loss_region",
-    region_loss="loss_region",
-    hard="loss_hard",
-    hard_loss="loss_hard",
-    global_loss="loss_global",
-    candidates="candidates_region",
-    learning_rate="lr",
-    num_regions="regions",
-    n_regions="regions",
-    valid_regions="regions",
-    boxes="regions",
-    training_step="forwards",
-    global_step="step",
-    finegrained="logit_scale_finegraind",
-    logit_scale_finegrained="logit_scale_finegraind",
-    eval_loss="val_loss",
-    region_in_batch="loss_region_in_batch",
-    candidates_in_batch="candidates_region_in_batch",
-)
-ALIASES["global"] = "loss_global"
+ALIASES = {
+    "total": "loss",
+    "total_loss": "loss",
+    "global": "loss_global",
+    "global_loss": "loss_global",
+    "region": "loss_region",
+    "region_loss": "loss_region",
+    "region_in_batch": "loss_region_in_batch",
+    "hard": "loss_hard",
+    "hard_loss": "loss_hard",
+    "eval_loss": "val_loss",
+    "candidates": "candidates_region",
+    "candidates_in_batch": "candidates_region_in_batch",
+    "learning_rate": "lr",
+    "num_regions": "regions",
+    "n_regions": "regions",
+    "valid_regions": "regions",
+    "boxes": "regions",
+    "global_step": "step",
+    "training_step": "forwards",
+    "finegrained": "logit_scale_finegraind",
+    "logit_scale_finegrained": "logit_scale_finegraind",
+}
 
 
 def column_of(name: str) -> str:
-    "Our column for a name in somebody's log: prefixes such as `train/` go, well-known synonyms are translated."
+    """Our column for a name in somebody's log.
+
+    Prefixes such as `train/` go, well-known synonyms are translated, other names stay."""
     name = name.strip().lower()
     if name.startswith(("memory_bank/", "memory_bank_")):
         return "bank_" + name[12:]
@@ -48,8 +50,6 @@ def column_of(name: str) -> str:
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #7ca2061c
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf"
-PAIR = re.compile(rf"([A-Za-z_][\w/]*)\s*[=:]\s*\[?({NUMBER}|True|False)(?![\w.])")
-
 FACTS = dict(
     loaded_scale_finegraind=rf"logit_scale \(fine-?grained\)\s*[:=]\s*({NUMBER})",
     loaded_scale=rf"(?:Loaded logit_scale|logit_scale\w*)\s*[=:]\s*({NUMBER})",
@@ -59,113 +59,129 @@ FACTS = dict(
 
 
 def text_facts(path) -> dict:
-    "What a text log says once: loaded temperatures (the first mention) and when the bank came on."
+    """What a text log says once, by the first mention.
+
+    Loaded temperatures (stored, log), the forward and step at which the bank came on, and
+    `bank_expected` when a memory bank is mentioned at all."""
     text = Path(path).read_text(encoding="utf-8", errors="replace")
-    found = {
-        k: float(m[1])
-        for k, pattern in FACTS.items()
-        if (m := re.search(pattern, text, re.IGNORECASE))
-    }
-    return found | (
-        dict(bank_expected=True) if re.search(r"memory.?bank", text, re.IGNORECASE) else {}
-    )
+    facts = {}
+    for name, pattern in FACTS.items():
+        if m := re.search(pattern, text, re.IGNORECASE):
+            facts[name] = float(m[1])
+    if re.search(r"memory.?bank", text, re.IGNORECASE):
+        facts["bank_expected"] = True
+    return facts
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #8a53661e
-def _pairs(line) -> dict:
-    value = lambda v: (
-        {"true": 1.0, "false": 0.0}.get(v.lower()) if v.lower() in ("true", "false") else float(v)
-    )
-    return {k: value(v) for k, v in PAIR.findall(line)}
+PAIR = re.compile(rf"([A-Za-z_][\w/]*)\s*[=:]\s*\[?({NUMBER}|True|False)(?![\w.])")
+TRUTH = {"true": 1.0, "false": 0.0}
+
+
+def number_pairs(line: str) -> dict:
+    "The pairs `name=number` or `name: number` of a line; True and False are 1 and 0."
+    return {k: TRUTH[v.lower()] if v.lower() in TRUTH else float(v) for k, v in PAIR.findall(line)}
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #e92441b4
-def _diag_columns(line: str) -> dict:
-    "Columns of one diagnostic line, whatever it is about."
-    pairs, out = _pairs(line), {}
+REGION_COUNT = re.compile(
+    r"\b(\d+) (?:valid )?(?:regions|boxes)\b"
+    r"|region\w*features?\W+(?:shape\W+)?(?:torch\.Size)?\W*(\d+)\s*,"
+)
+
+
+def _norm_columns(kind: str, pairs: dict) -> dict:
+    columns = {f"norm_{kind}_{k}": v for k, v in pairs.items() if k in ("min", "mean", "max")}
+    if kind == "region":
+        no_length = float(pairs.get("min", 1) == 0)
+        columns["zero_share_region"] = pairs.get("zero_share", no_length)
+    return columns
+
+
+def _bank_columns(pairs: dict) -> dict:
+    ptr, full = pairs.get("ptr", 0), pairs.get("full", 0)
+    columns = dict(bank_ptr=ptr, bank_full=full)
+    columns["bank_enabled"] = pairs.get("enabled", float(ptr + full > 0))
+    return columns | ({"bank_len": pairs["len"]} if "len" in pairs else {})
+
+
+def diag_columns(line: str) -> dict:
+    "Columns of one diagnostic line, be it about similarities, norms, the bank or others."
+    pairs, spread = number_pairs(line), ("min", "max", "mean", "std")
     if m := re.search(r"(logits|cosine)_(i2t|region)\b", line):
-        out |= {f"{m[0]}_{k}": v for k, v in pairs.items() if k in ("min", "max", "mean", "std")}
+        columns = {f"{m[0]}_{k}": v for k, v in pairs.items() if k in spread}
     elif m := re.search(r"(img|image|region|roi)\w*_norms?\b", line):
-        kind = "image" if m[1] in ("img", "image") else "region"
-        out |= {f"norm_{kind}_{k}": v for k, v in pairs.items() if k in ("min", "mean", "max")}
-        if kind == "region":
-            out["zero_share_region"] = pairs.get("zero_share", float(pairs.get("min", 1) == 0))
+        columns = _norm_columns("image" if m[1] in ("img", "image") else "region", pairs)
     elif re.search(r"memory.?bank\b.*ptr", line, re.IGNORECASE):
-        out |= dict(
-            bank_ptr=pairs.get("ptr", 0),
-            bank_full=pairs.get("full", 0),
-            bank_enabled=pairs.get(
-                "enabled", float(pairs.get("ptr", 0) + pairs.get("full", 0) > 0)
-            ),
-        )
-        if "len" in pairs:
-            out["bank_len"] = pairs["len"]
+        columns = _bank_columns(pairs)
     else:
-        out |= {
-            column_of(k): v
-            for k, v in pairs.items()
-            if k not in ("exp", "min", "max", "mean", "std")
-        }
-    if m := re.search(
-        r"\b(\d+) (?:valid )?(?:regions|boxes)\b|region\w*features?\W+(?:shape\W+)?(?:torch\.Size)?\W*(\d+)\s*,",
-        line,
-    ):
-        out["regions"] = float(m[1] or m[2])
+        columns = {column_of(k): v for k, v in pairs.items() if k not in ("exp", *spread)}
+    if m := REGION_COUNT.search(line):
+        columns["regions"] = float(m[1] or m[2])
     if m := re.search(r"\bstep\s+(\d+)", line, re.IGNORECASE):
-        out["step"] = float(m[1])
-    return out
+        columns["step"] = float(m[1])
+    return columns
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #f04a8dcb
-def _joined(old: dict, new: dict) -> dict:
-    "Merge diagnostic columns of several forwards: extremes stay extreme, the rest is the newest."
-    pick = lambda k: (
-        min
-        if k.endswith("_min")
-        else max
-        if k.endswith(("_max", "zero_share_region"))
-        else lambda a, b: b
-    )
-    return old | {k: pick(k)(old[k], v) if k in old else v for k, v in new.items()}
+def joined_columns(old: dict, new: dict) -> dict:
+    "Diagnostic columns of several forwards: extremes stay extreme, the rest is the newest."
+    columns = dict(old)
+    for k, v in new.items():
+        if k in old and k.endswith("_min"):
+            columns[k] = min(old[k], v)
+        elif k in old and k.endswith(("_max", "zero_share_region")):
+            columns[k] = max(old[k], v)
+        else:
+            columns[k] = v
+    return columns
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #acbd7964
+DIAGNOSTIC = re.compile(r"(logits_|_norms|memory.?bank|logit_scale)\S*\s*[:=(]", re.IGNORECASE)
+
+
+def loss_columns(line: str) -> dict:
+    "Columns of a `[LOSS]` line."
+    columns = {column_of(k): v for k, v in number_pairs(line).items()}
+    if m := re.search(r"Step\s+(\d+)", line):
+        columns["step"] = float(m[1])
+    return columns
+
+
 def text_rows(lines) -> list:
-    "Rows of a text log: one per `[LOSS]` line with the diagnostics before it, or one per repeated diagnostic when there are none."
-    lines, rows, current, on = list(lines), [], {}, False
-    has_loss = any("[LOSS]" in l for l in lines)
+    """Rows of a text log, as dicts of our columns.
+
+    One per `[LOSS]` line with the diagnostics before it; without such lines one per repetition of a
+    diagnostic. What follows the last `[LOSS]` line still belongs to it."""
+    lines, rows, current, bank_on = list(lines), [], {}, False
+    has_loss = any("[LOSS]" in line for line in lines)
     for line in lines:
-        on = on or "[Memory Bank] enabled" in line
+        bank_on = bank_on or "[Memory Bank] enabled" in line
         if "[LOSS]" in line:
-            m = re.search(rf"Step\s+(\d+)(?:\s+Epoch\s+({NUMBER}))?", line)
-            row = current | {column_of(k): v for k, v in _pairs(line).items()}
-            rows.append(
-                row | (dict(step=float(m[1])) if m else {}) | (dict(bank_enabled=1.0) if on else {})
-            )
+            rows.append(current | loss_columns(line) | (dict(bank_enabled=1.0) if bank_on else {}))
             current = {}
-        elif "[DIAG]" in line or re.search(
-            r"(logits_|_norms|memory.?bank|logit_scale)\S*\s*[:=(]", line, re.IGNORECASE
-        ):
-            new = _diag_columns(line)
-            if not has_loss and set(new) & set(current):
+        elif "[DIAG]" in line or DIAGNOSTIC.search(line):
+            columns = diag_columns(line)
+            if not has_loss and set(columns) & set(current):
                 rows.append(current)
                 current = {}
-            current = _joined(current, new)
+            current = joined_columns(current, columns)
     if not has_loss:
         return rows + ([current] if current else [])
     if rows:
-        rows[-1] = current | rows[-1]  # what follows the last loss still belongs to the run
+        rows[-1] = current | rows[-1]
     return rows
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #d0bf55dd
-def _by_step(pairs) -> list:
-    "Rows from (step, column, value) triples."
+def rows_by_step(triples) -> list:
+    "Rows, in order of steps, from (step, column, value) triples."
     rows = {}
-    for step, column, value in pairs:
+    for step, column, value in triples:
         rows.setdefault(step, dict(step=step))[column] = value
     return [rows[s] for s in sorted(rows)]
 
-
+# %% ../../nbs/6_diagnostics/05_logs.ipynb #b9901cde
 def trainer_state_rows(path) -> list:
     "Rows of HF Trainer's trainer_state.json."
     history = json.loads(Path(path).read_text())["log_history"]
-    return _by_step(
+    return rows_by_step(
         (r["step"], column_of(k), v)
         for r in history
         for k, v in r.items()
@@ -178,18 +194,20 @@ def event_rows(path) -> list:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, SCALARS
 
     events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
-    return _by_step(
+    return rows_by_step(
         (e.step, column_of(tag), e.value)
         for tag in events.Tags()["scalars"]
         for e in events.Scalars(tag)
     )
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #1955ea62
-def _without_bank_only_zero(rows, facts):
-    "Columns of a foreign log that other columns imply."
+def with_implied_columns(rows: list, facts: dict):
+    "(rows, facts) of a foreign log with what its columns imply: bank on or expected, zero regions."
     for r in rows:
         if "bank_enabled" not in r and "bank_ptr" in r:
             r["bank_enabled"] = float(r["bank_ptr"] > 0 or r.get("bank_full", 0) > 0)
         if "zero_share_region" not in r and r.get("norm_region_min") == 0:
             r["zero_share_region"] = 1.0
-    return rows, facts | (dict(bank_expected=True) if any("bank_ptr" in r for r in rows) else {})
+    if any("bank_ptr" in r for r in rows):
+        facts = facts | dict(bank_expected=True)
+    return rows, facts

@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = []
 
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #94b5c397
+from fgclip_nb.diagnostics.numbers import mean_of
+
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #ccc1f8d8
 def to_floats(values: dict) -> dict:
     "The same dict with 0-dim tensors as Python floats, fetched from the device in one transfer."
@@ -13,10 +16,8 @@ def to_floats(values: dict) -> dict:
         return values
     import torch
 
-    fetched = torch.stack(
-        [t.detach().reshape(()).to(torch.float64) for t in tensors.values()]
-    ).tolist()
-    return values | dict(zip(tensors, fetched))
+    scalars = [t.detach().reshape(()).to(torch.float64) for t in tensors.values()]
+    return values | dict(zip(tensors, torch.stack(scalars).tolist()))
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #3b924ed6
 TERM_FIELDS = dict(
@@ -33,35 +34,37 @@ TERM_FIELDS = dict(
 )
 
 
-def _mean(values):
-    return sum(values) / len(values)
+def _known(terms: list, attr: str) -> list:
+    "A measure over the terms that have it; NaN means that there is nothing of the kind."
+    values = [getattr(t, attr, None) for t in terms]
+    return [v for v in values if v is not None and v == v]
 
-# %% ../../nbs/6_diagnostics/01_measures.ipynb #2b4486d0
+
 def term_values(terms: dict) -> dict:
-    "Flat columns of named loss terms: `loss_region`, `candidates_region`, `chance_region`, `top1_region`, …"
-    out = {n: t.loss for n, t in terms.items() if n.startswith("loss_global_")}
+    """Flat columns of named loss terms: `loss_region`, `candidates_region`, `top1_region`, …
+
+    `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device."""
+    columns = {n: t.loss for n, t in terms.items() if n.startswith("loss_global_")}
     for kind in ("global", "region", "hard"):
-        members = [
-            t for n, t in terms.items() if n == f"loss_{kind}" or n.startswith(f"loss_{kind}_")
-        ]
+        name = f"loss_{kind}"
+        members = [t for n, t in terms.items() if n == name or n.startswith(f"{name}_")]
         if not members:
             continue
-        out[f"loss_{kind}"] = _mean([t.loss for t in members])
+        columns[name] = mean_of([t.loss for t in members])
         for attr, column in TERM_FIELDS.items():
-            # NaN: there is nothing of the kind
-            found = [
-                v for v in (getattr(t, attr, None) for t in members) if v is not None and v == v
-            ]
-            if found and (kind == "region" or not attr.endswith("in_batch")):
-                out[column.format(kind)] = _mean(found)
-    return out
+            values = _known(members, attr)
+            if values and (kind == "region" or not attr.endswith("in_batch")):
+                columns[column.format(kind)] = mean_of(values)
+    return columns
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #4822cf82
 QUANTILES = dict(min=0.0, p05=0.05, p25=0.25, p50=0.5, p75=0.75, p95=0.95, max=1.0)
 
 
 def spread(prefix: str, values) -> dict:
-    "Percentiles, mean and standard deviation of a tensor as 0-dim tensors; above a million values an even sample of them."
+    """Percentiles, mean and standard deviation of a tensor of any shape, as 0-dim tensors.
+
+    Above a million values, an even sample of them is taken."""
     import torch
 
     values = values.detach().float().flatten()
@@ -72,39 +75,6 @@ def spread(prefix: str, values) -> dict:
         f"{prefix}_std": values.std(correction=0),
     }
 
-# %% ../../nbs/6_diagnostics/01_measures.ipynb #d827638f
-def _directions(features, rows=512):
-    import torch
-
-    x = features.detach().float()[:rows]
-    x = x[torch.isfinite(x).all(dim=1) & (x.norm(dim=1) > 0)]
-    return torch.nn.functional.normalize(x, dim=1)
-
-
-def effective_rank(features):
-    "Effective rank (Roy & Vetterli 2007) of the directions of (N, D) features, 1..min(N, D), from the first 512 usable rows; 0 when none."
-    import torch
-
-    x = _directions(features)
-    if not len(x):
-        return torch.zeros(())
-    spectrum = torch.linalg.eigvalsh(x @ x.T if len(x) <= x.shape[1] else x.T @ x).clamp(min=0)
-    p = spectrum / spectrum.sum()
-    return torch.special.entr(p).sum().exp()
-
-# %% ../../nbs/6_diagnostics/01_measures.ipynb #fe761e68
-def equal_share(features, ids=None):
-    "Share of rows whose direction equals that of another row (cosine above 0.99999), of a row with another id where `ids` (N,) are given."
-    import torch
-
-    x = _directions(features)
-    if len(x) < 2:
-        return torch.zeros(())
-    cosines = (x @ x.T).fill_diagonal_(-1)
-    if ids is not None and len(ids) >= len(x):
-        cosines = cosines.masked_fill(ids[: len(x), None] == ids[None, : len(x)], -1)
-    return (cosines > 0.99999).any(dim=1).float().mean()
-
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #df01ba29
 PAIRS = dict(
     i2t=("image_features", ("text_features", "long_text_features"), "logit_scale"),
@@ -113,7 +83,10 @@ PAIRS = dict(
 
 
 def pair_cosines(features: dict, pair: str):
-    "Cosines (N, M) of image against text or region against phrase, and the multiplier exp(scale); None when there is nothing of the kind."
+    """Cosines (N, N) of one kind of pair and the multiplier exp(scale), from a forward's features.
+
+    `pair`: `i2t` (B images against their texts) or `region` (R regions against their phrases); at
+    most 1024 rows each. None when there is nothing of the kind."""
     import torch
 
     left, rights, scale = PAIRS[pair]
@@ -127,41 +100,79 @@ def pair_cosines(features: dict, pair: str):
     return a @ b.T, features[scale].detach().float().exp()
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #b0dda46f
-def similarity_values(seen: list) -> dict:
+def similarity_values(forwards: list) -> dict:
     "Spread of logits and cosines, image-text and region-phrase, over the forwards of a step."
     import torch
 
     out = {}
     for pair in PAIRS:
-        found = [p for p in (pair_cosines(f, pair) for f in seen) if p is not None]
-        if not found:
+        pairs = [p for p in (pair_cosines(f, pair) for f in forwards) if p is not None]
+        if not pairs:
             continue
-        out |= spread(f"logits_{pair}", torch.cat([(c * s).flatten() for c, s in found]))
-        out |= spread(f"cosine_{pair}", torch.cat([c.flatten() for c, _ in found]))
+        out |= spread(f"logits_{pair}", torch.cat([(c * s).flatten() for c, s in pairs]))
+        out |= spread(f"cosine_{pair}", torch.cat([c.flatten() for c, _ in pairs]))
     return out
 
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #d827638f
+def _directions(features, rows=512):
+    import torch
+
+    x = features.detach().float()[:rows]
+    x = x[torch.isfinite(x).all(dim=1) & (x.norm(dim=1) > 0)]
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def effective_rank(features):
+    """Effective rank of the directions of features (N, D), 1..min(N, D), as a 0-dim tensor.
+
+    Roy & Vetterli 2007, from the first 512 rows that are finite and not zero; 0 without any."""
+    import torch
+
+    x = _directions(features)
+    if not len(x):
+        return torch.zeros(())
+    spectrum = torch.linalg.eigvalsh(x @ x.T if len(x) <= x.shape[1] else x.T @ x).clamp(min=0)
+    p = spectrum / spectrum.sum()
+    return torch.special.entr(p).sum().exp()
+
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #fe761e68
+def equal_share(features, ids=None):
+    """Share of rows of features (N, D) whose direction equals another row's, as a 0-dim tensor.
+
+    Equal: cosine above 0.99999. Where `ids` (N,) are given, only a row with another id counts."""
+    import torch
+
+    x = _directions(features)
+    if len(x) < 2:
+        return torch.zeros(())
+    cosines = (x @ x.T).fill_diagonal_(-1)
+    if ids is not None and len(ids) >= len(x):
+        cosines = cosines.masked_fill(ids[: len(x), None] == ids[None, : len(x)], -1)
+    return (cosines > 0.99999).any(dim=1).float().mean()
+
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #e52c5773
-def norm_values(seen: list) -> dict:
-    "Norms, share of zero regions, effective rank and share of equal rows, over the forwards of a step."
+FEATURES = dict(image="image_features", text="text_features", region="region_features")
+
+
+def norm_values(forwards: list) -> dict:
+    """Lengths, share of zero regions, effective rank and share of equal rows of a step's forwards.
+
+    Lengths are those before normalising, in the units of the model."""
     import torch
 
     out = {}
-    for kind, key in (
-        ("image", "image_features"),
-        ("text", "text_features"),
-        ("region", "region_features"),
-    ):
-        found = [f[key].detach().float() for f in seen if key in f and len(f[key])]
-        if not found:
+    for kind, key in FEATURES.items():
+        rows = [f[key].detach().float() for f in forwards if key in f and len(f[key])]
+        if not rows:
             continue
-        norms = torch.cat([x.norm(dim=1) for x in found])
-        out[f"norm_{kind}_mean"], out[f"norm_{kind}_min"] = norms.mean(), norms.min()
+        norms = torch.cat([x.norm(dim=1) for x in rows])
+        out |= {f"norm_{kind}_mean": norms.mean(), f"norm_{kind}_min": norms.min()}
         if kind == "region":
             out["zero_share_region"] = (norms == 0).float().mean()
         if kind != "text":
-            out[f"effective_rank_{kind}"] = _mean([effective_rank(x) for x in found])
-            out[f"equal_share_{kind}"] = _mean([equal_share(x) for x in found])
-            out[f"rows_{kind}"] = max(len(x) for x in found)
+            out[f"effective_rank_{kind}"] = mean_of([effective_rank(x) for x in rows])
+            out[f"equal_share_{kind}"] = mean_of([equal_share(x) for x in rows])
+            out[f"rows_{kind}"] = max(len(x) for x in rows)
     return out
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #a89237f5
@@ -178,88 +189,89 @@ def module_of(name: str) -> str:
         return "projections"
     return "text" if "text" in name.split(".")[0] else "vision"
 
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #782a654a
+def even_sample(tensor, most: int):
+    "About `most` elements of a tensor, evenly spaced, flat, detached; all when there are fewer."
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // most)]
+
+
+def sampled_values(params: list, most: int):
+    "The sampled elements of all parameters, one after the other."
+    import torch
+
+    return torch.cat([even_sample(p, most) for p in params])
+
+
+def sampled_live(params: list, most: int):
+    "Which of the sampled elements have a gradient other than 0; bool."
+    import torch
+
+    grads = [
+        torch.zeros_like(even_sample(p, most)) if p.grad is None else even_sample(p.grad, most)
+        for p in params
+    ]
+    return torch.cat(grads) != 0
+
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #89568266
+def gradient_norm(params: list):
+    "Length of the gradient of several parameters together; 0.0 when none has a gradient."
+    import torch
+
+    grads = [p.grad for p in params if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads) if grads else 0.0
+
+
+def update_values(params: list, old, live, most: int) -> dict:
+    """How parameters differ from their sampled values `old` before the optimiser's step.
+
+    update_norm: length of the update, estimated from the sample; changed_share: changed elements
+    among those with a gradient (`live`); trainable_share: elements with requires_grad."""
+    import torch
+
+    new = sampled_values(params, most)
+    looked = [len(even_sample(p, most)) for p in params]
+    sizes = [p.numel() for p in params]
+    # elements that a sampled one stands for
+    each = torch.tensor([n / k for n, k in zip(sizes, looked)], device=new.device)
+    weights = each.repeat_interleave(torch.tensor(looked, device=new.device))
+    return dict(
+        update_norm=((new.float() - old.float()).square() * weights).sum().sqrt(),
+        changed_share=((new != old) & live).sum() / live.sum().clamp(min=1),
+        trainable_share=sum(n for p, n in zip(params, sizes) if p.requires_grad) / sum(sizes),
+    )
+
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #563f448e
 class UpdateProbe:
-    "Gradient norm, update norm and share of really changed elements per module, from at most `sample` elements of each parameter."
+    """Gradient norm, update norm and share of really changed elements per module.
+
+    At most about `sample` elements of each parameter are compared."""
 
     def __init__(self, sample=1024):
-        self.sample, self.before = sample, {}
-
-    def _pick(self, tensor):
-        return tensor.detach().flatten()[:: max(1, tensor.numel() // self.sample)]
-
-    def _values(self, params):
-        import torch
-
-        return torch.cat([self._pick(p) for p in params])
-
-    def _live(self, params):
-        "Which of the elements looked at have a gradient."
-        import torch
-
-        return (
-            torch.cat(
-                [
-                    torch.zeros_like(self._pick(p)) if p.grad is None else self._pick(p.grad)
-                    for p in params
-                ]
-            )
-            != 0
-        )
+        self.sample = sample
+        self.before = {}
+        self.norms = {}
 
     def snapshot(self, model):
         "Look at the model after backward and before the optimiser's step."
-        rows = {m: [] for m in MODULES}
+        params = {m: [] for m in MODULES}
         for name, p in model.named_parameters():
-            rows[module_of(name)].append(p)
+            params[module_of(name)].append(p)
         self.before = {
-            m: (params, self._values(params), self._live(params))
-            for m, params in rows.items()
-            if params
+            m: (ps, sampled_values(ps, self.sample), sampled_live(ps, self.sample))
+            for m, ps in params.items()
+            if ps
         }
-        self.norms = {m: self._gradient_norm(params) for m, (params, _, _) in self.before.items()}
-
-    @staticmethod
-    def _gradient_norm(params):
-        import torch
-
-        grads = [p.grad for p in params if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads) if grads else 0.0
+        self.norms = {m: gradient_norm(ps) for m, (ps, _, _) in self.before.items()}
 
     def measure(self) -> dict:
         "Compare with the snapshot after the optimiser's step; empty when there was none."
         out = {}
-        for m, seen in self.before.items():
+        for m, (params, old, live) in self.before.items():
             out[f"grad_norm/{m}"] = self.norms[m]
-            out |= {f"{k}/{m}": v for k, v in self._changes(*seen).items()}
+            changes = update_values(params, old, live, self.sample)
+            out |= {f"{k}/{m}": v for k, v in changes.items()}
         self.before = {}
         return out
-
-    def _changes(self, params, old, live) -> dict:
-        import torch
-
-        new, looked, sizes = (
-            self._values(params),
-            [len(self._pick(p)) for p in params],
-            [p.numel() for p in params],
-        )
-        each = torch.tensor(
-            [n / k for n, k in zip(sizes, looked)], device=new.device
-        )  # elements that one looked at stands for
-        moved = (
-            (
-                (new.float() - old.float()).square()
-                * each.repeat_interleave(torch.tensor(looked, device=new.device))
-            )
-            .sum()
-            .sqrt()
-        )
-        trainable = sum(n for p, n in zip(params, sizes) if p.requires_grad) / sum(sizes)
-        return dict(
-            update_norm=moved,
-            changed_share=((new != old) & live).sum() / live.sum().clamp(min=1),
-            trainable_share=trainable,
-        )
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #b436b776
 def bank_values(bank) -> dict:
@@ -272,25 +284,34 @@ def bank_values(bank) -> dict:
     )
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #05f5927c
-def bank_health(bank, features=None, region_ids=None) -> dict:
-    "Age (region forwards), zero and equal shares and drift of the entries; empty for an empty bank."
-    if not len(bank):
-        return {}
+def bank_drift(entries: dict, features, region_ids):
+    """Mean cosine between entries and fresh features (R, D) of the same regions; None without any.
+
+    Entries of age 0 are the regions themselves and do not count, nor do ids below 0 (unknown)."""
     import torch
 
-    e = bank.entries()
-    stored, age = e["region_features"].detach().float(), e["age"].float()
+    fresh = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    stored = torch.nn.functional.normalize(entries["region_features"].detach().float(), dim=1)
+    same = (region_ids[:, None] == entries["region_ids"]) & (region_ids[:, None] >= 0)
+    cosines = (fresh @ stored.T)[same & (entries["age"] > 0)]
+    return cosines.mean() if len(cosines) else None
+
+
+def bank_health(bank, features=None, region_ids=None) -> dict:
+    """Age (region forwards), zero and equal shares and drift of the entries; {} for an empty bank.
+
+    features (R, D) and region_ids (R,): those of the last forward, for the drift."""
+    if not len(bank):
+        return {}
+    entries = bank.entries()
+    stored, age = entries["region_features"].detach().float(), entries["age"].float()
     out = dict(
         bank_age_mean=age.mean(),
         bank_age_max=age.max(),
         bank_zero_share=(stored.norm(dim=1) == 0).float().mean(),
-        bank_equal_share=equal_share(stored, e["region_ids"]),
+        bank_equal_share=equal_share(stored, entries["region_ids"]),
     )
     if features is None or region_ids is None or not len(region_ids):
         return out
-    fresh = torch.nn.functional.normalize(features.detach().float(), dim=1)
-    same = (
-        (region_ids[:, None] == e["region_ids"]) & (region_ids[:, None] >= 0) & (e["age"] > 0)
-    )  # age 0 is the region itself
-    cosines = (fresh @ torch.nn.functional.normalize(stored, dim=1).T)[same]
-    return out | (dict(bank_drift_cosine=cosines.mean()) if len(cosines) else {})
+    drift = bank_drift(entries, features, region_ids)
+    return out if drift is None else out | dict(bank_drift_cosine=drift)

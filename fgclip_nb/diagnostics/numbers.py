@@ -10,9 +10,6 @@ import json, math, struct
 from pathlib import Path
 from fgclip_nb.core.folder import read_jsonl, write_atomic
 
-# %% ../../nbs/6_diagnostics/00_numbers.ipynb #bb38ae3e
-MAX_STORED_SCALE = math.log(100)
-
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
     "The loss (nats) of uninformative features over that many candidates; nan for none."
@@ -25,14 +22,25 @@ def round_bf16(x: float) -> float:
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return struct.unpack("<f", struct.pack("<I", bits))[0]
 
-
+# %% ../../nbs/6_diagnostics/00_numbers.ipynb #da909110
 def bf16_spacing(x: float) -> float:
     "Distance between neighbouring bfloat16 numbers around `x`: an update under half of it is lost."
     return 2.0 ** (math.floor(math.log2(abs(x))) - 7) if x else 2.0**-133
 
+# %% ../../nbs/6_diagnostics/00_numbers.ipynb #bb38ae3e
+MAX_STORED_SCALE = math.log(100)
+
+# %% ../../nbs/6_diagnostics/00_numbers.ipynb #3bd0c5c5
+def mean_of(values):
+    "Mean of a non-empty list of numbers or tensors."
+    return sum(values) / len(values)
+
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #ed96c2b7
 def jsonable(row: dict) -> dict:
-    "The row with floats to nine digits (all that float32 has), non-finite ones as texts `nan`, `inf`, `-inf`, and their names under `nonfinite`."
+    """The row as JSON can hold it.
+
+    Floats have nine digits (all that float32 has); non-finite ones become the texts `nan`, `inf`
+    and `-inf`, and their names stand under `nonfinite`, joined by commas."""
     row = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()}
     bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     if not bad:
@@ -41,12 +49,14 @@ def jsonable(row: dict) -> dict:
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #e9bc71cb
 class JsonLines:
-    "An append-only JSON-lines file, flushed line by line. `truncate` cuts it back so that each step stands once."
+    "An append-only JSON-lines file, flushed line by line."
 
     def __init__(self, path):
-        self.path, self.file = Path(path), None
+        self.path = Path(path)
+        self.file = None
 
     def write(self, row: dict):
+        "Append a row; non-finite numbers are written as text."
         if self.file is None:
             self.file = open(self.path, "a", encoding="utf-8")
         self.file.write(json.dumps(jsonable(row)) + "\n")
@@ -74,15 +84,15 @@ def _number(value) -> float:
 
 
 def metrics_frame(rows):
-    "A table of floats, one row per step in order, from dicts or a DataFrame; text such as `nan` and `inf` becomes the number."
+    """A table of floats (pandas), one row per step in order, from dicts or a DataFrame.
+
+    Texts such as `inf` become the number, other texts nan; only `nonfinite` stays text."""
     import pandas as pd
 
     raw = rows if hasattr(rows, "columns") else pd.DataFrame([jsonable(r) for r in rows])
     frame = pd.DataFrame({c: [_number(v) for v in raw[c]] for c in raw.columns if c != "nonfinite"})
     if "nonfinite" in raw:
         frame["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
-    return (
-        frame.sort_values("step", kind="stable").reset_index(drop=True)
-        if "step" in frame
-        else frame
-    )
+    if "step" not in frame:
+        return frame
+    return frame.sort_values("step", kind="stable").reset_index(drop=True)

@@ -10,12 +10,11 @@ import os
 from pathlib import Path
 from fgclip_nb.core.folder import get_logger, read_jsonl
 from fgclip_nb.losses.objective import total_loss
-from fgclip_nb.diagnostics.numbers import JsonLines
+from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.measures import (
     PAIRS,
     UpdateProbe,
-    _mean,
     bank_health,
     bank_values,
     norm_values,
@@ -25,85 +24,169 @@ from fgclip_nb.diagnostics.measures import (
     to_floats,
 )
 
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #7fd63047
+def is_diagnostic(step: int, every: int) -> bool:
+    "Whether a step gets the expensive measures: the first one, and then every `every` steps."
+    return step == 1 or step % every == 0
+
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #85b53eda
+LOSS_NAMES = dict(total="loss", **{"global": "loss_global"}, region="loss_region", hard="loss_hard")
+CHANCE_NAMES = dict(
+    region_in_batch="loss_region_in_batch",
+    chance_region="chance_region",
+    chance_global="chance_global",
+)
+
+
 def _figure(value, digits=4):
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def loss_line(row: dict) -> str:
-    "The `[LOSS]` line; a term that the step did not have reads n/a."
-    named = " ".join(
-        f"{n}={_figure(row.get(k))}"
-        for n, k in (
-            ("total", "loss"),
-            ("global", "loss_global"),
-            ("region", "loss_region"),
-            ("hard", "loss_hard"),
-        )
-    )
-    more = " ".join(
-        f"{n}={_figure(row[k])}"
-        for n, k in (
-            ("region_in_batch", "loss_region_in_batch"),
-            ("chance_region", "chance_region"),
-            ("chance_global", "chance_global"),
-        )
-        if k in row
-    )
+    "The `[LOSS]` line of a metrics row; a term that the step did not have reads n/a."
+    losses = " ".join(f"{n}={_figure(row.get(k))}" for n, k in LOSS_NAMES.items())
+    levels = " ".join(f"{n}={_figure(row[k])}" for n, k in CHANCE_NAMES.items() if k in row)
     return (
-        f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {named} {more} "
-        f"candidates={row.get('candidates_region', 0):g} candidates_in_batch={row.get('candidates_region_in_batch', 0):g}"
+        f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {losses} {levels} "
+        f"candidates={row.get('candidates_region', 0):g} "
+        f"candidates_in_batch={row.get('candidates_region_in_batch', 0):g}"
     )
-
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #45516ffd
-def runtime_lines(features: dict, bank=None) -> list:
-    "The per-forward diagnostic lines: logits, norms, memory bank."
-    values = to_floats(similarity_values([features]) | norm_values([features]))
-    told = []
-    for pair in PAIRS:
-        if f"logits_{pair}_min" in values:
-            told.append(
-                f"[DIAG] logits_{pair}: "
-                + ", ".join(
-                    f"{k}={values[f'logits_{pair}_{k}']:.4f}" for k in ("min", "max", "mean", "std")
-                )
-            )
-    for kind, name in (("image", "img_norms"), ("region", "region_norms")):
-        if f"norm_{kind}_min" in values:
-            told.append(
-                f"[DIAG] {name}: min={values[f'norm_{kind}_min']:.4f}, mean={values[f'norm_{kind}_mean']:.4f}"
-            )
-    if "zero_share_region" in values:
-        told[-1] += f", zero_share={values['zero_share_region']:.4f}"
-    if bank is not None:
-        told.append(
-            f"[DIAG] memory_bank: ptr={int(bank.ptr)}, full={bool(bank.full)}, size={bank.size}, len={len(bank)}, "
-            f"enabled={bool(bank.enabled)}"
-        )
-    return told
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #e056e96e
 def runtime_interval() -> int:
-    "Every how many region forwards the diagnostic lines are wanted: ENABLE_RUNTIME_DIAG = 1 or n; 0 = off."
-    asked = os.environ.get("ENABLE_RUNTIME_DIAG", "0").strip() or "0"
-    return int(asked) if asked.isdigit() else 1
+    "ENABLE_RUNTIME_DIAG: every how many region forwards diagnostic lines are logged; 0 = never."
+    text = os.environ.get("ENABLE_RUNTIME_DIAG", "0").strip() or "0"
+    return int(text) if text.isdigit() else 1
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #609fea9a
-class RecorderFiles:
-    "The files behind a recorder: metrics, timing, TensorBoard (or another `board` that is given)."
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #45516ffd
+NORM_NAMES = dict(image="img_norms", region="region_norms")
+
+
+def _bank_line(bank) -> str:
+    return (
+        f"[DIAG] memory_bank: ptr={int(bank.ptr)}, full={bool(bank.full)}, size={bank.size}, "
+        f"len={len(bank)}, enabled={bool(bank.enabled)}"
+    )
+
+
+def runtime_lines(features: dict, bank=None) -> list:
+    "The diagnostic lines of one region forward: logits, norms, memory bank."
+    values = to_floats(similarity_values([features]) | norm_values([features]))
+    lines = []
+    for pair in PAIRS:
+        if f"logits_{pair}_min" in values:
+            named = [(k, values[f"logits_{pair}_{k}"]) for k in ("min", "max", "mean", "std")]
+            lines.append(f"[DIAG] logits_{pair}: " + ", ".join(f"{k}={v:.4f}" for k, v in named))
+    for kind, name in NORM_NAMES.items():
+        if f"norm_{kind}_min" in values:
+            low, mean = values[f"norm_{kind}_min"], values[f"norm_{kind}_mean"]
+            lines.append(f"[DIAG] {name}: min={low:.4f}, mean={mean:.4f}")
+    if "zero_share_region" in values:
+        lines[-1] += f", zero_share={values['zero_share_region']:.4f}"
+    return lines if bank is None else [*lines, _bank_line(bank)]
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #bd59e6d3
+def forward_note(terms: dict, features: dict, batch, diagnostic: bool) -> dict:
+    """What is kept of a region forward until its step is written.
+
+    Features and batch are kept for a diagnostic step only, features without their graph."""
+    scales = {k: v.detach().clone() for k, v in features.items() if k.startswith("logit_scale")}
+    return dict(
+        terms=terms,
+        features={k: v.detach() for k, v in features.items()} if diagnostic else None,
+        batch=batch if diagnostic else None,
+        scales=scales,
+        images=len(features.get("image_features", ())),
+        regions=len(features.get("region_features", ())),
+    )
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #4bfbee9a
+def mean_columns(notes: list, cfg, loss=None) -> dict:
+    """Columns of the loss terms, averaged over the forwards of a step that have them.
+
+    `cfg` holds the weights of the sum `loss`; a `loss` that is given replaces it."""
+    # read only now: no wait for the device between forwards
+    rows = [{"loss": total_loss(n["terms"], cfg)} | term_values(n["terms"]) for n in notes]
+    names = dict.fromkeys(k for r in rows for k in r)
+    columns = {k: mean_of([r[k] for r in rows if k in r]) for k in names}
+    return columns if loss is None else columns | {"loss": loss}
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #3a745e39
+def step_scales(notes: list, model=None) -> dict:
+    "Stored temperatures after the step when the model is given, else those of the last forward."
+    if model is None:
+        return notes[-1]["scales"] if notes else {}
+    # read on every step: a walk through all names would take long
+    own = model.named_parameters(recurse=False)
+    return {n: p for n, p in own if "logit_scale" in n}
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #69c740c6
+def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None) -> dict:
+    "Columns of a diagnostic step; empty when no forward kept its features."
+    features = [n["features"] for n in notes if n["features"]]
+    if not features:
+        return {}
+    columns = similarity_values(features) | norm_values(features) | probe.measure()
+    if bank is not None:
+        ids = getattr(notes[-1]["batch"], "region_ids", None)
+        columns |= bank_health(bank, features[-1].get("region_features"), ids)
+    return columns
+
+
+def write_histograms(board: Board, notes: list, step: int):
+    "Histograms of the last forward's cosines, image-text and region-phrase."
+    features = [n["features"] for n in notes if n["features"]]
+    for pair in PAIRS if features else ():
+        cosines = pair_cosines(features[-1], pair)
+        if cosines is not None:
+            board.histogram(f"diagnostics/cosine_{pair}", cosines[0], step)
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #17e7fa45
+def timing_row(step: int, times, images: int) -> dict:
+    "The row of timing.jsonl; `times` = (whole step, waiting for data) in seconds."
+    whole, data = times
+    return dict(
+        step=step,
+        step_time_s=whole,
+        data_time_s=data,
+        samples_per_s=images / whole if whole else 0.0,
+    )
+
+
+def finished_row(columns: dict, max_grad_norm: float) -> dict:
+    "The row as it is written: unknown columns dropped, numbers fetched, `clipped` said."
+    row = to_floats({k: v for k, v in columns.items() if v is not None})
+    if "grad_norm" in row:
+        row["clipped"] = 0 < max_grad_norm < row["grad_norm"]
+    return row
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #ed02e526
+def forwards_so_far(metrics: JsonLines) -> int:
+    "Region forwards up to the last line of the file; 0 without a file or without lines."
+    last = list(read_jsonl(metrics.path))[-1:] if metrics.path.exists() else []
+    return int(last[0].get("forwards", 0)) if last else 0
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #bae281fe
+class Recorder:
+    """Writes a run folder's metrics.jsonl, timing.jsonl, TensorBoard events and log lines.
+
+    Call order: forward…, before_update, step. `cfg`: a TrainConfig, of which weights, diag_every,
+    log_every, max_grad_norm and tracker are read; `board`: what to use instead of TensorBoard."""
 
     def __init__(self, path, cfg, logger=None, board=None):
-        self.path, self.cfg, self.log = Path(path), cfg, logger or get_logger()
+        self.path = Path(path)
+        self.cfg = cfg
+        self.log = logger or get_logger()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.metrics, self.timing = (
-            JsonLines(self.path / "metrics.jsonl"),
-            JsonLines(self.path / "timing.jsonl"),
-        )
-        self.board = board or (
-            Board(self.path / "tensorboard")
-            if "tensorboard" in getattr(cfg, "tracker", "tensorboard")
-            else None
-        )
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.timing = JsonLines(self.path / "timing.jsonl")
+        self.board = board
+        if not board and "tensorboard" in getattr(cfg, "tracker", "tensorboard"):
+            self.board = Board(self.path / "tensorboard")
+        self.last_step = self.forwards = 0
+        self.pending = []
+        self.runtime = runtime_interval()
+        self.probe = UpdateProbe()
 
     def truncate(self, step: int):
         "Cut all files back to `step` before training goes on from its checkpoint."
@@ -112,119 +195,26 @@ class RecorderFiles:
         if self.board:
             self.board.close()
             self.board.purge = step + 1
-        last = list(read_jsonl(self.metrics.path))[-1:] if self.metrics.path.exists() else []
-        self.last_step, self.forwards = step, int(last[0].get("forwards", 0)) if last else 0
+        self.last_step = step
+        self.forwards = forwards_so_far(self.metrics)
 
     def close(self):
         for file in (self.metrics, self.timing, self.board):
             if file:
                 file.close()
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #2f89d5cd
-class ForwardRecorder(RecorderFiles):
-    "Collects the region forwards of an optimiser step."
-
-    def __init__(self, path, cfg, logger=None, board=None):
-        super().__init__(path, cfg, logger, board)
-        self.last_step = self.forwards = 0
-        self.pending, self.runtime = [], runtime_interval()
-
-    def is_diag(self, step: int) -> bool:
-        return step == 1 or step % self.cfg.diag_every == 0
-
     def forward(self, terms: dict, features: dict, batch=None, bank=None):
-        "Take note of one region forward: its terms, and its features when this step is a diagnostic one."
+        "Take note of one region forward; features are kept when this step is a diagnostic one."
         self.forwards += 1
-        diag = self.is_diag(self.last_step + 1)
-        kept = {k: v.detach() for k, v in features.items()} if diag else None
-        scales = {k: v.detach().clone() for k, v in features.items() if k.startswith("logit_scale")}
-        self.pending.append(
-            dict(
-                terms=terms,
-                features=kept,
-                batch=batch if diag else None,
-                scales=scales,
-                images=len(features.get("image_features", ())),
-                regions=len(features.get("region_features", ())),
-            )
-        )
+        diagnostic = is_diagnostic(self.last_step + 1, self.cfg.diag_every)
+        self.pending.append(forward_note(terms, features, batch, diagnostic))
         if self.runtime and self.forwards % self.runtime == 0:
             for line in runtime_lines(features, bank):
                 self.log.info(line)
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #681062eb
-class StepRecorder(ForwardRecorder):
-    "What an optimiser step's line is made of."
-
-    def __init__(self, path, cfg, logger=None, board=None):
-        super().__init__(path, cfg, logger, board)
-        self.probe = UpdateProbe()
-
-    def _means(self, seen, loss) -> dict:
-        # read only now: no wait for the device between forwards
-        values = [
-            {"loss": total_loss(s["terms"], self.cfg)} | term_values(s["terms"]) for s in seen
-        ]
-        out = {
-            k: _mean([v[k] for v in values if k in v])
-            for k in dict.fromkeys(k for v in values for k in v)
-        }
-        return out if loss is None else out | {"loss": loss}
-
-    @staticmethod
-    def _scales(seen, model) -> dict:
-        "Stored temperatures after the step when the model is given, else as the last forward used them."
-        if model is None:
-            return seen[-1]["scales"] if seen else {}
-        return {
-            n: p for n, p in model.named_parameters(recurse=False) if "logit_scale" in n
-        }  # every step: all names would take long
-
-    def _diagnose(self, seen, bank) -> dict:
-        features = [s["features"] for s in seen if s["features"]]
-        out = (
-            similarity_values(features) | norm_values(features) | self.probe.measure()
-            if features
-            else {}
-        )
-        if bank is not None and features:
-            ids = getattr(seen[-1]["batch"], "region_ids", None)
-            out |= bank_health(bank, features[-1].get("region_features"), ids)
-        if self.board and features:
-            self._histograms(features[-1])
-        return out
-
-    def _histograms(self, features):
-        for pair in PAIRS:
-            found = pair_cosines(features, pair)
-            if found is not None:
-                self.board.histogram(f"diagnostics/cosine_{pair}", found[0], self.last_step + 1)
-
-    def _write(self, row, times, images):
-        self.metrics.write(row)
-        if times:
-            whole, data = times
-            self.timing.write(
-                dict(
-                    step=row["step"],
-                    step_time_s=whole,
-                    data_time_s=data,
-                    samples_per_s=images / whole if whole else 0.0,
-                )
-            )
-        if self.board:
-            self.board.scalars(row)
-        self.last_step = row["step"]
-        if row["step"] % self.cfg.log_every == 0 or row["step"] == 1:
-            self.log.info(loss_line(row))
-
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #bae281fe
-class Recorder(StepRecorder):
-    "Writes a run folder's metrics.jsonl, timing.jsonl, TensorBoard events and log lines. Call order: forward…, before_update, step."
-
     def before_update(self, model, step: int):
-        "Snapshot for gradient and update norms, on diagnostic steps only; call after backward and clipping."
-        if self.is_diag(step):
+        "Snapshot for update norms, on diagnostic steps only; call after backward and clipping."
+        if is_diagnostic(step, self.cfg.diag_every):
             self.probe.snapshot(model)
 
     def step(
@@ -245,28 +235,44 @@ class Recorder(StepRecorder):
         loss=None,
         extra=None,
     ) -> dict:
-        "Write the line of step `step` and return it. `times` = (whole step, waiting for data) in s; `extra` = validation columns."
+        """Write the line of step `step` and return it.
+
+        `times` = (whole step, waiting for data) in s; `extra` = validation columns; `terms`,
+        `features` and `batch` stand for a forward that was not reported by `forward`; `forwards`
+        and `loss` replace the count and the weighted sum."""
         if forwards is not None and not self.pending:
             self.forwards = forwards - 1
         if not self.pending and terms is not None:
             self.forward(terms, features, batch, bank)
-        seen, self.pending = self.pending, []
-        if lr is None and optimizer is not None:
-            lr = optimizer.param_groups[0]["lr"]
+        notes, self.pending = self.pending, []
         row = dict(
             step=step,
             forwards=self.forwards if forwards is None else forwards,
             epoch=epoch,
-            regions=sum(s["regions"] for s in seen),
+            regions=sum(n["regions"] for n in notes),
         )
-        row |= self._means(seen, loss) | self._scales(seen, model)
+        row |= mean_columns(notes, self.cfg, loss) | step_scales(notes, model)
+        if lr is None and optimizer is not None:
+            lr = optimizer.param_groups[0]["lr"]
         row |= dict(lr=lr, grad_norm=grad_norm, skipped=bool(skipped))
-        if bank is not None:
-            row |= bank_values(bank)
-        if self.is_diag(step):
-            row |= self._diagnose(seen, bank)
-        row = to_floats({k: v for k, v in (row | (extra or {})).items() if v is not None})
-        if "grad_norm" in row:
-            row["clipped"] = 0 < self.cfg.max_grad_norm < row["grad_norm"]
-        self._write(row, times, sum(s["images"] for s in seen))
+        row |= bank_values(bank) if bank is not None else {}
+        row |= self._look(notes, bank) if is_diagnostic(step, self.cfg.diag_every) else {}
+        row = finished_row(row | (extra or {}), self.cfg.max_grad_norm)
+        self._write(row, times, sum(n["images"] for n in notes))
         return row
+
+    def _look(self, notes, bank) -> dict:
+        columns = diagnostic_columns(notes, self.probe, bank)
+        if self.board:
+            write_histograms(self.board, notes, self.last_step + 1)
+        return columns
+
+    def _write(self, row, times, images):
+        self.metrics.write(row)
+        if times:
+            self.timing.write(timing_row(row["step"], times, images))
+        if self.board:
+            self.board.scalars(row)
+        self.last_step = row["step"]
+        if row["step"] % self.cfg.log_every == 0 or row["step"] == 1:
+            self.log.info(loss_line(row))
