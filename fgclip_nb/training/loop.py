@@ -90,7 +90,7 @@ def leave_if_asked(s: TrainState):
         128 + signal.Signals[s.stop_signal],
     )
 
-# %% ../../nbs/8_training/13_loop.ipynb #9908e8c0
+# %% ../../nbs/8_training/13_loop.ipynb #241496af
 def timed_step(s: TrainState, batches) -> tuple:
     """The next step, with as many of `batches` as are accumulated.
 
@@ -106,7 +106,7 @@ def timed_step(s: TrainState, batches) -> tuple:
         norm, culprit = run_step(s, group)
     return norm, culprit, (time.perf_counter() - begun, waited)
 
-# %% ../../nbs/8_training/13_loop.ipynb #e0b496f8
+# %% ../../nbs/8_training/13_loop.ipynb #b53edda5
 def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate = s.cfg.gradient_accumulation_steps
