@@ -19,7 +19,7 @@ from fgclip_nb.diagnostics.judgement import headline, run_evidence, verdicts
 from fgclip_nb.diagnostics.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, _empty, new_figure
 from fgclip_nb.diagnostics.report import expected_and_observed
 
-# %% ../../nbs/9_runs/00_comparison.ipynb #408cf9a9
+# %% ../../nbs/9_runs/00_comparison.ipynb #50dac01e
 def matching_paths(place) -> list:
     "A folder as it is, or what a pattern (relative or absolute) matches, in order."
     if Path(place).is_dir():
