@@ -535,12 +535,12 @@ def test_a_dry_run_says_what_it_takes_and_starts_nothing(world, tmp_path, monkey
 def test_probes_measure_what_a_step_really_takes(world, changes):
     """Peak of the whole batch, probed at once, against the line through the probes of two and four photos."""
     from fgclip_nb import training
-    from fgclip_nb.training import forecast, preparation, state
+    from fgclip_nb.training import forecast, state
     from fgclip_nb.core.folder import get_logger
     from fgclip_nb.core.config import TrainConfig
 
     cfg = TrainConfig(**world | dict(batch_size=16) | changes)
-    s = preparation.new_state(
+    s = state.new_state(
         cfg, training.prepare_data(cfg), state.make_accelerator(cfg), Path("nowhere"), get_logger()
     )
     forecast.probe_step(s, forecast.probe_batch(s, 1))

@@ -14,13 +14,8 @@ from fgclip_nb.runs.reproduction import reproduce
 from fgclip_nb.runs.sweeps import Sweep, parse_grid, sweep_folder
 
 # %% ../../nbs/9_runs/99_command.ipynb #50f11a3c
-def _parser():
-    import argparse
-
-    p = argparse.ArgumentParser(
-        prog="python -m fgclip_nb.runs", description="Sweeps, comparison and reproduction of runs."
-    )
-    sub = p.add_subparsers(dest="what", required=True)
+def _sweep_arguments(sub):
+    "The words of `sweep`."
     s = sub.add_parser(
         "sweep", help="run a notebook over a grid of parameters; the same command again resumes"
     )
@@ -43,8 +38,20 @@ def _parser():
     s.add_argument(
         "--cluster",
         default=None,
-        help="submitit's executor: local, slurm, debug; default slurm where there is one, else local",
+        help="submitit's executor: local, slurm, debug; "
+        "default slurm where there is one, else local",
     )
+
+
+def _parser():
+    "The command's words."
+    import argparse
+
+    p = argparse.ArgumentParser(
+        prog="python -m fgclip_nb.runs", description="Sweeps, comparison and reproduction of runs."
+    )
+    sub = p.add_subparsers(dest="what", required=True)
+    _sweep_arguments(sub)
     sub.add_parser("compare", help="runs as one table").add_argument("runs", nargs="+")
     r = sub.add_parser("reproduce", help="run a folder again and compare its metrics")
     r.add_argument("run")
@@ -53,6 +60,7 @@ def _parser():
 
 # %% ../../nbs/9_runs/99_command.ipynb #8a482aef
 def _sweep_command(a) -> int:
+    "Run a grid and print its spread; 1 when a cell failed."
     grid = parse_grid(a.pairs)
     sweep = Sweep(a.notebook, grid, a.output or sweep_folder(a.notebook, grid), a.jobs, a.cluster)
     print(f"{len(sweep.cells)} cells in {sweep.folder}", flush=True)
@@ -64,6 +72,7 @@ def _sweep_command(a) -> int:
 
 # %% ../../nbs/9_runs/99_command.ipynb #62f4d0be
 def _compare_command(a) -> int:
+    "Print the table, what forbids the comparison, and each run's most telling verdict."
     c = compare_runs(load_runs(*a.runs))
     print(c.table.drop(columns=["cause"]).round(4).to_string())
     for note in c.notes:
@@ -72,20 +81,20 @@ def _compare_command(a) -> int:
         print(f"{row['run']}: {row['cause']}")
     return 0
 
-
+# %% ../../nbs/9_runs/99_command.ipynb #ef70424e
 def _reproduce_command(a) -> int:
+    "Run a folder again and print what came out; 1 when it is not equal."
     result = reproduce(Run(a.run), a.output or None, lambda line: print(line, flush=True))
     print(result)
     return int(not result.equal)
 
 # %% ../../nbs/9_runs/99_command.ipynb #1c473796
 def main(argv) -> int:
-    "The command's exit status: 0; 1 = a cell failed or a run did not reproduce; 2 = wrong arguments."
+    "The command's status: 0; 1 = a cell failed or a run did not reproduce; 2 = wrong arguments."
     a = _parser().parse_args(argv)
+    commands = dict(sweep=_sweep_command, compare=_compare_command, reproduce=_reproduce_command)
     try:
-        return dict(sweep=_sweep_command, compare=_compare_command, reproduce=_reproduce_command)[
-            a.what
-        ](a)
+        return commands[a.what](a)
     except (ConfigError, DataError) as e:
         print(e, file=sys.stderr)
         return 2

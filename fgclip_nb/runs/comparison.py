@@ -7,6 +7,7 @@ __all__ = ['load_runs', 'Comparison', 'compare_runs', 'plot_runs']
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #4ef69f7c
 import itertools, json, math, os
+import statistics as st
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
@@ -18,31 +19,34 @@ from fgclip_nb.diagnostics.judgement import headline, run_evidence, verdicts
 from fgclip_nb.diagnostics.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, _empty, new_figure
 from fgclip_nb.diagnostics.report import expected_and_observed
 
+# %% ../../nbs/9_runs/00_comparison.ipynb #50dac01e
+def matching_paths(place) -> list:
+    "A folder as it is, or what a pattern (relative or absolute) matches, in order."
+    if Path(place).is_dir():
+        return [Path(place)]
+    if os.path.isabs(place):
+        return sorted(Path("/").glob(str(place)[1:]))
+    return sorted(Path().glob(str(place)))
+
+
+def run_folders(path: Path) -> list:
+    "The run folder itself, or those below it."
+    if (path / "params.yaml").exists():
+        return [path]
+    return sorted(file.parent for file in path.rglob("params.yaml"))
+
 # %% ../../nbs/9_runs/00_comparison.ipynb #7c0406e6
 def load_runs(*where) -> list:
-    "Runs in folders, below folders, or matching patterns, in natural order. Raises DataError naming a place without any."
-    found = {}
+    """Runs in folders, below folders, or matching patterns, in natural order, each once.
+
+    Raises `DataError` naming a place without any."""
+    runs = {}
     for place in where:
-        paths = (
-            [Path(place)]
-            if Path(place).is_dir()
-            else sorted(Path().glob(str(place)))
-            if not os.path.isabs(place)
-            else sorted(Path("/").glob(str(place)[1:]))
-        )
-        folders = [
-            p
-            for q in paths
-            for p in (
-                [q]
-                if (q / "params.yaml").exists()
-                else sorted(c.parent for c in q.rglob("params.yaml"))
-            )
-        ]
+        folders = [folder for path in matching_paths(place) for folder in run_folders(path)]
         if not folders:
             raise DataError(f"{place}: no run folder (a folder with params.yaml) there")
-        found |= {p.resolve(): Run(p) for p in folders}
-    return list(found.values())
+        runs |= {folder.resolve(): Run(folder) for folder in folders}
+    return list(runs.values())
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #0f805209
 WHEN_AND_WHERE = (
@@ -77,25 +81,26 @@ def flat(values, prefix="") -> dict:
 
 
 def identity(run) -> dict:
-    "Parameters and manifest of a run, flat, without names and times; a parameter younger than the run has its default."
+    """Parameters and manifest (as `manifest.…`) of a run, flat, without names and times.
+
+    A parameter younger than the run has its default."""
     young = {k: f.default for k, f in known_parameters().items()}
     params = {k: v for k, v in (young | run.params()).items() if k not in NOT_IDENTITY}
     manifest = {
-        k: v
+        f"manifest.{k}": v
         for k, v in flat(run.manifest()).items()
-        if not any(w in k.lower() for w in WHEN_AND_WHERE)
+        if k not in ("seed", "params_hash") and not any(w in k.lower() for w in WHEN_AND_WHERE)
     }
-    return params | {
-        f"manifest.{k}": v for k, v in manifest.items() if k not in ("seed", "params_hash")
-    }
+    return params | manifest
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #6275ccec
 def differences(runs) -> dict:
-    "name -> list of values (one per run) for all that differs between the runs."
+    """name -> list of values (one per run) for all that differs between the runs.
+
+    Other commits with the same files of the package are the same code."""
     known = [identity(r) for r in runs]
     names = dict.fromkeys(k for i in known for k in i)
     packages = {i.get("manifest.code.package") for i in known}
-    # other commits, same package files
     if len(packages) == 1 and None not in packages:
         names = [k for k in names if not k.startswith("manifest.code.")]
     return {
@@ -108,12 +113,12 @@ def differences(runs) -> dict:
 def group_key(run, varying) -> str:
     "The values of the varying parameters other than the seed, as a label."
     params = identity(run)
-    told = [
+    values = [
         f"{k}={show(params.get(k))}"
         for k in varying
         if k != "seed" and not k.startswith("manifest.")
     ]
-    return ", ".join(told) or "all"
+    return ", ".join(values) or "all"
 
 
 def groups(runs) -> dict:
@@ -124,83 +129,95 @@ def groups(runs) -> dict:
     return out
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #519d40dc
-def _tail(ev, column):
-    s = ev.series(column)
-    return float(s.tail(20).mean()) if len(s) else math.nan
-
-
-def _over_chance(ev, kind):
+def _loss_over_chance(ev, kind):
+    "A loss of `kind` over its chance level, step by step (Series); the region loss in its batch."
     loss = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
-    ratio = (loss / chance(ev, "region_in_batch" if kind == "region" else kind)).dropna()
+    return (loss / chance(ev, "region_in_batch" if kind == "region" else kind)).dropna()
+
+
+def _last_over_chance(ev, kind):
+    "Mean of the last 20 steps; NaN for a loss that was never there."
+    ratio = _loss_over_chance(ev, kind)
     return float(ratio.tail(20).mean()) if len(ratio) else math.nan
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #c105197b
 def run_row(run) -> dict:
-    "One run in numbers: where it stands, 20-step means over chance, held-out retrieval, verdicts."
+    "One run in numbers: where it stands, 20-step means over chance, retrieval, verdicts."
     ev = run_evidence(run)
-    found = verdicts(ev)
+    judged = verdicts(ev)
     row = dict(
         run=run.name,
         state="finished" if run.finished else "unfinished",
         step=ev.last_step or 0,
         region_in_batch=float(in_batch(ev).tail(20).mean()),
-        region_over_chance=_over_chance(ev, "region"),
-        global_over_chance=_over_chance(ev, "global"),
-        hard_over_chance=_over_chance(ev, "hard"),
+        region_over_chance=_last_over_chance(ev, "region"),
+        global_over_chance=_last_over_chance(ev, "global"),
+        hard_over_chance=_last_over_chance(ev, "hard"),
     )
     for k in ("val_r10", "val_mean_rank", "val_loss_region"):
         if ev.has(k):
             row[k] = float(ev.series(k).iloc[-1])
     if ev.timing is not None:
         row["step_s"] = float(ev.timing["step_time_s"].median())
-    return row | dict(fails=sum(v.result == FAIL for v in found), cause=headline(found))
+    return row | dict(fails=sum(v.result == FAIL for v in judged), cause=headline(judged))
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #a060c1a5
+CHANGES_CANDIDATES = (
+    "batch_size",
+    "max_regions",
+    "memory_bank_size",
+    "duplicates",
+    "gradient_accumulation_steps",
+)
+
+
+def progress_notes(runs) -> list:
+    "Sentences about runs that are unfinished or of other length."
+    finished, lengths = [r.finished for r in runs], [len(r.metrics()) for r in runs]
+    notes = []
+    if not all(finished):
+        names = ", ".join(r.name for r, f in zip(runs, finished) if not f)
+        notes.append(f"Unfinished: {names}. Their last figures are of an earlier stage.")
+    if len(set(lengths)) > 1:
+        notes.append(
+            f"Different lengths ({min(lengths)} to {max(lengths)} steps): compare at equal steps; "
+            "the schedule ends differently."
+        )
+    return notes
+
+
 def comparability(runs) -> list:
-    "Sentences that say what about these runs cannot be compared; empty when nothing stands in the way."
-    d, rows = differences(runs), [(r.finished, len(r.metrics())) for r in runs]
-    told = []
-    if not all(f for f, _ in rows):
-        told.append(
-            "Unfinished: "
-            + ", ".join(r.name for r, (f, _) in zip(runs, rows) if not f)
-            + ". Their last figures are of an earlier stage."
-        )
-    if len({n for _, n in rows}) > 1:
-        told.append(
-            f"Different lengths ({min(n for _, n in rows)} to {max(n for _, n in rows)} steps): compare at equal steps; the "
-            "schedule ends differently."
-        )
-    if any(k.startswith("manifest.data") or k in ("data", "min_area", "out_of_range") for k in d):
-        told.append("Different data: losses and held-out scores are of different tasks.")
+    "Sentences that say what about these runs cannot be compared; empty when nothing forbids it."
+    names = list(differences(runs))
+    notes = progress_notes(runs)
     if any(
-        k in d
-        for k in (
-            "batch_size",
-            "max_regions",
-            "memory_bank_size",
-            "duplicates",
-            "gradient_accumulation_steps",
-        )
+        k.startswith("manifest.data") or k in ("data", "min_area", "out_of_range") for k in names
     ):
-        told.append(
-            "Different numbers of candidates: raw losses do not compare; loss / chance and held-out scores do."
+        notes.append("Different data: losses and held-out scores are of different tasks.")
+    if any(k in names for k in CHANGES_CANDIDATES):
+        notes.append(
+            "Different numbers of candidates: raw losses do not compare; "
+            "loss / chance and held-out scores do."
         )
-    if any("code." in k for k in d):
-        told.append("Different code: a difference may come from the code and not from a parameter.")
-    if any("versions." in k or "device" in k for k in d):
-        told.append(
-            "Different versions or device: equal parameters and seeds give nearly, not bitwise, equal numbers."
+    if any("code." in k for k in names):
+        notes.append(
+            "Different code: a difference may come from the code and not from a parameter."
         )
-    few = [k for k, g in groups(runs).items() if len(g) < 3]
+    if any("versions." in k or "device" in k for k in names):
+        notes.append(
+            "Different versions or device: equal parameters and seeds give nearly, not bitwise, "
+            "equal numbers."
+        )
+    few = [k for k, members in groups(runs).items() if len(members) < 3]
     if few:
-        told.append(
+        notes.append(
             f"Fewer than three seeds for: {'; '.join(few)}. A difference there may be luck."
         )
-    return told
+    return notes
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #357bed85
 def _spread_table(rows, labels):
+    "Mean and standard deviation (`… ±`) of every number per label, and how many seeds (DataFrame)."
     import pandas as pd
 
     if not rows:
@@ -214,20 +231,20 @@ def _spread_table(rows, labels):
 
 def welch(a, b) -> tuple:
     "Difference of means b - a and its standard error (inf with fewer than two values in a group)."
-    import statistics as st
-
+    difference = st.fmean(b) - st.fmean(a)
     if min(len(a), len(b)) < 2:
-        return st.fmean(b) - st.fmean(a), math.inf
-    return st.fmean(b) - st.fmean(a), math.sqrt(st.variance(a) / len(a) + st.variance(b) / len(b))
+        return difference, math.inf
+    return difference, math.sqrt(st.variance(a) / len(a) + st.variance(b) / len(b))
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #71162ac5
 @dataclass
 class Comparison:
-    "Several runs side by side."
+    "Several runs side by side: `.table`, `.spread`, `.differing`, `.notes`."
 
     runs: list
-    rows: list = field(init=False)
-    notes: list = field(init=False)
+    rows: list = field(init=False)  # `run_row` of each
+    notes: list = field(init=False)  # what forbids the comparison
+    labels: list = field(init=False)  # the group of each
 
     def __post_init__(self):
         self.rows, self.notes = [run_row(r) for r in self.runs], comparability(self.runs)
@@ -240,9 +257,8 @@ class Comparison:
         import pandas as pd
 
         varying = {k: v for k, v in differences(self.runs).items() if not k.startswith("manifest.")}
-        frame = pd.DataFrame(
-            self.rows, columns=list(dict.fromkeys(k for r in self.rows for k in r)) or ["run"]
-        ).set_index("run")
+        columns = list(dict.fromkeys(k for r in self.rows for k in r)) or ["run"]
+        frame = pd.DataFrame(self.rows, columns=columns).set_index("run")
         for i, (k, v) in enumerate(varying.items()):
             frame.insert(i, k, v)
         return frame
@@ -261,7 +277,7 @@ class Comparison:
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #b282a5a1
 def compare_runs(runs) -> Comparison:
-    "Runs (a list of Run, or a folder or pattern) side by side: `.table`, `.spread`, `.differing`, `.notes`."
+    "Runs (a list of `Run`, or a folder or pattern) side by side."
     return Comparison(load_runs(runs) if isinstance(runs, (str, Path)) else list(runs))
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #6e025cd1
@@ -272,39 +288,35 @@ def _series(run, column):
     "A column of a run, smoothed over 20 steps; `<kind>/chance` is a loss over its chance level."
     ev = run_evidence(run)
     kind, _, over = column.partition("/")
-    if over:
-        s = (in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")) / chance(
-            ev, "region_in_batch" if kind == "region" else kind
-        )
-    else:
-        s = ev.series(column)
-    return s.dropna().rolling(20, min_periods=1).mean() if not column.startswith("val_") else s
+    s = _loss_over_chance(ev, kind) if over else ev.series(column)
+    if column.startswith("val_"):
+        return s
+    return s.dropna().rolling(20, min_periods=1).mean()
 
-# %% ../../nbs/9_runs/00_comparison.ipynb #c6bd0516
+
 def _overlay(ax, grouped, column):
+    "Draw a column of all groups: mean over the seeds, and from the lowest to the highest."
     import pandas as pd
 
     for colour, (label, members) in zip(itertools.cycle(COLOURS), grouped.items()):
-        found = [s for s in (_series(r, column) for r in members) if len(s)]
-        if not found:
+        series = [s for s in (_series(r, column) for r in members) if len(s)]
+        if not series:
             continue
-        t = (
-            pd.concat(found, axis=1).sort_index().interpolate(method="index", limit_area="inside")
-        )  # not every step has every term
-        ax.plot(t.index, t.mean(axis=1), color=colour, lw=2, label=f"{label} ({len(found)})")
-        if len(found) > 1:
+        t = pd.concat(series, axis=1).sort_index()
+        t = t.interpolate(method="index", limit_area="inside")  # not every step has every term
+        ax.plot(t.index, t.mean(axis=1), color=colour, lw=2, label=f"{label} ({len(series)})")
+        if len(series) > 1:
             ax.fill_between(t.index, t.min(axis=1), t.max(axis=1), color=colour, alpha=0.2, lw=0)
-    if column.endswith("/chance"):
+    over_chance = column.endswith("/chance")
+    if over_chance:
         ax.axhline(1, color=GREY, ls="--", lw=1.2)
-    ax.set(
-        title=column,
-        xlabel="optimiser step",
-        ylabel="loss / chance" if column.endswith("/chance") else column,
-    )
+    ax.set(title=column, xlabel="optimiser step", ylabel="loss / chance" if over_chance else column)
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #cfe34424
 def plot_runs(runs, columns=("global/chance", "region/chance", "hard/chance", "val_r10")):
-    "Overlay of columns for groups of runs; `region/chance` is the in-batch region loss over its chance level."
+    """Overlay of columns for groups of runs; columns that no run has are left out.
+
+    `region/chance` is the in-batch region loss over its chance level."""
     grouped = groups(runs)
     known = [c for c in columns if any(len(_series(r, c)) for r in runs)]
     fig, axes = new_figure("Runs side by side (mean, lowest and highest seed)", max(len(known), 1))

@@ -17,39 +17,37 @@ from fgclip_nb.runs.comparison import flat
 # %% ../../nbs/9_runs/01_reproduction.ipynb #ace2791d
 @dataclass
 class Reproduction:
-    "Outcome of a comparison of two metrics files. `first` = (step, column, before, now)."
+    "Outcome of a comparison of two metrics files; printed it is a sentence."
 
     equal: bool
     steps: int
-    first: tuple | None = None
-    largest: tuple | None = None
-    mismatches: list = field(default_factory=list)
+    first: tuple | None = None  # (step, column, before, now) of what differs first
+    largest: tuple | None = None  # (step, column, relative difference)
+    mismatches: list = field(default_factory=list)  # what is not as the manifest says
 
     def __str__(self):
         known = "".join(f"\n  differs: {m}" for m in self.mismatches)
         if self.equal:
             return f"bitwise equal over {self.steps} steps{known}"
         step, column, a, b = self.first
-        worst = (
-            f"; largest relative difference {self.largest[2]:.2g} in {self.largest[1]} at step {self.largest[0]}"
-            if self.largest
-            else ""
-        )
+        worst = ""
+        if self.largest:
+            at, name, gap = self.largest
+            worst = f"; largest relative difference {gap:.2g} in {name} at step {at}"
         return (
             f"not equal: {column} differs first, at step {step}: {a} before, {b} now{worst}{known}"
         )
 
 # %% ../../nbs/9_runs/01_reproduction.ipynb #b5313d8d
 def _gap(a, b) -> float:
+    "Relative difference of two values; infinite where one is no finite number."
     try:
         a, b = float(a), float(b)
     except (TypeError, ValueError):
         return math.inf
-    return (
-        abs(a - b) / max(abs(a), abs(b), 1e-12)
-        if math.isfinite(a) and math.isfinite(b)
-        else math.inf
-    )
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.inf
+    return abs(a - b) / max(abs(a), abs(b), 1e-12)
 
 
 def compare_metrics(before, now) -> Reproduction:
@@ -63,37 +61,27 @@ def compare_metrics(before, now) -> Reproduction:
         for k in x | y
         if x.get(k) != y.get(k)
     ]
-    if not diffs:
-        diffs = (
-            [(min(len(a), len(b)) + 1, "number of steps", len(a), len(b))]
-            if len(a) != len(b)
-            else [(1, "formatting", "", "")]
-        )
-    worst = max(
-        ((s, k, _gap(x, y)) for s, k, x, y in diffs if k != "number of steps"),
-        key=lambda d: d[2],
-        default=None,
-    )
-    return Reproduction(False, len(b), diffs[0], worst)
+    if not diffs and len(a) != len(b):
+        diffs = [(min(len(a), len(b)) + 1, "number of steps", len(a), len(b))]
+    elif not diffs:
+        diffs = [(1, "formatting", "", "")]
+    gaps = [(s, k, _gap(x, y)) for s, k, x, y in diffs if k != "number of steps"]
+    return Reproduction(False, len(b), diffs[0], max(gaps, key=lambda d: d[2], default=None))
 
 # %% ../../nbs/9_runs/01_reproduction.ipynb #55cd8427
 def unlike_now(run) -> list:
     "Sentences about versions, code and data that are not as the run's manifest says."
     from fgclip_nb.training.rundata import prepare_data
 
+    fingerprint = prepare_data(TrainConfig.from_params(run.params())).fingerprint
+    now = dict(versions=versions(), code=code_identity(), data=dict(fingerprint=fingerprint))
     then = run.manifest()
-    now = dict(
-        versions=versions(),
-        code=code_identity(),
-        data=dict(fingerprint=prepare_data(TrainConfig.from_params(run.params())).fingerprint),
-    )
+    then = then | dict(data=dict(fingerprint=then.get("data", {}).get("fingerprint")))
     a, b = (
-        {k: v for part in now if part in x for k, v in flat(x[part], part).items()}
-        for x in (then | dict(data=dict(fingerprint=then.get("data", {}).get("fingerprint"))), now)
+        {k: v for part in now if part in facts for k, v in flat(facts[part], part).items()}
+        for facts in (then, now)
     )
-    same_code = a.get("code.package") == b.get(
-        "code.package"
-    )  # another commit with the same package files is the same code
+    same_code = a.get("code.package") == b.get("code.package")
     return [
         f"{k} was {a[k]!r} when the run was made and is {b.get(k)!r} now"
         for k in a
@@ -103,26 +91,26 @@ def unlike_now(run) -> list:
 # %% ../../nbs/9_runs/01_reproduction.ipynb #92687fb2
 def free_folder(path) -> Path:
     "`path`, or the first of `path-2`, `path-3`, … that does not exist."
-    return next(
-        p for n in itertools.count(1) if not (p := Path(path if n == 1 else f"{path}-{n}")).exists()
-    )
+    names = (path if n == 1 else f"{path}-{n}" for n in itertools.count(1))
+    return next(p for p in map(Path, names) if not p.exists())
 
 # %% ../../nbs/9_runs/01_reproduction.ipynb #11ffcd85
 def reproduce(run, output=None, tell=None) -> Reproduction:
-    "Run a folder again into `output` (default `<run>-again`) and compare metrics. `tell` gets a line per mismatch before it starts."
+    """Run a folder (a `Run` or its path) again and compare the metrics.
+
+    `output`: folder of the second run, default `<run>-again`, counted on where it exists.
+    `tell`: gets a line per mismatch before it starts (default: print).
+    Raises `DataError` for a folder without params.yaml."""
     from fgclip_nb.training.loop import train
 
     run = run if isinstance(run, Run) else Run(run)
     if not run.params():
         raise DataError(f"{run.path}: no params.yaml there, so it is no run folder")
-    known = unlike_now(run)
-    for line in known:
+    mismatches = unlike_now(run)
+    for line in mismatches:
         (tell or print)(f"not as it was: {line}")
-    again = train(
-        TrainConfig.from_params(
-            run.params() | dict(output=str(free_folder(output or f"{run.path}-again")))
-        )
-    )
+    folder = free_folder(output or f"{run.path}-again")
+    again = train(TrainConfig.from_params(run.params() | dict(output=str(folder))))
     result = compare_metrics(run.path / "metrics.jsonl", again.path / "metrics.jsonl")
-    result.mismatches = known
+    result.mismatches = mismatches
     return result

@@ -28,14 +28,17 @@ def parse_value(text: str):
 
 # %% ../../nbs/9_runs/02_sweeps.ipynb #399e35eb
 def parse_grid(pairs) -> dict:
-    "name -> list of values from (name, 'a,b,c') pairs. Raises ConfigError for an unknown name."
+    """name -> list of values from (name, 'a,b,c') pairs.
+
+    Raises `ConfigError` for an unknown name, with the nearest known one, and for `output`."""
     grid = {}
     for name, values in pairs:
         if name not in known_parameters():
             raise ConfigError(f"unknown parameter `{name}`{nearest(name, known_parameters())}")
         if name == "output":
             raise ConfigError(
-                "`output` is chosen by the sweep, a folder per cell; give --output for all of them together"
+                "`output` is chosen by the sweep, a folder per cell; "
+                "give --output for all of them together"
             )
         grid[name] = [parse_value(v) for v in values.split(",")]
     return grid
@@ -51,9 +54,35 @@ def cell_name(params: dict) -> str:
     name = ",".join(f"{k}={v}" for k, v in params.items()).replace("/", "-").replace(" ", "")
     return name if len(name) <= 100 else hashlib.sha256(name.encode()).hexdigest()[:12]
 
+
+def sweep_folder(notebook, grid) -> Path:
+    "The default folder of a sweep, below `runs/`: named by its notebook and its grid."
+    stem = Path(notebook).stem
+    key = json.dumps([stem, grid], sort_keys=True)
+    return project_root() / "runs" / f"sweep-{stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+# %% ../../nbs/9_runs/02_sweeps.ipynb #b057afd1
+def job_executor(folder, cluster):
+    "submitit's executor with its files below `folder`; raises `ConfigError` without submitit."
+    try:
+        import submitit
+    except ImportError as e:
+        raise ConfigError("sweeps need submitit: pip install 'fgclip_nb[sweep]'") from e
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    executor.update_parameters(timeout_min=7 * 24 * 60, name="fgclip_nb")
+    return executor
+
+
+def job_error(job) -> str:
+    "Why the cell of an ended job failed, or an empty text."
+    lost = job.exception()
+    return f"{type(lost).__name__}, see {job.paths.stderr}" if lost else job.result()
+
 # %% ../../nbs/9_runs/02_sweeps.ipynb #36d31403
 def run_cell(notebook: str, folder: str, params: dict) -> str:
-    "Execute the notebook with `params` into `<folder>.ipynb`, its run into `folder`; returns why it failed, or an empty text."
+    """Execute the notebook with `params` into `<folder>.ipynb`, its run into `folder`.
+
+    Returns why it failed, or an empty text."""
     import papermill
 
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
@@ -67,88 +96,59 @@ def run_cell(notebook: str, folder: str, params: dict) -> str:
         )
     except papermill.PapermillExecutionError as e:
         return f"{e.ename}: {e.evalue}"
-    return (
-        ""
-        if Run(folder).finished
-        else f"the notebook ended, but the run did not finish; see {folder}.ipynb"
-    )
+    if Run(folder).finished:
+        return ""
+    return f"the notebook ended, but the run did not finish; see {folder}.ipynb"
 
 # %% ../../nbs/9_runs/02_sweeps.ipynb #4d42c21a
 class Sweep:
-    "A grid of runs below `folder`; `jobs` at a time. `cluster` None = SLURM where there is one, else local processes."
+    """A grid of runs below `folder`, `jobs` at a time.
+
+    `cluster`: None = SLURM where there is one, else local processes. `state`: name of the cell ->
+    waiting, finished before, finished or failed; `errors`: name -> why it failed."""
 
     def __init__(self, notebook, grid: dict, folder, jobs=1, cluster=None):
-        self.notebook, self.folder, self.jobs, self.cluster = (
-            str(Path(notebook).resolve()),
-            Path(folder).resolve(),
-            jobs,
-            cluster,
-        )
+        self.notebook = str(Path(notebook).resolve())
+        self.folder = Path(folder).resolve()
+        self.jobs, self.cluster = jobs, cluster
         self.cells = {cell_name(c): c for c in cells(grid)}
-        self.state, self.errors = (
-            {
-                n: "finished before" if Run(self.folder / n).finished else "waiting"
-                for n in self.cells
-            },
-            {},
-        )
-
-    def _executor(self):
-        try:
-            import submitit
-        except ImportError as e:
-            raise ConfigError("sweeps need submitit: pip install 'fgclip_nb[sweep]'") from e
-        executor = submitit.AutoExecutor(folder=self.folder / ".jobs", cluster=self.cluster)
-        executor.update_parameters(timeout_min=7 * 24 * 60, name="fgclip_nb")
-        return executor
+        self.errors = {}
+        self.state = {
+            name: "finished before" if Run(self.folder / name).finished else "waiting"
+            for name in self.cells
+        }
 
     def run(self, tell=print) -> dict:
         "Run what is not finished; returns name -> state (finished, finished before, failed)."
         self.folder.mkdir(parents=True, exist_ok=True)
-        waiting, running = [n for n, s in self.state.items() if s == "waiting"], {}
-        executor = self._executor() if waiting else None
+        waiting = [name for name, state in self.state.items() if state == "waiting"]
+        executor = job_executor(self.folder / ".jobs", self.cluster) if waiting else None
+        running = {}
         if len(waiting) < len(self.cells):
             tell(f"{len(self.cells) - len(waiting)} of {len(self.cells)} finished before")
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 name = waiting.pop(0)
-                running[name] = (
-                    executor.submit(
-                        run_cell, self.notebook, str(self.folder / name), self.cells[name]
-                    ),
-                    time.monotonic(),
-                )
-            for name in [n for n, (job, _) in running.items() if job.done()]:
+                running[name] = self._submit(executor, name), time.monotonic()
+            for name in [name for name, (job, _) in running.items() if job.done()]:
                 self._collect(name, *running.pop(name), tell)
             if running:
                 time.sleep(0.2)
         return self.state
 
+    def _submit(self, executor, name):
+        return executor.submit(run_cell, self.notebook, str(self.folder / name), self.cells[name])
+
     def _collect(self, name, job, started, tell):
-        lost = (
-            job.exception()
-        )  # the process itself died; what went wrong inside comes back as the result
-        error = f"{type(lost).__name__}, see {job.paths.stderr}" if lost else job.result()
+        "Note how a cell ended, tell it, and write sweep.json."
+        error = job_error(job)
         self.state[name] = "failed" if error else "finished"
         if error:
             self.errors[name] = error
-        done = sum(s not in ("waiting",) for s in self.state.values())
+        done = sum(state != "waiting" for state in self.state.values())
         tell(
-            f"[{done}/{len(self.cells)}] {name}: {self.state[name]} after {time.monotonic() - started:.0f} s"
-            + (f": {self.errors[name]}" if error else "")
+            f"[{done}/{len(self.cells)}] {name}: {self.state[name]} "
+            f"after {time.monotonic() - started:.0f} s" + (f": {error}" if error else "")
         )
-        write_atomic(
-            self.folder / "sweep.json",
-            json.dumps(dict(notebook=self.notebook, state=self.state, errors=self.errors), indent=1)
-            + "\n",
-        )
-
-# %% ../../nbs/9_runs/02_sweeps.ipynb #67623298
-def sweep_folder(notebook, grid) -> Path:
-    "The default folder of a sweep: named by its notebook and grid, so that the same command goes on where it stopped."
-    told = json.dumps([Path(notebook).stem, grid], sort_keys=True)
-    return (
-        project_root()
-        / "runs"
-        / f"sweep-{Path(notebook).stem}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    )
+        facts = dict(notebook=self.notebook, state=self.state, errors=self.errors)
+        write_atomic(self.folder / "sweep.json", json.dumps(facts, indent=1) + "\n")

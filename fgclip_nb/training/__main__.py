@@ -8,23 +8,24 @@ __all__ = []
 # %% ../../nbs/8_training/99_command.ipynb #9322cf7b
 import sys
 from pathlib import Path
-import torch, yaml
+import yaml
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.diagnostics.expectations import show
 from fgclip_nb.training.memory import OutOfMemory
 from fgclip_nb.training.interruption import Interrupted
-from fgclip_nb.training.launcher import LaunchFailed
+from fgclip_nb.training.launcher import LaunchFailed, leave_group
 from fgclip_nb.training.loop import train
 from fgclip_nb.training.forecast import estimate_rows
 
 # %% ../../nbs/8_training/99_command.ipynb #91ac9a9b
 def config_from_args(args) -> TrainConfig:
-    "A config from an optional YAML file and `key=value` words; raises `ConfigError`."
+    "A config from an optional YAML file and `key=value` words (later ones win); or `ConfigError`."
     params = {}
     for a in args:
         if "=" in a and not Path(a).exists():
-            params[a.split("=", 1)[0]] = yaml.safe_load(a.split("=", 1)[1])
+            name, value = a.split("=", 1)
+            params[name] = yaml.safe_load(value)
         elif Path(a).is_file():
             loaded = yaml.safe_load(Path(a).read_text()) or {}
             if not isinstance(loaded, dict):
@@ -36,17 +37,24 @@ def config_from_args(args) -> TrainConfig:
             raise ConfigError(f"argument {a!r} is neither an existing YAML file nor key=value")
     return TrainConfig.from_params(params)
 
-
+# %% ../../nbs/8_training/99_command.ipynb #0ad375c6
 def print_estimate(cfg: TrainConfig):
     "What a run will take, line by line as it becomes known."
     for name, value, how in estimate_rows(cfg):
         print(f"{name}: {show(value)} ({how})", flush=True)
 
+# %% ../../nbs/8_training/99_command.ipynb #b2b791ac
+def _failed(error, status: int) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return status
+
 
 def main(args=None) -> int:
-    """Command line: 0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 5 out of memory, 128+n stopped by signal n.
+    """Command line; returns the exit status.
 
-    With `processes` above 1 it is the status of the process that failed first."""
+    0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 5 out of memory,
+    128+n stopped by signal n. With `processes` above 1 it is the status of the process that failed
+    first."""
     args = list(sys.argv[1:] if args is None else args)
     dry = "--dry-run" in args
     try:
@@ -68,18 +76,6 @@ def main(args=None) -> int:
     finally:
         leave_group()
     return 0
-
-
-def leave_group():
-    "Give up a gloo process group before the process ends: its threads would now and then abort a run that has ended well."
-    group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
-        group.destroy_process_group()
-
-
-def _failed(error, status: int) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    return status
 
 # %% ../../nbs/8_training/99_command.ipynb #2f510c06
 if __name__ == "__main__" and "__file__" in globals():

@@ -31,67 +31,58 @@ class Seen:
 
 
 def seen_regions(sample, cfg: TrainConfig) -> list:
-    "A `Seen` per region of a clip, for evenly spread frames (training jitters each within its part)."
+    """A `Seen` per region of a clip, for evenly spread frames (training jitters each of them).
+
+    A region without track or span of its own is there as long as its sample."""
     times = frame_times(sample.media)
-    lasts = np.diff(
-        times, append=2 * times[-1] - times[-2] if len(times) > 1 else 1.0
-    )  # seconds of each frame
+    end = 2 * times[-1] - times[-2] if len(times) > 1 else 1.0
+    lasts = np.diff(times, append=end)  # seconds of each frame
     first, last = span_frames(times, sample.span)
-    frames, found = sample_frames((first, last), clip_frames(cfg)), []
+    frames = sample_frames((first, last), clip_frames(cfg))
+    seen = []
     for r in sample.regions:
-        # a region without track or span of its own is there as long as its sample
-        present = (
-            region_presence(r, 0, len(times) - 1)
-            if r.keyframes or r.span
-            else np.arange(first, last + 1)
-        )
+        present = np.arange(first, last + 1)
+        if r.keyframes or r.span:
+            present = region_presence(r, 0, len(times) - 1)
         within = present[(present >= frames[0]) & (present <= frames[-1])]
-        found.append(
-            Seen(
-                int(np.isin(frames, present).sum()),
-                float(lasts[present].sum()),
-                float(lasts[within].sum()),
-            )
-        )
-    return found
+        shown = int(np.isin(frames, present).sum())
+        seen.append(Seen(shown, float(lasts[present].sum()), float(lasts[within].sum())))
+    return seen
 
-
+# %% ../../nbs/8_training/12_announcement.ipynb #763e7401
 SHOWN, IN_RANGE = "regions shown by the sampled frames", "annotated time within the sampled range"
 
 
 def coverage_rows(data: RunData, cfg: TrainConfig):
-    "Rows (name, value, how) about clips of both splits (an even thousand of many): what the sampled frames show of what is annotated."
+    """Rows (name, value, how) about what the sampled frames of clips show of what is annotated.
+
+    Both splits are looked at; of many clips an even thousand."""
     every = max(1, (len(data.train) + len(data.val)) // 1000)
-    found = [
-        f
+    seen = [
+        region
         for part in (data.train, data.val)
         for i in range(0, len(part), every)
-        for f in seen_regions(part[i], cfg)
+        for region in seen_regions(part[i], cfg)
     ]
-    lost = sum(
-        r.regions or 0 for r in [r for r in data.rejects if r.rule == "never_visible"][::every]
-    )
-    hit, annotated, within = (
-        sum(f.frames > 0 for f in found),
-        sum(f.annotated for f in found),
-        sum(f.within for f in found),
-    )
-    if not found:
+    if not seen:
         return
-    every_region, how = (
-        len(found) + lost,
-        f"are visible on at least one of {clip_frames(cfg)} evenly spread frames",
-    )
+    invisible = [r for r in data.rejects if r.rule == "never_visible"]
+    lost = sum(r.regions or 0 for r in invisible[::every])
+    hit = sum(region.frames > 0 for region in seen)
+    regions = len(seen) + lost
     yield (
         SHOWN,
-        hit / every_region,
-        f"{hit} of {every_region} regions {how}; {lost} rejected because they are not",
+        hit / regions,
+        f"{hit} of {regions} regions are visible on at least one of {clip_frames(cfg)} evenly "
+        f"spread frames; {lost} rejected because they are not",
     )
     yield (
         "visible frames per region",
-        sum(f.frames for f in found) / len(found),
+        sum(region.frames for region in seen) / len(seen),
         "mean; a region feature is the mean over them",
     )
+    annotated = sum(region.annotated for region in seen)
+    within = sum(region.within for region in seen)
     yield (
         IN_RANGE,
         within / annotated if annotated else 1.0,
@@ -99,19 +90,21 @@ def coverage_rows(data: RunData, cfg: TrainConfig):
     )
 
 # %% ../../nbs/8_training/12_announcement.ipynb #9e99f56e
-def looked_at(samples) -> list:
-    "All samples, or an even thousand of a large memory-mapped set."
-    return (
-        [samples[i] for i in range(0, len(samples), max(1, len(samples) // 1000))]
-        if hasattr(samples, "subset")
-        else samples
-    )
+def even_thousand(samples) -> list:
+    "All samples, or about a thousand of a large memory-mapped set, spread evenly."
+    if not hasattr(samples, "subset"):
+        return samples
+    return [samples[i] for i in range(0, len(samples), max(1, len(samples) // 1000))]
 
 # %% ../../nbs/8_training/12_announcement.ipynb #8bf27672
 def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = None) -> Expectations:
-    "What can be known before the first step: counts and chance levels, for clips what their frames show, what the model weighs."
-    known, clips = looked_at(data.train), has_clips(data.train)
-    expected = expect(cfg, count_samples(known, cfg) | dict(samples=len(data.train)), cfg.processes)
+    """What can be known before the first step.
+
+    Counts and chance levels, for clips what their frames show, and what the model weighs.
+    `parameters`: how many it has, where that is not known from its preset."""
+    clips = has_clips(data.train)
+    counts = count_samples(even_thousand(data.train), cfg) | dict(samples=len(data.train))
+    expected = expect(cfg, counts, cfg.processes)
     if clips:
         expected.rows += coverage_rows(data, cfg)
     parameters = parameters or count_parameters(cfg, clips)
@@ -121,16 +114,12 @@ def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = Non
 
 # %% ../../nbs/8_training/12_announcement.ipynb #6a772344
 def announce(s: TrainState):
-    "Before the first step: rejects written and counted by rule, manifest, and what is to be expected."
+    "Before the first step: write rejects and manifest, and say what is to be expected."
     write_rejects(s.data.rejects, s.path / "rejects.jsonl")
-    rules = (
-        ", ".join(
-            f"{k} {v}" for k, v in collections.Counter(r.rule for r in s.data.rejects).most_common()
-        )
-        or "nothing"
-    )
+    rules = collections.Counter(r.rule for r in s.data.rejects).most_common()
+    rejected = ", ".join(f"{rule} {count}" for rule, count in rules) or "nothing"
     s.log.info(
-        f"data {s.cfg.data}: {len(s.data.train)} train, {len(s.data.val)} val; rejected: {rules}"
+        f"data {s.cfg.data}: {len(s.data.train)} train, {len(s.data.val)} val; rejected: {rejected}"
     )
     write_manifest(s)
     expected = what_to_expect(s.cfg, s.data, sum(p.numel() for p in s.model.parameters()))

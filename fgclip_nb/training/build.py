@@ -19,7 +19,9 @@ from fgclip_nb.model.fgclip import FGCLIP
 
 # %% ../../nbs/8_training/01_build.ipynb #f828af78
 def random_model(cfg: TrainConfig, log) -> FGCLIP:
-    "A preset with random weights from `cfg.seed`; `logit_scale_init` sets all three temperatures."
+    """A preset with random float32 weights from `cfg.seed`.
+
+    `logit_scale_init` sets all three temperatures; the log says what they are."""
     torch.manual_seed(cfg.seed)
     model = FGCLIP(FGCLIPConfig.preset(cfg.model))
     for p in (model.logit_scale, model.logit_scale_finegraind, model.logit_scale_hardneg):
@@ -27,25 +29,25 @@ def random_model(cfg: TrainConfig, log) -> FGCLIP:
             with torch.no_grad():
                 p.fill_(cfg.logit_scale_init)
     model.clamp_scales_()
-    log.info(
-        f"model {cfg.model}: random weights from seed {cfg.seed}, {sum(p.numel() for p in model.parameters()):,} parameters"
-    )
+    count = sum(p.numel() for p in model.parameters())
+    log.info(f"model {cfg.model}: random weights from seed {cfg.seed}, {count:,} parameters")
     log_scales(model)
     return model
 
 # %% ../../nbs/8_training/01_build.ipynb #46bdc453
 def resize_positions_(model, size: int):
-    "Make a model for pictures of `size` pixels, in place: its positions are resampled once, as the model does on the fly."
-    vision, places, patch = (
-        model.config.vision_config,
-        model.vision_model.embeddings,
-        model.config.vision_config.patch_size,
-    )
+    """Make a model for pictures of `size` pixels, in place, as the model resamples on the fly.
+
+    Raises `ConfigError` for a size that does not divide into patches."""
+    vision = model.config.vision_config
+    places = model.vision_model.embeddings
+    patch = vision.patch_size
     if size == vision.image_size:
         return
     if size % patch:
         raise ConfigError(
-            f"parameter `image_size` = {size} does not divide into patches of {patch} pixels: take {size // patch * patch}"
+            f"parameter `image_size` = {size} does not divide into patches of {patch} pixels: "
+            f"take {size // patch * patch}"
         )
     with torch.no_grad():
         table = grid_positions(places.position_embedding.weight, (size // patch,) * 2).clone()
@@ -53,16 +55,20 @@ def resize_positions_(model, size: int):
     places.position_ids = torch.arange(len(table))[None]
     places.image_size = vision.image_size = size
 
-
+# %% ../../nbs/8_training/01_build.ipynb #f17a8647
 def weights_source(name: str):
-    "What a loader is given: the newest checkpoint of a run folder, or the name itself."
+    "What a loader gets: the newest checkpoint of a run folder, an existing path, or the name."
     path = resolve_path(name)
-    found = Run(path).checkpoints() if (path / "checkpoints").is_dir() else []
-    return found[-1][1] if found else path if path.exists() else name
+    checkpoints = Run(path).checkpoints() if (path / "checkpoints").is_dir() else []
+    if checkpoints:
+        return checkpoints[-1][1]
+    return path if path.exists() else name
 
-
+# %% ../../nbs/8_training/01_build.ipynb #252ebf3f
 def build_model(cfg: TrainConfig, log) -> FGCLIP:
-    "The model named by `cfg.model` in float32: a preset, or weights from a file, a folder, a run folder or the hub (proven complete)."
+    """The model named by `cfg.model`, in float32 and on the CPU.
+
+    A preset, or weights from a file, a folder, a run folder or the hub (proven complete)."""
     if cfg.model in PRESETS:
         model = random_model(cfg, log)
     else:
@@ -70,12 +76,10 @@ def build_model(cfg: TrainConfig, log) -> FGCLIP:
         scale = dict(
             logit_scale_init=cfg.logit_scale_init, override_logit_scale=cfg.override_logit_scale
         )
-        is_file = isinstance(source, Path) and source.is_file()
-        model = (
-            FGCLIP.from_openai(source, **scale)
-            if is_file
-            else FGCLIP.from_clip(str(source), revision=cfg.revision or None, **scale)
-        )
+        if isinstance(source, Path) and source.is_file():
+            model = FGCLIP.from_openai(source, **scale)
+        else:
+            model = FGCLIP.from_clip(str(source), revision=cfg.revision or None, **scale)
     if cfg.image_size:
         resize_positions_(model, cfg.image_size)
     model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -85,27 +89,27 @@ def build_model(cfg: TrainConfig, log) -> FGCLIP:
 
 # %% ../../nbs/8_training/01_build.ipynb #19be78e3
 def parameter_groups(model, weight_decay: float) -> list:
-    "Two AdamW groups as the official trainer makes them: decay, and no decay for LayerNorms and biases."
+    """Two AdamW groups as the official trainer makes them.
+
+    The first decays; LayerNorms and biases are in the second and do not."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)]
     norms = {f"{n}.{p}" for n, m in layers for p, _ in m.named_parameters(recurse=False)}
-    decays = lambda n: n not in norms and "bias" not in n
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[name not in norms and "bias" not in name].append(p)
     return [
-        dict(params=[p for n, p in named if decays(n)], weight_decay=weight_decay),
-        dict(params=[p for n, p in named if not decays(n)], weight_decay=0.0),
+        dict(params=groups[True], weight_decay=weight_decay),
+        dict(params=groups[False], weight_decay=0.0),
     ]
 
-
+# %% ../../nbs/8_training/01_build.ipynb #74cca60c
 def learning_rate_at(step: int, cfg: TrainConfig, total: int) -> float:
-    "Learning rate of optimiser step `step` (1-based): linear warm-up, then cosine to zero."
+    """Learning rate of optimiser step `step` of `total`, counted from 1.
+
+    Linear warm-up over `lr_warmup_steps`, then half a cosine down to zero."""
     done = step - 1
     if done < cfg.lr_warmup_steps:
         return cfg.learning_rate * done / max(1, cfg.lr_warmup_steps)
-    return (
-        cfg.learning_rate
-        * 0.5
-        * (
-            1
-            + math.cos(math.pi * (done - cfg.lr_warmup_steps) / max(1, total - cfg.lr_warmup_steps))
-        )
-    )
+    share = (done - cfg.lr_warmup_steps) / max(1, total - cfg.lr_warmup_steps)
+    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * share))

@@ -14,7 +14,7 @@ from fgclip_nb.core.folder import Run
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #cd35c889
 def optimizer_tensors(model, optimizer) -> dict:
-    "AdamW's state by parameter name."
+    "AdamW's state as `parameter name:key` -> tensor on the CPU (not copied where it is there)."
     names = {p: n for n, p in model.named_parameters()}
     return {
         f"{names[p]}:{k}": v.detach().cpu().contiguous()
@@ -24,7 +24,9 @@ def optimizer_tensors(model, optimizer) -> dict:
 
 
 def load_optimizer_tensors(model, optimizer, tensors: dict):
-    "Put `optimizer_tensors` back; raises `DataError` when a parameter has no state."
+    """Put `optimizer_tensors` back, each on its parameter's device; steps stay on the CPU.
+
+    A parameter without state keeps what it has."""
     for name, p in model.named_parameters():
         state = {
             k.rpartition(":")[2]: v for k, v in tensors.items() if k.rpartition(":")[0] == name
@@ -52,9 +54,25 @@ def _seal(folder, state):
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
+
+def checkpoint_fault(folder) -> str:
+    "What is wrong with a checkpoint folder, or an empty string."
+    try:
+        files = json.loads((folder / "state.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as e:
+        return f"state.json cannot be read ({type(e).__name__})"
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_file(folder / name) != digest:
+            return f"{name} does not match its checksum"
+    return ""
+
 # %% ../../nbs/8_training/03_checkpoints.ipynb #d83f0831
 def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) -> Path:
-    "Write `checkpoints/step_########` aside and rename it; on an error the half-written folder is removed and the last good one stays."
+    """Write `checkpoints/step_########` aside and rename it; `bank` may be None.
+
+    On an `OSError` (a full disk) the half-written folder is removed and the last good one stays."""
     root = Path(run_path) / "checkpoints"
     aside, final = root / f".aside_{step:08d}", root / f"step_{step:08d}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -75,27 +93,16 @@ def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) ->
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             e.errno,
-            f"checkpoint of step {step} could not be written to {root} ({e.strerror}); the last good one is kept",
+            f"checkpoint of step {step} could not be written to {root} ({e.strerror}); "
+            "the last good one is kept",
         ) from e
     return final
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #49b650b9
-def checkpoint_fault(folder) -> str:
-    "What is wrong with a checkpoint folder, or an empty string."
-    try:
-        files = json.loads((folder / "state.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as e:
-        return f"state.json cannot be read ({type(e).__name__})"
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_file(folder / name) != digest:
-            return f"{name} does not match its checksum"
-    return ""
-
-
 def newest_checkpoint(run_path, log):
-    "The newest sound checkpoint as (step, folder, state), or None; unsound ones are named in the log."
+    """The newest sound checkpoint as (step, folder, state), or None.
+
+    Unsound ones are named in the log with what is wrong."""
     for step, folder in reversed(Run(run_path).checkpoints()):
         fault = checkpoint_fault(folder)
         if not fault:
@@ -103,7 +110,7 @@ def newest_checkpoint(run_path, log):
         log.warning(f"checkpoint {folder.name} is not used: {fault}")
     return None
 
-
+# %% ../../nbs/8_training/03_checkpoints.ipynb #7d021db5
 def prune_checkpoints(run_path, keep: int, best: int | None):
     "Remove all but the newest `keep` checkpoints and the one of step `best`."
     for step, folder in Run(run_path).checkpoints()[:-keep]:

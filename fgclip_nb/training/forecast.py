@@ -23,38 +23,44 @@ from fgclip_nb.training.sizes import (
     peak_bytes,
     size_rows,
 )
-from fgclip_nb.training.state import TrainState, make_accelerator, total_steps, training_order
+from fgclip_nb.training.state import (
+    TrainState,
+    make_accelerator,
+    new_state,
+    total_steps,
+    training_order,
+)
+from fgclip_nb.training.reading import examples_of
 from fgclip_nb.training.memory import memory_advice
 from fgclip_nb.training.step import clip_gradients, forward_backward, gradient_norm
-from fgclip_nb.training.preparation import new_state
-from fgclip_nb.training.loop import examples_of
 
 # %% ../../nbs/8_training/14_forecast.ipynb #f32daa41
 @dataclass
 class Probe:
-    "What a step took: the fastest of its repetitions, and its peak beyond weights, gradients and moments."
+    "What a step took: the fastest of its repetitions, and its peak beyond what is always held."
 
     size: int  # photos, or frames of one clip
     seconds: float
-    bytes: float
+    bytes: float  # beyond weights, gradients and moments
 
 
 def straight(points, x: float) -> float:
-    "Value at `x` on the line through the last two points (x, y), never falling; through the origin when there is one point."
+    """Value at `x` on the line through the last two points (x, y), never falling.
+
+    Through the origin when there is one point."""
     (a, ya), (b, yb) = ([(0, 0.0)] + list(points))[-2:]
     return yb + max(0.0, (yb - ya) / (b - a)) * (x - b)
 
 # %% ../../nbs/8_training/14_forecast.ipynb #65d9dd78
 def probe_batch(s: TrainState, size: int):
-    "A real batch of `size` photos, or of one clip with `size` frames, on the device."
+    """A real batch of `size` photos, or of one clip with `size` frames, on the device.
+
+    Raises `DataError` when none of them can be read."""
     examples = examples_of(s)[0]
+    chosen = s.order.indices(0)[:size]
     if has_clips(s.data.train):
-        examples.drawing, chosen = (
-            dataclasses.replace(examples.drawing, num_frames=size),
-            s.order.indices(0)[:1],
-        )
-    else:
-        chosen = s.order.indices(0)[:size]
+        examples.drawing = dataclasses.replace(examples.drawing, num_frames=size)
+        chosen = s.order.indices(0)[:1]
     batch, rejects = collate_loaded([examples[where] for where in chosen], s.cfg.context_length)
     if batch is None:
         raise DataError(f"the first samples cannot be read: {rejects[0].reason}")
@@ -62,7 +68,9 @@ def probe_batch(s: TrainState, size: int):
 
 
 def probe_step(s: TrainState, batch):
-    "The work of a step without its records. Gradients stay allocated, so that a peak counts what comes on top of them."
+    """The work of a step without its records.
+
+    Gradients stay allocated, so that a peak counts what comes on top of them."""
     params = [p for p in s.model.parameters() if p.requires_grad]
     forward_backward(s, batch)
     clip_gradients(params, gradient_norm(params), s.cfg.max_grad_norm)
@@ -74,8 +82,9 @@ def probe_step(s: TrainState, batch):
 
 def probe(s: TrainState, size: int) -> Probe:
     "Peak and time of a step of this size."
-    batch, times = probe_batch(s, size), []
+    batch = probe_batch(s, size)
     peak = peak_bytes(s.accelerator.device, lambda: probe_step(s, batch))
+    times = []
     for _ in range(2):
         begun = time.perf_counter()
         probe_step(s, batch)
@@ -85,29 +94,27 @@ def probe(s: TrainState, size: int) -> Probe:
 # %% ../../nbs/8_training/14_forecast.ipynb #2e98190f
 def probes(s: TrainState, largest: int, seconds: float) -> list:
     "Probes of doubling size up to `largest`, for about `seconds`, while the next is sure to fit."
-    begun, device, found, size = (
-        time.perf_counter(),
-        s.accelerator.device,
-        [],
-        2 if has_clips(s.data.train) else 1,
-    )
+    begun = time.perf_counter()
+    size = 2 if has_clips(s.data.train) else 1
     probe_step(s, probe_batch(s, size))  # moments and gradients are made here
+    measured = []
     while True:
         before = time.perf_counter()
-        found.append(probe(s, min(size, largest)))
+        measured.append(probe(s, min(size, largest)))
         now = time.perf_counter()
-        late = now - begun + 2 * (now - before) > seconds and len(found) > 1
-        if size >= largest or late or 3 * found[-1].bytes > free_memory(device):
-            return found
+        late = now - begun + 2 * (now - before) > seconds and len(measured) > 1
+        tight = 3 * measured[-1].bytes > free_memory(s.accelerator.device)
+        if size >= largest or late or tight:
+            return measured
         size *= 2
 
-
+# %% ../../nbs/8_training/14_forecast.ipynb #2fa1a666
 def reading_times(s: TrainState, samples: int = 3) -> tuple:
-    "(seconds to read a sample, seconds to draw it again, pictures per sample), means over the first samples, drawn as in training."
-    examples, chosen = (
-        examples_of(s)[0],
-        [s.order.indices(k)[0] for k in range(min(samples, s.order.per_epoch))],
-    )
+    """(seconds to read a sample, seconds to draw it again, pictures per sample).
+
+    Means over the first samples, drawn as in training; `DataError` when none can be read."""
+    examples = examples_of(s)[0]
+    chosen = [s.order.indices(k)[0] for k in range(min(samples, s.order.per_epoch))]
     times = []
     for _ in range(2):
         begun = time.perf_counter()
@@ -115,30 +122,33 @@ def reading_times(s: TrainState, samples: int = 3) -> tuple:
         times.append((time.perf_counter() - begun) / len(chosen))
     if not drawn:
         raise DataError(f"data `{s.cfg.data}`: none of the first {len(chosen)} samples can be read")
-    return (
-        times[0],
-        times[1] if examples.cache is not None else times[0],
-        sum(len(e.pixels) for e in drawn) / len(drawn),
-    )
+    first, again = times
+    pictures = sum(len(e.pixels) for e in drawn) / len(drawn)
+    return first, again if examples.cache is not None else first, pictures
 
 # %% ../../nbs/8_training/14_forecast.ipynb #b833d9e6
 def probed_unit(s: TrainState) -> str:
+    "What probes are counted in."
     return "frames" if has_clips(s.data.train) else "photos"
 
 
-def origin(found: list, size: float, unit: str) -> str:
+def origin(measured: list, size: float, unit: str) -> str:
     "Whether a number for `size` was measured or extrapolated, in words."
-    sizes = " and ".join(str(p.size) for p in found[-2:])
-    return "measured" if found[-1].size == size else f"extrapolated from steps with {sizes} {unit}"
-
-
-def memory_rows(s: TrainState, found: list, per_sample: float, free: float):
-    "Rows about memory per process; `free`: bytes that were free before anything was made."
-    cfg, device, unit = s.cfg, s.accelerator.device, probed_unit(s)
-    chunk = min(cfg.gradient_caching or cfg.batch_size, cfg.batch_size) * (
-        per_sample if unit == "frames" else 1
+    sizes = " and ".join(str(p.size) for p in measured[-2:])
+    return (
+        "measured" if measured[-1].size == size else f"extrapolated from steps with {sizes} {unit}"
     )
-    fitting = [p for p in found if p.size <= chunk] or found[:1]
+
+# %% ../../nbs/8_training/14_forecast.ipynb #9d54b659
+def memory_rows(s: TrainState, measured: list, per_sample: float, free: float):
+    """Rows (name, value, how) about memory per process.
+
+    `per_sample`: pictures of a sample; `free`: bytes that were free before anything was made."""
+    cfg, unit = s.cfg, probed_unit(s)
+    chunk = min(cfg.gradient_caching or cfg.batch_size, cfg.batch_size)
+    if unit == "frames":
+        chunk *= per_sample
+    fitting = [p for p in measured if p.size <= chunk] or measured[:1]
     activations = straight([(p.size, p.bytes) for p in fitting], chunk)
     yield (
         "activations",
@@ -149,36 +159,32 @@ def memory_rows(s: TrainState, found: list, per_sample: float, free: float):
     pixels = per_sample * cfg.batch_size * 3 * side * side
     parameters = sum(p.numel() for p in s.model.parameters())
     need = 16 * parameters + activations + pixels
-    batch = f"the batch's pixels ({pixels / GIB:.2f} GiB, computed)"
     yield (
         "memory per process",
         f"{need / GIB:.2f} GiB",
-        f"sum of these and of {batch}; Python and its libraries come on top",
+        f"sum of these and of the batch's pixels ({pixels / GIB:.2f} GiB, computed); "
+        "Python and its libraries come on top",
     )
-    advice = (
-        ""
-        if need < free
-        else "; lower first: " + "; then ".join(memory_advice(cfg, has_clips(s.data.train)))
-    )
-    yield (
-        "fits",
-        "yes" if need < free else "no",
-        f"measured: {free / GIB:.2f} GiB free on {device}{advice}",
-    )
+    how = f"measured: {free / GIB:.2f} GiB free on {s.accelerator.device}"
+    if need >= free:
+        how += "; lower first: " + "; then ".join(memory_advice(cfg, has_clips(s.data.train)))
+    yield "fits", "yes" if need < free else "no", how
 
+# %% ../../nbs/8_training/14_forecast.ipynb #14740c77
+def time_rows(s: TrainState, measured: list, reading: tuple, steps: int):
+    """Rows (name, value, how) about time; `reading` as `reading_times` gives it.
 
-def time_rows(s: TrainState, found: list, reading: tuple, steps: int):
-    "Rows about time; `steps` = optimiser steps of the whole run."
-    cfg, (first, again, per_sample), unit = s.cfg, reading, probed_unit(s)
-    accumulate, size = (
-        cfg.gradient_accumulation_steps,
-        cfg.batch_size * (per_sample if unit == "frames" else 1),
-    )
-    step = accumulate * straight([(p.size, p.seconds) for p in found], size)
+    `steps`: optimiser steps of the whole run."""
+    cfg, unit = s.cfg, probed_unit(s)
+    first, again, per_sample = reading
+    accumulate = cfg.gradient_accumulation_steps
+    size = cfg.batch_size * (per_sample if unit == "frames" else 1)
+    step = accumulate * straight([(p.size, p.seconds) for p in measured], size)
     yield (
         "step",
         duration(step),
-        f"{origin(found, size, unit)}: {accumulate} x {size:g} {unit}, forward, backward, update",
+        f"{origin(measured, size, unit)}: {accumulate} x {size:g} {unit}, "
+        "forward, backward, update",
     )
     drawn = steps * accumulate * cfg.batch_size
     reads = min(drawn, len(s.data.train) / cfg.processes)
@@ -193,64 +199,89 @@ def time_rows(s: TrainState, found: list, reading: tuple, steps: int):
     yield (
         "validations",
         duration(checks),
-        f"extrapolated: {looks} x {len(s.data.val)} samples, forward only, a third of a step's time each",
+        f"extrapolated: {looks} x {len(s.data.val)} samples, forward only, "
+        "a third of a step's time each",
     )
-    total = (
-        max(steps * step, loading / cfg.num_workers) if cfg.num_workers else steps * step + loading
-    )
-    how = (
-        f"hidden behind the steps by {cfg.num_workers} loader processes"
-        if cfg.num_workers
-        else "added: there are no loader processes"
-    )
-    yield (
+    yield whole_run_row(cfg, steps, steps * step, loading, checks)
+
+
+def whole_run_row(cfg: TrainConfig, steps: int, stepping: float, loading: float, checks: float):
+    "The row of the whole run from its parts, all in seconds; loaders work beside the steps."
+    if cfg.num_workers:
+        total = max(stepping, loading / cfg.num_workers)
+        how = f"hidden behind the steps by {cfg.num_workers} loader processes"
+    else:
+        total = stepping + loading
+        how = "added: there are no loader processes"
+    return (
         "whole run",
         duration(total + checks),
         f"extrapolated: {steps:,} steps; reading {duration(loading)}, {how}",
     )
 
 # %% ../../nbs/8_training/14_forecast.ipynb #85011861
-def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
-    "Yield rows (name, value, how) as they are found, the cheap ones first; nothing is written. `seconds`: for the probes."
-    accelerator, log = make_accelerator(cfg), get_logger()
-    data = prepare_data(cfg)
-    order = training_order(cfg, data.train, cfg.processes)
-    steps = total_steps(cfg, order)
-    yield "samples", len(data.train), "training samples after the filters"
-    times = f"{cfg.batch_size} samples x {cfg.processes} process(es) x {cfg.gradient_accumulation_steps} batch(es) per step"
-    yield "total steps", steps, f"computed: {times}"
-    if len(data.train) < cfg.batch_size:
+def plan_rows(cfg: TrainConfig, samples: int, steps: int):
+    "Rows (name, value, how) of what follows from the parameters and the number of samples."
+    yield "samples", samples, "training samples after the filters"
+    yield (
+        "total steps",
+        steps,
+        f"computed: {cfg.batch_size} samples x {cfg.processes} process(es) "
+        f"x {cfg.gradient_accumulation_steps} batch(es) per step",
+    )
+    if samples < cfg.batch_size:
         yield (
             "samples per step",
-            len(data.train),
+            samples,
             f"fewer than `batch_size` {cfg.batch_size}: every step takes them all",
         )
-    known, free = count_parameters(cfg, has_clips(data.train)), free_memory(accelerator.device)
+
+
+def probe_rows(s: TrainState, steps: int, free: float, seconds: float):
+    "Rows (name, value, how) that take real samples and real steps, for about `seconds`."
+    reading = reading_times(s)
+    frames, per_sample = clip_frames(s.cfg), reading[2]
+    largest = s.cfg.batch_size
+    if has_clips(s.data.train):
+        largest = frames
+        yield (
+            "frames per clip",
+            per_sample,
+            f"mean of the first samples; a clip shorter than {frames} frames gives all it has",
+        )
+    measured = probes(s, largest, seconds)
+    yield from memory_rows(s, measured, per_sample, free)
+    yield from time_rows(s, measured, reading, steps)
+
+
+def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
+    """Yield rows (name, value, how) as they become known, the cheap ones first.
+
+    Nothing is written. `seconds`: for the probes."""
+    accelerator, log = make_accelerator(cfg), get_logger()
+    data = prepare_data(cfg)
+    steps = total_steps(cfg, training_order(cfg, data.train, cfg.processes))
+    yield from plan_rows(cfg, len(data.train), steps)
+    known = count_parameters(cfg, has_clips(data.train))
+    free = free_memory(accelerator.device)
     if known:
         yield from size_rows(known)
         if 16 * known > free:
-            there = f"{free / GIB:.2f} GiB free on {accelerator.device}"
             yield (
                 "fits",
                 "no",
-                f"measured: {there}, too little for weights and moments alone; take a smaller `model`",
+                f"measured: {free / GIB:.2f} GiB free on {accelerator.device}, "
+                "too little for weights and moments alone; take a smaller `model`",
             )
             return
     s = new_state(cfg, data, accelerator, run_folder(cfg), log)
     if not known:
         yield from size_rows(sum(p.numel() for p in s.model.parameters()))
-    reading = reading_times(s)
-    if has_clips(data.train):
-        yield (
-            "frames per clip",
-            reading[2],
-            f"mean of the first samples; a clip shorter than {clip_frames(cfg)} frames gives all it has",
-        )
-    found = probes(s, clip_frames(cfg) if has_clips(data.train) else cfg.batch_size, seconds)
-    yield from memory_rows(s, found, reading[2], free)
-    yield from time_rows(s, found, reading, steps)
+    yield from probe_rows(s, steps, free, seconds)
 
 # %% ../../nbs/8_training/14_forecast.ipynb #c077ee7e
 def estimate(cfg: TrainConfig, seconds: float = 30.0):
-    "Memory and time that a run will take, before it is started (`Expectations`: rows of name, value, how it is known). Nothing is written."
+    """Memory and time that a run will take, before it is started; nothing is written.
+
+    `Expectations`: rows of name, value, and how it is known. `seconds`: for the probes."""
     return Expectations(list(estimate_rows(cfg, seconds)))

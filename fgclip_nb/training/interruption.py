@@ -12,7 +12,9 @@ from fgclip_nb.training.state import TrainState
 
 # %% ../../nbs/8_training/09_interruption.ipynb #3f85417c
 class Interrupted(RuntimeError):
-    "The run was asked to stop and has saved its state; `.status` is the exit status (143 for SIGTERM, 130 for Ctrl-C)."
+    """The run was asked to stop and has saved its state.
+
+    `.status` is the exit status: 143 for SIGTERM, 130 for Ctrl-C."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -21,7 +23,9 @@ class Interrupted(RuntimeError):
 # %% ../../nbs/8_training/09_interruption.ipynb #f6a55bb0
 @contextlib.contextmanager
 def on_signals(do):
-    "While inside, SIGTERM and SIGINT call do(number, frame) instead of ending the process."
+    """While inside, SIGTERM and SIGINT call do(number, frame) instead of ending the process.
+
+    In another thread than the main one nothing changes."""
     try:
         before = {n: signal.signal(n, do) for n in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:
@@ -32,7 +36,7 @@ def on_signals(do):
         for n, handler in before.items():
             signal.signal(n, handler)
 
-
+# %% ../../nbs/8_training/09_interruption.ipynb #8afbebec
 def stop_signals(s: TrainState):
     "While training, remember SIGTERM and SIGINT instead of dying in the middle of a step."
 
@@ -41,12 +45,13 @@ def stop_signals(s: TrainState):
 
     return on_signals(remember)
 
-
+# %% ../../nbs/8_training/09_interruption.ipynb #40467e0b
 def agree_to_stop(s: TrainState):
-    "Let all processes know of a signal that reached one of them, so that they stop after the same step."
+    "Let all processes know of a signal that one of them got: they stop after the same step."
     if s.accelerator.num_processes == 1:
         return
-    number = signal.Signals[s.stop_signal].value if s.stop_signal else 0
-    asked = s.accelerator.gather(torch.tensor([number], device=s.accelerator.device)).max().item()
-    if asked:
-        s.stop_signal = signal.Signals(asked).name
+    mine = signal.Signals[s.stop_signal].value if s.stop_signal else 0
+    numbers = torch.tensor([mine], device=s.accelerator.device)
+    number = s.accelerator.gather(numbers).max().item()
+    if number:
+        s.stop_signal = signal.Signals(number).name

@@ -21,40 +21,43 @@ def under_launcher() -> bool:
 
 
 def settle_processes(cfg: TrainConfig) -> TrainConfig:
-    "The config with `processes` as it is under a launcher; `ConfigError` for another number, or more than there are devices."
+    """The config with `processes` as it is under a launcher.
+
+    Raises `ConfigError` for another number, or for more than there are devices."""
     if under_launcher():
         started = int(os.environ["WORLD_SIZE"])
         if cfg.processes not in (1, started):
             raise ConfigError(
-                f"parameter `processes` = {cfg.processes}, but {started} processes were started: leave it out under torchrun "
-                "and accelerate launch"
+                f"parameter `processes` = {cfg.processes}, but {started} processes were started: "
+                "leave it out under torchrun and accelerate launch"
             )
         return dataclasses.replace(cfg, processes=started)
     devices = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if cfg.processes > 1 and (devices or cfg.device == "cuda") and cfg.processes > devices:
         raise ConfigError(
-            f"parameter `processes` = {cfg.processes}, but this machine has {devices} CUDA devices: one process per device "
-            "(or `device` cpu)"
+            f"parameter `processes` = {cfg.processes}, but this machine has {devices} CUDA "
+            "devices: one process per device (or `device` cpu)"
         )
     return cfg
 
-# %% ../../nbs/8_training/11_launcher.ipynb #57a0bbc2
-class LaunchFailed(RuntimeError):
-    "A run of several processes ended badly; `.status` is the exit status of the process that failed first."
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
+# %% ../../nbs/8_training/11_launcher.ipynb #36e3eae0
+def leave_group():
+    "Give up a gloo process group before the process ends; without one nothing happens."
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 # %% ../../nbs/8_training/11_launcher.ipynb #ec0ce405
 def end_with_parent():
-    "In a child before it starts: a SIGTERM when the parent dies, so that a dead notebook leaves no training behind (Linux)."
+    "In a child before it starts: a SIGTERM when the parent dies, so that nothing goes on (Linux)."
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def follow(command, tell, env=None) -> tuple:
-    "Run a command, `tell` its lines as they come, pass signals on to it; returns (status, its last lines, name of the first signal or '')."
+    """Run a command, `tell` its lines as they come, pass signals on to it.
+
+    Returns (status, its last 40 lines, name of the first signal or '')."""
     passed, last = [], collections.deque(maxlen=40)
     child = subprocess.Popen(
         command,
@@ -83,6 +86,16 @@ def follow(command, tell, env=None) -> tuple:
             child.terminate()
         child.stdout.close()
 
+# %% ../../nbs/8_training/11_launcher.ipynb #57a0bbc2
+class LaunchFailed(RuntimeError):
+    """A run of several processes ended badly.
+
+    `.status` is the exit status of the process that failed first."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
 # %% ../../nbs/8_training/11_launcher.ipynb #fef50c38
 def launch_command(cfg: TrainConfig, params_file) -> list:
     "The program that trains with `processes` processes on this machine."
@@ -98,9 +111,11 @@ def launch_command(cfg: TrainConfig, params_file) -> list:
         str(params_file),
     ]
 
-
+# %% ../../nbs/8_training/11_launcher.ipynb #2165e360
 def launch(cfg: TrainConfig) -> Run:
-    "Train in processes of their own and follow them; raises `Interrupted` after a signal, `LaunchFailed` with the last lines otherwise."
+    """Train in processes of their own and follow them.
+
+    Raises `Interrupted` after a signal, `LaunchFailed` with the last lines otherwise."""
     path, log = run_folder(cfg), get_logger()
     env = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.processes)),
@@ -118,8 +133,8 @@ def launch(cfg: TrainConfig) -> Run:
         raise Interrupted(
             f"stopped by {passed}; the same command resumes {path}", 128 + signal.Signals[passed]
         )
-    told = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(last))
-    status = int(told[-1]) if told else status or 1
+    statuses = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(last))
+    status = int(statuses[-1]) if statuses else status or 1
     raise LaunchFailed(
         f"the run in {path} ended with status {status}; its last lines:\n" + "\n".join(last[-20:]),
         status,

@@ -6,13 +6,11 @@
 __all__ = ['train']
 
 # %% ../../nbs/8_training/13_loop.ipynb #20002ce2
-import dataclasses, json, signal, time
+import json, signal, time
 from safetensors.torch import load_file
 from fgclip_nb.core.identity import ConfigError, versions
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, run_folder
-from fgclip_nb.batches.examples import Drawing
-from fgclip_nb.batches.loading import Examples
 from fgclip_nb.diagnostics.report import conclude
 from fgclip_nb.training.rundata import clip_frames
 from fgclip_nb.training.checkpoints import (
@@ -22,9 +20,9 @@ from fgclip_nb.training.checkpoints import (
     save_checkpoint,
 )
 from fgclip_nb.training.state import TrainState, make_accelerator
+from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
 from fgclip_nb.training.step import record_step, run_step
-from fgclip_nb.training.reading import read_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, stop_signals
 from fgclip_nb.training.preparation import file_logger, open_folder, prepare
@@ -50,14 +48,17 @@ def checkpoint(s: TrainState):
 
 
 def restore(s: TrainState):
-    "Continue from the newest sound checkpoint; a changed data fingerprint is refused unless `allow_changed` names `data`."
-    found = newest_checkpoint(s.path, s.log)
-    if found:
-        step, folder, state = found
+    """Continue from the newest sound checkpoint, if there is one.
+
+    Raises `ConfigError` for another data fingerprint, unless `allow_changed` names `data`."""
+    newest = newest_checkpoint(s.path, s.log)
+    if newest:
+        step, folder, state = newest
         if state["data"] != s.data.fingerprint and "data" not in s.cfg.allow_changed.split(","):
             raise ConfigError(
-                f"{folder} was trained on other data (fingerprint {state['data']}, now {s.data.fingerprint}): restore them, "
-                "give another `output`, or name `data` in `allow_changed`"
+                f"{folder} was trained on other data (fingerprint {state['data']}, now "
+                f"{s.data.fingerprint}): restore them, give another `output`, or name `data` in "
+                "`allow_changed`"
             )
         s.model.load_state_dict(load_file(folder / "model.safetensors"))
         load_optimizer_tensors(s.model, s.optimizer, load_file(folder / "optimizer.safetensors"))
@@ -74,23 +75,27 @@ def restore(s: TrainState):
 
 # %% ../../nbs/8_training/13_loop.ipynb #77afecb4
 def due(s: TrainState, every: int) -> bool:
-    "Whether something that happens every `every` steps (and at the last one) happens after this step."
+    "Whether what happens every `every` steps (0: never) and at the last one happens after this."
     return s.step == s.total_steps or bool(every) and s.step % every == 0
 
 
 def leave_if_asked(s: TrainState):
-    "After a stop signal: raise `Interrupted`, the state being saved."
+    "After a stop signal: raise `Interrupted`, the state being saved; the last step ends anyway."
     if not s.stop_signal or s.step == s.total_steps:
         return
     s.log.info(f"stopped by {s.stop_signal} at step {s.step}; the same command goes on from there")
     raise Interrupted(
-        f"stopped by {s.stop_signal} at step {s.step} of {s.total_steps}; the same command resumes {s.path}",
+        f"stopped by {s.stop_signal} at step {s.step} of {s.total_steps}; "
+        f"the same command resumes {s.path}",
         128 + signal.Signals[s.stop_signal],
     )
 
-
+# %% ../../nbs/8_training/13_loop.ipynb #241496af
 def timed_step(s: TrainState, batches) -> tuple:
-    "The next step, from waiting for its batches on: (gradient norm, culprit of a skipped step, (seconds in all, of waiting))."
+    """The next step, with as many of `batches` as are accumulated.
+
+    Returns (gradient norm, culprit of a skipped step, (seconds in all, of waiting for data)).
+    Raises `OutOfMemory` with what was in the batches."""
     begun, step, group = time.perf_counter(), s.step + 1, []
     with explain_memory(s, f"step {step}", step, group):
         for _ in range(s.cfg.gradient_accumulation_steps):
@@ -101,17 +106,20 @@ def timed_step(s: TrainState, batches) -> tuple:
         norm, culprit = run_step(s, group)
     return norm, culprit, (time.perf_counter() - begun, waited)
 
-
+# %% ../../nbs/8_training/13_loop.ipynb #b53edda5
 def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
-    accumulate, stop = s.cfg.gradient_accumulation_steps, False
+    accumulate = s.cfg.gradient_accumulation_steps
     batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
+    stop = False
     while s.step < s.total_steps and not stop:
         norm, culprit, times = timed_step(s, batches)
-        with explain_memory(s, f"the validation after step {s.step}"):
-            found = validate(s, val_examples) if due(s, s.cfg.eval_every) and not culprit else {}
-        stop = note_validation(s, found)
-        record_step(s, norm, culprit, times, found)
+        validation = {}
+        if due(s, s.cfg.eval_every) and not culprit:
+            with explain_memory(s, f"the validation after step {s.step}"):
+                validation = validate(s, val_examples)
+        stop = note_validation(s, validation)
+        record_step(s, norm, culprit, times, validation)
         agree_to_stop(s)
         if stop or s.stop_signal or due(s, s.cfg.save_every):
             checkpoint(s)
@@ -127,9 +135,8 @@ def finish(s: TrainState, val_samples):
     if len(captioned) > 1:
         s.model.eval()
         encoder = Encoder(s.model, s.cfg.image_size or None, frames=clip_frames(s.cfg))
-        score = caption_retrieval(
-            encoder, captioned, captions=1
-        )  # as the validations before it: one caption, one photo
+        # as the validations before it: one caption, one photo
+        score = caption_retrieval(encoder, captioned, captions=1)
         if all(v.caption for v in captioned):
             score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
@@ -141,13 +148,30 @@ def finish(s: TrainState, val_samples):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
 
 # %% ../../nbs/8_training/13_loop.ipynb #05d443aa
+def _train(cfg, accelerator, path, log):
+    "A run in this process, its folder being open."
+    log.info(f"run folder {path}")
+    s = prepare(cfg, accelerator, path, log)
+    restore(s)
+    if s.is_main:
+        announce(s)
+    if s.is_main and s.recorder.board:
+        s.recorder.board.start()
+    with stop_signals(s):
+        train_loop(s, *examples_of(s))
+    if s.is_main:
+        s.recorder.close()
+        finish(s, s.data.val)
+
+
 def train(cfg: TrainConfig) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run.
 
-    A finished one (explicit `output`) stays as it is. Raises `ConfigError` / `DataError` before the first step, `Interrupted` after a
-    signal (state saved), `FloatingPointError` after `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the
-    parameter to lower, `OSError` when a checkpoint cannot be written.
-    With `processes` above 1 they are started and followed; `LaunchFailed` when one of them fails."""
+    A finished one (explicit `output`) stays as it is. Raises `ConfigError` / `DataError` before the
+    first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
+    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to
+    lower, `OSError` when a checkpoint cannot be written.
+    With `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
     cfg = settle_processes(cfg)
     if cfg.output and Run(run_folder(cfg)).finished:
         check_params(run_folder(cfg), cfg)
@@ -166,35 +190,3 @@ def train(cfg: TrainConfig) -> Run:
         if lock:
             lock.close()
     return Run(path)
-
-# %% ../../nbs/8_training/13_loop.ipynb #62bf4ef2
-def examples_of(s: TrainState) -> tuple:
-    "(training, validation) examples, drawn as the run's parameters say."
-    cfg, size = s.cfg, s.cfg.image_size or s.model.config.vision_config.image_size
-    drawing = Drawing(
-        size,
-        cfg.max_regions,
-        True,
-        cfg.augment,
-        clip_frames(cfg),
-        cfg.region_source,
-        cfg.frame_cache,
-    )
-    return Examples(s.data.train, drawing, cfg.seed), Examples(
-        s.data.val, dataclasses.replace(drawing, train=False), cfg.seed
-    )
-
-
-def _train(cfg, accelerator, path, log):
-    log.info(f"run folder {path}")
-    s = prepare(cfg, accelerator, path, log)
-    restore(s)
-    if s.is_main:
-        announce(s)
-    if s.is_main and s.recorder.board:
-        s.recorder.board.start()
-    with stop_signals(s):
-        train_loop(s, *examples_of(s))
-    if s.is_main:
-        s.recorder.close()
-        finish(s, s.data.val)

@@ -8,19 +8,19 @@ __all__ = []
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
 import dataclasses, hashlib, json, logging, os
 import torch, yaml
-from fgclip_nb.core.identity import ConfigError, code_identity, versions
+from fgclip_nb.core.identity import code_identity, versions
 from fgclip_nb.core.folder import FolderLock, Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
-from fgclip_nb.model.fgclip import FGCLIP
-from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.recorder import Recorder
-from fgclip_nb.training.rundata import RunData, has_clips, prepare_data
-from fgclip_nb.training.build import build_model, parameter_groups
-from fgclip_nb.training.state import Trackers, TrainState, total_steps, training_order
+from fgclip_nb.training.rundata import prepare_data
+from fgclip_nb.training.state import Trackers, TrainState, new_state
 
 # %% ../../nbs/8_training/10_preparation.ipynb #514f163d
 def open_folder(cfg: TrainConfig, is_main: bool):
-    "The run folder, created, locked and checked against the parameters; (path, lock)."
+    """The run folder, created, locked and checked against the parameters: (path, lock).
+
+    Raises `ConfigError` where somebody else writes to it or it has other parameters. Processes
+    other than the first get no lock and write nothing."""
     path = run_folder(cfg)
     path.mkdir(parents=True, exist_ok=True)
     if not is_main:
@@ -30,9 +30,11 @@ def open_folder(cfg: TrainConfig, is_main: bool):
     write_atomic(path / "params.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False))
     return path, lock
 
-
+# %% ../../nbs/8_training/10_preparation.ipynb #66031915
 def file_logger(path, is_main: bool):
-    "The package's logger, also writing to `training.log`; quiet on other processes than the first. Returns (logger, handler)."
+    """The package's logger, also writing to `path/training.log`: (logger, handler to remove).
+
+    Quiet on other processes than the first."""
     log = get_logger()
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     handler = logging.FileHandler(path / "training.log") if is_main else logging.NullHandler()
@@ -40,9 +42,25 @@ def file_logger(path, is_main: bool):
     log.addHandler(handler)
     return log, handler
 
+# %% ../../nbs/8_training/10_preparation.ipynb #25b88719
+def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
+    "Data, model, optimiser, bank and recorder of a run, not yet trained."
+    board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
+    recorder = Recorder(path, cfg, log, board) if accelerator.is_main_process else None
+    return new_state(cfg, prepare_data(cfg), accelerator, path, log, recorder)
+
 # %% ../../nbs/8_training/10_preparation.ipynb #e56fc61e
+def weights_fingerprint(model) -> str:
+    "Twelve hex digits over names and values of all parameters and buffers."
+    h = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        values = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        h.update(name.encode() + values.numpy().tobytes())
+    return h.hexdigest()[:12]
+
+# %% ../../nbs/8_training/10_preparation.ipynb #f0158096
 def machine_facts(s: TrainState) -> dict:
-    "What may differ between the parts of a run that was interrupted: versions, code, device, processes, threads."
+    "What may differ between the parts of an interrupted run: versions, code, device, processes."
     return dict(
         versions=versions(),
         code=code_identity(),
@@ -53,7 +71,9 @@ def machine_facts(s: TrainState) -> dict:
 
 
 def start_facts(s: TrainState) -> dict:
-    "What a run started from: machine, seed, data, weights; the executed notebook's path when papermill told it."
+    """What a run started from: machine, seed, data, weights.
+
+    And the executed notebook's path, when papermill told it."""
     report, data = s.model.load_report, s.data
     return machine_facts(s) | dict(
         seed=s.cfg.seed,
@@ -71,78 +91,15 @@ def start_facts(s: TrainState) -> dict:
         notebook=os.environ.get("FGCLIP_NB_NOTEBOOK", ""),
     )
 
-
+# %% ../../nbs/8_training/10_preparation.ipynb #4a73a6e9
 def write_manifest(s: TrainState):
-    "The facts of the start; a resumed run leaves them alone and adds to `resumed` the step and the machine it goes on with."
+    """Write what the run started from.
+
+    A resumed run leaves that alone and adds to `resumed` the step and machine it goes on with."""
     before = Run(s.path).manifest() if s.step else {}
-    now = (
-        before | dict(resumed=before.get("resumed", []) + [dict(step=s.step, **machine_facts(s))])
-        if before
-        else start_facts(s)
-    )
+    if before:
+        part = dict(step=s.step, **machine_facts(s))
+        now = before | dict(resumed=before.get("resumed", []) + [part])
+    else:
+        now = start_facts(s)
     write_atomic(s.path / "manifest.json", json.dumps(now, indent=1))
-
-
-def weights_fingerprint(model) -> str:
-    "Twelve hex digits over names and values of all parameters."
-    h = hashlib.sha256()
-    for name, p in sorted(model.state_dict().items()):
-        h.update(
-            name.encode()
-            + p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return h.hexdigest()[:12]
-
-# %% ../../nbs/8_training/10_preparation.ipynb #41235205
-def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
-    "The model of a run on the CPU, with a temporal head where the data are clips."
-    model = build_model(cfg, log)
-    if has_clips(data.train) and model.temporal is None:
-        model.add_temporal_head()
-        log.info(
-            "clips: a temporal head is added; until it has learnt something a clip is the mean of its frames"
-        )
-    return model
-
-
-def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=None) -> TrainState:
-    "Model, optimiser and bank of a run, not yet trained."
-    world = accelerator.num_processes
-    if world > 1 and len(data.train) < cfg.batch_size * world:
-        raise ConfigError(
-            f"{len(data.train)} training samples do not fill one batch of {world} processes x batch_size {cfg.batch_size}"
-        )
-    model = model_for(cfg, data, log).to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, cfg.weight_decay),
-        lr=cfg.learning_rate,
-        betas=(0.9, cfg.adam_beta2),
-        fused=True,
-    )
-    dim = model.config.projection_dim
-    bank = (
-        MemoryBank(cfg.memory_bank_size, dim, cfg.memory_bank_warmup_steps).to(accelerator.device)
-        if cfg.memory_bank_size
-        else None
-    )
-    order = training_order(cfg, data.train, world)
-    return TrainState(
-        cfg,
-        path,
-        log,
-        accelerator,
-        data,
-        model,
-        optimizer,
-        bank,
-        order,
-        recorder,
-        total_steps(cfg, order),
-    )
-
-
-def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
-    "Data, model, optimiser, bank and recorder of a run, not yet trained."
-    board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
-    recorder = Recorder(path, cfg, log, board) if accelerator.is_main_process else None
-    return new_state(cfg, prepare_data(cfg), accelerator, path, log, recorder)

@@ -19,6 +19,98 @@ from fgclip_nb.data.filters import check_media, filter_regions
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
 from fgclip_nb.data.splits import add_normal_regions, leave_out, read_names
 
+# %% ../../nbs/8_training/00_rundata.ipynb #488041eb
+def chosen_samples(cfg: TrainConfig) -> tuple:
+    """(samples, rejects) of `cfg.data` without the media of `cfg.test_data`.
+
+    A normal clip without a region has its whole frame as one. Raises `DataError` where
+    `test_data` does not exist."""
+    samples, rejects = load_samples(cfg.data, cfg.media_root or None)
+    if not cfg.test_data:
+        return add_normal_regions(samples), rejects
+    if not resolve_path(cfg.test_data).exists():
+        raise DataError(f"`test_data` {cfg.test_data!r}: there is no such file or folder")
+    samples, of_the_test = leave_out(samples, read_names(resolve_path(cfg.test_data)))
+    return add_normal_regions(samples), rejects + of_the_test
+
+# %% ../../nbs/8_training/00_rundata.ipynb #92764180
+def has_clips(samples) -> bool:
+    "Whether a data set holds videos (its first sample tells)."
+    return bool(len(samples)) and samples[0].kind == "video"
+
+
+def clip_frames(cfg: TrainConfig) -> int:
+    "Frames per clip: as asked for, or 256, or 8 for the shipped video sample."
+    return cfg.num_frames or (8 if cfg.data == "video_sample" else 256)
+
+
+def planned_frames(sample, cfg: TrainConfig):
+    """Frame numbers (F,) int64 of a clip that a step looks at, rising and without jitter.
+
+    A region that is visible on none of them is rejected."""
+    first, last = span_frames(frame_times(sample.media), sample.span)
+    if cfg.region_source == "boxes":
+        return sample_frames((first, last), clip_frames(cfg))
+    visible = [region_presence(r, first, last) for r in sample.regions]
+    return np.unique(np.concatenate(visible or [np.zeros(0, int)]))
+
+# %% ../../nbs/8_training/00_rundata.ipynb #a48c2e3b
+def role_of(split: str, name: str) -> str:
+    """train, val or test: by the sample's split.
+
+    Without a split one in ten validates, by a hash of the sample's id."""
+    if not split:
+        return "val" if stable_id(name) % 10 == 0 else "train"
+    if split.lower() == "test":
+        return "test"
+    return "val" if split.lower() in ("val", "valid", "validation") else "train"
+
+# %% ../../nbs/8_training/00_rundata.ipynb #b83cb162
+def split_samples(samples) -> tuple:
+    """(train, validation) samples; those of a test split are in neither.
+
+    Of memory-mapped shards the columns are read and no sample."""
+    if hasattr(samples, "subset"):
+        names = zip(samples.column("split"), samples.column("id"))
+        roles = np.array([role_of(split, name) for split, name in names])
+        train, val = (np.flatnonzero(roles == role) for role in ("train", "val"))
+        return samples.subset(train), samples.subset(val)
+    roles = [role_of(s.split, s.id) for s in samples]
+    if "test" in roles:
+        get_logger().info(f"{roles.count('test')} samples of the test split are left alone")
+    train, val = ([s for s, r in zip(samples, roles) if r == role] for role in ("train", "val"))
+    return train, val
+
+# %% ../../nbs/8_training/00_rundata.ipynb #6bb9a58e
+def sample_facts(s) -> tuple:
+    "What a fingerprint is taken over: name, size of the media (bytes), texts, split, boxes."
+    size = os.path.getsize(s.media) if os.path.exists(s.media) else -1
+    regions = [
+        (
+            r.phrase,
+            r.long_phrase,
+            r.box,
+            [(k.frame, k.bbox, k.enabled) for k in r.keyframes],
+            r.negatives,
+        )
+        for r in s.regions
+    ]
+    return s.id, size, s.caption, s.captions, s.short_caption, s.split, s.span, regions
+
+
+def data_fingerprint(samples) -> str:
+    """Twelve hex digits over the kept samples (`sample_facts` of each, in their order).
+
+    Of shards: over their own list of contents; the parameters say how they are filtered."""
+    h = hashlib.sha256()
+    if hasattr(samples, "folder"):
+        sizes = sorted((p.name, p.stat().st_size) for p in samples.folder.glob("*.parquet"))
+        h.update((samples.folder / "shards.json").read_bytes() + repr(sizes).encode())
+        return h.hexdigest()[:12]
+    for s in samples:
+        h.update(repr(sample_facts(s)).encode())
+    return h.hexdigest()[:12]
+
 # %% ../../nbs/8_training/00_rundata.ipynb #31aafeac
 @dataclass
 class RunData:
@@ -29,105 +121,17 @@ class RunData:
     rejects: list
     fingerprint: str
 
-
-def data_fingerprint(samples) -> str:
-    "Twelve hex digits over the kept samples: media name and size, captions, boxes, phrases, split."
-    h = hashlib.sha256()
-    if hasattr(
-        samples, "folder"
-    ):  # shards: their own list of contents; how they are filtered stands among the parameters
-        sizes = sorted((p.name, p.stat().st_size) for p in samples.folder.glob("*.parquet"))
-        h.update((samples.folder / "shards.json").read_bytes() + repr(sizes).encode())
-        return h.hexdigest()[:12]
-    for s in samples:
-        size = os.path.getsize(s.media) if os.path.exists(s.media) else -1
-        regions = [
-            (
-                r.phrase,
-                r.long_phrase,
-                r.box,
-                [(k.frame, k.bbox, k.enabled) for k in r.keyframes],
-                r.negatives,
-            )
-            for r in s.regions
-        ]
-        h.update(
-            repr(
-                (s.id, size, s.caption, s.captions, s.short_caption, s.split, s.span, regions)
-            ).encode()
-        )
-    return h.hexdigest()[:12]
-
-# %% ../../nbs/8_training/00_rundata.ipynb #b83cb162
-def role_of(split: str, name: str) -> str:
-    "train, val or test: by the sample's split, or one in ten for validation by a hash of its id where it has none."
-    if not split:
-        return "val" if stable_id(name) % 10 == 0 else "train"
-    return (
-        "test"
-        if split.lower() == "test"
-        else "val"
-        if split.lower() in ("val", "valid", "validation")
-        else "train"
-    )
-
-
-def split_samples(samples) -> tuple:
-    "(train, validation) samples; those of a test split are in neither."
-    if hasattr(samples, "subset"):  # memory-mapped shards: columns are read, samples are not
-        roles = np.array(
-            [role_of(s, i) for s, i in zip(samples.column("split"), samples.column("id"))]
-        )
-        return samples.subset(np.flatnonzero(roles == "train")), samples.subset(
-            np.flatnonzero(roles == "val")
-        )
-    roles = [role_of(s.split, s.id) for s in samples]
-    if "test" in roles:
-        get_logger().info(f"{roles.count('test')} samples of the test split are left alone")
-    return [s for s, r in zip(samples, roles) if r == "train"], [
-        s for s, r in zip(samples, roles) if r == "val"
-    ]
-
-
-def clip_frames(cfg: TrainConfig) -> int:
-    "Frames per clip: as asked for, or 256, or 8 for the shipped video sample."
-    return cfg.num_frames or (8 if cfg.data == "video_sample" else 256)
-
-
-def planned_frames(sample, cfg: TrainConfig):
-    "Frame numbers of a clip that a step looks at, without jitter; a region that is visible on none of them is rejected."
-    first, last = span_frames(frame_times(sample.media), sample.span)
-    if cfg.region_source == "boxes":
-        return sample_frames((first, last), clip_frames(cfg))
-    return np.unique(
-        np.concatenate(
-            [region_presence(r, first, last) for r in sample.regions] or [np.zeros(0, int)]
-        )
-    )
-
-
-def chosen_samples(cfg: TrainConfig) -> tuple:
-    "(samples, rejects) of `cfg.data` without the media of `cfg.test_data`; a normal clip without a region has its whole frame."
-    samples, rejects = load_samples(cfg.data, cfg.media_root or None)
-    if not cfg.test_data:
-        return add_normal_regions(samples), rejects
-    if not resolve_path(cfg.test_data).exists():
-        raise DataError(f"`test_data` {cfg.test_data!r}: there is no such file or folder")
-    samples, of_the_test = leave_out(samples, read_names(resolve_path(cfg.test_data)))
-    return add_normal_regions(samples), rejects + of_the_test
-
 # %% ../../nbs/8_training/00_rundata.ipynb #2cf1d95b
 def prepare_data(cfg: TrainConfig) -> RunData:
-    "Load, check and filter `cfg.data`; raises `DataError` when nothing is left to train on."
+    """Load, check, filter and split `cfg.data`.
+
+    Raises `DataError` when the data cannot be read or nothing is left to train on."""
     samples, rejects = chosen_samples(cfg)
-    for rule in (
-        check_media,
-        lambda s: filter_regions(
-            s, cfg.min_area, cfg.out_of_range, lambda sample: planned_frames(sample, cfg)
-        ),
-    ):
-        samples, more = rule(samples)
-        rejects = rejects + more
+    samples, unreadable = check_media(samples)
+    samples, unfit = filter_regions(
+        samples, cfg.min_area, cfg.out_of_range, lambda sample: planned_frames(sample, cfg)
+    )
+    rejects = rejects + unreadable + unfit
     per_class = load_class_sentences(cfg.class_negatives) if cfg.class_negatives else None
     if cfg.make_negatives:
         samples = add_negatives(samples, cfg.make_negatives, cfg.seed, per_class)
@@ -141,39 +145,39 @@ def prepare_data(cfg: TrainConfig) -> RunData:
 
 # %% ../../nbs/8_training/00_rundata.ipynb #f265dcc5
 def data_table(data: RunData):
-    "Kept samples, captions and regions per split, and what was rejected by which rule (DataFrame)."
+    "DataFrame: kept samples, captions and regions per split, and entries rejected per rule."
     import pandas as pd
 
-    counted = lambda part: dict(
-        samples=len(part),
-        captions=sum(len(s.captions) or bool(s.short_caption) for s in part),
-        regions=sum(len(s.regions) for s in part),
-        with_negatives=sum(bool(r.negatives) for s in part for r in s.regions),
-    )
-    rows = {"kept for training": counted(data.train), "kept for validation": counted(data.val)}
+    rows = {}
+    for name, part in (("kept for training", data.train), ("kept for validation", data.val)):
+        rows[name] = dict(
+            samples=len(part),
+            captions=sum(len(s.captions) or bool(s.short_caption) for s in part),
+            regions=sum(len(s.regions) for s in part),
+            with_negatives=sum(bool(r.negatives) for s in part for r in s.regions),
+        )
     rules = collections.Counter((r.rule, r.regions or 0) for r in data.rejects)
     for rule in sorted({r for r, _ in rules}):
         rows[f"rejected: {rule}"] = dict(entries=sum(n for (r, _), n in rules.items() if r == rule))
     return pd.DataFrame(rows).T.fillna(0).astype(int)
 
-
+# %% ../../nbs/8_training/00_rundata.ipynb #f969b057
 def retrieval_table(run: Run):
-    "Held-out caption retrieval of a finished run beside chance and the band of shuffled pairs (DataFrame; empty without captions)."
+    """DataFrame: held-out caption retrieval of a finished run beside chance, a row per measure.
+
+    `chance_band` is what shuffled pairs reach; the table is empty where there were no captions."""
     import pandas as pd
 
-    score = (
-        json.loads((run.path / "retrieval.json").read_text())
-        if (run.path / "retrieval.json").exists()
-        else {}
-    )
-    found = {"first short caption": score} | (
-        {"long caption": score["long"]} if "long" in score else {}
-    )
-    shown = dict(r1="recall at 1", r10="recall at 10", mean_rank="mean rank")
+    file = run.path / "retrieval.json"
+    score = json.loads(file.read_text()) if file.exists() else {}
+    parts = {"first short caption": score}
+    if "long" in score:
+        parts["long caption"] = score["long"]
+    titles = dict(r1="recall at 1", r10="recall at 10", mean_rank="mean rank")
     rows = [
         dict(
             texts=texts,
-            measure=shown[k],
+            measure=title,
             photo_to_text=part["i2t"][k],
             text_to_photo=part["t2i"][k],
             mean=part[k],
@@ -181,13 +185,8 @@ def retrieval_table(run: Run):
             chance_band="{:.3g} … {:.3g}".format(*part["chance_interval"][k]),
             beyond_chance="yes" if part["above_chance"][k] else "no",
         )
-        for texts, part in found.items()
+        for texts, part in parts.items()
         if "i2t" in part
-        for k in shown
+        for k, title in titles.items()
     ]
     return pd.DataFrame(rows).round(3)
-
-# %% ../../nbs/8_training/00_rundata.ipynb #689f775d
-def has_clips(samples) -> bool:
-    "Whether a data set holds videos (its first sample tells)."
-    return bool(len(samples)) and samples[0].kind == "video"

@@ -14,7 +14,7 @@ from fgclip_nb.model.config import FGCLIPConfig, PRESETS
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.training.build import resize_positions_
 
-# %% ../../nbs/8_training/02_sizes.ipynb #02355fc1
+# %% ../../nbs/8_training/02_sizes.ipynb #5662db36
 GIB = 2**30
 
 
@@ -25,9 +25,11 @@ def duration(seconds: float) -> str:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.3g} s"
 
+# %% ../../nbs/8_training/02_sizes.ipynb #02355fc1
+def count_parameters(cfg: TrainConfig, clips: bool) -> int | None:
+    """Parameters of a preset, counted without making any; `clips` adds the temporal head.
 
-def count_parameters(cfg: TrainConfig, clips: bool):
-    "Parameters of a preset, counted without making any; None for weights that would have to be read first."
+    None for weights that would have to be read first."""
     if cfg.model not in PRESETS:
         return None
     with torch.device("meta"):
@@ -38,14 +40,15 @@ def count_parameters(cfg: TrainConfig, clips: bool):
         model.add_temporal_head()
     return sum(p.numel() for p in model.parameters())
 
-
+# %% ../../nbs/8_training/02_sizes.ipynb #7951345c
 def size_rows(parameters: int):
     "Rows (name, value, how) of what follows from the number of parameters."
     yield "parameters", parameters, "computed"
     yield (
         "weights, gradients, moments",
         f"{16 * parameters / GIB:.2f} GiB",
-        "computed: float32 weights, their gradients and AdamW's two moments, 16 bytes per parameter, on every process",
+        "computed: float32 weights, their gradients and AdamW's two moments, "
+        "16 bytes per parameter, on every process",
     )
     yield (
         "one checkpoint",
@@ -63,21 +66,21 @@ def peak_bytes(device, work) -> float:
         work()
         return float(torch.cuda.max_memory_allocated() - before)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its progress lines on stderr say nothing here
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         work()
-    events = sorted(
-        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    )
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
     return float(max(itertools.accumulate((e.nbytes() for e in events), initial=0)))
 
-
+# %% ../../nbs/8_training/02_sizes.ipynb #68c7ed7c
 def free_memory(device) -> float:
     "Bytes that are free on the device now (CPU: what Linux calls available)."
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    told = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return told[0] if told else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    available = [1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")]
+    if available:
+        return available[0]
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

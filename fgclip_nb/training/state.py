@@ -17,62 +17,37 @@ from fgclip_nb.data.order import TrainingOrder, balanced_order
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
-from fgclip_nb.training.rundata import RunData
-
-# %% ../../nbs/8_training/04_state.ipynb #ee034197
-@dataclass
-class TrainState:
-    "Everything a step reads and changes."
-
-    cfg: TrainConfig
-    path: Path
-    log: logging.Logger
-    accelerator: object
-    data: RunData
-    model: FGCLIP
-    optimizer: torch.optim.Optimizer
-    bank: MemoryBank | None
-    order: TrainingOrder
-    recorder: object
-    total_steps: int
-    step: int = 0  # optimiser steps done
-    forwards: int = 0  # region forwards done
-    bad_in_a_row: int = 0
-    skipped: int = 0
-    loads: int = 0  # samples asked for
-    load_rejects: int = 0
-    best: dict = field(default_factory=dict)
-    stop_signal: str = ""
-
-    @property
-    def is_main(self):
-        return self.accelerator.is_main_process
+from fgclip_nb.training.rundata import RunData, has_clips
+from fgclip_nb.training.build import build_model, parameter_groups
 
 # %% ../../nbs/8_training/04_state.ipynb #d3788f7e
 def tracker_names(cfg: TrainConfig) -> list:
-    "Names of the trackers asked for; raises `ConfigError` for one that accelerate does not know or that is not installed."
+    """Names of the trackers asked for, without `none`.
+
+    Raises `ConfigError` for one that accelerate does not know or that is not installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
-    asked = [name for part in cfg.tracker.split(",") if (name := part.strip()) not in ("", "none")]
+    parts = [part.strip() for part in cfg.tracker.split(",")]
+    names = [name for name in parts if name not in ("", "none")]
     known, own = list(map(str, LOGGER_TYPE_TO_CLASS)), LoggerType.list()
-    there = [n for n in known if n not in own or n in map(str, get_available_trackers())]
-    for name in asked:
-        if name in there:
+    installed = [n for n in known if n not in own or n in map(str, get_available_trackers())]
+    for name in names:
+        if name in installed:
             continue
-        why = (
-            f"is not installed (pip install {name})"
-            if name in known
-            else f"accelerate does not know{nearest(name, known)}"
-        )
+        if name in known:
+            why = f"is not installed (pip install {name})"
+        else:
+            why = f"accelerate does not know{nearest(name, known)}"
         raise ConfigError(
-            f"parameter `tracker` names {name!r}, which {why}; installed are {', '.join(there)}; or write none"
+            f"parameter `tracker` names {name!r}, which {why}; "
+            f"installed are {', '.join(installed)}; or write none"
         )
-    return asked
+    return names
 
-
+# %% ../../nbs/8_training/04_state.ipynb #0e0d3622
 def tensorboard_in(folder):
-    "accelerate's TensorBoard tracker that writes to `folder/tensorboard`, a step's numbers in one record."
+    "accelerate's TensorBoard tracker that writes to `folder/tensorboard`, a step in one record."
     from accelerate.tracking import TensorBoardTracker
 
     class InRunFolder(TensorBoardTracker):
@@ -89,16 +64,49 @@ def trackers_of(cfg: TrainConfig) -> list:
         for name in tracker_names(cfg)
     ]
 
+# %% ../../nbs/8_training/04_state.ipynb #ca2fd700
+def keep_freed_memory():
+    "Let the C library keep freed memory instead of handing it back to the kernel (Linux)."
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "mallopt"):
+        for option in (-3, -1):
+            libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+# %% ../../nbs/8_training/04_state.ipynb #98a1e8ec
+def make_accelerator(cfg: TrainConfig):
+    """accelerate's view of device, processes, precision and trackers.
+
+    A former training in the same Python process leaves nothing behind. Raises `ConfigError` where
+    CUDA is asked for and there is none, or a tracker is missing."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "parameter `device` = 'cuda', but torch sees no CUDA device: use auto or cpu"
+        )
+    trackers = trackers_of(cfg)
+    AcceleratorState._reset_state()
+    keep_freed_memory()
+    return Accelerator(
+        cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+        log_with=trackers or None,
+        project_dir=run_folder(cfg) if trackers else None,
+    )
+
 # %% ../../nbs/8_training/04_state.ipynb #da677bcc
 class Trackers(Board):
-    "The recorder's board in a training: rows go to all trackers of accelerate, pictures to TensorBoard alone."
+    "The recorder's board in a training: rows go to all trackers, pictures to TensorBoard alone."
 
     def __init__(self, path, accelerator, cfg):
         super().__init__(path)
         self.accelerator, self.cfg, self.started = accelerator, cfg, False
 
     def start(self):
-        "Open all trackers; TensorBoard forgets what it has beyond the checkpoint, W&B goes on with the folder's own run."
+        """Open all trackers, once.
+
+        TensorBoard forgets what it has beyond the checkpoint, W&B goes on with the folder's run."""
         if self.started:
             return
         self.started = True
@@ -115,64 +123,105 @@ class Trackers(Board):
                 t.store_init_configuration(self.cfg.as_dict())
 
     def scalars(self, row: dict):
+        "Tell all trackers the numbers of a step."
         self.start()
         self.accelerator.log(tagged(row), step=row["step"])
 
     def histogram(self, tag, values, step):
+        "A histogram, where TensorBoard is among the trackers."
         if self.writer is not None:
             super().histogram(tag, values, step)
 
     def close(self):
+        "Finish all trackers that were opened."
         for t in self.accelerator.trackers if self.started else ():
             t.finish()
         self.writer = None
 
 # %% ../../nbs/8_training/04_state.ipynb #acb9dec0
-def keep_freed_memory():
-    "Let the C library keep freed memory instead of handing it back to the kernel: CPU steps ask for the same large blocks again and again."
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(libc, "mallopt"):
-        for option in (-3, -1):
-            libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
-
-def make_accelerator(cfg: TrainConfig):
-    "accelerate's view of device, processes, precision and trackers; a former training in the same Python process leaves nothing behind."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "parameter `device` = 'cuda', but torch sees no CUDA device: use auto or cpu"
-        )
-    trackers = trackers_of(cfg)
-    AcceleratorState._reset_state()
-    keep_freed_memory()
-    on_cpu, precision = (
-        cfg.device == "cpu" or not torch.cuda.is_available(),
-        "bf16" if cfg.precision == "bf16" else "no",
-    )
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision=precision,
-        log_with=trackers or None,
-        project_dir=run_folder(cfg) if trackers else None,
-    )
-
-
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
-    "The order of training; with labelled clips `abnormal_share` of every batch is abnormal."
+    "The order of training for `world` processes; with labelled clips every batch is balanced."
     labels = samples.column("label") if hasattr(samples, "column") else [s.label for s in samples]
-    order = (
-        (lambda epoch: balanced_order(labels, cfg.seed, epoch, cfg.abnormal_share))
-        if any(labels)
-        else None
-    )
+
+    def balanced(epoch):
+        return balanced_order(labels, cfg.seed, epoch, cfg.abnormal_share)
+
+    order = balanced if any(labels) else None
     return TrainingOrder(len(samples), cfg.batch_size, cfg.seed, world, order)
 
 
 def total_steps(cfg: TrainConfig, order: TrainingOrder) -> int:
-    "Optimiser steps of the whole run."
-    return cfg.max_steps or epochs_of(cfg) * max(
-        1, order.per_epoch // cfg.gradient_accumulation_steps
+    "Optimiser steps of the whole run: `max_steps`, or as many as its epochs take."
+    per_epoch = max(1, order.per_epoch // cfg.gradient_accumulation_steps)
+    return cfg.max_steps or epochs_of(cfg) * per_epoch
+
+# %% ../../nbs/8_training/04_state.ipynb #ee034197
+@dataclass
+class TrainState:
+    "Everything a step reads and changes."
+
+    cfg: TrainConfig
+    path: Path  # the run folder
+    log: logging.Logger
+    accelerator: object
+    data: RunData
+    model: FGCLIP
+    optimizer: torch.optim.Optimizer
+    bank: MemoryBank | None
+    order: TrainingOrder
+    recorder: object  # None on other processes than the first, and in a forecast
+    total_steps: int
+    step: int = 0  # optimiser steps done
+    forwards: int = 0  # region forwards done
+    bad_in_a_row: int = 0  # steps skipped since the last sound one
+    skipped: int = 0  # steps skipped in all
+    loads: int = 0  # samples asked for
+    load_rejects: int = 0  # of those, how many could not be read
+    best: dict = field(default_factory=dict)  # score and step of the best validation
+    stop_signal: str = ""  # name of the signal that asked the run to stop
+
+    @property
+    def is_main(self):
+        "Whether this process writes files and log lines."
+        return self.accelerator.is_main_process
+
+# %% ../../nbs/8_training/04_state.ipynb #41235205
+def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
+    "The model of a run on the CPU, with a temporal head where the data are clips."
+    model = build_model(cfg, log)
+    if has_clips(data.train) and model.temporal is None:
+        model.add_temporal_head()
+        log.info(
+            "clips: a temporal head is added; until it has learnt something a clip is the mean of "
+            "its frames"
+        )
+    return model
+
+# %% ../../nbs/8_training/04_state.ipynb #9a6747a1
+def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=None) -> TrainState:
+    """Model, optimiser and bank of a run, not yet trained.
+
+    Raises `ConfigError` when the samples do not fill one batch of all processes."""
+    world = accelerator.num_processes
+    if world > 1 and len(data.train) < cfg.batch_size * world:
+        raise ConfigError(
+            f"{len(data.train)} training samples do not fill one batch of "
+            f"{world} processes x batch_size {cfg.batch_size}"
+        )
+    model = model_for(cfg, data, log).to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, cfg.weight_decay),
+        lr=cfg.learning_rate,
+        betas=(0.9, cfg.adam_beta2),
+        fused=True,
+    )
+    bank = None
+    if cfg.memory_bank_size:
+        dim = model.config.projection_dim
+        bank = MemoryBank(cfg.memory_bank_size, dim, cfg.memory_bank_warmup_steps)
+        bank = bank.to(accelerator.device)
+    order = training_order(cfg, data.train, world)
+    steps = total_steps(cfg, order)
+    return TrainState(
+        cfg, path, log, accelerator, data, model, optimizer, bank, order, recorder, steps
     )

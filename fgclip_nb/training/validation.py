@@ -20,23 +20,22 @@ def _mean_terms(rows) -> dict:
     keys = sorted({k for r in rows for k in r})
     return {k: sum(r[k] for r in rows if k in r) / sum(k in r for r in rows) for k in keys}
 
-
+# %% ../../nbs/8_training/08_validation.ipynb #d6b32290
 def validation_losses(s: TrainState, examples) -> tuple:
-    "(mean of the loss terms, image features, text features, caption rows) over the validation samples, in this process alone."
+    """Means of the loss terms over the validation samples, and the features for retrieval.
+
+    (means by name, list of image features (B,D), list of text features (T,D), picture of each
+    caption), all on the CPU. In this process alone: equal rows of others would mask each other."""
     rows, images, texts, owners = [], [], [], []
     for lo in range(0, len(examples), s.cfg.batch_size):
-        batch, _ = collate_loaded(
-            [examples[0, i] for i in range(lo, min(lo + s.cfg.batch_size, len(examples)))],
-            s.cfg.context_length,
-        )
+        hi = min(lo + s.cfg.batch_size, len(examples))
+        batch, _ = collate_loaded([examples[0, i] for i in range(lo, hi)], s.cfg.context_length)
         if batch is None:
             continue
         batch = batch.to(s.accelerator.device)
         with s.accelerator.autocast():
             features = s.model(batch)
-        terms = compute_losses(
-            features, batch, duplicates=s.cfg.duplicates
-        )  # equal rows of other processes mask each other
+        terms = compute_losses(features, batch, duplicates=s.cfg.duplicates)
         chances = {f"val_{n.replace('loss', 'chance')}": float(t.chance) for n, t in terms.items()}
         rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances)
         images.append(features["image_features"].float().cpu())
@@ -50,23 +49,25 @@ def validation_losses(s: TrainState, examples) -> tuple:
 
 # %% ../../nbs/8_training/08_validation.ipynb #38001350
 def validate(s: TrainState, examples, permutations: int = 200) -> dict:
-    "Held-out losses and caption retrieval (first captions) with chance; an empty dict without validation samples."
+    """Held-out losses and caption retrieval (first captions) with chance, as columns `val_…`.
+
+    Empty without validation samples. The model is in training mode afterwards."""
     from fgclip_nb.evaluation.scores import retrieval
 
     if not len(examples):
         return {}
     s.model.eval()
     with torch.no_grad():
-        found, images, texts, owners = validation_losses(s, examples)
+        columns, images, texts, owners = validation_losses(s, examples)
     s.model.train()
     if len(owners) < 2:
-        return found
+        return columns
     texts = torch.cat([t for t in texts if len(t)])
     score = retrieval(
         torch.cat(images).numpy(), texts.numpy(), text_image=owners, permutations=permutations
     )
     chance, band = score["chance"], score["chance_interval"]
-    return found | dict(
+    return columns | dict(
         val_r1=score["r1"],
         val_r10=score["r10"],
         val_mean_rank=score["mean_rank"],
@@ -77,38 +78,33 @@ def validate(s: TrainState, examples, permutations: int = 200) -> dict:
     )
 
 # %% ../../nbs/8_training/08_validation.ipynb #cd094a47
-def validation_score(found: dict, cfg: TrainConfig) -> float:
+def validation_score(columns: dict, cfg: TrainConfig) -> float:
     "Weighted validation loss, lower is better."
-    return total_loss(
-        {
-            k.removeprefix("val_"): SimpleNamespace(loss=v)
-            for k, v in found.items()
-            if k.startswith("val_loss_")
-        },
-        cfg,
-    )
+    losses = {
+        k.removeprefix("val_"): SimpleNamespace(loss=v)
+        for k, v in columns.items()
+        if k.startswith("val_loss_")
+    }
+    return total_loss(losses, cfg)
 
+# %% ../../nbs/8_training/08_validation.ipynb #882a1897
+def note_validation(s: TrainState, columns: dict) -> bool:
+    """Log a validation and keep it where it is the best so far.
 
-def note_validation(s: TrainState, found: dict) -> bool:
-    "Log and record a validation; True when `early_stop` validations in a row brought no improvement."
-    if not found:
+    True when `early_stop` validations in a row brought no improvement."""
+    if not columns:
         return False
-    score = validation_score(found, s.cfg)
-    better = score < s.best.get("score", math.inf)
-    s.best = (
-        dict(score=score, step=s.step, waited=0)
-        if better
-        else dict(s.best, waited=s.best["waited"] + 1)
-    )
-    region = (
-        f"region={found['val_loss_region']:.4f} (chance {found['val_chance_region']:.2f}) "
-        if "val_loss_region" in found
-        else ""
-    )
-    rank = (
-        f"mean rank {found['val_mean_rank']:.1f} (chance {found['val_mean_rank_chance']:.1f})"
-        if "val_mean_rank" in found
-        else ""
-    )
+    score = validation_score(columns, s.cfg)
+    if score < s.best.get("score", math.inf):
+        s.best = dict(score=score, step=s.step, waited=0)
+    else:
+        s.best = dict(s.best, waited=s.best["waited"] + 1)
+    region = rank = ""
+    if "val_loss_region" in columns:
+        loss, chance = columns["val_loss_region"], columns["val_chance_region"]
+        region = f"region={loss:.4f} (chance {chance:.2f}) "
+    if "val_mean_rank" in columns:
+        mean, chance = columns["val_mean_rank"], columns["val_mean_rank_chance"]
+        rank = f"mean rank {mean:.1f} (chance {chance:.1f})"
     s.log.info(f"[VAL] Step {s.step} score={score:.4f} {region}{rank}")
     return bool(s.cfg.early_stop) and s.best["waited"] >= s.cfg.early_stop
