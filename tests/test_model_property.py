@@ -3,7 +3,7 @@ No notebook cell: hypothesis looks for the combination that breaks."""
 
 from functools import lru_cache
 
-import torch
+import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from official import EOS, BOS, golden_model, make_batch, plain_image, plain_roi, plain_text

@@ -24,34 +24,22 @@ class EvaluateConfig:
     Raises `ConfigError` for a wrong type or an impossible value."""
 
     model: str = param(
-        "tiny",
-        "run folder, checkpoint folder, CLIP folder or hub id, OpenAI file, folder of cached "
-        "features, or a preset (random)",
+        "tiny", "run, checkpoint or CLIP folder, hub id, OpenAI file, features, or preset"
     )
-    baseline: str = param(
-        "",
-        "a second model to compare with on the same items, e.g. plain CLIP of the same size; "
-        "empty for none",
-    )
+    baseline: str = param("", "a second model to compare with on the same items; empty: none")
     data: str = param("sample", "data set: `sample`, or a file or folder in any known format")
     media_root: str = param(
         "", "folder that image paths start from; empty for the folder of the data file"
     )
-    split: str = param(
-        "auto",
-        "split to score; `auto` takes val where there is one, else everything; `all` takes "
-        "everything",
-    )
+    split: str = param("auto", "split to score; `auto`: val where there is one; `all`: everything")
     tasks: str = param(
-        "short_retrieval,region_classification,hard_negatives,caption_negatives",
-        "tasks, separated by commas",
+        "short_retrieval,region_classification,hard_negatives,caption_negatives", "by commas"
     )
     labels: str = param(
-        "coco80", "label set of region classification: `coco80` or a file with one label per line"
+        "coco80", "classes of region classification: `coco80`, or a file, one per line"
     )
     templates: str = param(
-        "imagenet",
-        "prompt templates: `imagenet` (80), `photo` (1) or a file with one template per line",
+        "imagenet", "`imagenet` (80), `photo` (1) or a file with one template per line"
     )
     captions: int = param(5, "short captions per photo", 1, 1000)
     image_size: int = param(0, "pixels; 0 takes the size of the model", 0, 4096)
@@ -63,31 +51,18 @@ class EvaluateConfig:
     )
     permutations: int = param(1000, "permutations behind the chance band", 20, 1000000)
     annotations: str = param(
-        "",
-        "temporal anomaly labels (UCF-Crime, XD-Violence), or `tracks`: the boxes of the "
-        "data; empty for none",
+        "", "temporal anomaly labels, or `tracks`: the data's boxes; empty: none"
     )
     events: str = param(
-        "",
-        "for `tracks`: words, one of which a region must hold; empty takes all of videos not "
-        "labelled Normal",
+        "", "for `tracks`: words that a region must hold; empty: not labelled Normal"
     )
-    scores: str = param(
-        "",
-        "anomaly scores of any method: folder of npy files or a JSON object; empty for "
-        "zero-shot scores of `videos`",
-    )
+    scores: str = param("", "anomaly scores of any method: npy folder or JSON; empty: zero-shot")
     videos: str = param(
         "", "folder of videos for zero-shot anomaly scores; empty takes those of the data"
     )
-    prompts: str = param(
-        "",
-        "sentences per class as JSON, with a class Normal; empty takes the shipped ones for crimes",
-    )
+    prompts: str = param("", "sentences per class as JSON, with a class Normal; empty: the shipped")
     every: int = param(16, "frames per segment; the model looks at the middle one", 1, 100000)
-    feature_cache: str = param(
-        "", "folder that keeps the features of the videos for the next time; empty for none"
-    )
+    feature_cache: str = param("", "folder that keeps the features of the videos; empty: none")
     frame_counts: str = param(
         "", "CSV with columns video and n_frames; empty where scores are per frame"
     )
@@ -95,11 +70,7 @@ class EvaluateConfig:
     threshold: float = param(0.5, "a normal frame at or over it is a false alarm", 0, 1)
     seed: int = param(0, "seed of permutations and resampling", 0, 2**31 - 1)
     device: str = param("", "`cpu`, `cuda`, ...; empty takes CUDA where there is one")
-    output: str = param(
-        "",
-        "folder for results; empty for `evaluation` in the run folder, else "
-        "runs/evaluate-<hash of the parameters>",
-    )
+    output: str = param("", "folder for results; empty: in the run folder, or by parameters")
 
     def __post_init__(self):
         check_values(self)

@@ -16,7 +16,16 @@ from fgclip_nb.core.config import NOT_IDENTITY, known_parameters
 from fgclip_nb.diagnostics.expectations import show
 from fgclip_nb.diagnostics.rules import FAIL, chance, in_batch
 from fgclip_nb.diagnostics.judgement import headline, run_evidence, verdicts
-from fgclip_nb.diagnostics.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, _empty, new_figure
+from fgclip_nb.diagnostics.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    empty_axes,
+    new_figure,
+)
 from fgclip_nb.diagnostics.report import expected_and_observed
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #50dac01e
@@ -323,7 +332,7 @@ def plot_runs(runs, columns=("global/chance", "region/chance", "hard/chance", "v
     for ax, column in zip(axes, known):
         _overlay(ax, grouped, column)
     if not known:
-        _empty(axes[0], "these runs hold none of the columns")
+        empty_axes(axes[0], "these runs hold none of the columns")
     else:
         fig.legend(
             *axes[0].get_legend_handles_labels(),
