@@ -34,7 +34,8 @@ def _never_on(ev, looks, step, expected):
 @rule("bank_enabled", threshold="on at memory_bank_warmup_steps")
 def bank_comes_on(ev):
     "The bank turns itself on at its region forward."
-    plan, on = bank_timetable(ev), ev.series("bank_enabled")
+    plan = bank_timetable(ev)
+    on = ev.series("bank_enabled")
     if plan is None and not ev.facts.get("bank_expected"):
         return None
     forward, step = plan or (50, 50)
@@ -57,7 +58,8 @@ def bank_fills(ev):
     "Once on, the pointer moves and the bank becomes full."
     on = ev.series("bank_enabled")
     on = on[on > 0]
-    size, regions = ev.params.get("memory_bank_size", 0), ev.series("regions").mean()
+    size = ev.params.get("memory_bank_size", 0)
+    regions = ev.series("regions").mean()
     if not size:
         return None
     if not len(on):
@@ -101,7 +103,8 @@ def bank_fresh(ev):
     size = ev.params.get("memory_bank_size") or ev.series("bank_len").max()
     accumulation = max(int(ev.params.get("gradient_accumulation_steps", 1)), 1)
     per_forward = ev.series("regions").mean() / accumulation
-    oldest, drift = 2 * size / max(per_forward, 1e-9) + 2, ev.series("bank_drift_cosine").tail(10)
+    oldest = 2 * size / max(per_forward, 1e-9) + 2
+    drift = ev.series("bank_drift_cosine").tail(10)
     if age > oldest:
         return (
             FAIL,

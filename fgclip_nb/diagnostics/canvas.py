@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/6_diagnostics/13_canvas.ipynb #a83fbc61
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #056a3117
 from functools import lru_cache
 from fgclip_nb.diagnostics.measures import QUANTILES
 from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNLIKE
 
-# %% ../../nbs/6_diagnostics/13_canvas.ipynb #a6da32d7
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #9ea4406d
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
@@ -19,7 +19,7 @@ PURPLE = "#CC79A7"
 GREY = "#6B6B6B"
 RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY}
 
-# %% ../../nbs/6_diagnostics/13_canvas.ipynb #84b4909a
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #fe00cf25
 @lru_cache
 def _pyplot():
     import matplotlib.pyplot as plt, seaborn as sns
@@ -49,26 +49,28 @@ def new_figure(title, columns=1, rows=1, width=None, height=2.9):
     plt.close(fig)
     return fig, list(axes.flat)
 
-# %% ../../nbs/6_diagnostics/13_canvas.ipynb #82d13272
-def empty_axes(ax, told: str):
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #8b559e48
+def empty_axes(ax, reason: str):
     "Say in the middle of the axes why nothing is drawn."
-    ax.text(0.5, 0.5, told, ha="center", va="center", color=GREY, transform=ax.transAxes, wrap=True)
+    ax.text(
+        0.5, 0.5, reason, ha="center", va="center", color=GREY, transform=ax.transAxes, wrap=True
+    )
     ax.set(xticks=[], yticks=[])
 
 
-def add_legend(ax, told: str, **options):
-    "A small legend, or `told` when no line was drawn."
+def add_legend(ax, reason: str, **options):
+    "A small legend, or `reason` when no line was drawn."
     if ax.lines:
         ax.legend(fontsize=8, **options)
     else:
-        empty_axes(ax, told)
+        empty_axes(ax, reason)
 
 
 def label_axes(ax, title: str, ylabel: str, **limits):
     "Title and units of axes over optimiser steps."
     ax.set(title=title, xlabel="optimiser step", ylabel=ylabel, **limits)
 
-# %% ../../nbs/6_diagnostics/13_canvas.ipynb #7dfd7672
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #ff51bbaf
 def draw_line(ax, ev, column, label, colour=BLUE, style="-", width=1.6) -> bool:
     "Draw a column of the evidence over steps; whether there was something to draw."
     s = ev.series(column)
@@ -93,7 +95,7 @@ def mark_bank(ax, ev):
     if (on > 0).any() and not (on > 0).all():
         ax.axvline((on > 0).idxmax(), color=PURPLE, ls=":", lw=1.5, label="bank on")
 
-# %% ../../nbs/6_diagnostics/13_canvas.ipynb #db045eef
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #9df21003
 BANDS = (
     (("min", "max"), 0.12, "min–max"),
     (("p05", "p95"), 0.22, "5–95 %"),

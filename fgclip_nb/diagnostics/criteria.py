@@ -15,7 +15,8 @@ def logits_in_range(ev):
     "Image-to-text logits of the first ten steps, or of the first look when it came later."
     low, high = ev.series("logits_i2t_min").loc[:10], ev.series("logits_i2t_max").loc[:10]
     if not len(low):
-        low, high = ev.series("logits_i2t_min").head(1), ev.series("logits_i2t_max").head(1)
+        low = ev.series("logits_i2t_min").head(1)
+        high = ev.series("logits_i2t_max").head(1)
     a, b = float(low.min()), float(high.max())
     value = f"{a:.4g} … {b:.4g}"
     lowest, highest = ev.limit("logits_low"), ev.limit("logits_high")
@@ -32,7 +33,8 @@ def logits_in_range(ev):
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #4ddcd02d
 def judge_target(ev, step: int):
     "Result of the target `region_loss_target_<step>`, as a rule returns it; None without steps."
-    target, window = ev.limit(f"region_loss_target_{step}"), slice(step - 19, step)
+    target = ev.limit(f"region_loss_target_{step}")
+    window = slice(step - 19, step)
     if ev.last_step is None:
         return None
     if ev.last_step < step:
@@ -46,20 +48,20 @@ def judge_target(ev, step: int):
     level = chance(ev, "region_in_batch")
     here, start = float(level.loc[window].mean()), float(level.head(20).mean())
     spread = f"± {half:.3f}" if math.isfinite(half) else "(one record)"
-    told = f"{mean:.3f} {spread} at {math.exp(here):.0f} candidates (chance {here:.2f})"
+    measured = f"{mean:.3f} {spread} at {math.exp(here):.0f} candidates (chance {here:.2f})"
     if here <= target:
         action = "Judge loss / chance, or use more regions per forward."
-        return UNLIKE, mean, f"{told}: chance itself is under the target", action
+        return UNLIKE, mean, f"{measured}: chance itself is under the target", action
     if abs(here - start) > 0.25 + 2 * float(level.std() or 0):
-        why = f"{told}, but {math.exp(start):.0f} candidates at the start"
+        why = f"{measured}, but {math.exp(start):.0f} candidates at the start"
         return UNLIKE, mean, why, "Compare loss / chance."
     if mean < target:
-        return PASS, mean, told
+        return PASS, mean, measured
     action = (
         "See the verdicts above for a cause; without one it is simply slower: compare with "
         "loss / chance."
     )
-    return FAIL, mean, told, action
+    return FAIL, mean, measured, action
 
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #e514dc22
 @rule("loss_region", "region_loss_target_50", "< {:g}")
@@ -157,7 +159,7 @@ def retrieval_scores(ev) -> dict:
 def held_out_above_chance(ev):
     "Held-out caption retrieval is better than that of shuffled pairs (95 % permutation interval)."
     s = retrieval_scores(ev)
-    told = (
+    summary = (
         f"mean rank {s['rank']:.1f} (chance {s['rank_chance']:.1f}, "
         f"interval from {s['rank_low']:.1f}), "
         f"R@10 {s['r10']:.3f} (interval to {s['r10_high']:.3f})"
@@ -165,11 +167,11 @@ def held_out_above_chance(ev):
     better = {"mean rank": s["rank"] < s["rank_low"], "R@10": s["r10"] > s["r10_high"]}
     beyond = [name for name, is_so in better.items() if is_so]
     if beyond:
-        return PASS, s["rank"], f"{told}; beyond its interval: {' and '.join(beyond)}"
+        return PASS, s["rank"], f"{summary}; beyond its interval: {' and '.join(beyond)}"
     return (
         FAIL,
         s["rank"],
-        f"held-out retrieval cannot be told from luck: {told}",
+        f"held-out retrieval cannot be told from luck: {summary}",
         "More data or more steps; if the training loss fell, it was learnt by heart.",
     )
 

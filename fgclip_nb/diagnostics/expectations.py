@@ -36,7 +36,8 @@ def duplicate_floor(phrases, batch_size, trials=200) -> float:
     ids; `batch_size` in samples. Seeded: equal input gives equal floors."""
     import numpy as np
 
-    rng, floors = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    floors = []
     size = min(batch_size, len(phrases))
     for _ in range(trials if phrases else 0):
         drawn = rng.choice(len(phrases), size, replace=False)
@@ -178,7 +179,8 @@ DUPLICATE_EFFECTS = {
 
 def _chance_rows(cfg, counts, p: Plan):
     "Chance levels and the duplicate floor."
-    bank, hard = cfg.memory_bank_size, counts.get("hard_candidates")
+    bank = cfg.memory_bank_size
+    hard = counts.get("hard_candidates")
     yield "global chance level", chance_level(p.batch), f"ln {p.batch}"
     if p.regions:
         yield "region chance level, in batch", chance_level(p.regions), f"ln {p.regions:.3g}"
@@ -220,7 +222,7 @@ def _scale_rows(cfg):
         why = "clamped to ln 100"
     yield "logit_scale prints as", f"{scale:.6f} (exp={math.exp(scale):.4f})", why
 
-# %% ../../nbs/6_diagnostics/04_expectations.ipynb #59b96df7
+# %% ../../nbs/6_diagnostics/04_expectations.ipynb #fd2188ca
 def _target_rows(cfg, p: Plan):
     "Which of the targets for the region loss will be judged."
     for step in (50, 200, 500):
@@ -228,8 +230,8 @@ def _target_rows(cfg, p: Plan):
         if p.total >= step:
             yield f"target by step {step}", "judged", target
         else:
-            told = f"{target}: the run ends at step {p.total}"
-            yield f"target by step {step}", "not reached", told
+            why = f"{target}: the run ends at step {p.total}"
+            yield f"target by step {step}", "not reached", why
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #3ba77f64
 def expect(cfg, samples, processes=1) -> Expectations:

@@ -22,7 +22,7 @@ from fgclip_nb.diagnostics.rules import Evidence, FAIL, LATER, PASS, RULES
 from fgclip_nb.diagnostics.criteria import CRITERIA
 from fgclip_nb.diagnostics import bank_rules, criteria, loss_rules, weight_rules
 
-# %% ../../nbs/6_diagnostics/12_judgement.ipynb #79bd4ae1
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #c0b57a60
 RULE_ROOMS = (weight_rules, bank_rules, loss_rules, criteria)
 
 

@@ -105,7 +105,8 @@ def _bank_columns(pairs: dict) -> dict:
 
 def diag_columns(line: str) -> dict:
     "Columns of one diagnostic line, be it about similarities, norms, the bank or others."
-    pairs, spread = number_pairs(line), ("min", "max", "mean", "std")
+    pairs = number_pairs(line)
+    spread = ("min", "max", "mean", "std")
     if m := re.search(r"(logits|cosine)_(i2t|region)\b", line):
         columns = {f"{m[0]}_{k}": v for k, v in pairs.items() if k in spread}
     elif m := re.search(r"(img|image|region|roi)\w*_norms?\b", line):
@@ -150,7 +151,10 @@ def text_rows(lines) -> list:
 
     One per `[LOSS]` line with the diagnostics before it; without such lines one per repetition of a
     diagnostic. What follows the last `[LOSS]` line still belongs to it."""
-    lines, rows, current, bank_on = list(lines), [], {}, False
+    lines = list(lines)
+    rows = []
+    current = {}
+    bank_on = False
     has_loss = any("[LOSS]" in line for line in lines)
     for line in lines:
         bank_on = bank_on or "[Memory Bank] enabled" in line
@@ -177,7 +181,7 @@ def rows_by_step(triples) -> list:
         rows.setdefault(step, dict(step=step))[column] = value
     return [rows[s] for s in sorted(rows)]
 
-# %% ../../nbs/6_diagnostics/05_logs.ipynb #b9901cde
+# %% ../../nbs/6_diagnostics/05_logs.ipynb #0f6766c5
 def trainer_state_rows(path) -> list:
     "Rows of HF Trainer's trainer_state.json."
     history = json.loads(Path(path).read_text())["log_history"]

@@ -59,9 +59,11 @@ def rise_cause(ev, kind: str, n: int):
 
     Compared are the first and the last `n` steps. By how much a temperature raises a loss depends
     on the cosines: its expected rise is infinite, any rise is explained."""
-    expected, size = _rise_of(chance(ev, kind), n), candidates(ev, kind)
+    expected = _rise_of(chance(ev, kind), n)
+    size = candidates(ev, kind)
     if expected > 0.05:
-        first, last = size.head(n).mean(), size.tail(n).mean()
+        first = size.head(n).mean()
+        last = size.tail(n).mean()
         bank = ev.series("bank_len").max() if ev.has("bank_len") else 0
         who = "the batch holds more candidates"
         if bank:
@@ -134,8 +136,8 @@ def _judge_chance(ev, kind):
     if ev.last_step is not None and ev.last_step < 50:
         return LATER, value, f"at chance ({mean:.3f}), as expected before step 50"
     if above_luck(ev, kind, 20):
-        told = f"loss {mean:.3f} is not under chance {ln:.3f}, but top-1 is above 1/N"
-        return PASS, value, f"{told}: the scale is high for these cosines"
+        why = f"loss {mean:.3f} is not under chance {ln:.3f}, but top-1 is above 1/N"
+        return PASS, value, f"{why}: the scale is high for these cosines"
     return (
         FAIL,
         value,
@@ -180,7 +182,7 @@ def noise_allows_a_verdict(ev):
         "More regions per forward or a lower temperature; compare longer means.",
     )
 
-# %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #971a6de5
+# %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #431e917c
 def val_loss(ev, kind: str):
     "Held-out loss by step; the global one is the mean over long and short captions."
     names = [f"val_loss_{kind}{suffix}" for suffix in ("", "_short", "_long")]
@@ -196,7 +198,9 @@ def overfit(ev, kind: str):
     train = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
     if len(val) < 3 or not len(train):
         return None
-    best, last, low = val.idxmin(), float(val.iloc[-1]), float(val.min())
+    best = val.idxmin()
+    last = float(val.iloc[-1])
+    low = float(val.min())
     level = float(chance(ev, "region_in_batch" if kind == "region" else kind).mean())
     falls = float(train.tail(20).mean()) < float(train[train.index <= best].tail(20).mean())
     rise = float(val.iloc[-1] - val.min()) / level if falls else 0.0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/6_diagnostics/01_measures.ipynb #94b5c397
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #c2736181
 from fgclip_nb.diagnostics.numbers import mean_of
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #ccc1f8d8
@@ -189,7 +189,7 @@ def module_of(name: str) -> str:
         return "projections"
     return "text" if "text" in name.split(".")[0] else "vision"
 
-# %% ../../nbs/6_diagnostics/01_measures.ipynb #782a654a
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #b6120356
 def even_sample(tensor, most: int):
     "About `most` elements of a tensor, evenly spaced, flat, detached; all when there are fewer."
     return tensor.detach().flatten()[:: max(1, tensor.numel() // most)]
@@ -212,7 +212,7 @@ def sampled_live(params: list, most: int):
     ]
     return torch.cat(grads) != 0
 
-# %% ../../nbs/6_diagnostics/01_measures.ipynb #89568266
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #e291db8e
 def gradient_norm(params: list):
     "Length of the gradient of several parameters together; 0.0 when none has a gradient."
     import torch
@@ -304,7 +304,8 @@ def bank_health(bank, features=None, region_ids=None) -> dict:
     if not len(bank):
         return {}
     entries = bank.entries()
-    stored, age = entries["region_features"].detach().float(), entries["age"].float()
+    stored = entries["region_features"].detach().float()
+    age = entries["age"].float()
     out = dict(
         bank_age_mean=age.mean(),
         bank_age_max=age.max(),

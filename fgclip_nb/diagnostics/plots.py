@@ -131,7 +131,7 @@ def _plot_zero_share(ax, ev):
     ax.axhline(ev.limit("zero_norm_limit"), color=GREY, ls="--", lw=1.2, label="limit")
     ax.set(ylim=(-0.02, max(0.25, float(ev.series("zero_share_region").max()) * 1.1)))
 
-# %% ../../nbs/6_diagnostics/14_plots.ipynb #b4b01bcd
+# %% ../../nbs/6_diagnostics/14_plots.ipynb #6644dde9
 def plot_norms(source):
     "Embedding norms, share of zero regions, and effective rank."
     ev = as_evidence(source)
@@ -175,7 +175,7 @@ def _plot_age(ax, ev):
     other.grid(False)
     ax.plot([], [], "--", color=GREEN, label="same region then and now (right)")
 
-# %% ../../nbs/6_diagnostics/14_plots.ipynb #ad09d39d
+# %% ../../nbs/6_diagnostics/14_plots.ipynb #42c39e3d
 def plot_bank(source):
     "Fill, age and drift of the memory bank."
     ev = as_evidence(source)
@@ -213,7 +213,7 @@ def _plot_retrieval(ax, ev):
         luck = dict(color=GREY, alpha=0.2, lw=0, label="luck, up to 95 %")
         ax.fill_between(low.index, low, high, **luck)
 
-# %% ../../nbs/6_diagnostics/14_plots.ipynb #395fe195
+# %% ../../nbs/6_diagnostics/14_plots.ipynb #5287b5a1
 def plot_validation(source):
     "Held-out loss and retrieval beside training and chance."
     ev = as_evidence(source)

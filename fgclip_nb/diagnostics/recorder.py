@@ -24,7 +24,7 @@ from fgclip_nb.diagnostics.measures import (
     to_floats,
 )
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #7fd63047
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #4fe5fb7a
 def is_diagnostic(step: int, every: int) -> bool:
     "Whether a step gets the expensive measures: the first one, and then every `every` steps."
     return step == 1 or step % every == 0
@@ -85,7 +85,7 @@ def runtime_lines(features: dict, bank=None) -> list:
         lines[-1] += f", zero_share={values['zero_share_region']:.4f}"
     return lines if bank is None else [*lines, _bank_line(bank)]
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #bd59e6d3
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #8bef2c1d
 def forward_note(terms: dict, features: dict, batch, diagnostic: bool) -> dict:
     """What is kept of a region forward until its step is written.
 
@@ -100,7 +100,7 @@ def forward_note(terms: dict, features: dict, batch, diagnostic: bool) -> dict:
         regions=len(features.get("region_features", ())),
     )
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #4bfbee9a
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #8a6c32bb
 def mean_columns(notes: list, cfg, loss=None) -> dict:
     """Columns of the loss terms, averaged over the forwards of a step that have them.
 
@@ -111,7 +111,7 @@ def mean_columns(notes: list, cfg, loss=None) -> dict:
     columns = {k: mean_of([r[k] for r in rows if k in r]) for k in names}
     return columns if loss is None else columns | {"loss": loss}
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #3a745e39
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #5de18d19
 def step_scales(notes: list, model=None) -> dict:
     "Stored temperatures after the step when the model is given, else those of the last forward."
     if model is None:
@@ -120,7 +120,7 @@ def step_scales(notes: list, model=None) -> dict:
     own = model.named_parameters(recurse=False)
     return {n: p for n, p in own if "logit_scale" in n}
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #69c740c6
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #c4c4d951
 def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None) -> dict:
     "Columns of a diagnostic step; empty when no forward kept its features."
     features = [n["features"] for n in notes if n["features"]]
@@ -141,7 +141,7 @@ def write_histograms(board: Board, notes: list, step: int):
         if cosines is not None:
             board.histogram(f"diagnostics/cosine_{pair}", cosines[0], step)
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #17e7fa45
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #fd36f5f9
 def timing_row(step: int, times, images: int) -> dict:
     "The row of timing.jsonl; `times` = (whole step, waiting for data) in seconds."
     whole, data = times
@@ -160,7 +160,7 @@ def finished_row(columns: dict, max_grad_norm: float) -> dict:
         row["clipped"] = 0 < max_grad_norm < row["grad_norm"]
     return row
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #ed02e526
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #a591cb1e
 def forwards_so_far(metrics: JsonLines) -> int:
     "Region forwards up to the last line of the file; 0 without a file or without lines."
     last = list(read_jsonl(metrics.path))[-1:] if metrics.path.exists() else []
@@ -244,7 +244,8 @@ class Recorder:
             self.forwards = forwards - 1
         if not self.pending and terms is not None:
             self.forward(terms, features, batch, bank)
-        notes, self.pending = self.pending, []
+        notes = self.pending
+        self.pending = []
         row = dict(
             step=step,
             forwards=self.forwards if forwards is None else forwards,

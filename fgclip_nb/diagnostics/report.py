@@ -64,7 +64,8 @@ def verdict_table(source) -> VerdictTable:
 # %% ../../nbs/6_diagnostics/15_report.ipynb #b21c07ab
 def _spans(ev: Evidence) -> list:
     "(name, first step, last step) of the phases."
-    plan, last = bank_timetable(ev), int(ev.params.get("max_steps") or max(ev.last_step or 0, 101))
+    plan = bank_timetable(ev)
+    last = int(ev.params.get("max_steps") or max(ev.last_step or 0, 101))
     spans = [("first 10 steps", 1, 10), ("steps 50 to 100", 50, 100), ("after step 100", 101, last)]
     if plan:
         spans.insert(1, ("bank coming on", max(plan[1] - 5, 1), plan[1] + 10))
@@ -83,7 +84,8 @@ def phases(source) -> list:
 
     phase: its name; steps: its span; state: not reached, running or judged; tripped: the verdicts
     that had tripped by its end."""
-    ev, out = as_evidence(source), []
+    ev = as_evidence(source)
+    out = []
     for name, start, end in _spans(ev):
         state = _state(ev, start, end)
         judged = []
@@ -98,10 +100,10 @@ def phase_lines(source) -> list:
     "The phases as text."
     lines = []
     for p in phases(source):
-        told = "; ".join(f"{v.name}: {v.why}" for v in p["tripped"])
-        if not told and p["state"] != "not reached":
-            told = "no rule tripped"
-        lines.append(f"  {p['phase']:<18}{p['steps']:<10}{p['state']:<13}{told}")
+        reasons = "; ".join(f"{v.name}: {v.why}" for v in p["tripped"])
+        if not reasons and p["state"] != "not reached":
+            reasons = "no rule tripped"
+        lines.append(f"  {p['phase']:<18}{p['steps']:<10}{p['state']:<13}{reasons}")
     return lines
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #aefc0279
@@ -194,15 +196,16 @@ def verdicts_html(judged: list) -> str:
 def cause_html(judged: list) -> str:
     "The banner: the cause, what to do, and what else tripped."
     tripped = by_cause(judged)
-    tone, told = GREEN, f"<p><b>{escape_html(headline(judged))}</b></p>"
+    tone = GREEN
+    cause = f"<p><b>{escape_html(headline(judged))}</b></p>"
     if tripped:
         first = tripped[0]
         tone = RESULT_COLOURS[first.result]
         name, why = escape_html(first.name.replace("_", " ")), escape_html(first.why)
-        told = f"<p><b>{name}</b>: {why}.</p><p>{escape_html(first.next_action)}</p>"
+        cause = f"<p><b>{name}</b>: {why}.</p><p>{escape_html(first.next_action)}</p>"
     others = ", ".join(escape_html(v.name.replace("_", " ")) for v in tripped[1:])
     also = f'<p class="soft">Also tripped: {others}</p>' if others else ""
-    return f'<div class="cause" style="--tone:{tone}">{told}{also}</div>'
+    return f'<div class="cause" style="--tone:{tone}">{cause}{also}</div>'
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #1d9715ae
 def figure_uri(figure, dpi=80) -> str:

@@ -149,10 +149,12 @@ def in_batch(ev: Evidence):
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #aa9290ad
 def above_luck(ev: Evidence, kind: str, n: int) -> bool:
     "Whether top-1 accuracy is above 1/N beyond its sampling error over the last `n` steps."
-    top1, size = ev.series(f"top1_{kind}").tail(n), candidates(ev, kind).tail(n)
+    top1 = ev.series(f"top1_{kind}").tail(n)
+    size = candidates(ev, kind).tail(n)
     if not len(top1):
         return False
-    luck, rows = float((1 / size).mean()), float(size.min()) * len(top1)
+    luck = float((1 / size).mean())
+    rows = float(size.min()) * len(top1)
     return float(top1.mean()) > luck + 3 * math.sqrt(luck * (1 - luck) / max(rows, 1))
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #69e9d8c5

@@ -13,7 +13,7 @@ from fgclip_nb.core.folder import Run, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.measures import MODULES, PAIRS, QUANTILES
 
-# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #5813cba2
+# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #7d45938d
 WORLD = dict(
     steps=200,
     regions=12,
@@ -60,7 +60,9 @@ def bank_entries(step: int, p) -> int:
 
 def synthetic_losses(step: int, p, rng) -> dict:
     "Losses, chance levels, candidates, top-1 accuracy and cosines of a made-up step."
-    know, n, held = knowledge(step, p), p.regions, bank_entries(step, p)
+    know = knowledge(step, p)
+    n = p.regions
+    held = bank_entries(step, p)
     noise = rng.normal(0, p.noise)
     level, whole = math.log(n), math.log(n + held)
     return dict(
@@ -78,7 +80,7 @@ def synthetic_losses(step: int, p, rng) -> dict:
         hardest_negative_cosine_region=0.1 + 0.1 * know,
     )
 
-# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #889fabbe
+# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #e927fc57
 def synthetic_step(step: int, p, rng) -> dict:
     "The columns of one made-up step; `p`: a `world`, `rng`: a numpy generator."
     held = bank_entries(step, p)
@@ -105,7 +107,8 @@ def synthetic_step(step: int, p, rng) -> dict:
 # %% ../../nbs/6_diagnostics/06_synthetic.ipynb #ea174f8d
 def synthetic_similarities(step: int, p, rng) -> dict:
     "Percentiles of cosines and logits of a made-up diagnostic step; logits = cosines x exp(scale)."
-    know, columns = knowledge(step, p), {}
+    know = knowledge(step, p)
+    columns = {}
     mean, std = 0.1 * know, 0.02 + 0.15 * know
     for pair in PAIRS:
         cosines = dict(zip(QUANTILES, sorted(rng.normal(mean, std, 7)))) | dict(mean=mean, std=std)
@@ -126,7 +129,7 @@ def synthetic_modules(p) -> dict:
         }
     return columns
 
-# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #6b939390
+# %% ../../nbs/6_diagnostics/06_synthetic.ipynb #b7edf18c
 def synthetic_diagnostics(step: int, p, rng) -> dict:
     "The additional columns of a made-up diagnostic step."
     columns = synthetic_similarities(step, p, rng)
@@ -171,7 +174,8 @@ def synthetic_run(path, seed=0, params=None, **changes) -> Run:
     `changes` replace entries of `WORLD`, `params` those of the folder's params.yaml."""
     import numpy as np, yaml
 
-    path, p = Path(path), world(**changes)
+    path = Path(path)
+    p = world(**changes)
     path.mkdir(parents=True, exist_ok=True)
     rows = _metric_rows(p, np.random.default_rng(seed))
     write_atomic(path / "metrics.jsonl", _json_lines(rows))

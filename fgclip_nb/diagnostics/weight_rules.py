@@ -19,7 +19,8 @@ def finite_numbers(ev):
     bad = ev.frame["loss"].abs() == math.inf
     if "nonfinite" in ev.frame:
         bad = bad | (ev.frame["nonfinite"] != "")
-    broken, skipped = ev.frame[bad], int(ev.series("skipped").sum())
+    broken = ev.frame[bad]
+    skipped = int(ev.series("skipped").sum())
     if not len(broken) and not skipped:
         return PASS, 0, f"all {len(ev.frame)} steps are finite"
     first = broken.iloc[0] if len(broken) else ev.frame[ev.frame["skipped"] > 0].iloc[0]
@@ -43,7 +44,7 @@ def starts_at_chance(ev) -> bool:
         and not above_luck(early, "global", 5)
     )
 
-# %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #d982aa52
+# %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #9311dcd2
 KEPT_THEIR_START = ("missing", "misshaped", "mismatched")
 
 
@@ -92,27 +93,29 @@ def weights_loaded(ev):
 def zero_regions(ev):
     "Region features of length zero."
     shares = ev.series("zero_share_region")
-    share, batches = float(shares.mean()), int((shares > 0).sum())
-    told = f"{batches} of {len(shares)} looked-at batches held a zero-norm region"
+    share = float(shares.mean())
+    batches = int((shares > 0).sum())
+    count = f"{batches} of {len(shares)} looked-at batches held a zero-norm region"
     if share < ev.limit("zero_norm_limit"):
-        return PASS, share, told
+        return PASS, share, count
     return (
         FAIL,
         share,
-        f"{told}: boxes without area, out of range, or regions never visible in the sampled frames",
+        f"{count}: boxes without area, out of range, "
+        "or regions never visible in the sampled frames",
         "Run the data report: it lists such boxes by reason; "
         "they must not enter the loss or the bank.",
     )
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #6599d484
-def _collapse(ev, kind, rank, told):
+def _collapse(ev, kind, rank, spread):
     "The failed result of constant embeddings: collapsed on the way, or equal from the start."
     start = float(ev.series(f"effective_rank_{kind}").iloc[0])
     if start >= 1.05 and start > rank:
         return (
             FAIL,
             rank,
-            f"{kind} embeddings have collapsed into one direction: {told}; "
+            f"{kind} embeddings have collapsed into one direction: {spread}; "
             f"at the first step the rank was {start:.2f}",
             "Lower the learning rate; a tower also collapses when its pairs cannot be learnt "
             "(shuffled or wrong captions).",
@@ -120,7 +123,7 @@ def _collapse(ev, kind, rank, told):
     return (
         FAIL,
         rank,
-        f"{kind} embeddings are the same from the first step on: {told}",
+        f"{kind} embeddings are the same from the first step on: {spread}",
         "Look at the inputs: blank or repeated images, a constant box.",
     )
 
@@ -132,8 +135,8 @@ def _differ(ev, kind):
         return None
     if rank >= ev.limit("effective_rank_limit") and not equal > ev.limit("equal_share_limit"):
         return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
-    told = f"effective rank {rank:.2f} of {rows:.0f} rows, {equal:.0%} equal another row"
-    return _collapse(ev, kind, rank, told)
+    spread = f"effective rank {rank:.2f} of {rows:.0f} rows, {equal:.0%} equal another row"
+    return _collapse(ev, kind, rank, spread)
 
 
 @rule("effective_rank_image", "effective_rank_limit", "rank ≥ {:g}")
@@ -200,7 +203,8 @@ def scale_as_asked(ev):
     """The stored region temperature is the one asked for, after the clamp, within the tolerance.
 
     Judged in the log's words and at the first step, which may already have moved it."""
-    loaded, (first, moved) = loaded_scale(ev), first_scale(ev)
+    loaded = loaded_scale(ev)
+    (first, moved) = first_scale(ev)
     configured = configured_scale(ev.params) if ev.params else None
     if loaded is None:
         return None
@@ -210,8 +214,8 @@ def scale_as_asked(ev):
         if fault := _scale_fault(value, room, configured, ev.limit("scale_tolerance")):
             return fault
     if configured is None:
-        told = "nothing was asked, and it is no bfloat16 rounding"
-        return PASS, loaded, f"{_printed(loaded)}; {told}"
+        remark = "nothing was asked, and it is no bfloat16 rounding"
+        return PASS, loaded, f"{_printed(loaded)}; {remark}"
     return PASS, loaded, f"{_printed(loaded)}, asked {configured:.6f}"
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #7561ecc5
@@ -236,7 +240,8 @@ def scale_can_move(ev):
         last = float(ev.series("logit_scale_finegraind").iloc[-1])
         return PASS, last, "temperatures move, or rest at the clamp ln 100"
     value, lr = float(ev.series(stuck[0]).iloc[0]), float(ev.series("lr").max())
-    spacing, span = bf16_spacing(value), stuck_steps(ev, stuck[0])
+    spacing = bf16_spacing(value)
+    span = stuck_steps(ev, stuck[0])
     why = f"{' and '.join(stuck)} stayed at {value:.6g} for {span} steps"
     if round_bf16(value) == value and lr < spacing / 2:
         why += f": bfloat16 numbers lie {spacing:.3g} apart there, a step moves by about {lr:.1g}"
