@@ -85,7 +85,7 @@ def box_key(name, box):
         return (name,)
     return (Path(name).name, *(round(float(v), 4) for v in box))
 
-# %% ../../nbs/7_evaluation/07_features.ipynb #3483830b
+# %% ../../nbs/7_evaluation/07_features.ipynb #9f67e5a9
 def _region_rows(folder):
     "{region key: feature row} of a folder; {} when it has no regions."
     rows = named_rows(folder, "region", "region_names")
