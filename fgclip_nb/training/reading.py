@@ -16,7 +16,7 @@ from fgclip_nb.batches.loading import Examples, collate_loaded
 from fgclip_nb.training.rundata import clip_frames
 from fgclip_nb.training.state import TrainState
 
-# %% ../../nbs/8_training/05_reading.ipynb #690e2b86
+# %% ../../nbs/8_training/05_reading.ipynb #04437bd1
 def batch_names(s: TrainState, numbers) -> list:
     "Names of the samples in this process's batches `numbers`, in their order."
     rank = s.accelerator.process_index
