@@ -28,7 +28,7 @@ from fgclip_nb.diagnostics.canvas import (
 )
 from fgclip_nb.diagnostics.report import expected_and_observed
 
-# %% ../../nbs/9_runs/00_comparison.ipynb #50dac01e
+# %% ../../nbs/9_runs/00_comparison.ipynb #7e001525
 def matching_paths(place) -> list:
     "A folder as it is, or what a pattern (relative or absolute) matches, in order."
     if Path(place).is_dir():
@@ -132,7 +132,8 @@ def group_key(run, varying) -> str:
 
 def groups(runs) -> dict:
     "label -> runs that differ in nothing but seed, code, data and machine."
-    varying, out = list(differences(runs)), {}
+    varying = list(differences(runs))
+    out = {}
     for r in runs:
         out.setdefault(group_key(r, varying), []).append(r)
     return out
@@ -182,7 +183,8 @@ CHANGES_CANDIDATES = (
 
 def progress_notes(runs) -> list:
     "Sentences about runs that are unfinished or of other length."
-    finished, lengths = [r.finished for r in runs], [len(r.metrics()) for r in runs]
+    finished = [r.finished for r in runs]
+    lengths = [len(r.metrics()) for r in runs]
     notes = []
     if not all(finished):
         names = ", ".join(r.name for r, f in zip(runs, finished) if not f)
@@ -256,7 +258,8 @@ class Comparison:
     labels: list = field(init=False)  # the group of each
 
     def __post_init__(self):
-        self.rows, self.notes = [run_row(r) for r in self.runs], comparability(self.runs)
+        self.rows = [run_row(r) for r in self.runs]
+        self.notes = comparability(self.runs)
         varying = list(differences(self.runs))
         self.labels = [group_key(r, varying) for r in self.runs]
 

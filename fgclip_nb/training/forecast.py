@@ -108,7 +108,7 @@ def probes(s: TrainState, largest: int, seconds: float) -> list:
             return measured
         size *= 2
 
-# %% ../../nbs/8_training/14_forecast.ipynb #2fa1a666
+# %% ../../nbs/8_training/14_forecast.ipynb #a36fbd7c
 def reading_times(s: TrainState, samples: int = 3) -> tuple:
     """(seconds to read a sample, seconds to draw it again, pictures per sample).
 
@@ -139,12 +139,13 @@ def origin(measured: list, size: float, unit: str) -> str:
         "measured" if measured[-1].size == size else f"extrapolated from steps with {sizes} {unit}"
     )
 
-# %% ../../nbs/8_training/14_forecast.ipynb #9d54b659
+# %% ../../nbs/8_training/14_forecast.ipynb #a2df07c7
 def memory_rows(s: TrainState, measured: list, per_sample: float, free: float):
     """Rows (name, value, how) about memory per process.
 
     `per_sample`: pictures of a sample; `free`: bytes that were free before anything was made."""
-    cfg, unit = s.cfg, probed_unit(s)
+    cfg = s.cfg
+    unit = probed_unit(s)
     chunk = min(cfg.gradient_caching or cfg.batch_size, cfg.batch_size)
     if unit == "frames":
         chunk *= per_sample
@@ -170,12 +171,13 @@ def memory_rows(s: TrainState, measured: list, per_sample: float, free: float):
         how += "; lower first: " + "; then ".join(memory_advice(cfg, has_clips(s.data.train)))
     yield "fits", "yes" if need < free else "no", how
 
-# %% ../../nbs/8_training/14_forecast.ipynb #14740c77
+# %% ../../nbs/8_training/14_forecast.ipynb #94fb2172
 def time_rows(s: TrainState, measured: list, reading: tuple, steps: int):
     """Rows (name, value, how) about time; `reading` as `reading_times` gives it.
 
     `steps`: optimiser steps of the whole run."""
-    cfg, unit = s.cfg, probed_unit(s)
+    cfg = s.cfg
+    unit = probed_unit(s)
     first, again, per_sample = reading
     accumulate = cfg.gradient_accumulation_steps
     size = cfg.batch_size * (per_sample if unit == "frames" else 1)
@@ -240,7 +242,8 @@ def plan_rows(cfg: TrainConfig, samples: int, steps: int):
 def probe_rows(s: TrainState, steps: int, free: float, seconds: float):
     "Rows (name, value, how) that take real samples and real steps, for about `seconds`."
     reading = reading_times(s)
-    frames, per_sample = clip_frames(s.cfg), reading[2]
+    frames = clip_frames(s.cfg)
+    per_sample = reading[2]
     largest = s.cfg.batch_size
     if has_clips(s.data.train):
         largest = frames
@@ -258,7 +261,7 @@ def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
     """Yield rows (name, value, how) as they become known, the cheap ones first.
 
     Nothing is written. `seconds`: for the probes."""
-    accelerator, log = make_accelerator(cfg), get_logger()
+    accelerator = make_accelerator(cfg)
     data = prepare_data(cfg)
     steps = total_steps(cfg, training_order(cfg, data.train, cfg.processes))
     yield from plan_rows(cfg, len(data.train), steps)
@@ -274,7 +277,7 @@ def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
                 "too little for weights and moments alone; take a smaller `model`",
             )
             return
-    s = new_state(cfg, data, accelerator, run_folder(cfg), log)
+    s = new_state(cfg, data, accelerator, run_folder(cfg), get_logger())
     if not known:
         yield from size_rows(sum(p.numel() for p in s.model.parameters()))
     yield from probe_rows(s, steps, free, seconds)

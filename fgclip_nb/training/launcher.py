@@ -40,7 +40,7 @@ def settle_processes(cfg: TrainConfig) -> TrainConfig:
         )
     return cfg
 
-# %% ../../nbs/8_training/11_launcher.ipynb #36e3eae0
+# %% ../../nbs/8_training/11_launcher.ipynb #58f4c6e5
 def leave_group():
     "Give up a gloo process group before the process ends; without one nothing happens."
     group = torch.distributed
@@ -58,7 +58,8 @@ def follow(command, tell, env=None) -> tuple:
     """Run a command, `tell` its lines as they come, pass signals on to it.
 
     Returns (status, its last 40 lines, name of the first signal or '')."""
-    passed, last = [], collections.deque(maxlen=40)
+    passed = []
+    last = collections.deque(maxlen=40)
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -111,12 +112,13 @@ def launch_command(cfg: TrainConfig, params_file) -> list:
         str(params_file),
     ]
 
-# %% ../../nbs/8_training/11_launcher.ipynb #2165e360
+# %% ../../nbs/8_training/11_launcher.ipynb #a3fb9047
 def launch(cfg: TrainConfig) -> Run:
     """Train in processes of their own and follow them.
 
     Raises `Interrupted` after a signal, `LaunchFailed` with the last lines otherwise."""
-    path, log = run_folder(cfg), get_logger()
+    path = run_folder(cfg)
+    log = get_logger()
     env = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.processes)),
         **os.environ,

@@ -90,13 +90,15 @@ def leave_if_asked(s: TrainState):
         128 + signal.Signals[s.stop_signal],
     )
 
-# %% ../../nbs/8_training/13_loop.ipynb #241496af
+# %% ../../nbs/8_training/13_loop.ipynb #27cb58b1
 def timed_step(s: TrainState, batches) -> tuple:
     """The next step, with as many of `batches` as are accumulated.
 
     Returns (gradient norm, culprit of a skipped step, (seconds in all, of waiting for data)).
     Raises `OutOfMemory` with what was in the batches."""
-    begun, step, group = time.perf_counter(), s.step + 1, []
+    begun = time.perf_counter()
+    step = s.step + 1
+    group = []
     with explain_memory(s, f"step {step}", step, group):
         for _ in range(s.cfg.gradient_accumulation_steps):
             if (batch := next(batches)) is not None:
@@ -106,7 +108,7 @@ def timed_step(s: TrainState, batches) -> tuple:
         norm, culprit = run_step(s, group)
     return norm, culprit, (time.perf_counter() - begun, waited)
 
-# %% ../../nbs/8_training/13_loop.ipynb #b53edda5
+# %% ../../nbs/8_training/13_loop.ipynb #8b5f9e38
 def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate = s.cfg.gradient_accumulation_steps

@@ -17,7 +17,8 @@ from fgclip_nb.training.reading import step_names
 def memory_advice(cfg: TrainConfig, clips: bool = False) -> list:
     "What to change when memory does not suffice, first things first, each with the value to set."
     chunk = cfg.gradient_caching or cfg.batch_size
-    times, frames = cfg.gradient_accumulation_steps, clip_frames(cfg)
+    times = cfg.gradient_accumulation_steps
+    frames = clip_frames(cfg)
     tips = []
     if chunk > 1:
         now = cfg.gradient_caching or "0 (the whole batch at once)"
@@ -39,7 +40,7 @@ def memory_advice(cfg: TrainConfig, clips: bool = False) -> list:
         tips.append(f"{halved}: fewer candidates")
     return tips
 
-# %% ../../nbs/8_training/06_memory.ipynb #ffc3ba33
+# %% ../../nbs/8_training/06_memory.ipynb #f253e9aa
 def batch_shapes(batch) -> str:
     "What makes a batch large, in words: samples, pictures and their side (pixels), texts, regions."
     frames, *_, side = batch.pixel_values.shape

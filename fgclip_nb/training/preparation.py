@@ -30,7 +30,7 @@ def open_folder(cfg: TrainConfig, is_main: bool):
     write_atomic(path / "params.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False))
     return path, lock
 
-# %% ../../nbs/8_training/10_preparation.ipynb #66031915
+# %% ../../nbs/8_training/10_preparation.ipynb #511a4678
 def file_logger(path, is_main: bool):
     """The package's logger, also writing to `path/training.log`: (logger, handler to remove).
 
@@ -42,7 +42,7 @@ def file_logger(path, is_main: bool):
     log.addHandler(handler)
     return log, handler
 
-# %% ../../nbs/8_training/10_preparation.ipynb #25b88719
+# %% ../../nbs/8_training/10_preparation.ipynb #e3a5ab07
 def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
     "Data, model, optimiser, bank and recorder of a run, not yet trained."
     board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
@@ -58,7 +58,7 @@ def weights_fingerprint(model) -> str:
         h.update(name.encode() + values.numpy().tobytes())
     return h.hexdigest()[:12]
 
-# %% ../../nbs/8_training/10_preparation.ipynb #f0158096
+# %% ../../nbs/8_training/10_preparation.ipynb #c4999571
 def machine_facts(s: TrainState) -> dict:
     "What may differ between the parts of an interrupted run: versions, code, device, processes."
     return dict(
@@ -74,7 +74,8 @@ def start_facts(s: TrainState) -> dict:
     """What a run started from: machine, seed, data, weights.
 
     And the executed notebook's path, when papermill told it."""
-    report, data = s.model.load_report, s.data
+    report = s.model.load_report
+    data = s.data
     return machine_facts(s) | dict(
         seed=s.cfg.seed,
         params_hash=params_hash(s.cfg),
@@ -91,7 +92,7 @@ def start_facts(s: TrainState) -> dict:
         notebook=os.environ.get("FGCLIP_NB_NOTEBOOK", ""),
     )
 
-# %% ../../nbs/8_training/10_preparation.ipynb #4a73a6e9
+# %% ../../nbs/8_training/10_preparation.ipynb #1ff40211
 def write_manifest(s: TrainState):
     """Write what the run started from.
 

@@ -16,7 +16,7 @@ from fgclip_nb.batches.loading import Examples, collate_loaded
 from fgclip_nb.training.rundata import clip_frames
 from fgclip_nb.training.state import TrainState
 
-# %% ../../nbs/8_training/05_reading.ipynb #2d8310cd
+# %% ../../nbs/8_training/05_reading.ipynb #04437bd1
 def batch_names(s: TrainState, numbers) -> list:
     "Names of the samples in this process's batches `numbers`, in their order."
     rank = s.accelerator.process_index
@@ -79,11 +79,11 @@ def make_loader(s: TrainState, examples, first: int, last: int):
     )
 
 # %% ../../nbs/8_training/05_reading.ipynb #1fe2e92f
-def count_rejects(s: TrainState, rejects, asked: int):
-    """Append the rejects of a batch of `asked` samples to rejects.jsonl.
+def count_rejects(s: TrainState, rejects, samples: int):
+    """Append the rejects of a batch of `samples` samples to rejects.jsonl.
 
     Raises `DataError` when too large a share of all samples so far failed to load."""
-    s.loads += asked
+    s.loads += samples
     s.load_rejects += len(rejects)
     for r in rejects:
         s.log.warning(f"{r.sample}: not loaded, left out of the batch: {r.reason}")
@@ -106,8 +106,8 @@ def read_batches(s: TrainState, examples, first: int, last: int):
     deaths = 0
     while k < last:
         try:
-            for batch, rejects, asked in make_loader(s, examples, k, last):
-                count_rejects(s, rejects, asked)
+            for batch, rejects, samples in make_loader(s, examples, k, last):
+                count_rejects(s, rejects, samples)
                 k += 1
                 deaths = 0
                 yield batch

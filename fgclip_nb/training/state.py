@@ -30,7 +30,8 @@ def tracker_names(cfg: TrainConfig) -> list:
 
     parts = [part.strip() for part in cfg.tracker.split(",")]
     names = [name for name in parts if name not in ("", "none")]
-    known, own = list(map(str, LOGGER_TYPE_TO_CLASS)), LoggerType.list()
+    known = list(map(str, LOGGER_TYPE_TO_CLASS))
+    own = LoggerType.list()
     installed = [n for n in known if n not in own or n in map(str, get_available_trackers())]
     for name in names:
         if name in installed:
@@ -45,7 +46,7 @@ def tracker_names(cfg: TrainConfig) -> list:
         )
     return names
 
-# %% ../../nbs/8_training/04_state.ipynb #0e0d3622
+# %% ../../nbs/8_training/04_state.ipynb #b5f16934
 def tensorboard_in(folder):
     "accelerate's TensorBoard tracker that writes to `folder/tensorboard`, a step in one record."
     from accelerate.tracking import TensorBoardTracker
@@ -64,7 +65,7 @@ def trackers_of(cfg: TrainConfig) -> list:
         for name in tracker_names(cfg)
     ]
 
-# %% ../../nbs/8_training/04_state.ipynb #ca2fd700
+# %% ../../nbs/8_training/04_state.ipynb #1ad23057
 def keep_freed_memory():
     "Let the C library keep freed memory instead of handing it back to the kernel (Linux)."
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
@@ -72,7 +73,7 @@ def keep_freed_memory():
         for option in (-3, -1):
             libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
-# %% ../../nbs/8_training/04_state.ipynb #98a1e8ec
+# %% ../../nbs/8_training/04_state.ipynb #101647d5
 def make_accelerator(cfg: TrainConfig):
     """accelerate's view of device, processes, precision and trackers.
 
@@ -101,7 +102,9 @@ class Trackers(Board):
 
     def __init__(self, path, accelerator, cfg):
         super().__init__(path)
-        self.accelerator, self.cfg, self.started = accelerator, cfg, False
+        self.accelerator = accelerator
+        self.cfg = cfg
+        self.started = False
 
     def start(self):
         """Open all trackers, once.
@@ -197,7 +200,7 @@ def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
         )
     return model
 
-# %% ../../nbs/8_training/04_state.ipynb #9a6747a1
+# %% ../../nbs/8_training/04_state.ipynb #a5e5b6fc
 def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=None) -> TrainState:
     """Model, optimiser and bank of a run, not yet trained.
 
