@@ -15,7 +15,6 @@ from fgclip_nb.bench.plain import plain_inputs
 from fgclip_nb.bench.step import (
     Clock,
     KINDS,
-    Measured,
     Step,
     bench_model,
     compare_steps,

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #c678b8a0
 import re
 from fgclip_nb.data.samples import Fault, Region, Sample
-from fgclip_nb.data.rows import Row, check_int, check_number, check_pair, check_text
+from fgclip_nb.data.rows import check_int, check_number, check_pair, check_text
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.video_formats import clip_sample
