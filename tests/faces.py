@@ -1,9 +1,12 @@
-"""Writes the public faces of the package: an `__init__.py` for it and for each of its floors.
+"""Writes the public faces of the package: an `__init__.py` for it and for each of its floors, and
+the map of the notebooks in README.md.
 
     python tests/faces.py           `make export` runs it after nbdev_export
 
 A name is imported from its room when it is first asked for, so that `import fgclip_nb` loads
 nothing heavy. Public is what stands in a room's `__all__`."""
+
+import re
 
 import house
 
@@ -65,7 +68,28 @@ def face(doc: str, names: dict, inside: str, version: str = "") -> str:
     return FACE.format(doc=doc, rooms=rooms.rstrip("\n"), version=version)
 
 
+def room_line(path) -> str:
+    "One line of the map: number and title, linked, and the notebook's sentence."
+    cell = house.source(house.Room(path).cells[0])
+    title, sentence = re.match(r"# (.+?)\n\n?> (.+)", cell).groups()
+    return f"* [{path.stem[:3].strip('_')} {title}]({path.relative_to(house.ROOT)}): {sentence}"
+
+
+def readme_map() -> str:
+    "README.md with its map of the library notebooks as they are."
+    readme = (house.ROOT / "README.md").read_text()
+    lines = []
+    for floor in house.FLOORS:
+        rooms = [p for p in house.library_notebooks() if p.parent.name.endswith(f"_{floor}")]
+        lines += ["", f"**`{rooms[0].parent.name}`** {FLOOR_DOCS[floor]}", ""]
+        lines += [room_line(p) for p in rooms]
+    begin, end = "<!-- map of the notebooks, written by make export -->", "<!-- end of the map -->"
+    before, rest = readme.split(begin)
+    return before + begin + "\n".join(lines) + "\n\n" + end + rest.split(end)[1]
+
+
 if __name__ == "__main__":
     for path, text in faces().items():
         path.write_text(text)
+    (house.ROOT / "README.md").write_text(readme_map())
     print("public faces written")

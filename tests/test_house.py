@@ -67,6 +67,10 @@ def test_public_faces_are_those_of_the_rooms():
         assert path.read_text() == text, f"run `make export`: {path} is stale"
 
 
+def test_the_map_in_readme_is_that_of_the_notebooks():
+    assert (ROOT / "README.md").read_text() == faces.readme_map(), "run `make export`"
+
+
 def test_no_public_name_is_that_of_a_room():
     rooms = {part for room in house.order_of_rooms() for part in room.split(".")}
     public = [n for p in LIBRARY for n in house.Room(p).public()]
