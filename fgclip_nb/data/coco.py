@@ -6,37 +6,79 @@
 __all__ = []
 
 # %% ../../nbs/2_data/06_coco.ipynb #b0c24c7b
+import re
 from fgclip_nb.data.samples import Fault, Region, Sample
-from fgclip_nb.data.rows import Row, check_int
+from fgclip_nb.data.rows import Row, check_int, check_text
+from fgclip_nb.data.media import address_names
 from fgclip_nb.data.source import with_article
 
+# %% ../../nbs/2_data/06_coco.ipynb #b721db86
+def coco_id(value, key):
+    "The id under `key` of an object: a whole number, or text that is none; else a Fault."
+    id = Row(value).value.get(key)
+    if not isinstance(id, str):
+        return check_int(id, key)
+    text = check_text(id, key).strip()
+    if not text:
+        raise Fault(key, id, "an empty id", "missing_field")
+    return int(text) if text.isdecimal() and len(text) < 16 else text
+
+# %% ../../nbs/2_data/06_coco.ipynb #74595aed
+ADDRESSES = ("coco_url", "path", "url", "flickr_url")
+
+
+def coco_file(row) -> tuple:
+    "(field, names under the media root, best guess first) of an image's file."
+    if "file_name" in row:
+        return "file_name", [row.text("file_name")]
+    for key in ADDRESSES:
+        ends = address_names(row.text(key, ""))
+        if ends:
+            return key, [*ends[-2:], *ends[:-2]]
+    return "file_name", [row.text("file_name")]
+
 # %% ../../nbs/2_data/06_coco.ipynb #96cb3c3e
-def _coco_id(value, key) -> int:
-    "The number under `key` of an object, or a Fault."
-    return check_int(Row(value).value.get(key), key)
+def same_shape(a, b) -> bool:
+    "Whether two sizes (width, height) are one picture at two scales, up to a pixel of rounding."
+    scale = max(a[0] / b[0], a[1] / b[1])
+    return all(abs(x - y * scale) <= max(1.0, scale) + 0.005 * x for x, y in zip(a, b))
 
 
 def _coco_image(row, src) -> Sample:
     "The sample of one image, shared with other files about it."
-    name, (width, height) = row.text("file_name"), row.size() or (None, None)
-    media = src.media([name], "file_name")
-    sample = src.shared(src.coco, name, media, (width, height))
+    (field, names), size = coco_file(row), row.size()
+    media = src.media(names, field)
+    split = src.split_in(row.value)
+    sample = src.shared(src.coco, names[0], media, size or (None, None), split)
+    if size and sample.width is None:
+        sample.width, sample.height = size
+    if size and not same_shape(size, (sample.width, sample.height)):
+        other = f"{sample.width} x {sample.height} in {sample.file}, {sample.entry}"
+        reason = f"{size[0]} x {size[1]} pixels here, but {other}: one of them is another photo"
+        raise Fault("width/height", size, reason, "other_size")
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
     return sample
 
 # %% ../../nbs/2_data/06_coco.ipynb #8d42bd02
 def coco_images(src, pairs) -> dict:
-    """image id -> sample, one entry each.
+    """image id -> (sample, its size as this file has it or None), one entry each.
 
     A second file about the same image adds to the same sample."""
     samples = {}
     for i, image in enumerate(pairs["images"]):
         src.entry, src.tally.entries = f"images[{i}]", src.tally.entries + 1
         try:
-            samples.update({_coco_id(image, "id"): _coco_image(Row(image), src)})
+            id, row = coco_id(image, "id"), Row(image)
+            samples[id] = (_coco_image(row, src), row.size())
         except Fault as f:
             src.reject(f, entries=1)
     return samples
+
+# %% ../../nbs/2_data/06_coco.ipynb #eb687a83
+def category_words(name) -> str:
+    "A category's name without underscores and without an explanation in brackets at its end."
+    words = " ".join(name.replace("_", " ").split())
+    return re.sub(r"(?<=\S) ?\([^()]*\)$", "", words) or words
 
 # %% ../../nbs/2_data/06_coco.ipynb #e3b02f07
 def coco_names(src, pairs) -> dict:
@@ -45,7 +87,7 @@ def coco_names(src, pairs) -> dict:
     for i, c in enumerate(pairs.get("categories") or ()):
         src.entry = f"categories[{i}]"
         try:
-            names[_coco_id(c, "id")] = Row(c).text("name")
+            names[coco_id(c, "id")] = category_words(Row(c).text("name"))
         except Fault as f:
             src.reject(f)
     return names
@@ -55,27 +97,28 @@ def add_coco_region(r, src, images, names) -> None:
     """One annotation with a box (xywh, pixels), added to its image.
 
     A Fault when image or category is unknown, the image has no size, or the box is a crowd's."""
-    sample, value = images.get(_coco_id(r.value, "image_id")), r.value
+    value = r.value
+    sample, size = images.get(coco_id(value, "image_id"), (None, None))
     if sample is None:
         reason = "no such image in the file"
         raise Fault(f"{r.field}.image_id", value.get("image_id"), reason, "unknown_image")
     if value.get("iscrowd") not in (0, None):
         raise Fault(f"{r.field}.iscrowd", value["iscrowd"], "the box of a crowd", "crowd")
-    name = names.get(_coco_id(value, "category_id"))
+    name = names.get(coco_id(value, "category_id"))
     if name is None:
         reason = "no such category in the file"
         raise Fault(f"{r.field}.category_id", value.get("category_id"), reason, "unknown_category")
-    if sample.width is None:
+    if size is None:
         reason = "a box in pixels needs the width and height of its image"
         raise Fault("width", None, reason, "missing_size")
-    box = r.box("bbox", (sample.width, sample.height), "xywh")
+    box = r.box("bbox", size, "xywh")
     id = f"{sample.id}#o{len(sample.regions)}"
     sample.regions.append(Region(with_article(name), box=box, source="category", id=id))
 
 # %% ../../nbs/2_data/06_coco.ipynb #b5e4b184
 def add_coco_caption(row, images) -> None:
     "One caption, added to its image; a Fault when there is no such image."
-    sample = images.get(_coco_id(row.value, "image_id"))
+    sample, _ = images.get(coco_id(row.value, "image_id"), (None, None))
     if sample is None:
         number, reason = row.value.get("image_id"), "no such image in the file"
         raise Fault("image_id", number, reason, "unknown_image")

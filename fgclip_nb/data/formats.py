@@ -10,7 +10,7 @@ from pathlib import Path
 from fgclip_nb.data.samples import CaptionNegative, Fault, LEVELS, Negatives, Region, Sample
 from fgclip_nb.data.rows import Row, check_int, check_number
 from fgclip_nb.data.media import video_names
-from fgclip_nb.data.source import paragraph, with_article
+from fgclip_nb.data.source import paragraph, split_named, with_article
 
 # %% ../../nbs/2_data/07_formats.ipynb #08bc9fa1
 FINEHARD_FOLDER, PHOTO_OF = "grit-20m/data-12m/", "a photo of "
@@ -168,7 +168,7 @@ def read_regions(row, src) -> Sample:
     items, objects = row.items("regions"), row.items("objects")
     fields.update(
         span=row.pair("span", check_number),
-        split=row.text("split", "") or src.split,
+        split=split_named(row.text("split", "")) or src.split,
         label=row.text("label", ""),
     )
     regions = src.regions(items, lambda r, i: _own_region(r, f"{id}#{i}", size, video), id)

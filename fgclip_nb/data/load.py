@@ -8,7 +8,8 @@ __all__ = ['sample_path', 'load_samples']
 # %% ../../nbs/2_data/11_load.ipynb #32e4be4a
 import dataclasses, os
 from pathlib import Path
-from fgclip_nb.core.identity import DataError
+from collections import Counter
+from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Fault, Samples, is_video, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
@@ -17,12 +18,8 @@ from fgclip_nb.data.entries import Pairs, open_text, read_entries
 from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.coco import read_coco
 from fgclip_nb.data.formats import read_fgovd, read_finehard, read_regions, read_sugarcrepe
-from fgclip_nb.data.video_formats import (
-    read_label_studio,
-    read_video_dict,
-    read_video_list,
-    read_video_times,
-)
+from fgclip_nb.data.label_studio import is_studio_min, read_label_studio
+from fgclip_nb.data.video_formats import read_video_dict, read_video_list, read_video_times
 from fgclip_nb.data.ucf_crime import TEMPORAL, read_temporal, read_uca
 from fgclip_nb.data.shards import is_sharded, open_shards
 
@@ -62,6 +59,8 @@ def format_of(row) -> str:
         path, boxes = row["f_path"], row.get("bbox_info")
         clip = has("global_caption") or is_video(path) or _has_track(boxes)
         return "video_list" if clip else "finehard"
+    if is_studio_min(row):
+        return "label_studio"
     return "regions" if has("image") or has("video") else ""
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
@@ -92,6 +91,7 @@ def _read_row(value, src, format) -> list:
             raise value
         src.format = format or src.format
         row = Row(value)
+        src.split = src.split_in(row.value)
         if not src.format:
             raise Fault("entry", value, "no known format has these keys", "unknown_format")
         samples = READERS[src.format](row, src)
@@ -219,18 +219,33 @@ def data_files(path) -> list:
         raise DataError(f"data {str(path)!r}: no such file or folder (seen from {Path.cwd()})")
     return _listed_files(path) if path.suffix == ".txt" and not is_temporal(path) else [(path, "")]
 
+# %% ../../nbs/2_data/11_load.ipynb #183efcec
+def id_folders(files, media_root=None) -> dict:
+    "folder of a data file -> what stands before its ids; '' where all media start from one folder."
+    folders = sorted({os.path.realpath(Path(f).parent) for f, _ in files})
+    if media_root or len(folders) < 2:
+        return dict.fromkeys(folders, "")
+    common = os.path.commonpath(folders)
+    return {f: "" if f == common else Path(os.path.relpath(f, common)).as_posix() for f in folders}
+
 # %% ../../nbs/2_data/11_load.ipynb #07dba6b4
-def iter_samples(path, media_root=None, tally=None):
+def iter_samples(path, media_root=None, tally=None, split="auto"):
     """Samples one after the other, in the order of the files; `tally` collects rejects and counts.
+
+    `split`: of entries that name none: by the file's name (auto), none, train, val or test.
 
     Only FG-OVD, COCO and SugarCrepe files are held whole (their entries belong together), and a
     file that is one JSON object. Raises `DataError` when path or media root does not exist."""
     tally, coco, crepe, roots = tally or Tally(), {}, {}, {}
     if media_root and not os.path.isdir(media_root):
         raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
-    for file, where in data_files(path):
+    files, split = data_files(path), "" if split == "none" else split
+    before_ids = id_folders(files, media_root)
+    for file, where in files:
         folder = str(media_root or Path(file).parent)
-        src = Source(file, roots.setdefault(folder, MediaRoot(folder)), tally)
+        root = roots.setdefault(folder, MediaRoot(folder))
+        own = before_ids[os.path.realpath(Path(file).parent)]
+        src = Source(file, root, tally, split, own)
         src.entry, src.coco, src.crepe = where, coco, crepe
         if os.path.isfile(file):
             yield from read_file(file, src)
@@ -278,20 +293,40 @@ def _log_counts(tally, samples):
         f"{sums(c)}; samples {c['samples']}"
     )
 
+# %% ../../nbs/2_data/11_load.ipynb #b9701cfe
+def _log_hints(tally, samples):
+    "One line per file whose name said the split of some of its samples."
+    parts = Counter((s.file, s.split) for s in samples)
+    for file, split in tally.hints.items():
+        count, name = parts[file, split], os.path.join(*Path(file).parts[-2:])
+        if count:
+            get_logger().info(
+                f"split {split}: {count} samples of {name}, by its name; "
+                "`split` in an entry, or the parameter of that name, says otherwise"
+            )
+
+
+SPLITS = ("auto", "none", "train", "val", "test")
+
 # %% ../../nbs/2_data/11_load.ipynb #6063f323
-def load_samples(path, media_root=None, missing="auto") -> tuple:
+def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
     """(samples, rejects) of a data set in any known format.
 
     `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards
     (then `samples` is a memory-mapped sequence), or `"sample"` (151 shipped photos) or
     `"video_sample"` (23 shipped clips). `media_root`: where media paths start; default each data
-    file's own folder. Nothing under it is opened. `samples` is a list with `.formats` and
-    `.counts`; entries and regions kept plus those rejected are what was read. `missing`: what
-    becomes of samples without their media: reject, keep, or auto = keep when not a single one
-    exists. Raises `DataError` when path or media root does not exist."""
+    file's own folder. Nothing under it is opened but clips of Label Studio, which numbers frames in
+    its own way. `samples` is a list with `.formats` and `.counts`; entries and regions kept plus
+    those rejected are what was read. `missing`: what becomes of samples without their media:
+    reject, keep, or auto = keep when not a single one exists. `split`: part of entries that name
+    none: by the file's name (auto, which is told), none, train, val or test. Raises `DataError`
+    when path or media root does not exist."""
+    if split not in SPLITS:
+        raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     if is_sharded(path):
         return open_shards(path, media_root), []
     tally = Tally()
-    samples = drop_missing(list(iter_samples(path, media_root, tally)), tally, missing)
+    samples = drop_missing(list(iter_samples(path, media_root, tally, split)), tally, missing)
     _log_counts(tally, samples)
+    _log_hints(tally, samples)
     return Samples(samples, tally.formats, tally.counts(samples)), tally.rejects

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/2_data/03_media.ipynb #1b0b1af2
-import os, re
+import os, re, unicodedata
+from urllib.parse import unquote, urlsplit
 from fgclip_nb.data.samples import Fault, is_video
 
 # %% ../../nbs/2_data/03_media.ipynb #1de5763a
@@ -40,6 +41,48 @@ def video_names(name) -> list:
         folders = (label,) if label else ()
     return list(dict.fromkeys([stem, name, *(f"{f}/{base}" for f in folders), base]))
 
+# %% ../../nbs/2_data/03_media.ipynb #8929c471
+UPLOADED = re.compile(r"^[0-9a-f]{6,}-")  # Label Studio's mark before the name of an upload
+MOST_FOLDERS = 12
+
+
+def path_ends(path) -> list:
+    "`a/b/c.jpg` -> a/b/c.jpg, b/c.jpg, c.jpg; [] when it steps back (`..`)."
+    parts = [p for p in path.replace("\\", "/").split("/") if p not in ("", ".")]
+    if ".." in parts:
+        return []
+    return ["/".join(parts[i:]) for i in range(max(0, len(parts) - MOST_FOLDERS), len(parts))]
+
+# %% ../../nbs/2_data/03_media.ipynb #87eb945b
+def address_names(name) -> list:
+    """Where the file of an address may lie under the media root, the longest path first.
+
+    Without host, query and percent signs; a Label Studio upload without its mark as well."""
+    rest = re.sub(r"^(\w+://|[A-Za-z]:(?=[\\/]))", "", name)
+    try:
+        parts = urlsplit(f"//{rest}" if "://" in name else rest)
+    except ValueError:  # such as a bracket that looks like half an IPv6 address
+        return path_ends(rest)
+    local = re.search(r"(?:^|&)d=([^&]*)", parts.query)
+    path = local[1] if local else f"{parts.netloc}/{parts.path}"
+    ends = [e for p in (unquote(path), path, rest) for e in path_ends(p)]
+    if "/upload/" in path:
+        ends += [UPLOADED.sub("", os.path.basename(e)) for e in ends]
+    return list(dict.fromkeys(ends))
+
+# %% ../../nbs/2_data/03_media.ipynb #e89f6474
+def other_names(name) -> list:
+    "Other names under which the file of `name` may lie; [] when there is only one way to read it."
+    if not isinstance(name, str) or len(name) > 4000:
+        return []
+    if "://" in name or re.match(r"[A-Za-z]:[\\/]|/data/(upload|local-files)/", name):
+        return address_names(name)
+    slashes = name.replace("\\", "/")
+    forms = [slashes, unquote(name), unquote(slashes)]
+    if not name.isascii():
+        forms += [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")]
+    return [f for f in dict.fromkeys(forms) if f != name]
+
 # %% ../../nbs/2_data/03_media.ipynb #07bbaa92
 class MediaRoot:
     "The folder that media paths start from, with their checks."
@@ -67,8 +110,29 @@ class MediaRoot:
             raise Fault(field, name, reason, "outside_media_root")
         return path
 
+    def _there(self, name):
+        "The path of `name` when it is a file under the root, else None."
+        try:
+            path = self.locate(name, "")
+        except Fault:
+            return None
+        return path if os.path.isfile(path) else None
+
     def find(self, names, field) -> tuple:
-        "(path, exists) of the first of `names` that is there, else of the first."
-        paths = [self.locate(n, field) for n in names]
+        """(path, exists) of the first of `names` that is there, else of the first.
+
+        Where none is there as written, their other spellings are tried (`other_names`); an address
+        whose file is not under the root either is a Fault."""
+        paths, fault = [], None
+        for name in names:
+            try:
+                paths.append(self.locate(name, field))
+            except Fault as f:
+                fault = fault or f
         path = next((p for p in paths if os.path.isfile(p)), None)
+        if path is None:
+            others = (other for name in names for other in other_names(name))
+            path = next(filter(None, map(self._there, others)), None)
+        if path is None and fault:
+            raise fault
         return path or paths[0], path is not None

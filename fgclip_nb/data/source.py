@@ -20,6 +20,20 @@ def split_of(name) -> str:
     m = re.search(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", name, re.I)
     return m[1].lower() if m else ""
 
+# %% ../../nbs/2_data/05_source.ipynb #63416e9b
+def split_named(text) -> str:
+    """train, val or test from a split as people write it, such as `validation` or `testA`.
+
+    A name that is none of them stays as written."""
+    word = text.strip().lower()
+    if re.match(r"test(?![a-z]{2})|testing", word):
+        return "test"
+    if re.match(r"(mini)?val(?![a-z])|valid|dev$", word):
+        return "val"
+    if re.match(r"train(?![a-z])|training|restval", word):
+        return "train"
+    return text.strip()
+
 # %% ../../nbs/2_data/05_source.ipynb #b90001ff
 @dataclass
 class Tally:
@@ -28,6 +42,7 @@ class Tally:
     rejects: list = field(default_factory=list)
     formats: dict = field(default_factory=dict)  # file -> format
     missing: set = field(default_factory=set)  # media that are not there
+    hints: dict = field(default_factory=dict)  # file -> split that its name says
     entries: int = 0
     kept: int = 0  # entries that became (part of) a sample
     regions: int = 0
@@ -48,12 +63,27 @@ class Tally:
 class Source:
     "One data file while it is read: where its media lie, which entry is being read, who counts."
 
-    def __init__(self, file, root, tally):
+    def __init__(self, file, root, tally, split="auto", folder=""):
         self.file, self.root, self.tally = str(file), root, tally
-        self.split = split_of(Path(file).name)
+        self.folder = folder  # put before ids where several folders are read, each with its media
+        self.file_split = split
+        if split == "auto":
+            self.file_split = split_of(Path(file).name) or split_of(folder)
+        if split == "auto" and self.file_split:
+            tally.hints[self.file] = self.file_split
+        self.split = self.file_split  # of what is being read
         self.entry = self.key = self.format = ""  # of what is being read
         # samples that several entries add to; the last two also several files
         self.groups, self.coco, self.crepe = {}, {}, {}
+
+    def split_in(self, value) -> str:
+        "The split that a JSON object names under `split`, else the file's."
+        split = value.get("split")
+        return (split_named(split) if isinstance(split, str) else "") or self.file_split
+
+    def named(self, id) -> str:
+        "An id that stays apart from equal ids about media of another folder."
+        return f"{self.folder}/{id}" if self.folder else id
 
     def reject(self, fault, entries=0, regions=0, sample=""):
         "Note a fault with what is lost by it."
@@ -81,25 +111,34 @@ class Source:
                 self.reject(f, regions=1, sample=sample)
         return regions
 
-    def shared(self, groups, name, media, size) -> Sample:
-        "The sample that several entries add to, made when it is asked for first."
-        if name not in groups:
-            groups[name] = Sample(
-                name,
-                media,
-                width=size[0],
-                height=size[1],
-                split=self.split,
-                file=self.file,
-                entry=self.entry,
-                entries=0,
-            )
-        return groups[name]
+    def shared(self, groups, name, media, size, split="") -> Sample:
+        """The sample that several entries about one medium add to, made when it is asked for first.
 
-    def sample(self, **fields) -> Sample:
-        "A sample with file, entry and the file's split filled in; counted as kept."
+        What makes them meet is the medium's path. Entries of different splits stay apart."""
+        split = split or self.split
+        for part in dict.fromkeys((split, "", "train", "val", "test")):
+            sample = groups.get((media, part))
+            if sample is not None and (not split or sample.split in ("", split)):
+                sample.split = sample.split or split
+                return sample
+        sample = Sample(
+            self.named(name),
+            media,
+            width=size[0],
+            height=size[1],
+            split=split,
+            file=self.file,
+            entry=self.entry,
+            entries=0,
+        )
+        groups[media, split] = sample
+        return sample
+
+    def sample(self, id, **fields) -> Sample:
+        "A sample with file, entry and the split filled in; counted as kept."
         self.tally.kept += 1
-        return Sample(file=self.file, entry=self.entry, **{"split": self.split, **fields})
+        fields = {"split": self.split, **fields}
+        return Sample(id=self.named(id), file=self.file, entry=self.entry, **fields)
 
 # %% ../../nbs/2_data/05_source.ipynb #c68a3be1
 UNCOUNTABLE = {
