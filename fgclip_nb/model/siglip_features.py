@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #18ad9eab
+# %% ../../nbs/4_model/16_siglip_features.ipynb #dc7bc61b
 import logging
 import torch, torch.nn.functional as F
 from fgclip_nb.model.roi import roi_weights
@@ -14,7 +14,7 @@ from fgclip_nb.model.patches import batch_positions
 
 log = logging.getLogger("fgclip_nb")
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #5cda6c07
+# %% ../../nbs/4_model/16_siglip_features.ipynb #8fe68736
 def _layer(layer, x, seen, training):
     "A layer, (B,L,W) -> (B,L,W); keys where `seen` (B,1,1,L) is False stay out."
     qkv = tokenwise(layer, "enter", x).chunk(3, -1)
@@ -38,7 +38,7 @@ def key_mask(mask):
         return None
     return mask.bool()[:, None, None]
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #cbbe91e9
+# %% ../../nbs/4_model/16_siglip_features.ipynb #c2bb5637
 WALKS = ("short", "box", "long")
 
 
@@ -65,7 +65,7 @@ def walk_head(model, walk):
     heads = dict(short=model.text_model.head, box=model.boxtext_head, long=model.longtext_head)
     return heads[walk]
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #d54de0fb
+# %% ../../nbs/4_model/16_siglip_features.ipynb #75c42752
 def check_ids(ids, walk, limit, attention_mask=None):
     "ValueError where ids (T,L) do not fit the walk; a warning where they fit and features change."
     length = ids.shape[-1]
@@ -93,7 +93,7 @@ def check_ids(ids, walk, limit, attention_mask=None):
             "the official ones, which are computed without a mask"
         )
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #bbbb46a5
+# %% ../../nbs/4_model/16_siglip_features.ipynb #db268e1c
 def walk_features(model, ids, walk="short", attention_mask=None, position_ids=None):
     """Padded ids (T,L) int64 -> features (T,D), not normalised.
 
@@ -112,7 +112,7 @@ def walk_features(model, ids, walk="short", attention_mask=None, position_ids=No
     state = run_layer(model, _last_position, last, x, seen)
     return walk_head(model, walk)(model.text_model.final_layer_norm(state))
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #83102b9c
+# %% ../../nbs/4_model/16_siglip_features.ipynb #24d72790
 def grid_mask(spatial_shapes, length):
     "Grids (B,2) -> (B,length) True where the row holds a patch."
     count = spatial_shapes.prod(-1, keepdim=True)
@@ -136,7 +136,7 @@ def patch_states(model, pixel_values, pixel_attention_mask, spatial_shapes):
         x = run_layer(model, _layer, layer, x, seen)
     return tower.post_layernorm(x), seen
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #e69128bb
+# %% ../../nbs/4_model/16_siglip_features.ipynb #325fe88e
 def pool_states(head, heads, queries, states, seen=None):
     """Queries (B,Q,W) over states (B,M,W) -> (B,Q,W) through a pooling head with `heads` heads.
 
@@ -164,7 +164,7 @@ def pool_dense(model, states, seen):
     heads = model.config.vision_config.num_attention_heads
     return pool_states(model.dense_feature_head, heads, states, states, seen)
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #3a1da700
+# %% ../../nbs/4_model/16_siglip_features.ipynb #5433e1f4
 def pool_grids(dense, spatial_shapes, boxes, box_image):
     """Dense features (B,M,D), boxes (R,4) xyxy in cells, pictures (R,) -> (R,D), not normalised.
 
@@ -177,13 +177,13 @@ def pool_grids(dense, spatial_shapes, boxes, box_image):
         rows = boxes[order].split(counts)
         for row, grid, patches in zip(rows, spatial_shapes.tolist(), dense):
             if len(row):
-                weights = roi_weights(row, *grid, dtype=dtype).flatten(1)
+                weights = roi_weights(row, *grid, dtype=dtype, geometry=dtype).flatten(1)
                 pooled.append(weights @ patches[: weights.shape[1]].to(dtype))
     if not pooled:
         return dense.new_zeros(0, dense.shape[-1], dtype=dtype)
     return torch.cat(pooled)[torch.argsort(order)]
 
-# %% ../../nbs/4_model/16_siglip_features.ipynb #f386ab05
+# %% ../../nbs/4_model/16_siglip_features.ipynb #2f6081d2
 def cells_of_shares(boxes, box_image, spatial_shapes):
     "Boxes (R,4) xyxy from 0 to 1 and their pictures (R,) -> boxes in cells of their grids."
     sides = spatial_shapes.to(boxes.device)[box_image].flip(-1).to(boxes.dtype)
