@@ -9,19 +9,20 @@ __all__ = ['roi_align_1x1']
 import torch
 
 # %% ../../nbs/4_model/00_roi.ipynb #53b1d059
-def _extent(start, end):
+def _extent(start, end, geometry=torch.float32):
     "Ends of R boxes on one axis, in cells -> number of points (R,), rounded as in the reference."
-    count = torch.ceil((end.float() - 0.5) - (start.float() - 0.5))
+    count = torch.ceil((end.to(geometry) - 0.5) - (start.to(geometry) - 0.5))
     return torch.where(torch.isfinite(count), count, 0.0).clamp(min=0)
 
 # %% ../../nbs/4_model/00_roi.ipynb #88e85f1d
-def _points(start, end, size, dtype):
+def _points(start, end, size, dtype, geometry=torch.float32):
     """Ends of R boxes along an axis of `size` cells -> their sample points near the map.
 
     Returns the points (R, 2*size+5), counted from the centre of the first cell; whether each exists
     and lies no further than a cell outside the map; the true number of points (R,)."""
-    count = _extent(start, end).to(dtype)
-    begin, finish = (torch.nan_to_num(e.float(), posinf=0, neginf=0) - 0.5 for e in (start, end))
+    count = _extent(start, end, geometry).to(dtype)
+    finite = (torch.nan_to_num(e.to(geometry), posinf=0, neginf=0) for e in (start, end))
+    begin, finish = (e - 0.5 for e in finite)
     begin, extent = begin.to(dtype), (finish - begin).to(dtype)
     step = extent / count.clamp(min=1)
     skip = torch.floor((-1 - begin) / step.clamp(min=0.25) - 0.5).clamp(min=0)
@@ -30,28 +31,29 @@ def _points(start, end, size, dtype):
     return points, (number < count[:, None]) & (points >= -1) & (points <= size), count
 
 # %% ../../nbs/4_model/00_roi.ipynb #32e4d1ab
-def axis_weights(start, end, size, dtype=torch.float32):
+def axis_weights(start, end, size, dtype=torch.float32, geometry=torch.float32):
     """Ends of R boxes on one axis, in cells -> weights (R,size) of the cells.
 
     They sum to 1 where the box lies inside the map. A box without extent, or with its ends
     exchanged, gets zeros."""
-    points, counts, number = _points(start, end, size, dtype)
+    points, counts, number = _points(start, end, size, dtype, geometry)
     points = points.clamp(0, size - 1)
     cells = torch.arange(size, device=start.device, dtype=dtype)
     triangles = (1 - (points[..., None] - cells).abs()).clamp(min=0)
     return (triangles * counts[..., None]).sum(1) / number.clamp(min=1)[:, None]
 
 # %% ../../nbs/4_model/00_roi.ipynb #02abd1a8
-def roi_weights(boxes, rows, columns, dtype=torch.float32):
+def roi_weights(boxes, rows, columns, dtype=torch.float32, geometry=torch.float32):
     """Boxes (R,4) xyxy in cells -> weights (R,rows,columns).
 
     The pooled feature is the sum of weight times feature over the cells. Equals RoIAlign with one
     output cell, aligned, adaptive sampling (He et al., Mask R-CNN; torchvision's `roi_align`).
-    A box with no area, or wholly outside, gets zeros."""
+    A box with no area, or wholly outside, gets zeros. geometry: the dtype in which boxes become
+    sample points; FG-CLIP rounds them to float32 even where its features are float64."""
     x1, y1, x2, y2 = boxes.unbind(-1)
-    inside = ((_extent(x1, x2) > 0) & (_extent(y1, y2) > 0)).to(dtype)
-    down = axis_weights(y1, y2, rows, dtype)
-    across = axis_weights(x1, x2, columns, dtype) * inside[:, None]
+    inside = ((_extent(x1, x2, geometry) > 0) & (_extent(y1, y2, geometry) > 0)).to(dtype)
+    down = axis_weights(y1, y2, rows, dtype, geometry)
+    across = axis_weights(x1, x2, columns, dtype, geometry) * inside[:, None]
     return down[:, :, None] * across[:, None, :]
 
 # %% ../../nbs/4_model/00_roi.ipynb #179b7c8c
