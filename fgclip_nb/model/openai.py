@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/4_model/09_openai.ipynb #8e0ffb41
-import re, warnings, zipfile
+import re, zipfile
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.model.weights import only_tensors, read_pickle
+from fgclip_nb.model.archive import read_archive
+from fgclip_nb.model.weights import is_torchscript, only_tensors, read_pickle
 
 # %% ../../nbs/4_model/09_openai.ipynb #a166eac4
 def read_openai(path) -> dict:
@@ -20,17 +21,11 @@ def read_openai(path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    if not any(n.endswith("/constants.pkl") for n in names):
-        return only_tensors(read_pickle(path), path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        except RuntimeError as e:
-            raise DataError(
-                f"{path}: not a readable TorchScript archive ({str(e).splitlines()[0]})"
-            ) from e
+    try:
+        scripted = is_torchscript(path)
+    except (DataError, zipfile.BadZipFile, OSError) as e:
+        raise DataError(f"{path}: not a readable PyTorch file ({e})") from e
+    return read_archive(path) if scripted else only_tensors(read_pickle(path), path)
 
 # %% ../../nbs/4_model/09_openai.ipynb #4f7ad993
 RENAMED = [

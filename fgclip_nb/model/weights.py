@@ -6,7 +6,7 @@
 __all__ = ['LoadReport']
 
 # %% ../../nbs/4_model/08_weights.ipynb #fa869207
-import json, pickle, re
+import json, pickle, re, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -76,20 +76,48 @@ def _read_safetensors(path):
     except (SafetensorError, OSError, ValueError) as e:
         raise DataError(f"{path}: not a readable safetensors file ({e})") from e
 
+# %% ../../nbs/4_model/08_weights.ipynb #be727040
+HOW_TO_CONVERT = (
+    "If you trust the file, convert it once, where it can do no harm: "
+    "torch.save(dict(torch.jit.load(FILE).state_dict()), 'converted.pt'), and load that"
+)
+
+
+def check_expansion(archive) -> dict:
+    "Entries of an open ZipFile by name; DataError where they are twice there or grow too much."
+    entries = {e.filename: e for e in archive.infolist()}
+    if len(entries) != len(archive.infolist()):
+        raise DataError("the zip has two entries of one name")
+    packed = Path(archive.filename).stat().st_size
+    grown = sum(e.file_size for e in entries.values())
+    if grown > 4 * packed + (16 << 20):
+        raise DataError(f"the zip's {packed:,} bytes would unpack to {grown:,}")
+    return entries
+
 # %% ../../nbs/4_model/08_weights.ipynb #2fefee6c
+def is_torchscript(path) -> bool:
+    "Is a file a TorchScript archive, by the names in its zip?"
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(n.endswith("/constants.pkl") for n in check_expansion(archive))
+
+
 def read_pickle(path):
     """What torch.save wrote, without running code.
 
     DataError where the file holds more than tensors, or is none of PyTorch's."""
     try:
+        if is_torchscript(path):
+            raise DataError(f"it is a TorchScript archive, which holds code. {HOW_TO_CONVERT}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
+        reason = (str(e).splitlines() or [""])[0]
         raise DataError(
             f"{path}: refused, the file holds more than tensors "
             f"and could run code when opened ({reason})"
         ) from e
-    except (RuntimeError, EOFError, ValueError, OSError) as e:
+    except Exception as e:
         raise DataError(f"{path}: not a readable PyTorch file ({e})") from e
 
 # %% ../../nbs/4_model/08_weights.ipynb #724049be

@@ -1,0 +1,273 @@
+"""Model files, run folders and logs that were made to harm: nothing is run, nothing takes for
+ever, and every refusal is a sentence that names the file.
+
+No notebook cell: crafted archives and dozens of broken files."""
+
+import io
+import os
+import pickle
+import warnings
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from fgclip_nb.core.identity import DataError
+from fgclip_nb.model.fgclip import FGCLIP
+from fgclip_nb.model.openai import read_openai
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+# A TorchScript archive is read and not run
+
+
+class Inner(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2).to(dtype))
+        self.register_parameter("bias", None)
+        self.register_buffer("turned", torch.arange(6).view(2, 3).T)
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+class Honest(nn.Module):
+    "Shared weights, a view into a larger storage, empty and scalar tensors, attributes of all kinds."
+
+    def __init__(self):
+        super().__init__()
+        self.small = Inner(torch.float16)
+        self.rest = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.twice = self.rest[0].weight
+        self.same = self.small
+        large = torch.randn(10, 10, dtype=torch.float64)
+        self.register_buffer("part", large[2:5, ::3])
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("brain", torch.tensor(2.5, dtype=torch.bfloat16))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("passing", torch.ones(2), persistent=False)
+        self.plain = torch.ones(5)
+        self.texts = ["a", "b"]
+        self.table = {"x": 2**40}
+        self.numbers = [1, 2, 3]
+        self.tensors = [torch.ones(1), torch.zeros(2)]
+        self.pair = (1, 2.5, None, -7)
+        self.device = torch.device("cpu")
+
+    def forward(self, x: torch.Tensor):
+        return self.rest(x) + torch.ones(4)
+
+
+def script(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("module", [Honest, lambda: nn.MultiheadAttention(8, 2)])
+def test_an_honest_archive_gives_what_torch_gives(tmp_path, module):
+    path = script(module(), tmp_path / "model.pt")
+    ours, theirs = read_openai(path), torch.jit.load(path).state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+def test_a_traced_archive_gives_what_torch_gives(tmp_path):
+    torch.jit.trace(Honest().eval(), torch.ones(2, 3)).save(str(tmp_path / "traced.pt"))
+    ours, theirs = (
+        read_openai(tmp_path / "traced.pt"),
+        torch.jit.load(tmp_path / "traced.pt").state_dict(),
+    )
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[n], t) for n, t in theirs.items())
+
+
+class Restoring(nn.Module):
+    "Its `__setstate__` writes a file."
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.path, self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
+        self.path = state[0]
+        self.weight = torch.from_file(state[0], True, 2).copy_(state[1])
+        self.training = state[2]
+
+
+class Holder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Holder, lambda m: nn.Sequential(Holder(m))])
+def test_setstate_of_an_archive_is_not_run(tmp_path, wrap):
+    harmed = tmp_path / "harmed"
+    path = script(wrap(Restoring(str(harmed))), tmp_path / "evil.pt")
+    for load in (read_openai, FGCLIP.from_openai):
+        with pytest.raises(DataError, match="evil.pt.*nothing of the archive was run.*convert"):
+            load(path)
+    assert not harmed.exists()
+    torch.jit.load(path)
+    assert harmed.exists()  # the archive is as evil as it should be
+
+
+def test_an_archive_named_like_transformers_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    script(Restoring(str(tmp_path / "harmed")), tmp_path / "pytorch_model.bin")
+    with pytest.raises(DataError, match="pytorch_model.bin.*TorchScript archive.*convert"):
+        FGCLIP.from_clip(tmp_path)
+    assert not (tmp_path / "harmed").exists()
+
+
+def rewritten(path, change, compression=zipfile.ZIP_STORED):
+    "A copy of a zip whose entries went through `change(name, bytes)`; None leaves one out."
+    other = path.with_name("changed.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w", compression) as new:
+        for entry in old.infolist():
+            data = change(entry.filename, old.read(entry))
+            if data is not None:
+                new.writestr(entry.filename, data)
+    return other
+
+
+class Run:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def pickles(harmed):
+    "Pickles that would do something, end late, or fill the memory."
+    nested = b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b"."
+    return {
+        "a call": pickle.dumps(Run(harmed), protocol=2),
+        "an object": f"\x80\x02(S'touch {harmed}'\nios\nsystem\n.".encode("latin1"),
+        "an extension": b"\x80\x02\x82\x01.",
+        "a global": b"\x80\x02cbuiltins\neval\nX\x05\x00\x00\x001 + 1\x85R.",
+        "a class": b"\x80\x02ctorch.nn\nModule\n)\x81}b.",
+        "a far place in memory": b"\x80\x02Nr\xff\xff\xff\xff0.",
+        "a long text": b"\x80\x02X\xff\xff\xff\x7fabc.",
+        "deep tuples": nested,
+        "nothing": b"",
+        "a torn end": b"\x80\x02(",
+        "no module": b"\x80\x02N.",
+        "an object in itself": b"\x80\x02c__torch__\nHolder\n)\x81q\x00}"
+        b"X\x05\x00\x00\x00innerh\x00sb.",
+    }
+
+
+@pytest.mark.parametrize("kind", list(pickles("")))
+def test_hostile_pickles_in_an_archive(tmp_path, kind):
+    harmed = tmp_path / "harmed"
+    path = script(Holder(nn.Linear(2, 2)), tmp_path / "honest.pt")
+    data = pickles(harmed)[kind]
+    changed = rewritten(path, lambda n, old: data if n.endswith("/data.pkl") else old)
+    with pytest.raises(DataError, match="changed.pt: not a readable TorchScript archive"):
+        read_openai(changed)
+    assert not harmed.exists()
+
+
+def with_numbers(path, count=4, offset=0, size=(2, 2), stride=(2, 1)):
+    "Pickle of a Linear(2, 2) whose weight says this about itself."
+    out = io.BytesIO()
+    with zipfile.ZipFile(path) as archive:
+        start = archive.read("honest/data.pkl").partition(b"q")[0]  # its class's name varies
+    out.write(start + b")\x81}(X\x06\x00\x00\x00weight")
+    out.write(
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    )
+    out.write(b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu")
+
+    def number(n):
+        digits = n.to_bytes(9, "little", signed=True)
+        out.write(b"\x8a\x09" + digits)
+
+    number(count)
+    out.write(b"tQ")
+    number(offset)
+    for sides in (size, stride):
+        out.write(b"(")
+        [number(n) for n in sides]
+        out.write(b"t")
+    out.write(b"\x89}tRub.")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(count=2**60),
+        dict(count=-1),
+        dict(offset=1),
+        dict(offset=-1),
+        dict(size=(2**31, 2**31), stride=(0, 0)),
+        dict(size=(2, 2), stride=(2**61, 2**61)),
+        dict(size=(-2, -2)),
+        dict(size=(2,)),
+        dict(size=(1,) * 100, stride=(1,) * 100),
+    ],
+)
+def test_sizes_are_held_against_the_numbers_there_are(tmp_path, sizes):
+    path = script(nn.Linear(2, 2), tmp_path / "honest.pt")
+
+    def changed(**sizes):
+        data = with_numbers(path, **sizes)
+        return rewritten(path, lambda n, old: data if n.endswith("/data.pkl") else old)
+
+    assert torch.equal(read_openai(changed())["weight"], read_openai(path)["weight"])
+    with pytest.raises(DataError, match="changed.pt: not a readable TorchScript archive"):
+        read_openai(changed(**sizes))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zips_that_are_more_than_they_seem(tmp_path):
+    path = script(nn.Linear(2, 2), tmp_path / "honest.pt")
+    bomb = rewritten(
+        path, lambda n, old: bytes(64 << 20) if n.endswith("/data/0") else old, zipfile.ZIP_DEFLATED
+    )
+    with pytest.raises(DataError, match="would unpack to"):
+        read_openai(bomb)
+    double = tmp_path / "double.pt"
+    double.write_bytes(path.read_bytes())
+    with zipfile.ZipFile(double, "a") as archive:
+        archive.writestr("honest/data.pkl", b"N.")
+    with pytest.raises(DataError, match="two entries of one name"):
+        read_openai(double)
+    for lacking in ("/data.pkl", "/data/0", ".py"):
+        torn = rewritten(path, lambda n, old, end=lacking: None if n.endswith(end) else old)
+        with pytest.raises(DataError, match="lacks code/" if lacking == ".py" else lacking[1:]):
+            read_openai(torn)
+
+
+def test_bytes_of_any_kind_are_a_sentence(tmp_path):
+    path = script(Holder(nn.Linear(2, 2)), tmp_path / "honest.pt")
+    data = path.read_bytes()
+    changed = tmp_path / "changed.pt"
+    for i in range(0, len(data), 61):
+        changed.write_bytes(data[:i] + bytes([data[i] ^ 0x55]) + data[i + 1 :])
+        try:
+            read_openai(changed)
+        except DataError as e:
+            assert "changed.pt" in str(e)
