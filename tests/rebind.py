@@ -1,4 +1,5 @@
-"""Puts another function in the place of one of the package's, in every room that has imported it: what a test that breaks a training needs.
+"""Puts another function in the place of one of the package's, in every room that has imported it:
+what a test that breaks a training needs.
 
 It is no cell because notebooks break nothing."""
 

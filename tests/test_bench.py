@@ -1,4 +1,5 @@
-"""The step that trains and the plain step of the benchmark compute the same, whatever a batch lacks; and a difference is noticed."""
+"""The step that trains and the plain step of the benchmark compute the same, whatever a batch
+lacks; and a difference is noticed."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The report notebook under papermill: it runs on a user's folder, stops when told to, and checks its parameters."""
+"""The report notebook under papermill: it runs on a user's folder, stops when told to, and checks
+its parameters."""
 
 import ast, json, os, subprocess, sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def test_the_parameters_cell_is_tagged_and_read():
 
 
 def test_the_report_has_the_defaults_of_training():
-    "What it says about floors, drawn regions and small boxes is about the run that the same command without parameters starts."
+    """What it says about floors, drawn regions and small boxes is about the run that the same
+    command without parameters starts."""
     from papermill.inspection import inspect_notebook
     from fgclip_nb.core.config import known_parameters
 
@@ -84,7 +86,8 @@ def test_the_shipped_sample_has_nothing_to_fix(tmp_path):
 
 @pytest.mark.ci
 def test_clips_tell_what_sampled_frames_miss(tmp_path):
-    "Eight frames a segment leave one track out; the first 512 frames of each video would leave out eleven segments and thirty tracks."
+    """Eight frames a segment leave one track out; the first 512 frames of each video would leave
+    out eleven segments and thirty tracks."""
     done = papermill(
         tmp_path / "o.ipynb", ("data", "video_sample"), ("output", tmp_path / "out"), ("pages", 0)
     )

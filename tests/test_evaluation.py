@@ -1,7 +1,7 @@
 """What a cell cannot check: whole evaluations over excerpts of the public benchmarks, other
-programs' models and features, speed, the notebook under papermill."""
+programs' models and features, ranks one pair at a time, the notebook under papermill."""
 
-import dataclasses, json, shutil, subprocess, sys, time
+import dataclasses, json, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -761,12 +761,10 @@ def test_wrong_questions_are_refused(model, photos):
         retrieval(np.ones((2, 3)), np.ones((3, 3)))
 
 
-def test_much_faster_than_one_pair_at_a_time(model):
+def test_batched_ranks_equal_those_of_one_pair_at_a_time(model):
     from fgclip_nb.evaluation.tasks import Settings
     from fgclip_nb.data.photos import normalize, read_image
-    from fgclip_nb.text.packing import (
-        tokenize,
-    )  # processor time: other processes on the machine do not count
+    from fgclip_nb.text.packing import tokenize
 
     def hard(sample):
         "Regions with hard negatives, and with these alone."
@@ -791,20 +789,12 @@ def test_much_faster_than_one_pair_at_a_time(model):
         )
 
     with torch.inference_mode():
-        score(*pairs[0], "warm up")
-        begun = time.process_time()
         slow = [score(s, r, r.phrase) > max(score(s, r, n) for n in r.negatives) for s, r in pairs]
-        middle = time.process_time()
     scored = TASKS["hard_negatives"](Encoder(model), samples, Settings(permutations=0)).ranked[
         "hard"
     ]
-    each = (middle - begun) / len(pairs), (time.process_time() - middle) / len(scored)
     place = dict(zip(scored.ids, scored.ranks))
     assert [place[r.id] == 1 for _, r in pairs] == slow
-    alone, batched = (1e3 * seconds for seconds in each)
-    message = f"{alone:.1f} ms per region one pair at a time, {batched:.1f} ms batched"
-    print(message, f"{alone / batched:.0f} x")
-    assert alone > 5 * batched, message
 
 
 @pytest.mark.ci
@@ -859,7 +849,6 @@ def test_notebook_runs_under_papermill(tmp_path):
 @pytest.mark.ci
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the full FG-OVD files are not in this checkout")
 def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
-    begun = time.perf_counter()
     tables = evaluate(
         model, SHARED / "fgovd", ["hard_negatives"], media_root=coco, permutations=20
     ).results["hard_negatives"]
@@ -879,4 +868,3 @@ def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
         0,
         0,
     ]
-    assert time.perf_counter() - begun < 600

@@ -1,4 +1,5 @@
-"""Logs that this package did not write, and runs that are still going: whole files and processes, which a notebook cell cannot show."""
+"""Logs that this package did not write, and runs that are still going: whole files and processes,
+which a notebook cell cannot show."""
 
 import subprocess, sys
 from pathlib import Path
@@ -91,7 +92,8 @@ def test_colours_carriage_returns_nan_and_noise_do_not_matter(tmp_path):
     log = tmp_path / "messy.log"
     lines = ["\x1b[32mINFO\x1b[0m starting  50%|#####     | 3/6\r"]
     lines += [
-        f"\x1b[32mINFO\x1b[0m [LOSS] Step {s} Epoch 0.1 total={'nan' if s == 30 else 3.0} global=1.0 region=1.4 hard=2.0\r"
+        f"\x1b[32mINFO\x1b[0m [LOSS] Step {s} Epoch 0.1 total={'nan' if s == 30 else 3.0} "
+        f"global=1.0 region=1.4 hard=2.0\r"
         for s in range(10, 100, 10)
     ]
     log.write_text("\n".join(lines) + "\n[LOSS] Step 100 Ep", encoding="latin-1")
@@ -110,7 +112,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_the_command_reads_text_without_torch():
     code = (
         "import sys; from fgclip_nb.diagnostics.__main__ import main; main(sys.argv[1:]); "
-        "loaded = {'torch', 'tensorboard', 'matplotlib'} & set(sys.modules); assert not loaded, loaded"
+        "loaded = {'torch', 'tensorboard', 'matplotlib'} & set(sys.modules); "
+        "assert not loaded, loaded"
     )
     r = subprocess.run(
         [sys.executable, "-c", code, str(LOGS / "old_project.log"), str(LOGS / "hf_chance")],
@@ -162,7 +165,8 @@ def test_a_folder_that_just_started(tmp_path):
 
 
 def test_four_decimals_and_lines_after_the_last_loss_are_enough(tmp_path):
-    "A short excerpt, as somebody pastes it: the printed scale is rounded once more, and the bank's line comes last."
+    """A short excerpt, as somebody pastes it: the printed scale is rounded once more, and the
+    bank's line comes last."""
     log = tmp_path / "old.log"
     log.write_text(
         "[DIAG] logits_i2t: min=-0.6758, max=0.5508, mean=-0.0410, std=0.2012\n"

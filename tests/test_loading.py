@@ -1,5 +1,7 @@
-"""Weight files: what is read, what is refused and by which name, and the proof that what was read is what the source computes.
-No notebook cell: dozens of small folders on disk, a hostile pickle, and stand-ins for the network."""
+"""Weight files: what is read, what is refused and by which name, and the proof that what was read
+is what the source computes.
+
+No notebook cell: dozens of small folders on disk, a hostile pickle, stand-ins for the network."""
 
 import json
 import os
@@ -29,7 +31,8 @@ SMALL = dict(
 
 @pytest.fixture
 def official(tmp_path):
-    "A folder as the official repository publishes it: remote-code entries, and tensors that a test may change first."
+    """A folder as the official repository publishes it: remote-code entries, and tensors that a
+    test may change first."""
 
     def make(
         change=lambda t: t, write=lambda t, f: save_file(t, f / "model.safetensors"), **config
@@ -269,7 +272,10 @@ def test_trained_temperatures_and_positions_are_kept(official):
 
 
 def test_another_temperature_is_refused_or_overridden(official):
-    both_values = r"logit_scale is stored as 2.7000 \(exp 14.88\), but logit_scale_init asks for 4.6052 \(exp 100.00\)"
+    both_values = (
+        r"logit_scale is stored as 2.7000 \(exp 14.88\), "
+        r"but logit_scale_init asks for 4.6052 \(exp 100.00\)"
+    )
     with pytest.raises(ConfigError, match=both_values):
         FGCLIP.from_pretrained(official(), logit_scale_init=4.6052)
     model = FGCLIP.from_pretrained(official(), logit_scale_init=4.6052, override_logit_scale=True)
@@ -510,9 +516,10 @@ def test_push_to_hub_uploads_what_is_saved(monkeypatch):
     monkeypatch.setattr(
         hub, "create_and_tag_model_card", lambda *a, **kw: huggingface_hub.ModelCard("---\n---\n")
     )
-    upload = lambda self, folder, repo, **kw: sent.update(
-        {f: os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)}
-    )
+
+    def upload(self, folder, repo, **kw):
+        sent.update({f: os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)})
+
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
     monkeypatch.setattr(
         huggingface_hub.ModelCard, "push_to_hub", lambda self, repo, **kw: cards.append(str(self))

@@ -1,4 +1,5 @@
-"""README's recipe for UCF-Crime, step by step, on a folder of its shape: class folders, region JSON, UCA's sentences, cache, training."""
+"""README's recipe for UCF-Crime, step by step, on a folder of its shape: class folders, region
+JSON, UCA's sentences, cache, training."""
 
 import json, os, shutil, subprocess, sys
 
