@@ -104,19 +104,19 @@ def golden_batch(setting="stage2", dtype=torch.float32):
         else []
     )
     phrases, groups = unpadded(x["box_texts"]), unpadded(x["hard_texts"])
-    found = [
+    places = [
         r
         for _, h in hard
         for r, (_, s) in enumerate(slots)
         if torch.equal(x["box_infos"][s], x["hard_infos"][h])
     ]
     boxes, image = x["box_infos"][[s for _, s in slots]], [i for i, _ in slots]
-    if len(found) != len(hard):  # hard boxes that are not among the boxes stand behind them
+    if len(places) != len(hard):  # hard boxes that are not among the boxes stand behind them
         boxes, image = (
             torch.cat([boxes, x["hard_infos"][[h for _, h in hard]]]),
             image + [i for i, _ in hard],
         )
-        found = range(len(slots), len(slots) + len(hard))
+        places = range(len(slots), len(slots) + len(hard))
     rows = [phrases[s] for _, s in slots] + [groups[11 * k] for k in range(len(hard))][
         : len(image) - len(slots)
     ]
@@ -128,7 +128,7 @@ def golden_batch(setting="stage2", dtype=torch.float32):
         image,
         rows,
         [groups[11 * k : 11 * k + 11] for k in range(len(hard))],
-        found,
+        places,
     )
     return batch, len(slots)
 

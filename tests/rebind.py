@@ -13,9 +13,9 @@ def rooms_with(name: str) -> list:
     loaded = [
         m for n, m in sorted(sys.modules.items()) if n.startswith("fgclip_nb.") and m is not None
     ]
-    found = [m for m in loaded if name in vars(m)]
-    assert found, f"no room of the package knows {name}"
-    return found
+    knowing = [m for m in loaded if name in vars(m)]
+    assert knowing, f"no room of the package knows {name}"
+    return knowing
 
 
 def rebind(name: str, wrapper):

@@ -350,10 +350,10 @@ def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
         Sample(n, str(tmp_path / f"{n}.jpg"), captions=(f"photo {n}",))
         for n in ("whole", "cut", "absent")
     ]
-    found = caption_retrieval(model, samples, permutations=20)
+    measured = caption_retrieval(model, samples, permutations=20)
     assert (
-        found["lost"] == {"photo unreadable": 1, "photo missing": 1}
-        and found["i2t"]["queries"] == 1
+        measured["lost"] == {"photo unreadable": 1, "photo missing": 1}
+        and measured["i2t"]["queries"] == 1
     )
     with pytest.raises(DataError, match="no readable photo"):
         caption_retrieval(model, samples[1:])
@@ -414,7 +414,7 @@ def test_clips_are_the_mean_of_their_frames_and_regions_of_theirs(model):
         frames = model.get_image_features(normalize(torch.from_numpy(inputs.frames)))
     assert rows_.tolist() == [0, 1] and np.allclose(features[0], frames.mean(0).numpy(), atol=1e-5)
     with_regions = next(s for s in clips if s.regions)
-    found, regions = encoder.clip_regions(with_regions, lambda r: True)
+    region_features, regions = encoder.clip_regions(with_regions, lambda r: True)
     inputs = clip_inputs(with_regions, 6, 112)
     shown = np.flatnonzero(inputs.visible[0])
     boxes = [torch.from_numpy(inputs.boxes[0][[t]] * 7) for t in shown]
@@ -422,8 +422,8 @@ def test_clips_are_the_mean_of_their_frames_and_regions_of_theirs(model):
         own = model.get_image_box_roi_features(
             normalize(torch.from_numpy(inputs.frames[shown])), boxes
         )
-    assert len(found) == len(regions) == len(inputs.regions) and np.allclose(
-        found[0], own.mean(0).numpy(), atol=1e-5
+    assert len(region_features) == len(regions) == len(inputs.regions) and np.allclose(
+        region_features[0], own.mean(0).numpy(), atol=1e-5
     )
     table = evaluate(encoder, clips[:4], ["long_retrieval"], permutations=20).results[
         "long_retrieval"
@@ -538,10 +538,10 @@ def test_every_kind_of_weights_through_evaluate(sources, photos, source, monkeyp
     at, fine, clip = sources
 
     def download(repo, filename, **kw):  # a stand-in for the network
-        found = at / {"hub/fine": "official", "hub/clip": "clip"}[repo] / filename
-        if not found.exists():
+        path = at / {"hub/fine": "official", "hub/clip": "clip"}[repo] / filename
+        if not path.exists():
             raise EntryNotFoundError(filename)
-        return str(found)
+        return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     tasks = ["short_retrieval", "long_retrieval", "caption_negatives"] + ["hard_negatives"] * (
@@ -711,11 +711,11 @@ def test_evaluations_are_found_and_laid_side_by_side(model, photos, tmp_path):
         (a, "second/evaluation"),
     ):
         save_evaluation(e, tmp_path / place)
-    found = load_evaluations(tmp_path / "first", f"{tmp_path}/sec*")
-    assert list(found) == ["first", "second", "baseline b"] and not load_evaluations(
+    evaluations = load_evaluations(tmp_path / "first", f"{tmp_path}/sec*")
+    assert list(evaluations) == ["first", "second", "baseline b"] and not load_evaluations(
         tmp_path / "nowhere*"
     )
-    table = side_by_side(found)
+    table = side_by_side(evaluations)
     assert (
         list(table.columns) == ["items", "chance", "first", "second", "baseline b"]
         and (table["first"] == table["second"]).all()
@@ -725,18 +725,18 @@ def test_evaluations_are_found_and_laid_side_by_side(model, photos, tmp_path):
         "i2t",
         "mean_rank",
     ) in table.index
-    assert evaluation_notes(found) == [
+    assert evaluation_notes(evaluations) == [
         "baseline b and first: another image size, a property of the models."
     ]
     other = evaluate(model, photos[:9], tasks, permutations=20, ties="official")
-    assert "other samples, another tie rule" in evaluation_notes(found | {"other": other})[0]
-    paired = compare_evaluations(found["first"], found["baseline b"])
+    assert "other samples, another tie rule" in evaluation_notes(evaluations | {"other": other})[0]
+    paired = compare_evaluations(evaluations["first"], evaluations["baseline b"])
     assert (
         len(few) < ENOUGH_PHOTOS
         and not paired.decided.any()
         and set(paired.photos) <= set(range(1, 9))
     )
-    plot_side_by_side(found), plot_paired(paired)
+    plot_side_by_side(evaluations), plot_paired(paired)
 
 
 def test_wrong_questions_are_refused(model, photos):

@@ -190,12 +190,12 @@ def test_class_sentences(tmp_path):
     }
     (tmp_path / "classes.json").write_text(json.dumps(classes))
     region = Region("a man strikes a dog")
-    found = add_negatives(
+    completed = add_negatives(
         [sample(region, label="Abuse")],
         n=3,
         class_sentences=load_class_sentences(tmp_path / "classes.json"),
     )
-    assert set(found[0].regions[0].negatives) == {
+    assert set(completed[0].regions[0].negatives) == {
         "a house burns",
         "somebody lights a fire",
         "people walk by",

@@ -32,17 +32,17 @@ def test_the_old_projects_numbers(name):
 
 
 def test_targets_behind_the_last_step_are_not_reached():
-    found = results(LOGS / "old_project.log")
+    by_name = results(LOGS / "old_project.log")
     assert (
-        found["region_loss_by_step_200"] == "fail"
-        and found["region_loss_by_step_500"] == "not reached"
+        by_name["region_loss_by_step_200"] == "fail"
+        and by_name["region_loss_by_step_500"] == "not reached"
     )
 
 
 @pytest.mark.parametrize("name", ["healthy.log", "hf_healthy", "hf_healthy/trainer_state.json"])
 def test_a_healthy_log_trips_no_rule(name):
-    found = dx.verdicts(LOGS / name)
-    assert len(found) >= 10 and not [v for v in found if v.tripped]
+    verdicts = dx.verdicts(LOGS / name)
+    assert len(verdicts) >= 10 and not [v for v in verdicts if v.tripped]
 
 
 @pytest.mark.parametrize("step", range(1, 501, 7))
@@ -54,11 +54,11 @@ def test_a_healthy_log_trips_no_rule_at_any_moment(step):
 
 
 def test_trainer_state_at_chance():
-    found = results(LOGS / "hf_chance")
+    by_name = results(LOGS / "hf_chance")
     assert (
-        found["region_above_chance"] == "fail"
-        and found["scale_as_asked"] == "fail"
-        and found["scale_can_move"] == "fail"
+        by_name["region_above_chance"] == "fail"
+        and by_name["scale_as_asked"] == "fail"
+        and by_name["scale_can_move"] == "fail"
     )
 
 
@@ -78,14 +78,14 @@ def test_tensorboard_events(tmp_path):
             )
         )
     board.close()
-    found = results(tmp_path / "tb")
+    by_name = results(tmp_path / "tb")
     assert (
-        found["region_above_chance"] == "fail"
-        and found["scale_as_asked"] == "fail"
-        and found["bank_comes_on"] == "fail"
+        by_name["region_above_chance"] == "fail"
+        and by_name["scale_as_asked"] == "fail"
+        and by_name["bank_comes_on"] == "fail"
     )
     event_file = next((tmp_path / "tb").glob("*tfevents*"))
-    assert results(event_file) == found
+    assert results(event_file) == by_name
 
 
 def test_colours_carriage_returns_nan_and_noise_do_not_matter(tmp_path):
@@ -97,8 +97,10 @@ def test_colours_carriage_returns_nan_and_noise_do_not_matter(tmp_path):
         for s in range(10, 100, 10)
     ]
     log.write_text("\n".join(lines) + "\n[LOSS] Step 100 Ep", encoding="latin-1")
-    found = {v.name: v for v in dx.verdicts(log)}
-    assert found["finite_numbers"].result == "fail" and "step 30" in found["finite_numbers"].why
+    verdicts = {v.name: v for v in dx.verdicts(log)}
+    assert (
+        verdicts["finite_numbers"].result == "fail" and "step 30" in verdicts["finite_numbers"].why
+    )
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

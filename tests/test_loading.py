@@ -253,9 +253,9 @@ def test_from_clip(clip):
 
 def test_openai_ids_are_settled(clip):
     folder, _ = clip
-    for given, expected in (((0, 2, 1), (49406, 49407, 49407)), ((98, 99, 1), (98, 99, 99))):
+    for written, expected in (((0, 2, 1), (49406, 49407, 49407)), ((98, 99, 1), (98, 99, 99))):
         c = json.loads((folder / "config.json").read_text())
-        c["text_config"].update(zip(("bos_token_id", "eos_token_id", "pad_token_id"), given))
+        c["text_config"].update(zip(("bos_token_id", "eos_token_id", "pad_token_id"), written))
         (folder / "config.json").write_text(json.dumps(c))
         t = FGCLIP.from_clip(folder).config.text_config
         assert (t.bos_token_id, t.eos_token_id, t.pad_token_id) == expected
@@ -471,10 +471,10 @@ def test_hub_names_and_revisions(official, clip, monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    folders, asked = {"org/fg": official(), "org/clip": clip[0]}, []
+    folders, requests = {"org/fg": official(), "org/clip": clip[0]}, []
 
     def download(repo, filename, revision=None, **kw):
-        asked.append((repo, filename, revision))
+        requests.append((repo, filename, revision))
         if repo not in folders:
             raise LocalEntryNotFoundError("offline")
         if not (folders[repo] / filename).exists():
@@ -486,15 +486,15 @@ def test_hub_names_and_revisions(official, clip, monkeypatch, tmp_path):
         FGCLIP.from_pretrained("org/fg", revision="v1.0"), load_file(GOLDEN / "model.safetensors")
     )
     assert FGCLIP.from_clip("org/clip", revision="abc").load_report.source == "org/clip"
-    assert ("org/fg", "model.safetensors", "v1.0") in asked and (
+    assert ("org/fg", "model.safetensors", "v1.0") in requests and (
         "org/clip",
         "config.json",
         "abc",
-    ) in asked
+    ) in requests
     torch.save(as_openai(clip[1].state_dict()), clip[0] / "ViT.pt")
     assert (
         FGCLIP.from_openai("org/clip", filename="ViT.pt", revision="r").load_report.initialised
-        and ("org/clip", "ViT.pt", "r") in asked
+        and ("org/clip", "ViT.pt", "r") in requests
     )
     with pytest.raises(DataError, match="org/none: neither a folder here nor in the hub's cache"):
         FGCLIP.from_pretrained("org/none")

@@ -146,21 +146,21 @@ def work(rank, folder):
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous_{world}", rank=rank, world_size=world
         )
-        found = dict(
+        results = dict(
             functions=call_functions(rank, world),
             train=train(rank, world),
             cached=train(rank, world, 5, chunk=3 if world < 4 else 1),
             single=train(rank, world, 1, torch.float32),
         )
         gathered_unevenly(rank, world)
-        torch.save(found, Path(folder) / f"{world}_{rank}.pt")
+        torch.save(results, Path(folder) / f"{world}_{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "The folder in which four processes have left what they found."
+    "The folder in which four processes have left what they computed."
     folder = tmp_path_factory.mktemp("processes")
     context, until = (
         mp.start_processes(work, (str(folder),), nprocs=4, join=False, start_method="spawn"),
@@ -189,8 +189,8 @@ def alone():
 
 
 @pytest.fixture(params=WORLDS)
-def found(request, folder):
-    "What each of 1, 2 or 4 processes found, in rank order."
+def by_rank(request, folder):
+    "What each of 1, 2 or 4 processes computed, in rank order."
     return [
         torch.load(folder / f"{request.param}_{rank}.pt", weights_only=True)
         for rank in range(request.param)
@@ -216,8 +216,8 @@ def same_terms(one, other, **tolerance):
             assert x[k] == pytest.approx(y[k], rel=1e-5, abs=1e-6)
 
 
-def test_ten_steps_end_in_the_same_parameters_and_bank(found, alone):
-    for each in found:
+def test_ten_steps_end_in_the_same_parameters_and_bank(by_rank, alone):
+    for each in by_rank:
         same_terms(each["train"], alone["train"])
         for x, y in zip(each["train"]["grads"], alone["train"]["grads"]):
             same_named(x, y)
@@ -229,33 +229,33 @@ def test_ten_steps_end_in_the_same_parameters_and_bank(found, alone):
     ) == {"loss_global_short", "loss_global_long"}
 
 
-def test_every_process_reports_the_same_bitwise(found):
-    for each in found[1:]:
-        for x, y in zip(each["train"]["losses"], found[0]["train"]["losses"]):
+def test_every_process_reports_the_same_bitwise(by_rank):
+    for each in by_rank[1:]:
+        for x, y in zip(each["train"]["losses"], by_rank[0]["train"]["losses"]):
             assert all(torch.equal(x[k], y[k]) for k in y)
         assert all(
-            torch.equal(each["train"]["bank"][k], v) for k, v in found[0]["train"]["bank"].items()
+            torch.equal(each["train"]["bank"][k], v) for k, v in by_rank[0]["train"]["bank"].items()
         )
 
 
-def test_gradient_caching_within_each_process(found, alone):
-    for each in found:
+def test_gradient_caching_within_each_process(by_rank, alone):
+    for each in by_rank:
         same_terms(each["cached"], alone["five"])
         same_named(each["cached"]["parameters"], alone["five"]["parameters"], atol=1e-8)
         same_named(each["cached"]["bank"], alone["five"]["bank"])
 
 
-def test_losses_and_gradients_in_float32(found, alone):
-    for each in found:
+def test_losses_and_gradients_in_float32(by_rank, alone):
+    for each in by_rank:
         same_terms(each["single"], alone["single"], rtol=1e-5, atol=1e-6)
         for name, g in alone["single"]["grads"][0].items():
             assert (each["single"]["grads"][0][name] - g).norm() <= 1e-4 * g.norm() + 1e-6, name
 
 
-def test_called_directly_the_losses_and_the_bank_gather(found, alone):
-    for each in found:
+def test_called_directly_the_losses_and_the_bank_gather(by_rank, alone):
+    for each in by_rank:
         same_named(each["functions"]["losses"], alone["functions"]["losses"], rtol=1e-12)
         same_named(each["functions"]["bank"], alone["functions"]["bank"])
         near(each["functions"]["scale"], alone["functions"]["scale"])
     for k, whole in enumerate(alone["functions"]["grads"]):
-        near(torch.cat([each["functions"]["grads"][k] for each in found]), whole)
+        near(torch.cat([each["functions"]["grads"][k] for each in by_rank]), whole)

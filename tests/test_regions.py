@@ -273,7 +273,7 @@ def test_own_format(tmp_path, root):
 
 def test_levels_without_plain_negatives(tmp_path, root):
     region = {"bbox": BOX, "caption": "a red mug"}
-    for extra, found in (
+    for extra, by_level in (
         (
             {"negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}},
             {"easy": ("a dog",), "hard": ("a red jug",)},
@@ -295,8 +295,8 @@ def test_levels_without_plain_negatives(tmp_path, root):
             "regions.jsonl",
             lines=True,
         )
-        assert s[0].regions[0].levels() == found and s[0].regions[0].negatives == next(
-            iter(found.values()), ()
+        assert s[0].regions[0].levels() == by_level and s[0].regions[0].negatives == next(
+            iter(by_level.values()), ()
         )
     s, r = load(
         tmp_path,
@@ -431,8 +431,8 @@ def test_all_formats_are_told(tmp_path, root):
     for name, document in DOCUMENTS.items():
         write(tmp_path / f"{name}.json", document)
     formats = {
-        os.path.basename(f)[:-5]: found
-        for f, found in load_samples(tmp_path, root)[0].formats.items()
+        os.path.basename(f)[:-5]: format_name
+        for f, format_name in load_samples(tmp_path, root)[0].formats.items()
     }
     assert formats == {name: "coco" if name == "coco_captions" else name for name in DOCUMENTS}
 

@@ -60,11 +60,11 @@ def test_other_versions_code_or_data_are_named_before_the_run(short):
     )
     (short.path / "manifest.json").write_text(json.dumps(changed))
     try:
-        told = " ".join(reproduction.unlike_now(short))
+        differences = " ".join(reproduction.unlike_now(short))
     finally:
         (short.path / "manifest.json").write_text(kept)
     assert all(
-        w in told
+        w in differences
         for w in (
             "versions.torch was '1.0'",
             "code.package was '0000'",

@@ -186,14 +186,14 @@ def test_a_lone_keyframe_needs_its_own_frame():
     lone = Region("a lone keyframe", keyframes=(Keyframe(100, (0, 0, 0.5, 0.5)),))
     sample = Sample("s", str(CLIP), "video", regions=[lone])
     assert 100 not in sample_frames(LAST + 1, 10)
-    missed, found = (
+    missed, hit = (
         clip_inputs(sample, 10, 16, region_source=source) for source in ("boxes", "span")
     )
     assert (len(missed.regions), missed.rejects[0].rule, missed.coverage) == (0, "never_visible", 0)
     assert (
-        found.numbers[found.visible[0]].tolist() == [100]
-        and found.coverage == 0
-        and not found.in_clip[found.numbers == 100].any()
+        hit.numbers[hit.visible[0]].tolist() == [100]
+        and hit.coverage == 0
+        and not hit.in_clip[hit.numbers == 100].any()
     )
 
 

@@ -387,7 +387,7 @@ class NoMemory:
 def test_out_of_memory_names_the_batch_and_what_to_lower(world, tmp_path, kind):
     params = dict(world, output=str(tmp_path / "run"))
     assert micro.run(params, change=NoMemory(kind)) == 5
-    [told] = [
+    [message] = [
         line
         for p in tmp_path.glob("run.*.txt")
         for line in p.read_text().splitlines()
@@ -401,10 +401,10 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(world, tmp_path, kind):
         "regions in",
         "Lower first: `gradient_caching` from",
     ):
-        assert words in told, words
-    assert told.count(".png") == 4 and told.index("gradient_caching") < told.index(
+        assert words in message, words
+    assert message.count(".png") == 4 and message.index("gradient_caching") < message.index(
         "max_regions"
-    ) < told.index("`batch_size`")
+    ) < message.index("`batch_size`")
     assert micro.run(params) == 0, "the checkpoint of step 3 is intact"
 
 
