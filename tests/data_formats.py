@@ -1,4 +1,6 @@
-"""Small true-to-form data files of every format, as Python objects: what the tests of readers, filters and attacks start from."""
+"""Small true-to-form data files of every format, as Python objects.
+
+What the tests of readers, filters and attacks start from."""
 
 import json
 from pathlib import Path

@@ -148,10 +148,10 @@ def place_of(module: str) -> tuple:
 def imported_rooms(module: str, code: str) -> list:
     "Modules of the package that `code` in `module` imports, inside functions too."
     parts = module.split(".")
-    found = []
+    imported = []
     for n in ast.walk(ast.parse(code)):
         if isinstance(n, ast.Import):
-            found += [
+            imported += [
                 a.name.removeprefix("fgclip_nb.")
                 for a in n.names
                 if a.name.startswith("fgclip_nb.")
@@ -168,8 +168,8 @@ def imported_rooms(module: str, code: str) -> list:
                 for f in files
                 if (PACKAGE / (f.replace(".", "/") + ".py")).exists() or f in FLOORS
             ]
-            found += rooms or [whole] * bool(whole)
-    return found
+            imported += rooms or [whole] * bool(whole)
+    return imported
 
 
 def wrong_way_imports(module: str, code: str) -> list:
@@ -202,18 +202,18 @@ def ladders() -> list:
 def report(path: Path) -> str:
     "The facts of one room in a few lines."
     room = Room(path)
-    shown, told = room.shown_at_once(), [room.module]
-    told.append(
+    shown, lines = room.shown_at_once(), [room.module]
+    lines.append(
         f"{room.lines()} lines, {len(room.public())} public names, {path.stat().st_size // 1000} KB"
     )
-    told.append(f"{sum(shown)} of {len(shown)} exported cells shown at once")
+    lines.append(f"{sum(shown)} of {len(shown)} exported cells shown at once")
     for name in ("unshown", "used_before_defined"):
-        found = getattr(room, name)()
-        told += [f"{name}: {', '.join(found)}"] * bool(found)
-    told += wrong_way_imports(room.module, room.file.read_text())
+        names = getattr(room, name)()
+        lines += [f"{name}: {', '.join(names)}"] * bool(names)
+    lines += wrong_way_imports(room.module, room.file.read_text())
     if not any(c.outputs for c in room.code):
-        told.append("stored without outputs")
-    return "\n  ".join(told)
+        lines.append("stored without outputs")
+    return "\n  ".join(lines)
 
 
 if __name__ == "__main__":

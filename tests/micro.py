@@ -1,6 +1,8 @@
-"""A data set and a model that train in seconds, and a way to run a training in a real process that kills itself at a chosen event.
+"""A data set and a model that train in seconds, and trainings in real processes that kill
+themselves at a chosen event.
 
-Children come from a fork server that has imported the library once, so that twenty of them cost seconds, not minutes."""
+Children come from a fork server that has imported the library once, so that twenty of them cost
+seconds, not minutes."""
 
 import json, multiprocessing, os, signal
 from pathlib import Path
@@ -12,7 +14,9 @@ MODULES = ["fgclip_nb.training.__main__", "fgclip_nb.evaluation.results", "plant
 
 
 def micro_world(folder, photos=20, held_out=4):
-    """Photos with regions, and the folder of a two-layer model with random weights; returns parameters of a short run on them."""
+    """Photos with regions, and the folder of a two-layer model with random weights.
+
+    Returns parameters of a short run on them."""
     from fgclip_nb.model.config import FGCLIPConfig
     from fgclip_nb.model.fgclip import FGCLIP
     import torch
@@ -58,8 +62,10 @@ def _after_step(n, number):
 
 
 def _in_save(n, stage):
-    """Die inside the checkpoint of step n: half of the optimiser written, everything but the seal, or sealed and not yet renamed."""
-    now, rename = {}, os.rename
+    """Die inside the checkpoint of step n: half of the optimiser written, everything but the seal,
+    or sealed and not yet renamed."""
+    now = {}
+    rename = os.rename
 
     def noted(saving):
         def save(path, step, *args):
@@ -133,7 +139,9 @@ def _child(params, event, change):
 
 
 def run(params, event=None, change=None, timeout=240):
-    """Train in a process of its own; returns its exit status (-9 when killed). `change`: a picklable function called in the child first."""
+    """Train in a process of its own; returns its exit status (-9 when killed).
+
+    `change`: a picklable function called in the child first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
     child = context.Process(target=_child, args=(params, event, change))
@@ -148,7 +156,7 @@ def run(params, event=None, change=None, timeout=240):
 
 
 def outcome(folder):
-    """What has to be equal bitwise: every metrics line, and the checksums of the last checkpoint's files."""
+    """What has to be equal bitwise: every metrics line, and the last checkpoint's checksums."""
     from fgclip_nb.core.folder import Run
 
     r = Run(folder)

@@ -1,6 +1,8 @@
-"""What the official FG-CLIP code computes, written plainly from a state dict: padded texts, full layers, one sample at a time, loops over
-boxes and sample points. Also the recorded outputs of the official code (`tests/goldens`) as a batch. No test in here; others compare the
-fast model with it."""
+"""What the official FG-CLIP code computes, written plainly from a state dict: padded texts, full
+layers, one sample at a time, loops over boxes and sample points. Also the recorded outputs of the
+official code (`tests/goldens`) as a batch.
+
+No test in here; others compare the fast model with it."""
 
 import json
 import math
@@ -57,8 +59,13 @@ def unpadded(ids, eos=EOS):
 
 
 def make_batch(pixels, short, long, boxes, box_image, phrases, groups, group_regions):
-    "Photos (B,3,S,S), ids of short captions, long captions and phrases, boxes (R,4), groups of ids per hard region -> Batch."
-    ints, B, R = lambda x: torch.tensor(list(x), dtype=torch.int64), len(pixels), len(phrases)
+    """Photos (B,3,S,S), ids of short captions, long captions and phrases, boxes (R,4), groups of
+    ids per hard region -> Batch."""
+
+    def ints(x):
+        return torch.tensor(list(x), dtype=torch.int64)
+
+    B, R = len(pixels), len(phrases)
     texts = text_batch([*short, *phrases, *[t for g in groups for t in g]])
     return Batch(
         pixel_values=pixels,
@@ -81,7 +88,9 @@ def make_batch(pixels, short, long, boxes, box_image, phrases, groups, group_reg
 
 
 def golden_batch(setting="stage2", dtype=torch.float32):
-    "The goldens' inputs without their empty slots, and the number of boxes. Hard boxes are found among the boxes by their coordinates."
+    """The goldens' inputs without their empty slots, and the number of boxes.
+
+    Hard boxes are found among the boxes by their coordinates."""
     x = golden("golden_a/inputs.safetensors")
     with_boxes, with_hard = setting in ("stage2", "box_only"), setting in ("stage2", "hard_only")
     slots = (
@@ -95,19 +104,19 @@ def golden_batch(setting="stage2", dtype=torch.float32):
         else []
     )
     phrases, groups = unpadded(x["box_texts"]), unpadded(x["hard_texts"])
-    found = [
+    places = [
         r
         for _, h in hard
         for r, (_, s) in enumerate(slots)
         if torch.equal(x["box_infos"][s], x["hard_infos"][h])
     ]
     boxes, image = x["box_infos"][[s for _, s in slots]], [i for i, _ in slots]
-    if len(found) != len(hard):  # hard boxes that are not among the boxes stand behind them
+    if len(places) != len(hard):  # hard boxes that are not among the boxes stand behind them
         boxes, image = (
             torch.cat([boxes, x["hard_infos"][[h for _, h in hard]]]),
             image + [i for i, _ in hard],
         )
-        found = range(len(slots), len(slots) + len(hard))
+        places = range(len(slots), len(slots) + len(hard))
     rows = [phrases[s] for _, s in slots] + [groups[11 * k] for k in range(len(hard))][
         : len(image) - len(slots)
     ]
@@ -119,7 +128,7 @@ def golden_batch(setting="stage2", dtype=torch.float32):
         image,
         rows,
         [groups[11 * k : 11 * k + 11] for k in range(len(hard))],
-        found,
+        places,
     )
     return batch, len(slots)
 
@@ -254,7 +263,9 @@ def symmetric(a, b, scale):
 
 
 def official_losses(f, batch, boxes):
-    "Features by name -> dict of terms and the weighted total; the first `boxes` regions are contrasted, the others only carry hard groups."
+    """Features by name -> dict of terms and the weighted total.
+
+    The first `boxes` regions are contrasted, the others only carry hard groups."""
     terms = dict(
         global_long=symmetric(f["image_features"], f["long_text_features"], f["logit_scale"]),
         global_short=symmetric(f["image_features"], f["text_features"], f["logit_scale"]),

@@ -1,6 +1,8 @@
-"""A world that a two-layer model learns in a minute, and faults to plant into its training, each with the rule that has to find it.
+"""A world that a two-layer model learns in a minute, and faults to plant into its training, each
+with the rule that has to find it.
 
-Used by tests/test_diagnostics.py and by nbs/faults.ipynb, which publishes the table of faults against rules."""
+Used by tests/test_diagnostics.py and by nbs/faults.ipynb, which publishes the table of faults
+against rules."""
 
 import contextlib, json, time
 from dataclasses import dataclass, field
@@ -45,18 +47,25 @@ def _row(name, colours, split, rng, two_words=False):
         [32.0 * (k % 2), 32.0 * (k // 2), 32.0 * (k % 2) + 32, 32.0 * (k // 2) + 32]
         for k in range(4)
     ]
-    word = lambda c: (
-        ("warm" if c in ("red", "yellow", "orange", "pink", "brown", "white") else "cold")
-        if two_words
-        else c
-    )
-    wrong = lambda c: (
-        []
-        if two_words
-        else [f"a {o} square" for o in rng.choice([x for x in COLOURS if x != c], 3, replace=False)]
-    )
+
+    def word(colour):
+        if not two_words:
+            return colour
+        warm = ("red", "yellow", "orange", "pink", "brown", "white")
+        return "warm" if colour in warm else "cold"
+
+    def wrong_phrases(colour):
+        if two_words:
+            return []
+        others = [c for c in COLOURS if c != colour]
+        return [f"a {c} square" for c in rng.choice(others, 3, replace=False)]
+
     regions = [
-        dict(bbox=boxes[k], caption=f"a {word(c)} square", negatives=wrong(c) if k == 0 else [])
+        dict(
+            bbox=boxes[k],
+            caption=f"a {word(c)} square",
+            negatives=wrong_phrases(c) if k == 0 else [],
+        )
         for k, c in enumerate(colours)
     ]
     caption = f"{colours[0]} and {colours[1]} above {colours[2]} and {colours[3]}"
@@ -64,8 +73,11 @@ def _row(name, colours, split, rng, two_words=False):
 
 
 def make_world(folder, photos=64, held_out=24, seed=0, two_words=False) -> Path:
-    "Write photos of coloured quarters and their regions.jsonl; returns its path. `two_words`: all phrases are warm or cold."
-    folder, rng = Path(folder), np.random.default_rng(seed)
+    """Write photos of coloured quarters and their regions.jsonl; returns its path.
+
+    `two_words`: all phrases are warm or cold."""
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(photos + held_out):
@@ -98,7 +110,7 @@ HEALTHY = dict(
 )
 
 
-# ---- ways to break a training -------------------------------------------------------------------------------------------------------
+# ---- ways to break a training -------------------------------------------------------------------
 def around(name, wrapper):
     "Replace a function of the package by wrapper(original)."
     return rebound(name, wrapper)
@@ -278,10 +290,11 @@ def slow_reading():
     return patch.object(batches.Examples, "__getitem__", read)
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 @dataclass
 class Fault:
-    "Something that goes wrong: changed parameters, a way to break the code, a changed world, and the rule that has to find it."
+    """Something that goes wrong: changed parameters, a way to break the code, a changed world, and
+    the rule that has to find it."""
 
     rule: str
     told: str
@@ -421,7 +434,8 @@ FAULTS = dict(
 
 def run_planted(folder, fault: Fault | None = None, steps=None, seed=0) -> Run:
     "Train the small world with a fault (None = healthy) into `folder`/run."
-    folder, fault = Path(folder), fault or Fault("", "")
+    folder = Path(folder)
+    fault = fault or Fault("", "")
     data = make_world(folder / "data", **fault.world)
     params = (
         HEALTHY

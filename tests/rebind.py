@@ -1,4 +1,5 @@
-"""Puts another function in the place of one of the package's, in every room that has imported it: what a test that breaks a training needs.
+"""Puts another function in the place of one of the package's, in every room that has imported it:
+what a test that breaks a training needs.
 
 It is no cell because notebooks break nothing."""
 
@@ -12,9 +13,9 @@ def rooms_with(name: str) -> list:
     loaded = [
         m for n, m in sorted(sys.modules.items()) if n.startswith("fgclip_nb.") and m is not None
     ]
-    found = [m for m in loaded if name in vars(m)]
-    assert found, f"no room of the package knows {name}"
-    return found
+    knowing = [m for m in loaded if name in vars(m)]
+    assert knowing, f"no room of the package knows {name}"
+    return knowing
 
 
 def rebind(name: str, wrapper):

@@ -49,20 +49,20 @@ def ucf():
 
 @pytest.mark.parametrize("suffix", ["", ".mp4", ".npy"])
 def test_an_oracle_scores_one(ucf, suffix):
-    found = frame_auc(
+    measured = frame_auc(
         {f"Testing/{n}{suffix}": v for n, v in ucf.items()}, ANNOTATION, frames=FRAMES
     )
     assert (
-        found["auc"] == found["ap"] == found["auc_anomalous"] == 1
-        and found["false_alarm_rate"] == 0
+        measured["auc"] == measured["ap"] == measured["auc_anomalous"] == 1
+        and measured["false_alarm_rate"] == 0
     )
-    assert not found["missing"] and not found["rejects"]
-    assert all(c["auc"] == c["auc_within"] == 1 for c in found["per_class"].values())
-    assert set(found["per_class"]) == {"Abuse", "Arrest", "Arson", "Fighting", "Shooting"}
-    assert found["frames"] == sum(map(len, ucf.values())) and found["anomalous_frames"] == sum(
-        v.sum() for v in ucf.values()
-    )
-    assert found["annotated_frames_cut"] == (1267 + 1 - 1264) + (3103 + 1 - 3088)
+    assert not measured["missing"] and not measured["rejects"]
+    assert all(c["auc"] == c["auc_within"] == 1 for c in measured["per_class"].values())
+    assert set(measured["per_class"]) == {"Abuse", "Arrest", "Arson", "Fighting", "Shooting"}
+    assert measured["frames"] == sum(map(len, ucf.values())) and measured[
+        "anomalous_frames"
+    ] == sum(v.sum() for v in ucf.values())
+    assert measured["annotated_frames_cut"] == (1267 + 1 - 1264) + (3103 + 1 - 3088)
 
 
 @pytest.mark.parametrize("kind", ["noise", "ties", "constant"])
@@ -341,19 +341,19 @@ def test_the_shipped_clips_end_to_end(tiny, tmp_path):
     clips = load_samples("video_sample")[0]
     movies, events = sorted({s.media for s in clips}), track_annotations(clips, somebody)
     scenes = {"Normal": ["an empty room", "an empty car park"], "Visitor": ["a person at a table"]}
-    found = {}
+    by_weight = {}
     for weight in (0, 0.5, 1):
         scores, frames = anomaly_scores(
             tiny, movies, scenes, every=25, region_weight=weight, cache=tmp_path / "cache"
         )
         assert frames == {"car_park": 377, "visitors": 1394}
-        found[weight] = frame_auc(scores, events, frames, smoothing=3, repeats=50)
+        by_weight[weight] = frame_auc(scores, events, frames, smoothing=3, repeats=50)
         assert (
-            found[weight]["frames"] == 1771
-            and found[weight]["videos"] == 2
-            and not found[weight]["rejects"]
+            by_weight[weight]["frames"] == 1771
+            and by_weight[weight]["videos"] == 2
+            and not by_weight[weight]["rejects"]
         )
-    assert len({f["auc"] for f in found.values()}) == 3, (
+    assert len({f["auc"] for f in by_weight.values()}) == 3, (
         "whole frames and regions say different things"
     )
 

@@ -1,4 +1,6 @@
-"""The memory bank against a plain list, over random pushes. Not a cell: hypothesis draws hundreds of histories."""
+"""The memory bank against a plain list, over random pushes.
+
+Not a cell: hypothesis draws hundreds of histories."""
 
 import math
 from collections import deque

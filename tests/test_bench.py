@@ -1,4 +1,5 @@
-"""The step that trains and the plain step of the benchmark compute the same, whatever a batch lacks; and a difference is noticed."""
+"""The step that trains and the plain step of the benchmark compute the same, whatever a batch
+lacks; and a difference is noticed."""
 
 import pytest
 import torch
@@ -34,8 +35,10 @@ def batch_of(model, name):
 @pytest.mark.parametrize("name", BATCHES)
 def test_fast_and_plain_steps_agree(model, name, kind):
     batch = batch_of(model, name)
-    found = step.compare_steps(step.Step(kind, model, batch), step.Step("plain", model, batch))
-    assert not step.disagreement(found), found
+    differences = step.compare_steps(
+        step.Step(kind, model, batch), step.Step("plain", model, batch)
+    )
+    assert not step.disagreement(differences), differences
 
 
 def test_the_parts_make_the_step_of_the_model(model):

@@ -1,4 +1,6 @@
-"""A training with compiled layers takes the steps of one without; the compiler is torch's own in the long tests and only traces otherwise."""
+"""A training with compiled layers takes the steps of one without.
+
+The compiler is torch's own in the long tests and only traces otherwise."""
 
 import json
 from pathlib import Path

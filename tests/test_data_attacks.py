@@ -1,6 +1,8 @@
-"""More than 2,000 damaged inputs: each must end as a reject with a reason or as a correct sample, and the sums must agree.
+"""More than 2,000 damaged inputs: each must end as a reject with a reason or as a correct sample,
+and the sums must agree.
 
-It is no cell because of its number. Every mutation is a function of a seed, so that a failure names what to repeat."""
+It is no cell because of its number. Every mutation is a function of a seed, so that a failure
+names what to repeat."""
 
 import copy, gzip, io, json, math, os, random, struct, time, zlib
 
@@ -126,13 +128,11 @@ STRANGE = [
 def leaves(value, path=()):
     "Every place of a JSON value, containers included."
     yield path
-    below = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
+    below = ()
+    if isinstance(value, dict):
+        below = value.items()
+    elif isinstance(value, list):
+        below = enumerate(value)
     for k, v in below:
         yield from leaves(v, path + (k,))
 
@@ -352,9 +352,11 @@ def picture(mode="RGB", size=(60, 40), format="PNG", **kw):
 
 def bomb(width, height):
     "A PNG whose header promises far more pixels than it holds."
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -418,29 +420,29 @@ def judge_media(data, folder, name, told):
 def test_pictures_of_every_kind(tmp_path):
     from fgclip_nb.data.photos import read_image
 
-    for told, data in GOOD.items():
+    for kind, data in GOOD.items():
         for name in ("a.png", "a.jpg", "a.txt", "a"):  # the extension says nothing
-            assert judge_media(data, tmp_path, name, told), (told, name)
+            assert judge_media(data, tmp_path, name, kind), (kind, name)
     (tmp_path / "x.jpg").write_bytes(GOOD["exif 6"])
     assert read_image(tmp_path / "x.jpg").shape == (60, 40, 3)  # turned upright
-    for told, data in BAD.items():
-        assert not judge_media(data, tmp_path, "a.jpg", told), told
+    for kind, data in BAD.items():
+        assert not judge_media(data, tmp_path, "a.jpg", kind), kind
 
 
 def test_damaged_pictures(tmp_path):
     rng = random.Random(0)
     cut = 0
     for i in range(200):
-        told, data = rng.choice(sorted(GOOD.items()))
+        kind, data = rng.choice(sorted(GOOD.items()))
         if i % 2:
             cut += not judge_media(
-                data[: rng.randrange(len(data))], tmp_path, "a.jpg", (told, "cut", i)
+                data[: rng.randrange(len(data))], tmp_path, "a.jpg", (kind, "cut", i)
             )
         else:
             garbled = bytearray(data)
             for _ in range(rng.choice((1, 10, 100))):
                 garbled[rng.randrange(len(garbled))] = rng.randrange(256)
-            judge_media(bytes(garbled), tmp_path, "a.jpg", (told, "garbled", i))
+            judge_media(bytes(garbled), tmp_path, "a.jpg", (kind, "garbled", i))
     assert cut > 80  # nearly every cut picture is noticed; some formats end before their last bytes
 
 

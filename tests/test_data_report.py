@@ -1,4 +1,5 @@
-"""The report notebook under papermill: it runs on a user's folder, stops when told to, and checks its parameters."""
+"""The report notebook under papermill: it runs on a user's folder, stops when told to, and checks
+its parameters."""
 
 import ast, json, os, subprocess, sys
 from pathlib import Path
@@ -28,35 +29,36 @@ def test_the_parameters_cell_is_tagged_and_read():
     )
     from papermill.inspection import inspect_notebook
 
-    found = inspect_notebook(str(NOTEBOOK))
+    known = inspect_notebook(str(NOTEBOOK))
     written = [
         line for line in "".join(cell["source"]).splitlines()[1:] if ": " in line and " = " in line
     ]
-    assert len(found) == len(written) and all(p["help"] for p in found.values())
-    assert {"data", "media_root", "model", "context_length", "strict"} <= set(found)
+    assert len(known) == len(written) and all(p["help"] for p in known.values())
+    assert {"data", "media_root", "model", "context_length", "strict"} <= set(known)
 
 
 def test_the_report_has_the_defaults_of_training():
-    "What it says about floors, drawn regions and small boxes is about the run that the same command without parameters starts."
+    """What it says about floors, drawn regions and small boxes is about the run that the same
+    command without parameters starts."""
     from papermill.inspection import inspect_notebook
     from fgclip_nb.core.config import known_parameters
 
     own = {"output", "model"}
-    for name, found in inspect_notebook(str(NOTEBOOK)).items():
+    for name, parameter in inspect_notebook(str(NOTEBOOK)).items():
         if name in known_parameters() and name not in own:
-            assert ast.literal_eval(found["default"]) == known_parameters()[name].default, name
+            assert ast.literal_eval(parameter["default"]) == known_parameters()[name].default, name
 
 
 def test_a_users_folder_and_strict(tmp_path):
     media_root(tmp_path / "photos")
     write(tmp_path / "photos.json", put_box(FINEHARD, 1, [0.5, 0.5, 0.5, 0.9]))
-    asked = (
+    parameters = (
         ("data", "photos.json"),
         ("media_root", "photos"),
         ("output", tmp_path / "out"),
         ("strict", True),
     )
-    done = papermill(tmp_path / "o.ipynb", *asked, cwd=tmp_path)
+    done = papermill(tmp_path / "o.ipynb", *parameters, cwd=tmp_path)
     assert (
         done.returncode != 0
         and "strict: 1 thing(s) must be fixed" in done.stderr
@@ -84,7 +86,8 @@ def test_the_shipped_sample_has_nothing_to_fix(tmp_path):
 
 @pytest.mark.ci
 def test_clips_tell_what_sampled_frames_miss(tmp_path):
-    "Eight frames a segment leave one track out; the first 512 frames of each video would leave out eleven segments and thirty tracks."
+    """Eight frames a segment leave one track out; the first 512 frames of each video would leave
+    out eleven segments and thirty tracks."""
     done = papermill(
         tmp_path / "o.ipynb", ("data", "video_sample"), ("output", tmp_path / "out"), ("pages", 0)
     )
@@ -116,13 +119,13 @@ def test_absent_videos_are_counted_and_reported_quickly(tmp_path):
     )  # processor time: a busy machine makes the clock mean nothing
     assert done.returncode == 0 and used < 60, (used, done.stderr[-2000:])
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    found = {f["what"]: f["count"] for f in summary["findings"]}
+    counts = {f["what"]: f["count"] for f in summary["findings"]}
     assert (
-        found["samples whose photo or video is not on this machine"] == 23542
+        counts["samples whose photo or video is not on this machine"] == 23542
         and summary["spans_not_hit"] == 0
     )
     assert (
-        found["media in train and test list"] == 214
+        counts["media in train and test list"] == 214
         and summary["files"][-1]["media not here"] == 1854
     )
 

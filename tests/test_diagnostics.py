@@ -1,7 +1,8 @@
-"""Faults planted into real, tiny trainings: whether a rule finds its fault, and stays silent in a healthy run, shows only over whole runs.
+"""Faults planted into real, tiny trainings: whether a rule finds its fault, and stays silent in a
+healthy run, shows only over whole runs.
 
-The whole table of faults against rules is in nbs/faults.ipynb; here run a healthy training and the quickest faults, the others with
-make test-all."""
+The whole table of faults against rules is in nbs/faults.ipynb; here run a healthy training and the
+quickest faults, the others with make test-all."""
 
 import sys
 from pathlib import Path

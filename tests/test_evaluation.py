@@ -1,7 +1,7 @@
 """What a cell cannot check: whole evaluations over excerpts of the public benchmarks, other
-programs' models and features, speed, the notebook under papermill."""
+programs' models and features, ranks one pair at a time, the notebook under papermill."""
 
-import dataclasses, json, shutil, subprocess, sys, time
+import dataclasses, json, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -350,10 +350,10 @@ def test_broken_files_are_named_and_left_out(model, photos, tmp_path):
         Sample(n, str(tmp_path / f"{n}.jpg"), captions=(f"photo {n}",))
         for n in ("whole", "cut", "absent")
     ]
-    found = caption_retrieval(model, samples, permutations=20)
+    measured = caption_retrieval(model, samples, permutations=20)
     assert (
-        found["lost"] == {"photo unreadable": 1, "photo missing": 1}
-        and found["i2t"]["queries"] == 1
+        measured["lost"] == {"photo unreadable": 1, "photo missing": 1}
+        and measured["i2t"]["queries"] == 1
     )
     with pytest.raises(DataError, match="no readable photo"):
         caption_retrieval(model, samples[1:])
@@ -414,7 +414,7 @@ def test_clips_are_the_mean_of_their_frames_and_regions_of_theirs(model):
         frames = model.get_image_features(normalize(torch.from_numpy(inputs.frames)))
     assert rows_.tolist() == [0, 1] and np.allclose(features[0], frames.mean(0).numpy(), atol=1e-5)
     with_regions = next(s for s in clips if s.regions)
-    found, regions = encoder.clip_regions(with_regions, lambda r: True)
+    region_features, regions = encoder.clip_regions(with_regions, lambda r: True)
     inputs = clip_inputs(with_regions, 6, 112)
     shown = np.flatnonzero(inputs.visible[0])
     boxes = [torch.from_numpy(inputs.boxes[0][[t]] * 7) for t in shown]
@@ -422,8 +422,8 @@ def test_clips_are_the_mean_of_their_frames_and_regions_of_theirs(model):
         own = model.get_image_box_roi_features(
             normalize(torch.from_numpy(inputs.frames[shown])), boxes
         )
-    assert len(found) == len(regions) == len(inputs.regions) and np.allclose(
-        found[0], own.mean(0).numpy(), atol=1e-5
+    assert len(region_features) == len(regions) == len(inputs.regions) and np.allclose(
+        region_features[0], own.mean(0).numpy(), atol=1e-5
     )
     table = evaluate(encoder, clips[:4], ["long_retrieval"], permutations=20).results[
         "long_retrieval"
@@ -538,10 +538,10 @@ def test_every_kind_of_weights_through_evaluate(sources, photos, source, monkeyp
     at, fine, clip = sources
 
     def download(repo, filename, **kw):  # a stand-in for the network
-        found = at / {"hub/fine": "official", "hub/clip": "clip"}[repo] / filename
-        if not found.exists():
+        path = at / {"hub/fine": "official", "hub/clip": "clip"}[repo] / filename
+        if not path.exists():
             raise EntryNotFoundError(filename)
-        return str(found)
+        return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     tasks = ["short_retrieval", "long_retrieval", "caption_negatives"] + ["hard_negatives"] * (
@@ -711,11 +711,11 @@ def test_evaluations_are_found_and_laid_side_by_side(model, photos, tmp_path):
         (a, "second/evaluation"),
     ):
         save_evaluation(e, tmp_path / place)
-    found = load_evaluations(tmp_path / "first", f"{tmp_path}/sec*")
-    assert list(found) == ["first", "second", "baseline b"] and not load_evaluations(
+    evaluations = load_evaluations(tmp_path / "first", f"{tmp_path}/sec*")
+    assert list(evaluations) == ["first", "second", "baseline b"] and not load_evaluations(
         tmp_path / "nowhere*"
     )
-    table = side_by_side(found)
+    table = side_by_side(evaluations)
     assert (
         list(table.columns) == ["items", "chance", "first", "second", "baseline b"]
         and (table["first"] == table["second"]).all()
@@ -725,18 +725,18 @@ def test_evaluations_are_found_and_laid_side_by_side(model, photos, tmp_path):
         "i2t",
         "mean_rank",
     ) in table.index
-    assert evaluation_notes(found) == [
+    assert evaluation_notes(evaluations) == [
         "baseline b and first: another image size, a property of the models."
     ]
     other = evaluate(model, photos[:9], tasks, permutations=20, ties="official")
-    assert "other samples, another tie rule" in evaluation_notes(found | {"other": other})[0]
-    paired = compare_evaluations(found["first"], found["baseline b"])
+    assert "other samples, another tie rule" in evaluation_notes(evaluations | {"other": other})[0]
+    paired = compare_evaluations(evaluations["first"], evaluations["baseline b"])
     assert (
         len(few) < ENOUGH_PHOTOS
         and not paired.decided.any()
         and set(paired.photos) <= set(range(1, 9))
     )
-    plot_side_by_side(found), plot_paired(paired)
+    plot_side_by_side(evaluations), plot_paired(paired)
 
 
 def test_wrong_questions_are_refused(model, photos):
@@ -761,12 +761,10 @@ def test_wrong_questions_are_refused(model, photos):
         retrieval(np.ones((2, 3)), np.ones((3, 3)))
 
 
-def test_much_faster_than_one_pair_at_a_time(model):
+def test_batched_ranks_equal_those_of_one_pair_at_a_time(model):
     from fgclip_nb.evaluation.tasks import Settings
     from fgclip_nb.data.photos import normalize, read_image
-    from fgclip_nb.text.packing import (
-        tokenize,
-    )  # processor time: other processes on the machine do not count
+    from fgclip_nb.text.packing import tokenize
 
     def hard(sample):
         "Regions with hard negatives, and with these alone."
@@ -791,20 +789,12 @@ def test_much_faster_than_one_pair_at_a_time(model):
         )
 
     with torch.inference_mode():
-        score(*pairs[0], "warm up")
-        begun = time.process_time()
         slow = [score(s, r, r.phrase) > max(score(s, r, n) for n in r.negatives) for s, r in pairs]
-        middle = time.process_time()
     scored = TASKS["hard_negatives"](Encoder(model), samples, Settings(permutations=0)).ranked[
         "hard"
     ]
-    each = (middle - begun) / len(pairs), (time.process_time() - middle) / len(scored)
     place = dict(zip(scored.ids, scored.ranks))
     assert [place[r.id] == 1 for _, r in pairs] == slow
-    alone, batched = (1e3 * seconds for seconds in each)
-    message = f"{alone:.1f} ms per region one pair at a time, {batched:.1f} ms batched"
-    print(message, f"{alone / batched:.0f} x")
-    assert alone > 5 * batched, message
 
 
 @pytest.mark.ci
@@ -859,7 +849,6 @@ def test_notebook_runs_under_papermill(tmp_path):
 @pytest.mark.ci
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the full FG-OVD files are not in this checkout")
 def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
-    begun = time.perf_counter()
     tables = evaluate(
         model, SHARED / "fgovd", ["hard_negatives"], media_root=coco, permutations=20
     ).results["hard_negatives"]
@@ -879,4 +868,3 @@ def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
         0,
         0,
     ]
-    assert time.perf_counter() - begun < 600

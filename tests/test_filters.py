@@ -1,4 +1,5 @@
-"""Filters on whole data sets, hard negatives at scale, and what the report counts on real benchmark files."""
+"""Filters on whole data sets, hard negatives at scale, and what the report counts on real
+benchmark files."""
 
 import json
 from collections import Counter
@@ -46,12 +47,13 @@ def test_a_track_is_judged_as_a_whole():
         (0.8, 0, 1.3, 1),
         (0, 0, 0.02, 0.02),
     )
-    track = lambda boxes: Region(
-        "x", keyframes=tuple(Keyframe(10 * i, b) for i, b in enumerate(boxes))
-    )
-    rule = lambda *boxes, **kw: Counter(
-        r.rule for r in filter_regions([sample(track(boxes), kind="video")], **kw)[1]
-    )
+
+    def rule(*boxes, **kw):
+        "What the filter rejects of one track, by rule."
+        keyframes = tuple(Keyframe(10 * i, b) for i, b in enumerate(boxes))
+        clip = sample(Region("x", keyframes=keyframes), kind="video")
+        return Counter(r.rule for r in filter_regions([clip], **kw)[1])
+
     assert (
         rule(good, flat) == {"no_area": 1}
         and rule(good, outside) == {"out_of_range": 1}
@@ -188,12 +190,12 @@ def test_class_sentences(tmp_path):
     }
     (tmp_path / "classes.json").write_text(json.dumps(classes))
     region = Region("a man strikes a dog")
-    found = add_negatives(
+    completed = add_negatives(
         [sample(region, label="Abuse")],
         n=3,
         class_sentences=load_class_sentences(tmp_path / "classes.json"),
     )
-    assert set(found[0].regions[0].negatives) == {
+    assert set(completed[0].regions[0].negatives) == {
         "a house burns",
         "somebody lights a fire",
         "people walk by",
@@ -205,15 +207,20 @@ def test_class_sentences(tmp_path):
 
 
 def test_shipped_class_sentences_give_every_region_wrong_ones():
-    "A region of each class: first its class's own four, then what describes other classes; never what describes its own."
+    """A region of each class: first its class's own four, then what describes other classes; never
+    what describes its own."""
+
+    def lower(texts):
+        return {t.rstrip(".").lower() for t in texts}
+
     shipped = load_class_sentences("ucf_crime")
     assert set(UCF_CLASSES) <= set(shipped) and len(UCF_CLASSES) == 14
     for label in UCF_CLASSES:
         bare = sample(Region("something happens here"), label=label)
-        found = add_negatives([bare], n=12, class_sentences=shipped)[0].regions[0].negatives
-        lower = lambda texts: {t.rstrip(".").lower() for t in texts}
-        assert len(found) == 12 and lower(found[:4]) == lower(shipped[label]["negatives"])
-        assert not lower(found) & lower(shipped[label]["captions"])
+        negatives = add_negatives([bare], n=12, class_sentences=shipped)[0].regions[0].negatives
+        assert len(negatives) == 12
+        assert lower(negatives[:4]) == lower(shipped[label]["negatives"])
+        assert not lower(negatives) & lower(shipped[label]["captions"])
 
 
 def test_word_lists_are_sound():

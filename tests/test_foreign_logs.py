@@ -1,4 +1,5 @@
-"""Logs that this package did not write, and runs that are still going: whole files and processes, which a notebook cell cannot show."""
+"""Logs that this package did not write, and runs that are still going: whole files and processes,
+which a notebook cell cannot show."""
 
 import subprocess, sys
 from pathlib import Path
@@ -31,17 +32,17 @@ def test_the_old_projects_numbers(name):
 
 
 def test_targets_behind_the_last_step_are_not_reached():
-    found = results(LOGS / "old_project.log")
+    by_name = results(LOGS / "old_project.log")
     assert (
-        found["region_loss_by_step_200"] == "fail"
-        and found["region_loss_by_step_500"] == "not reached"
+        by_name["region_loss_by_step_200"] == "fail"
+        and by_name["region_loss_by_step_500"] == "not reached"
     )
 
 
 @pytest.mark.parametrize("name", ["healthy.log", "hf_healthy", "hf_healthy/trainer_state.json"])
 def test_a_healthy_log_trips_no_rule(name):
-    found = dx.verdicts(LOGS / name)
-    assert len(found) >= 10 and not [v for v in found if v.tripped]
+    verdicts = dx.verdicts(LOGS / name)
+    assert len(verdicts) >= 10 and not [v for v in verdicts if v.tripped]
 
 
 @pytest.mark.parametrize("step", range(1, 501, 7))
@@ -53,11 +54,11 @@ def test_a_healthy_log_trips_no_rule_at_any_moment(step):
 
 
 def test_trainer_state_at_chance():
-    found = results(LOGS / "hf_chance")
+    by_name = results(LOGS / "hf_chance")
     assert (
-        found["region_above_chance"] == "fail"
-        and found["scale_as_asked"] == "fail"
-        and found["scale_can_move"] == "fail"
+        by_name["region_above_chance"] == "fail"
+        and by_name["scale_as_asked"] == "fail"
+        and by_name["scale_can_move"] == "fail"
     )
 
 
@@ -77,26 +78,29 @@ def test_tensorboard_events(tmp_path):
             )
         )
     board.close()
-    found = results(tmp_path / "tb")
+    by_name = results(tmp_path / "tb")
     assert (
-        found["region_above_chance"] == "fail"
-        and found["scale_as_asked"] == "fail"
-        and found["bank_comes_on"] == "fail"
+        by_name["region_above_chance"] == "fail"
+        and by_name["scale_as_asked"] == "fail"
+        and by_name["bank_comes_on"] == "fail"
     )
     event_file = next((tmp_path / "tb").glob("*tfevents*"))
-    assert results(event_file) == found
+    assert results(event_file) == by_name
 
 
 def test_colours_carriage_returns_nan_and_noise_do_not_matter(tmp_path):
     log = tmp_path / "messy.log"
     lines = ["\x1b[32mINFO\x1b[0m starting  50%|#####     | 3/6\r"]
     lines += [
-        f"\x1b[32mINFO\x1b[0m [LOSS] Step {s} Epoch 0.1 total={'nan' if s == 30 else 3.0} global=1.0 region=1.4 hard=2.0\r"
+        f"\x1b[32mINFO\x1b[0m [LOSS] Step {s} Epoch 0.1 total={'nan' if s == 30 else 3.0} "
+        f"global=1.0 region=1.4 hard=2.0\r"
         for s in range(10, 100, 10)
     ]
     log.write_text("\n".join(lines) + "\n[LOSS] Step 100 Ep", encoding="latin-1")
-    found = {v.name: v for v in dx.verdicts(log)}
-    assert found["finite_numbers"].result == "fail" and "step 30" in found["finite_numbers"].why
+    verdicts = {v.name: v for v in dx.verdicts(log)}
+    assert (
+        verdicts["finite_numbers"].result == "fail" and "step 30" in verdicts["finite_numbers"].why
+    )
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -110,7 +114,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_the_command_reads_text_without_torch():
     code = (
         "import sys; from fgclip_nb.diagnostics.__main__ import main; main(sys.argv[1:]); "
-        "loaded = {'torch', 'tensorboard', 'matplotlib'} & set(sys.modules); assert not loaded, loaded"
+        "loaded = {'torch', 'tensorboard', 'matplotlib'} & set(sys.modules); "
+        "assert not loaded, loaded"
     )
     r = subprocess.run(
         [sys.executable, "-c", code, str(LOGS / "old_project.log"), str(LOGS / "hf_chance")],
@@ -162,7 +167,8 @@ def test_a_folder_that_just_started(tmp_path):
 
 
 def test_four_decimals_and_lines_after_the_last_loss_are_enough(tmp_path):
-    "A short excerpt, as somebody pastes it: the printed scale is rounded once more, and the bank's line comes last."
+    """A short excerpt, as somebody pastes it: the printed scale is rounded once more, and the
+    bank's line comes last."""
     log = tmp_path / "old.log"
     log.write_text(
         "[DIAG] logits_i2t: min=-0.6758, max=0.5508, mean=-0.0410, std=0.2012\n"

@@ -1,4 +1,5 @@
-"""Gradient caching with the real model: any chunk size, all loss terms together, dropout, bank, random state. Not a cell: it compares whole gradients many times."""
+"""Gradient caching with the real model: any chunk size, all loss terms together, dropout, bank,
+random state. Not a cell: it compares whole gradients many times."""
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -101,7 +102,10 @@ def test_autocast_and_ids_of_a_split_batch():
     for name in vars(whole):
         assert torch.equal(getattr(whole, name), getattr(merged, name)), name
     model, batch = golden_model(torch.float32), batch_of(0, torch.float32)
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
     with autocast():
         features = model(batch)
     loss_fn(features, batch)[0].backward()

@@ -1,5 +1,7 @@
-"""Weight files: what is read, what is refused and by which name, and the proof that what was read is what the source computes.
-No notebook cell: dozens of small folders on disk, a hostile pickle, and stand-ins for the network."""
+"""Weight files: what is read, what is refused and by which name, and the proof that what was read
+is what the source computes.
+
+No notebook cell: dozens of small folders on disk, a hostile pickle, stand-ins for the network."""
 
 import json
 import os
@@ -29,7 +31,8 @@ SMALL = dict(
 
 @pytest.fixture
 def official(tmp_path):
-    "A folder as the official repository publishes it: remote-code entries, and tensors that a test may change first."
+    """A folder as the official repository publishes it: remote-code entries, and tensors that a
+    test may change first."""
 
     def make(
         change=lambda t: t, write=lambda t, f: save_file(t, f / "model.safetensors"), **config
@@ -250,9 +253,9 @@ def test_from_clip(clip):
 
 def test_openai_ids_are_settled(clip):
     folder, _ = clip
-    for given, expected in (((0, 2, 1), (49406, 49407, 49407)), ((98, 99, 1), (98, 99, 99))):
+    for written, expected in (((0, 2, 1), (49406, 49407, 49407)), ((98, 99, 1), (98, 99, 99))):
         c = json.loads((folder / "config.json").read_text())
-        c["text_config"].update(zip(("bos_token_id", "eos_token_id", "pad_token_id"), given))
+        c["text_config"].update(zip(("bos_token_id", "eos_token_id", "pad_token_id"), written))
         (folder / "config.json").write_text(json.dumps(c))
         t = FGCLIP.from_clip(folder).config.text_config
         assert (t.bos_token_id, t.eos_token_id, t.pad_token_id) == expected
@@ -269,7 +272,10 @@ def test_trained_temperatures_and_positions_are_kept(official):
 
 
 def test_another_temperature_is_refused_or_overridden(official):
-    both_values = r"logit_scale is stored as 2.7000 \(exp 14.88\), but logit_scale_init asks for 4.6052 \(exp 100.00\)"
+    both_values = (
+        r"logit_scale is stored as 2.7000 \(exp 14.88\), "
+        r"but logit_scale_init asks for 4.6052 \(exp 100.00\)"
+    )
     with pytest.raises(ConfigError, match=both_values):
         FGCLIP.from_pretrained(official(), logit_scale_init=4.6052)
     model = FGCLIP.from_pretrained(official(), logit_scale_init=4.6052, override_logit_scale=True)
@@ -465,10 +471,10 @@ def test_hub_names_and_revisions(official, clip, monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    folders, asked = {"org/fg": official(), "org/clip": clip[0]}, []
+    folders, requests = {"org/fg": official(), "org/clip": clip[0]}, []
 
     def download(repo, filename, revision=None, **kw):
-        asked.append((repo, filename, revision))
+        requests.append((repo, filename, revision))
         if repo not in folders:
             raise LocalEntryNotFoundError("offline")
         if not (folders[repo] / filename).exists():
@@ -480,15 +486,15 @@ def test_hub_names_and_revisions(official, clip, monkeypatch, tmp_path):
         FGCLIP.from_pretrained("org/fg", revision="v1.0"), load_file(GOLDEN / "model.safetensors")
     )
     assert FGCLIP.from_clip("org/clip", revision="abc").load_report.source == "org/clip"
-    assert ("org/fg", "model.safetensors", "v1.0") in asked and (
+    assert ("org/fg", "model.safetensors", "v1.0") in requests and (
         "org/clip",
         "config.json",
         "abc",
-    ) in asked
+    ) in requests
     torch.save(as_openai(clip[1].state_dict()), clip[0] / "ViT.pt")
     assert (
         FGCLIP.from_openai("org/clip", filename="ViT.pt", revision="r").load_report.initialised
-        and ("org/clip", "ViT.pt", "r") in asked
+        and ("org/clip", "ViT.pt", "r") in requests
     )
     with pytest.raises(DataError, match="org/none: neither a folder here nor in the hub's cache"):
         FGCLIP.from_pretrained("org/none")
@@ -510,9 +516,10 @@ def test_push_to_hub_uploads_what_is_saved(monkeypatch):
     monkeypatch.setattr(
         hub, "create_and_tag_model_card", lambda *a, **kw: huggingface_hub.ModelCard("---\n---\n")
     )
-    upload = lambda self, folder, repo, **kw: sent.update(
-        {f: os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)}
-    )
+
+    def upload(self, folder, repo, **kw):
+        sent.update({f: os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)})
+
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
     monkeypatch.setattr(
         huggingface_hub.ModelCard, "push_to_hub", lambda self, repo, **kw: cards.append(str(self))

@@ -1,4 +1,6 @@
-"""Losses against a slow row-by-row reference over random shapes, the reference implementation's own numbers, and large N.
+"""Losses against a slow row-by-row reference over random shapes, the reference implementation's
+own numbers, and large N.
+
 Not cells: hypothesis draws hundreds of cases, and memory is measured in a process of its own."""
 
 import json, math, os, subprocess, sys
@@ -21,7 +23,8 @@ def unit(x):
 
 
 def one_direction(queries, keys, scale, mode, equal):
-    "Loss, and what is counted, of each query i among `keys` (right: key i); equal[i] = other keys that equal it. Plain Python."
+    """Loss, and what is counted, of each query i among `keys` (right: key i); equal[i] = other keys
+    that equal it. Plain Python."""
     out = []
     for i, q in enumerate(queries):
         cosines = [float(q @ k) for k in keys]
@@ -262,7 +265,8 @@ def test_large_losses_say_so_once(caplog, monkeypatch):
         for n in (9, 10, 11):
             L.global_loss(torch.randn(n, 4), torch.randn(n, 4), torch.tensor(1.0))
     assert [r.getMessage() for r in caplog.records] == [
-        "contrastive losses of more than 99 logits are computed in tiles of 1024 x 1024, never holding the matrix"
+        "contrastive losses of more than 99 logits are computed in tiles of 1024 x 1024, never "
+        "holding the matrix"
     ]
 
 
@@ -287,8 +291,13 @@ def test_the_reference_s_own_losses(precision, short, atol):
         for name in ("inputs", f"outputs_{short}", "model")
     )
     expected = json.loads((folder / "losses.json").read_text())[precision]["stage2"]
-    scale = lambda name: w[name].to(o["image_features"].dtype)
-    valid = lambda counts: torch.cat([4 * k + torch.arange(int(c)) for k, c in enumerate(counts)])
+
+    def scale(name):
+        return w[name].to(o["image_features"].dtype)
+
+    def valid(counts):
+        return torch.cat([4 * k + torch.arange(int(c)) for k, c in enumerate(counts)])
+
     boxes, hard = valid(i["box_nums"]), valid(i["hard_nums"])
     off = MemoryBank(128, 32, 50)
     terms = dict(
@@ -328,7 +337,8 @@ import resource, sys, time, torch
 from fgclip_nb.losses import contrast as L
 n, d, limit = (int(x) for x in sys.argv[1:4])
 L.DENSE_LIMIT = limit or L.DENSE_LIMIT
-a, b, s = torch.randn(n, d, requires_grad=True), torch.randn(n, d, requires_grad=True), torch.tensor(4.6, requires_grad=True)
+a, b = (torch.randn(n, d, requires_grad=True) for _ in range(2))
+s = torch.tensor(4.6, requires_grad=True)
 ids = torch.randint(0, n, (n,))
 L.global_loss(torch.randn(64, d), torch.randn(64, d), s).loss.backward(); s.grad = None
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
@@ -339,7 +349,9 @@ print(peak() - before, time.process_time() - begun)
 
 
 def measured(n, d, limit=0):
-    "(extra peak GiB, processor seconds on one core) of a forward and backward in a fresh process; limit: logits up to which the dense form is used."
+    """(extra peak GiB, processor seconds on one core) of a forward and backward in a fresh process.
+
+    `limit`: logits up to which the dense form is used."""
     done = subprocess.run(
         [sys.executable, "-c", LARGE, *map(str, (n, d, limit))],
         cwd=ROOT,

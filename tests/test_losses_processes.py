@@ -1,5 +1,8 @@
-"""1, 2 and 4 gloo processes against one process with the whole batch: losses, gradients, bank and parameters after ten steps.
-Not a cell: it starts processes. Some processes have no region at all, one image has no caption, captions repeat, groups differ in size."""
+"""1, 2 and 4 gloo processes against one process with the whole batch: losses, gradients, bank and
+parameters after ten steps.
+
+Not a cell: it starts processes. Some processes have no region at all, one image has no caption,
+captions repeat, groups differ in size."""
 
 import time
 from pathlib import Path
@@ -29,7 +32,10 @@ WORLDS, DEADLINE = (1, 2, 4), 600  # seconds; ten are enough on two free cores
 def batch_of(step, dtype):
     "Eight images; the counts of regions alternate from step to step."
     g = torch.Generator().manual_seed(step)
-    word = lambda n: [BOS, *torch.randint(0, 500, (n,), generator=g).tolist(), EOS]
+
+    def word(n):
+        return [BOS, *torch.randint(0, 500, (n,), generator=g).tolist(), EOS]
+
     counts = REGIONS[2 if step == 7 else step % 2]
     owner = [i for i, n in enumerate(counts) for _ in range(n)]
     phrases = [word(2 + k % 3) for k in range(len(owner))]
@@ -38,10 +44,8 @@ def batch_of(step, dtype):
     hard = list(range(0, len(owner), 2))
     groups = [[phrases[k], *[word(3) for _ in range(1 + k)]] for k in hard]
     corners = torch.rand(len(owner), 2, 2, generator=g).sort(1).values.flatten(1)
-    short, long = (
-        [word(5) for _ in range(7)],
-        [word(25) for _ in range(8)],
-    )  # the last image has no short caption
+    short = [word(5) for _ in range(7)]  # the last image has no short caption
+    long = [word(25) for _ in range(8)]
     pixels = torch.randn(8, 3, 64, 64, generator=g, dtype=dtype)
     return make_batch(pixels, short, long, corners.reshape(-1, 4), owner, phrases, groups, hard)
 
@@ -56,7 +60,8 @@ def average_gradients(model):
 
 
 def train(rank, world, steps=10, dtype=torch.float64, chunk=0):
-    "A few AdamW steps on this process's part of each batch; everything that must not depend on `world`."
+    """A few AdamW steps on this process's part of each batch; everything that must not depend on
+    `world`."""
     model, bank = golden_model(dtype), MemoryBank(7, 32, warmup_steps=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seen = dict(losses=[], values=[], grads=[])
@@ -88,15 +93,13 @@ def call_functions(rank, world):
     "The losses called directly, with rows of this process only; and the bank pushed directly."
     g = torch.Generator().manual_seed(0)
     sizes = {1: [9], 2: [9, 0], 4: [4, 0, 3, 2]}[world]  # regions per process; the second has none
-    mine = lambda x, counts=sizes: (
-        x.split(counts)[rank].clone().requires_grad_(x.is_floating_point())
-    )
+
+    def mine(x, counts=sizes):
+        return x.split(counts)[rank].clone().requires_grad_(x.is_floating_point())
+
     r, t, old_r, old_t = (torch.randn(9, 6, generator=g, dtype=torch.float64) for _ in range(4))
-    captions, regions, s = (
-        torch.tensor([1, 2, 3, 1, 5, 6, 2, 8, 9]),
-        torch.arange(9),
-        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
-    )
+    captions, regions = torch.tensor([1, 2, 3, 1, 5, 6, 2, 8, 9]), torch.arange(9)
+    s = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     groups = torch.tensor([1, 2, 3, 4, 2, 1, 5, 2, 2])
     texts = torch.randn(int(groups.sum()), 6, generator=g, dtype=torch.float64)
     bank = MemoryBank(5, 6, 0)
@@ -134,7 +137,8 @@ def gathered_unevenly(rank, world):
 
 
 def work(rank, folder):
-    "One of four processes; in turn the first alone, the first two and all four form a group (starting processes is the slow part)."
+    """One of four processes; in turn the first alone, the first two and all four form a group
+    (starting processes is the slow part)."""
     torch.set_num_threads(1)
     for world in WORLDS:
         if rank >= world:
@@ -142,21 +146,21 @@ def work(rank, folder):
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous_{world}", rank=rank, world_size=world
         )
-        found = dict(
+        results = dict(
             functions=call_functions(rank, world),
             train=train(rank, world),
             cached=train(rank, world, 5, chunk=3 if world < 4 else 1),
             single=train(rank, world, 1, torch.float32),
         )
         gathered_unevenly(rank, world)
-        torch.save(found, Path(folder) / f"{world}_{rank}.pt")
+        torch.save(results, Path(folder) / f"{world}_{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "The folder in which four processes have left what they found."
+    "The folder in which four processes have left what they computed."
     folder = tmp_path_factory.mktemp("processes")
     context, until = (
         mp.start_processes(work, (str(folder),), nprocs=4, join=False, start_method="spawn"),
@@ -185,8 +189,8 @@ def alone():
 
 
 @pytest.fixture(params=WORLDS)
-def found(request, folder):
-    "What each of 1, 2 or 4 processes found, in rank order."
+def by_rank(request, folder):
+    "What each of 1, 2 or 4 processes computed, in rank order."
     return [
         torch.load(folder / f"{request.param}_{rank}.pt", weights_only=True)
         for rank in range(request.param)
@@ -212,8 +216,8 @@ def same_terms(one, other, **tolerance):
             assert x[k] == pytest.approx(y[k], rel=1e-5, abs=1e-6)
 
 
-def test_ten_steps_end_in_the_same_parameters_and_bank(found, alone):
-    for each in found:
+def test_ten_steps_end_in_the_same_parameters_and_bank(by_rank, alone):
+    for each in by_rank:
         same_terms(each["train"], alone["train"])
         for x, y in zip(each["train"]["grads"], alone["train"]["grads"]):
             same_named(x, y)
@@ -225,33 +229,33 @@ def test_ten_steps_end_in_the_same_parameters_and_bank(found, alone):
     ) == {"loss_global_short", "loss_global_long"}
 
 
-def test_every_process_reports_the_same_bitwise(found):
-    for each in found[1:]:
-        for x, y in zip(each["train"]["losses"], found[0]["train"]["losses"]):
+def test_every_process_reports_the_same_bitwise(by_rank):
+    for each in by_rank[1:]:
+        for x, y in zip(each["train"]["losses"], by_rank[0]["train"]["losses"]):
             assert all(torch.equal(x[k], y[k]) for k in y)
         assert all(
-            torch.equal(each["train"]["bank"][k], v) for k, v in found[0]["train"]["bank"].items()
+            torch.equal(each["train"]["bank"][k], v) for k, v in by_rank[0]["train"]["bank"].items()
         )
 
 
-def test_gradient_caching_within_each_process(found, alone):
-    for each in found:
+def test_gradient_caching_within_each_process(by_rank, alone):
+    for each in by_rank:
         same_terms(each["cached"], alone["five"])
         same_named(each["cached"]["parameters"], alone["five"]["parameters"], atol=1e-8)
         same_named(each["cached"]["bank"], alone["five"]["bank"])
 
 
-def test_losses_and_gradients_in_float32(found, alone):
-    for each in found:
+def test_losses_and_gradients_in_float32(by_rank, alone):
+    for each in by_rank:
         same_terms(each["single"], alone["single"], rtol=1e-5, atol=1e-6)
         for name, g in alone["single"]["grads"][0].items():
             assert (each["single"]["grads"][0][name] - g).norm() <= 1e-4 * g.norm() + 1e-6, name
 
 
-def test_called_directly_the_losses_and_the_bank_gather(found, alone):
-    for each in found:
+def test_called_directly_the_losses_and_the_bank_gather(by_rank, alone):
+    for each in by_rank:
         same_named(each["functions"]["losses"], alone["functions"]["losses"], rtol=1e-12)
         same_named(each["functions"]["bank"], alone["functions"]["bank"])
         near(each["functions"]["scale"], alone["functions"]["scale"])
     for k, whole in enumerate(alone["functions"]["grads"]):
-        near(torch.cat([each["functions"]["grads"][k] for each in found]), whole)
+        near(torch.cat([each["functions"]["grads"][k] for each in by_rank]), whole)

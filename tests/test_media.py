@@ -1,4 +1,5 @@
-"""Whole files in many containers and codecs against a full decode: a matrix, and damage, that would drown the notebook."""
+"""Whole files in many containers and codecs against a full decode: a matrix, and damage, that
+would drown the notebook."""
 
 from fractions import Fraction
 

@@ -1,4 +1,6 @@
-"""Generated batches (any number of boxes, negatives, lengths, repeated texts, missing parts) against one sample at a time.
+"""Generated batches (any number of boxes, negatives, lengths, repeated texts, missing parts)
+against one sample at a time.
+
 No notebook cell: hypothesis looks for the combination that breaks."""
 
 from functools import lru_cache
@@ -41,7 +43,8 @@ region = st.tuples(st.integers(0, 3), box, texts(77), st.lists(texts(77), max_si
 
 @st.composite
 def batches(draw):
-    "Regions in the order of their images; a region with n negatives heads a group of n + 1 texts, with none it has no group."
+    """Regions in the order of their images; a region with n negatives heads a group of n + 1 texts,
+    with none it has no group."""
     B = draw(st.integers(1, 4))
     regions = sorted(
         (r for r in draw(st.lists(region, max_size=6)) if r[0] < B), key=lambda r: r[0]
@@ -110,7 +113,10 @@ def test_any_gradient_equals_one_sample_at_a_time(batch, seed):
     )
     g = torch.Generator().manual_seed(seed)
     weights = {k: torch.randn(v.shape, dtype=v.dtype, generator=g) for k, v in expected.items()}
-    total = lambda f: sum((f[k] * w).sum() for k, w in weights.items())
+
+    def total(features):
+        return sum((features[k] * w).sum() for k, w in weights.items())
+
     a, b = (
         torch.autograd.grad(total(f), list(WEIGHTS.values()), allow_unused=True)
         for f in (ours, expected)

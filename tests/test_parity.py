@@ -1,4 +1,6 @@
-"""The model against recorded outputs of the official code, in both precisions, and against plain re-implementations at other sizes.
+"""The model against recorded outputs of the official code, in both precisions, and against plain
+re-implementations at other sizes.
+
 No notebook cell: the recordings are files, and the comparison covers every parameter."""
 
 import pytest

@@ -1,4 +1,6 @@
-"""Readers on files: every format, every way to name them, shards. A cell cannot hold this much material."""
+"""Readers on files: every format, every way to name them, shards.
+
+A cell cannot hold this much material."""
 
 import gzip, json, os, subprocess, sys
 from pathlib import Path
@@ -80,9 +82,10 @@ def test_grit_fragment_is_dropped(tmp_path, root):
 
 
 def test_short_captions_of_finehard_itself_read_as_the_reference_reads_them(tmp_path, root):
-    short = lambda path, caption: load(
-        tmp_path, root, [dict(FINEHARD[0], f_path=path, short_caption=caption)]
-    )[0][0]
+    def short(path, caption):
+        row = dict(FINEHARD[0], f_path=path, short_caption=caption)
+        return load(tmp_path, root, [row])[0][0]
+
     released = short("grit-20m/data-12m/a.jpg", "two cats")
     assert (released.short_caption, released.captions) == (
         "a photo of two cats",
@@ -270,7 +273,7 @@ def test_own_format(tmp_path, root):
 
 def test_levels_without_plain_negatives(tmp_path, root):
     region = {"bbox": BOX, "caption": "a red mug"}
-    for extra, found in (
+    for extra, by_level in (
         (
             {"negatives_by_level": {"easy": ["a dog"], "hard": ["a red jug"]}},
             {"easy": ("a dog",), "hard": ("a red jug",)},
@@ -292,8 +295,8 @@ def test_levels_without_plain_negatives(tmp_path, root):
             "regions.jsonl",
             lines=True,
         )
-        assert s[0].regions[0].levels() == found and s[0].regions[0].negatives == next(
-            iter(found.values()), ()
+        assert s[0].regions[0].levels() == by_level and s[0].regions[0].negatives == next(
+            iter(by_level.values()), ()
         )
     s, r = load(
         tmp_path,
@@ -428,8 +431,8 @@ def test_all_formats_are_told(tmp_path, root):
     for name, document in DOCUMENTS.items():
         write(tmp_path / f"{name}.json", document)
     formats = {
-        os.path.basename(f)[:-5]: found
-        for f, found in load_samples(tmp_path, root)[0].formats.items()
+        os.path.basename(f)[:-5]: format_name
+        for f, format_name in load_samples(tmp_path, root)[0].formats.items()
     }
     assert formats == {name: "coco" if name == "coco_captions" else name for name in DOCUMENTS}
 
@@ -512,12 +515,15 @@ def test_a_lost_shard_is_noticed(tmp_path, root):
 
 def test_command_line(tmp_path, root):
     write(tmp_path / "d.json", FINEHARD)
-    run = lambda *a: subprocess.run(
-        [sys.executable, "-m", "fgclip_nb.data", *map(str, a)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "fgclip_nb.data", *map(str, words)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+
     done = run("convert", tmp_path / "d.json", tmp_path / "out", "--media-root", root)
     assert done.returncode == 0 and "3 samples in 1 shard" in done.stdout, done.stderr
     again = run("convert", tmp_path / "d.json", tmp_path / "out")
@@ -539,7 +545,10 @@ def test_order_is_a_permutation_and_a_function():
 
 def test_import_is_light():
     heavy = {"torch", "pandas", "datasets", "av", "PIL", "matplotlib"}
-    code = f"import sys, fgclip_nb.data.load, fgclip_nb.data.filters; bad = {heavy} & set(sys.modules); assert not bad, bad"
+    code = (
+        "import sys, fgclip_nb.data.load, fgclip_nb.data.filters; "
+        f"bad = {heavy} & set(sys.modules); assert not bad, bad"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

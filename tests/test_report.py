@@ -1,4 +1,5 @@
-"""The report as a browser shows it: only a real one tells whether the first screen holds the cause and nothing spills over."""
+"""The report as a browser shows it: only a real one tells whether the first screen holds the cause
+and nothing spills over."""
 
 import re, shutil, subprocess
 import pytest
@@ -44,7 +45,7 @@ def test_equal_runs_give_equal_reports(page, tmp_path):
 
 
 def shown(page, width, height, probe):
-    "What a headless browser makes of the page: the text that the script `probe` leaves in the title."
+    "What a headless browser makes of the page: what the script `probe` leaves in the title."
     scripted = page.with_name(f"probe{width}.html")
     scripted.write_text(
         page.read_text().replace("</body>", f"<script>document.title = {probe}</script></body>")
@@ -70,7 +71,7 @@ def shown(page, width, height, probe):
 @pytest.mark.parametrize("width,height", [(1280, 800), (500, 900)])
 def test_the_first_screen_holds_the_cause_and_nothing_spills(page, width, height):
     probe = (
-        "[document.documentElement.scrollWidth <= innerWidth, document.querySelector('.cause').getBoundingClientRect().bottom < "
-        "innerHeight].join()"
+        "[document.documentElement.scrollWidth <= innerWidth, "
+        "document.querySelector('.cause').getBoundingClientRect().bottom < innerHeight].join()"
     )
     assert shown(page, width, height, probe) == "true,true"

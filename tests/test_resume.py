@@ -1,7 +1,8 @@
-"""Killed trainings, which no cell can hold: real processes die at chosen steps, inside checkpoint writes and inside metrics lines, and the
-same command goes on.
+"""Killed trainings, which no cell can hold: real processes die at chosen steps, inside checkpoint
+writes and inside metrics lines, and the same command goes on.
 
-The outcome has to be bitwise that of the run that was never interrupted: parameters, optimiser, bank, and every line of metrics once."""
+The outcome has to be bitwise that of the run that was never interrupted: parameters, optimiser,
+bank, and every line of metrics once."""
 
 import json
 
@@ -11,7 +12,7 @@ import micro
 
 SIX = ["line:2", "step:4", "save:6:torn", "save:6:unsealed", "save:9:unrenamed", "step:9"]
 SAVES = {n: [f"save:{n}:{stage}" for stage in ("torn", "unsealed", "unrenamed")] for n in (3, 6, 9)}
-# in the order of steps: a run that has gone on from step 6 cannot die in the checkpoint of step 3 any more
+# in the order of steps: a run gone on from step 6 cannot die in the checkpoint of step 3 any more
 TWENTY = [
     "step:1",
     "step:2",

@@ -1,4 +1,5 @@
-"""Runs made again from their folders, and sweeps over processes: both need whole trainings and processes of their own."""
+"""Runs made again from their folders, and sweeps over processes: both need whole trainings and
+processes of their own."""
 
 import json, subprocess, sys
 from pathlib import Path
@@ -59,11 +60,11 @@ def test_other_versions_code_or_data_are_named_before_the_run(short):
     )
     (short.path / "manifest.json").write_text(json.dumps(changed))
     try:
-        told = " ".join(reproduction.unlike_now(short))
+        differences = " ".join(reproduction.unlike_now(short))
     finally:
         (short.path / "manifest.json").write_text(kept)
     assert all(
-        w in told
+        w in differences
         for w in (
             "versions.torch was '1.0'",
             "code.package was '0000'",
@@ -82,7 +83,8 @@ def test_no_run_folder_no_reproduction(tmp_path):
 def toy(tmp_path):
     "A notebook that makes a run folder, fails for seed 1 and dies for seed 2."
     body = (
-        "import os, pathlib, signal\nassert seed != 1, 'planted'\nif seed == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, pathlib, signal\nassert seed != 1, 'planted'\n"
+        "if seed == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "p = pathlib.Path(output); p.mkdir(parents=True, exist_ok=True)\n"
         "(p/'params.yaml').write_text(f'seed: {seed}\\nlearning_rate: {learning_rate}\\n'); "
         "(p/'metrics.jsonl').write_text('{\"step\": 1, \"loss\": 1.0}\\n')\n"

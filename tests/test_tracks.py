@@ -1,6 +1,8 @@
-"""When a region of a clip is visible, and where: one definition in reader, filter, clip, batch and picture, held against one written apart.
+"""When a region of a clip is visible, and where: one definition in reader, filter, clip, batch and
+picture, held against one written apart.
 
-Random tracks by seed, so that every mixture of enabled and disabled keyframes occurs; no cell could show so many."""
+Random tracks by seed, so that every mixture of enabled and disabled keyframes occurs; no cell could
+show so many."""
 
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ def random_track(rng, last=LAST, most=7):
 
 
 def plain(track, frame):
-    "The box of a track at a frame, or None: an enabled keyframe reaches to the next one, whatever it is; after a disabled one, nothing."
+    """The box of a track at a frame, or None: an enabled keyframe reaches to the next one, whatever
+    it is; after a disabled one, nothing."""
     for before, k, after in zip((None, *track), track, (*track[1:], None)):
         if frame == k.frame:
             return k.bbox if k.enabled or before is not None and before.enabled else None
@@ -76,7 +79,8 @@ def test_boxes_of_random_tracks(seed):
     ],
 )
 def test_every_order_of_keyframes(states, spans):
-    "Keyframes at frames 0, 4, 8, …: + enabled, - disabled; visible are `spans`, both ends included, and nothing else."
+    """Keyframes at frames 0, 4, 8, …: + enabled, - disabled; visible are `spans`, both ends
+    included, and nothing else."""
     track = [Keyframe(4 * i, (0, 0, 1, 1), state == "+") for i, state in enumerate(states.split())]
     frames = range(-2, 4 * len(track) + 2)
     assert boxes_at(track, frames)[1].tolist() == [
@@ -101,17 +105,14 @@ def test_clip_filter_batch_and_picture_agree(seed, source):
     got = clip_inputs(
         sample, num_frames=9, size=16, region_source=source, rng=np.random.default_rng(seed)
     )
-    right = {
-        r.id: [
-            plain(r.keyframes, f)
-            if r.keyframes
-            else (0, 0, 1, 1)
-            if not r.span or r.span[0] <= f <= r.span[1]
-            else None
-            for f in got.numbers
-        ]
-        for r in sample.regions
-    }
+
+    def plain_box(region, frame):
+        if region.keyframes:
+            return plain(region.keyframes, frame)
+        inside = not region.span or region.span[0] <= frame <= region.span[1]
+        return (0, 0, 1, 1) if inside else None
+
+    right = {r.id: [plain_box(r, f) for f in got.numbers] for r in sample.regions}
     shown = {i for i, boxes in right.items() if any(boxes)}
     # the masks and boxes of the clip
     assert {r.id for r in got.regions} == shown and len(got.rejects) == len(sample.regions) - len(
@@ -180,23 +181,25 @@ def test_a_picture_shows_only_what_is_visible_in_it():
 
 
 def test_a_lone_keyframe_needs_its_own_frame():
-    "Ten spread frames miss a track of one keyframe; with its own span's frames it is found on exactly that one."
+    """Ten spread frames miss a track of one keyframe; with its own span's frames it is found on
+    exactly that one."""
     lone = Region("a lone keyframe", keyframes=(Keyframe(100, (0, 0, 0.5, 0.5)),))
     sample = Sample("s", str(CLIP), "video", regions=[lone])
     assert 100 not in sample_frames(LAST + 1, 10)
-    missed, found = (
+    missed, hit = (
         clip_inputs(sample, 10, 16, region_source=source) for source in ("boxes", "span")
     )
     assert (len(missed.regions), missed.rejects[0].rule, missed.coverage) == (0, "never_visible", 0)
     assert (
-        found.numbers[found.visible[0]].tolist() == [100]
-        and found.coverage == 0
-        and not found.in_clip[found.numbers == 100].any()
+        hit.numbers[hit.visible[0]].tolist() == [100]
+        and hit.coverage == 0
+        and not hit.in_clip[hit.numbers == 100].any()
     )
 
 
 def test_late_spans_are_hit_where_the_first_frames_see_none():
-    "Regions at frames 816 and 1912 of a clip: 256 frames over the whole of it find both, its first 512 frames neither."
+    """Regions at frames 816 and 1912 of a clip: 256 frames over the whole of it find both, its
+    first 512 frames neither."""
     spans = [(816, 900), (1912, 1990)]
     assert coverage(spans, sample_frames(2000, 256)) == 1 and coverage(spans, range(512)) == 0
     for seed in range(20):

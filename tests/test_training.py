@@ -1,5 +1,6 @@
-"""Whole runs and injected faults, which no cell can hold: identity of run folders, torn checkpoints, full disks, NaN batches, vanished
-files, dead workers, second writers, exhausted memory, trackers, several processes."""
+"""Whole runs and injected faults, which no cell can hold: identity of run folders, torn
+checkpoints, full disks, NaN batches, vanished files, dead workers, second writers, exhausted
+memory, trackers, several processes."""
 
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_a_resumed_run_keeps_the_facts_of_its_start(world, finished, tmp_path):
 
 
 class Remembering:
-    """A tracker of somebody else's, known to accelerate by name, that keeps what it is told in a file."""
+    """A tracker of somebody else's, known to accelerate by name, that keeps its calls in a file."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -247,7 +248,7 @@ def test_tensorboard_holds_every_step_once_also_after_a_kill(world, tmp_path):
 
 
 def test_an_unknown_tracker_ends_the_run_before_it_begins(world, tmp_path):
-    for name, told in (
+    for name, advice in (
         ("wanbd", "did you mean `wandb`?"),
         ("aim", "not installed (pip install aim)"),
     ):
@@ -259,7 +260,7 @@ def test_an_unknown_tracker_ends_the_run_before_it_begins(world, tmp_path):
             for x in p.read_text().splitlines()
             if x.startswith("ConfigError")
         ]
-        assert told in line and "installed are tensorboard" in line
+        assert advice in line and "installed are tensorboard" in line
 
 
 def test_changed_data_is_refused_unless_allowed(world, tmp_path):
@@ -364,8 +365,8 @@ class NoMemory:
 
         error = dict(
             cpu=RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to "
-                "allocate 99 bytes."
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 99 bytes."
             ),
             cuda=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99.00 GiB."),
             python=MemoryError(),
@@ -386,7 +387,7 @@ class NoMemory:
 def test_out_of_memory_names_the_batch_and_what_to_lower(world, tmp_path, kind):
     params = dict(world, output=str(tmp_path / "run"))
     assert micro.run(params, change=NoMemory(kind)) == 5
-    [told] = [
+    [message] = [
         line
         for p in tmp_path.glob("run.*.txt")
         for line in p.read_text().splitlines()
@@ -400,10 +401,10 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(world, tmp_path, kind):
         "regions in",
         "Lower first: `gradient_caching` from",
     ):
-        assert words in told, words
-    assert told.count(".png") == 4 and told.index("gradient_caching") < told.index(
+        assert words in message, words
+    assert message.count(".png") == 4 and message.index("gradient_caching") < message.index(
         "max_regions"
-    ) < told.index("`batch_size`")
+    ) < message.index("`batch_size`")
     assert micro.run(params) == 0, "the checkpoint of step 3 is intact"
 
 
@@ -533,7 +534,7 @@ def test_a_dry_run_says_what_it_takes_and_starts_nothing(world, tmp_path, monkey
     "changes", [dict(), dict(gradient_caching=2), dict(gradient_checkpointing=True)]
 )
 def test_probes_measure_what_a_step_really_takes(world, changes):
-    """Peak of the whole batch, probed at once, against the line through the probes of two and four photos."""
+    """Peak of the whole batch, probed at once, against the line through two and four photos."""
     from fgclip_nb import training
     from fgclip_nb.training import forecast, state
     from fgclip_nb.core.folder import get_logger
@@ -544,10 +545,10 @@ def test_probes_measure_what_a_step_really_takes(world, changes):
         cfg, training.prepare_data(cfg), state.make_accelerator(cfg), Path("nowhere"), get_logger()
     )
     forecast.probe_step(s, forecast.probe_batch(s, 1))
-    found = [forecast.probe(s, n) for n in (2, 4, 16)]
+    probes = [forecast.probe(s, n) for n in (2, 4, 16)]
     chunk = cfg.gradient_caching or 16
-    line = forecast.straight([(p.size, p.bytes) for p in found[:2] if p.size <= chunk], chunk)
-    assert 0.7 < line / found[-1].bytes < 1.4, (line, found)
+    line = forecast.straight([(p.size, p.bytes) for p in probes[:2] if p.size <= chunk], chunk)
+    assert 0.7 < line / probes[-1].bytes < 1.4, (line, probes)
 
 
 def test_a_video_run_says_at_its_start_what_its_frames_show(world, tmp_path):
@@ -572,7 +573,7 @@ def test_a_video_run_says_at_its_start_what_its_frames_show(world, tmp_path):
 
 
 def test_class_negatives_reach_the_loss(world, tmp_path):
-    """Labelled samples without negatives of their own get those of a file; the hard loss then counts them."""
+    """Labelled samples without negatives of their own get a file's; the hard loss counts them."""
     rows = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
     for row in rows:
         row["label"] = "Squares"
@@ -672,8 +673,8 @@ def stand_in(monkeypatch, code):
 
 @pytest.mark.ci
 def test_a_notebook_starts_and_follows_two_processes(world, tmp_path):
-    """`processes` above 1: the run is a program of its own, its lines appear here, and its numbers are those of one process with the
-    same global batch."""
+    """`processes` above 1: the run is a program of its own, its lines appear here, and its numbers
+    are those of one process with the same global batch."""
     from fgclip_nb.core.folder import Run, get_logger
     from fgclip_nb.core.config import TrainConfig
     from fgclip_nb.training.loop import train
@@ -721,7 +722,8 @@ def test_a_failed_child_fails_the_run_with_its_status_and_last_words(world, tmp_
     cfg = TrainConfig(**world | dict(output=str(tmp_path / "run"), processes=2))
     stand_in(
         monkeypatch,
-        "print('ConfigError: something is wrong'); print('  exitcode  : 4 (pid: 7)'); raise SystemExit(1)",
+        "print('ConfigError: something is wrong'); print('  exitcode  : 4 (pid: 7)'); "
+        "raise SystemExit(1)",
     )
     with pytest.raises(
         training.LaunchFailed, match="(?s)ended with status 4.*ConfigError: something is wrong"
@@ -753,8 +755,14 @@ time.sleep(60)""",
 
 def test_a_child_ends_with_its_parent(tmp_path):
     """A killed notebook leaves no training behind."""
-    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    parent = f"import sys, os, signal; from fgclip_nb.training.launcher import follow\nfollow([sys.executable, '-c', {child!r}], print)"
+    child = (
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+        "time.sleep(60)"
+    )
+    parent = (
+        "import sys, os, signal; from fgclip_nb.training.launcher import follow\n"
+        f"follow([sys.executable, '-c', {child!r}], print)"
+    )
     started = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     started.kill()
@@ -771,8 +779,8 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.long
 def test_two_processes_stop_after_the_same_step_and_resume(world, tmp_path):
-    """SIGTERM reaches the notebook; both processes save and stop together; the same command goes on to the numbers of the run that was
-    never interrupted."""
+    """SIGTERM reaches the notebook; both processes save and stop together; the same command goes on
+    to the numbers of the run that was never interrupted."""
     params = dict(world, processes=2, batch_size=2, max_steps=60, save_every=1000, eval_every=0)
     words = [f"{k}={json.dumps(v)}" for k, v in dict(params, output=str(tmp_path / "run")).items()]
     child = subprocess.Popen(
@@ -813,10 +821,12 @@ def test_two_processes_stop_after_the_same_step_and_resume(world, tmp_path):
 def two_processes(params, tmp_path, kill_rank=None):
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, sys, torch\ntorch.set_num_threads(1)\nfrom fgclip_nb.training import __main__, loop\n"
+        "import os, sys, torch\ntorch.set_num_threads(1)\n"
+        "from fgclip_nb.training import __main__, loop\n"
         + (
             "run_step = loop.run_step\ndef step(s, b):\n    done = run_step(s, b)\n"
-            f"    if s.step == 4 and os.environ['RANK'] == '{kill_rank}': os.kill(os.getpid(), 9)\n    return done\n"
+            f"    if s.step == 4 and os.environ['RANK'] == '{kill_rank}': "
+            "os.kill(os.getpid(), 9)\n    return done\n"
             "loop.run_step = step\n"
             if kill_rank is not None
             else ""
@@ -841,7 +851,7 @@ def two_processes(params, tmp_path, kill_rank=None):
 
 @pytest.mark.ci
 def test_two_processes_train_like_one_and_survive_a_lost_rank(world, tmp_path):
-    """The same global batch on two gloo processes; one rank is killed at step 4, and the same command resumes."""
+    """The same global batch on two gloo processes; one is killed, the same command resumes."""
     one = dict(world, output=str(tmp_path / "one"), max_steps=6)
     two = dict(one, output=str(tmp_path / "two"), batch_size=2)
     assert micro.run(one) == 0

@@ -1,4 +1,5 @@
-"""README's recipe for UCF-Crime, step by step, on a folder of its shape: class folders, region JSON, UCA's sentences, cache, training."""
+"""README's recipe for UCF-Crime, step by step, on a folder of its shape: class folders, region
+JSON, UCA's sentences, cache, training."""
 
 import json, os, shutil, subprocess, sys
 
@@ -95,7 +96,7 @@ def test_spans_are_counted(ucf):
 
 
 def config(ucf, out, **more):
-    asked = dict(
+    parameters = dict(
         data=str(ucf / "data.txt"),
         media_root=str(ucf / "Videos"),
         num_frames=8,
@@ -110,7 +111,7 @@ def config(ucf, out, **more):
         output=str(out),
         device="cpu",
     )
-    return TrainConfig(**{**asked, **more})
+    return TrainConfig(**{**parameters, **more})
 
 
 def test_half_of_a_batch_is_abnormal(ucf, tmp_path):

@@ -1,4 +1,5 @@
-"""The shipped clips and their annotation as files: sizes, counts, licences, and boxes that sit where something moves."""
+"""The shipped clips and their annotation as files: sizes, counts, licences, and boxes that sit
+where something moves."""
 
 import json
 
@@ -94,7 +95,8 @@ def test_every_region_is_seen_by_sixteen_frames():
 
 
 def test_every_step_of_the_default_run_contrasts_six_captions():
-    "Regions as training draws them, with jitter, batch for batch over 160 steps: never fewer than 6 distinct phrases or captions."
+    """Regions as training draws them, with jitter, batch for batch over 160 steps: never fewer than
+    6 distinct phrases or captions."""
     cfg = TrainConfig(data="video_sample")
     data = prepare_data(cfg).train
     examples = Examples(data, Drawing(16, cfg.max_regions, num_frames=clip_frames(cfg)), cfg.seed)
@@ -109,7 +111,8 @@ def test_every_step_of_the_default_run_contrasts_six_captions():
 
 @pytest.mark.parametrize("name", ["car_park", "visitors"])
 def test_boxes_sit_on_what_moves(name):
-    "Pixels that differ from the empty scene lie in moving tracks' boxes far more often than chance would have it."
+    """Pixels that differ from the empty scene lie in moving tracks' boxes far more often than
+    chance would have it."""
     samples = [s for s in SAMPLES if s.id.startswith(name)]
     path = samples[0].media
     numbers = np.arange(0, video_info(path).frames, 3)
