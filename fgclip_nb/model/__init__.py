@@ -5,9 +5,12 @@ import importlib
 
 ROOMS = {
     "FGCLIP": ".fgclip",
+    "FGCLIP2Config": ".siglip",
     "FGCLIPConfig": ".config",
     "LoadReport": ".weights",
     "PRESETS": ".config",
+    "Pieces": ".pieces",
+    "patch_batch": ".patches",
     "roi_align_1x1": ".roi",
 }
 __all__ = sorted(ROOMS)
