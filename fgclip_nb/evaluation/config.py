@@ -46,7 +46,7 @@ class EvaluateConfig:
     batch_size: int = param(64, "images per forward", 1, 100000)
     ties: str = param(
         "against",
-        "equal scores count against the model, or `official`: the right answer wins",
+        "equal scores: against the model, or the right one wins",
         choices=("against", "official"),
     )
     permutations: int = param(1000, "permutations behind the chance band", 20, 1000000)
