@@ -418,3 +418,34 @@ def test_from_scratch_a_seed_gives_a_model():
     first, again, other = drawn(1), drawn(1), drawn(2)
     assert all(t.equal(again[n]) and t.isfinite().all() for n, t in first.items())
     assert not first["text_model.head.weight"].equal(other["text_model.head.weight"])
+
+
+def test_transformers_finds_the_model_without_remote_code(released):
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    assert type(AutoConfig.from_pretrained(released)) is FGCLIP2Config
+    assert type(AutoModel.from_pretrained(released)) is FGCLIP2
+    assert type(AutoModelForCausalLM.from_pretrained(released)) is FGCLIP2
+
+
+def test_other_sizes_and_which_positions_are_read(tmp_path):
+    "40 and 100 positions, 16 kept, patches of 5 pixels on a table of 5 x 5."
+    tower = dict(hidden_size=40, intermediate_size=72, num_attention_heads=5, num_hidden_layers=3)
+    text = dict(tower, vocab_size=632, max_position_embeddings=40, longtext_len=100, keep_len=16)
+    config = FGCLIP2Config(
+        text_config=text, vision_config=dict(tower, num_patches=25, patch_size=5)
+    )
+    torch.manual_seed(0)
+    FGCLIP2(config).save_pretrained(tmp_path)
+    model, pieces = FGCLIP2.from_pretrained(tmp_path, prove=True), Pieces()
+    assert model.config.text_config.keep_len == 16
+    photos = model.patch_batch([np.zeros((17, 60, 3), np.uint8)], budget=30)
+    assert model.get_image_features(**photos).shape == (1, 40)
+    assert photos["pixel_values"].shape[2] == 75
+    model.get_text_features(pieces(["two dogs"], 100), walk_type="long").sum().backward()
+    table = model.text_model.embeddings
+    for part, rows in (("ori", slice(0, 16)), ("res", slice(16, 100))):
+        grad = getattr(table, f"position_embedding_{part}").weight.grad
+        assert grad[rows].ne(0).any(1).all()
+        assert grad.ne(0).any(1).sum() == rows.stop - rows.start
+    assert table.position_embedding.weight.grad is None
