@@ -114,7 +114,7 @@ def test_without_validation_the_newest_sound_one_is_taken(world, tmp_path, heard
     trained_on.write_text(
         "\n".join(json.dumps(r) for r in rows if r.get("split", "train") == "train")
     )
-    params = dict(world, data=str(trained_on), output=str(run.path), val_fraction=0.0, max_steps=6)
+    params = dict(world, data=str(trained_on), output=str(run.path), max_steps=6)
     assert micro.run(params) == 0
     assert run.best() == {} and not (run.path / "checkpoints/best").exists()
     assert weights_source(str(run.path)).name == "step_00000006"
