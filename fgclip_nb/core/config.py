@@ -162,6 +162,9 @@ class RunParams:
     early_stop: int = param(
         0, "validations without improvement before stopping; 0: never", 0, 1_000_000
     )
+    best_by: str = param(
+        "loss", "what the best checkpoint has least of, held out", choices=("loss", "rank")
+    )
     tracker: str = param(
         "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"
     )

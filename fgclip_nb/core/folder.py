@@ -9,7 +9,7 @@ __all__ = ['resolve_path', 'get_logger', 'Run']
 import fcntl, gzip, json, logging, os, re, sys, weakref
 from pathlib import Path
 import fgclip_nb
-from fgclip_nb.core.identity import ConfigError, DataError, project_root
+from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256_file
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
 def write_atomic(path, data: str | bytes):
@@ -97,6 +97,40 @@ def checkpoint_folders(folder) -> list:
         if (m := re.fullmatch(r"step_(\d+)", p.name))
     )
 
+# %% ../../nbs/0_core/01_folder.ipynb #c67bfb2e
+def checkpoint_state(folder) -> dict:
+    "The `state.json` of a checkpoint: step, counters, checksums; empty where it cannot be read."
+    try:
+        return read_json(Path(folder) / "state.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def checkpoint_fault(folder) -> str:
+    "What is wrong with a checkpoint folder, or an empty string."
+    try:
+        files = json.loads((folder / "state.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"state.json cannot be read ({type(e).__name__})"
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_file(folder / name) != digest:
+            return f"{name} does not match its checksum"
+    return ""
+
+
+def newest_sound(checkpoints, log):
+    """The newest sound one of (step, folder) pairs in order, or None.
+
+    Unsound ones are named in the log with what is wrong."""
+    for step, folder in reversed(checkpoints):
+        fault = checkpoint_fault(folder)
+        if not fault:
+            return step, folder
+        log.warning(f"checkpoint {folder.name} is not used: {fault}")
+    return None
+
 # %% ../../nbs/0_core/01_folder.ipynb #e5e2028a
 class Run:
     "A run folder: parameters, tables, judgements, checkpoints; nothing is written by looking."
@@ -148,6 +182,51 @@ class Run:
     def checkpoints(self) -> list:
         "Complete checkpoints as (step, folder), ordered by number."
         return checkpoint_folders(self.path / "checkpoints")
+
+    def best(self) -> dict:
+        """The best by validation, as `checkpoints/best` names it: step, folder, score and by what.
+
+        Empty where none was judged."""
+        try:
+            return read_json(self.path / "checkpoints/best")
+        except (OSError, ValueError):
+            return {}
+
+    def newest_checkpoint(self):
+        "The newest sound checkpoint as (step, folder), or None; the log names unsound ones."
+        return newest_sound(self.checkpoints(), get_logger())
+
+    def best_checkpoint(self):
+        """The checkpoint that the run stands for as (step, folder), or None; the log says which.
+
+        It is the best where one was judged, and the newest sound one otherwise."""
+        best = self.best()
+        judged = [c for c in self.checkpoints() if c[0] == best.get("step")]
+        chosen = newest_sound(judged, get_logger())
+        why = f"the best by {best.get('by')}, score {best.get('score')}"
+        if chosen is None:
+            chosen = self.newest_checkpoint()
+            why = "the newest; the best is lost" if best else "the newest; none was judged"
+        if chosen:
+            get_logger().info(f"{self.path}: {chosen[1].name} is taken ({why})")
+        return chosen
+
+# %% ../../nbs/0_core/01_folder.ipynb #57ed637b
+def model_folder(path) -> Path:
+    """The folder of weights that a path stands for.
+
+    A run folder stands for its best checkpoint (`Run.best_checkpoint`), and so does the file
+    `checkpoints/best` in it; any other path stands for itself. Raises `DataError` for a run that
+    has only unsound checkpoints."""
+    path = Path(path)
+    names_best = path.is_file() and path.parts[-2:] == ("checkpoints", "best")
+    run = Run(path.parents[1] if names_best else path)
+    if not run.checkpoints():
+        return path
+    chosen = run.best_checkpoint()
+    if chosen is None:
+        raise DataError(f"{run.path}: none of its checkpoints is sound; name another model")
+    return chosen[1]
 
 # %% ../../nbs/0_core/01_folder.ipynb #f12bc020
 _locks = weakref.WeakSet()

@@ -41,6 +41,20 @@ def python_files_hash(folder) -> str:
     files = sorted(Path(folder).rglob("*.py"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
+# %% ../../nbs/0_core/00_identity.ipynb #5ef8eb30
+def weights_fingerprint(weights) -> str:
+    """Twelve hex digits over names, dtypes, shapes and bytes of all parameters and buffers.
+
+    `weights` is a torch module or its state dict. Equal exactly when the weights are."""
+    import torch
+
+    tensors = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
 # %% ../../nbs/0_core/00_identity.ipynb #263966f1
 def project_root(start=None) -> Path:
     """The nearest folder upwards from `start` that holds settings.ini.

@@ -10,20 +10,14 @@ import json, math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
 from fgclip_nb.core.folder import asset, write_atomic
 from fgclip_nb.data.photos import normalize
 from fgclip_nb.data.samples import visible_spans
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
 from fgclip_nb.evaluation.ranking import unit
-from fgclip_nb.evaluation.encoder import (
-    feature_tensor,
-    frozen,
-    need_dense,
-    stack_features,
-    weights_fingerprint,
-)
+from fgclip_nb.evaluation.encoder import feature_tensor, frozen, need_dense, stack_features
 from fgclip_nb.evaluation.captions import as_encoder
 from fgclip_nb.evaluation.features import read_plain_npy
 from fgclip_nb.evaluation.annotations import AnomalyVideo, video_name

@@ -6,11 +6,11 @@
 __all__ = ['Encoder']
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #8401efd7
-import hashlib, inspect, itertools
+import inspect, itertools
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
 from fgclip_nb.data.inputs import clip_inputs
 from fgclip_nb.data.photos import normalize, read_image
 
@@ -48,19 +48,6 @@ def frozen(model):
             yield
     finally:
         model.train(training)
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #47267c27
-def weights_fingerprint(model):
-    """SHA-256 over names, dtypes and bytes of all weights, in sorted order.
-
-    Equal exactly when the weights are."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #e3b931b3
 def is_clip(item):

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
-from fgclip_nb.core.folder import Run, write_atomic
+from fgclip_nb.core.folder import model_folder, write_atomic
 from fgclip_nb.evaluation.encoder import is_clip, media_of
 from fgclip_nb.evaluation.captions import as_encoder, captions_of
 from fgclip_nb.evaluation.regions import encode_regions, region_id
@@ -229,19 +229,14 @@ def random_model(name):
     )
     return FGCLIP(FGCLIPConfig.preset(name)).eval()
 
-
-def newest_checkpoint(folder):
-    "The newest checkpoint of a run folder (Path), or the folder itself."
-    checkpoints = Run(folder).checkpoints() if (folder / "checkpoints").is_dir() else []
-    return checkpoints[-1][1] if checkpoints else folder
-
 # %% ../../nbs/7_evaluation/07_features.ipynb #365828a5
 def load_model(source):
     """A model, or cached features, by name.
 
-    source: a run folder (its newest checkpoint), a checkpoint folder of this package or of official
-    FG-CLIP, a transformers CLIP folder or hub id, OpenAI's file, a folder with image_features.npy,
-    or the name of a preset (random weights, with a warning). Otherwise raises `DataError`."""
+    source: a run folder (its best checkpoint, the log says which), a checkpoint folder of this
+    package or of official FG-CLIP, a transformers CLIP folder or hub id, OpenAI's file, a folder
+    with image_features.npy, or the name of a preset (random weights, with a warning). Otherwise
+    raises `DataError`."""
     from fgclip_nb.model.config import PRESETS
     from fgclip_nb.model.fgclip import FGCLIP
 
@@ -249,8 +244,9 @@ def load_model(source):
     features = [path / f"{kind}_features.npy" for kind in ("image", "region")]
     if path.is_dir() and any(f.is_file() for f in features):
         return CachedFeatures(path)
+    path = model_folder(path)
     if path.is_file():
         return FGCLIP.from_openai(path)
     if not path.exists() and str(source) in PRESETS:
         return random_model(str(source))
-    return FGCLIP.from_clip(str(newest_checkpoint(path) if path.is_dir() else source))
+    return FGCLIP.from_clip(str(path if path.is_dir() else source))

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 import torch
 from fgclip_nb.core.identity import ConfigError
-from fgclip_nb.core.folder import Run, resolve_path
+from fgclip_nb.core.folder import model_folder, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.model.config import FGCLIPConfig, PRESETS
 from fgclip_nb.model.layers import grid_positions
@@ -57,12 +57,9 @@ def resize_positions_(model, size: int):
 
 # %% ../../nbs/8_training/01_build.ipynb #f17a8647
 def weights_source(name: str):
-    "What a loader gets: the newest checkpoint of a run folder, an existing path, or the name."
+    "What a loader gets: the best checkpoint of a run folder, an existing path, or the name."
     path = resolve_path(name)
-    checkpoints = Run(path).checkpoints() if (path / "checkpoints").is_dir() else []
-    if checkpoints:
-        return checkpoints[-1][1]
-    return path if path.exists() else name
+    return model_folder(path) if path.exists() else name
 
 # %% ../../nbs/8_training/01_build.ipynb #252ebf3f
 def build_model(cfg: TrainConfig, log) -> FGCLIP:

@@ -10,7 +10,7 @@ import json, os, shutil
 from pathlib import Path
 from safetensors.torch import save_file
 from fgclip_nb.core.identity import sha256_file
-from fgclip_nb.core.folder import Run
+from fgclip_nb.core.folder import Run, newest_sound, write_atomic
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #cd35c889
 def optimizer_tensors(model, optimizer) -> dict:
@@ -54,20 +54,6 @@ def _seal(folder, state):
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
-
-def checkpoint_fault(folder) -> str:
-    "What is wrong with a checkpoint folder, or an empty string."
-    try:
-        files = json.loads((folder / "state.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as e:
-        return f"state.json cannot be read ({type(e).__name__})"
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_file(folder / name) != digest:
-            return f"{name} does not match its checksum"
-    return ""
-
 # %% ../../nbs/8_training/03_checkpoints.ipynb #d83f0831
 def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) -> Path:
     """Write `checkpoints/step_########` aside and rename it; `bank` may be None.
@@ -103,12 +89,22 @@ def newest_checkpoint(run_path, log):
     """The newest sound checkpoint as (step, folder, state), or None.
 
     Unsound ones are named in the log with what is wrong."""
-    for step, folder in reversed(Run(run_path).checkpoints()):
-        fault = checkpoint_fault(folder)
-        if not fault:
-            return step, folder, json.loads((folder / "state.json").read_text())
-        log.warning(f"checkpoint {folder.name} is not used: {fault}")
-    return None
+    newest = newest_sound(Run(run_path).checkpoints(), log)
+    return (*newest, json.loads((newest[1] / "state.json").read_text())) if newest else None
+
+# %% ../../nbs/8_training/03_checkpoints.ipynb #78e27721
+def name_best(run_path, best: dict):
+    """Write `checkpoints/best`: step, folder and score of the best by validation, and by what.
+
+    There is no such file where the step of `best` has no checkpoint (nothing was validated)."""
+    run = Run(run_path)
+    file = run.path / "checkpoints/best"
+    folder = dict(run.checkpoints()).get(best.get("step"))
+    if folder is None:
+        file.unlink(missing_ok=True)
+        return
+    judged = {k: best[k] for k in ("score", "by") if k in best}
+    write_atomic(file, json.dumps(dict(step=best["step"], folder=folder.name, **judged)) + "\n")
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #7d021db5
 def prune_checkpoints(run_path, keep: int, best: int | None):

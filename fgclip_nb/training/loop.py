@@ -8,13 +8,14 @@ __all__ = ['train']
 # %% ../../nbs/8_training/13_loop.ipynb #20002ce2
 import json, signal, time
 from safetensors.torch import load_file
-from fgclip_nb.core.identity import ConfigError, versions
+from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, run_folder
 from fgclip_nb.diagnostics.report import conclude
 from fgclip_nb.training.rundata import clip_frames
 from fgclip_nb.training.checkpoints import (
     load_optimizer_tensors,
+    name_best,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -25,7 +26,7 @@ from fgclip_nb.training.memory import explain_memory
 from fgclip_nb.training.step import record_step, run_step
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, stop_signals
-from fgclip_nb.training.preparation import file_logger, open_folder, prepare
+from fgclip_nb.training.preparation import file_logger, note_trained, open_folder, prepare
 from fgclip_nb.training.launcher import launch, settle_processes, under_launcher
 from fgclip_nb.training.announcement import announce
 
@@ -41,10 +42,13 @@ def checkpoint(s: TrainState):
         params=s.cfg.as_dict(),
         data=s.data.fingerprint,
         versions=versions(),
+        weights=weights_fingerprint(s.model),
         **{k: getattr(s, k) for k in COUNTERS},
     )
     save_checkpoint(s.path, s.step, s.model, s.optimizer, s.bank, state)
+    name_best(s.path, s.best)
     prune_checkpoints(s.path, s.cfg.keep_checkpoints, s.best.get("step"))
+    note_trained(s.path)
 
 
 def restore(s: TrainState):
@@ -71,6 +75,7 @@ def restore(s: TrainState):
             f"resumed from {folder.name} ({s.total_steps - step} of {s.total_steps} steps to go)"
         )
     if s.is_main:
+        name_best(s.path, s.best)
         s.recorder.truncate(s.step)
 
 # %% ../../nbs/8_training/13_loop.ipynb #77afecb4
@@ -123,7 +128,8 @@ def train_loop(s: TrainState, examples, val_examples):
         stop = note_validation(s, validation)
         record_step(s, norm, culprit, times, validation)
         agree_to_stop(s)
-        if stop or s.stop_signal or due(s, s.cfg.save_every):
+        improved = s.best.get("step") == s.step
+        if stop or improved or s.stop_signal or due(s, s.cfg.save_every):
             checkpoint(s)
         leave_if_asked(s)
 

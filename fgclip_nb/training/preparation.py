@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
-import dataclasses, hashlib, json, logging, os
+import dataclasses, json, logging, os
 import torch, yaml
-from fgclip_nb.core.identity import code_identity, versions
-from fgclip_nb.core.folder import FolderLock, Run, get_logger, write_atomic
+from fgclip_nb.core.identity import code_identity, versions, weights_fingerprint
+from fgclip_nb.core.folder import FolderLock, Run, checkpoint_state, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
 from fgclip_nb.diagnostics.recorder import Recorder
 from fgclip_nb.training.rundata import prepare_data
 from fgclip_nb.training.state import Trackers, TrainState, new_state
+from fgclip_nb.training.validation import check_best_by
 
 # %% ../../nbs/8_training/10_preparation.ipynb #514f163d
 def open_folder(cfg: TrainConfig, is_main: bool):
@@ -47,16 +48,9 @@ def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
     "Data, model, optimiser, bank and recorder of a run, not yet trained."
     board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
     recorder = Recorder(path, cfg, log, board) if accelerator.is_main_process else None
-    return new_state(cfg, prepare_data(cfg), accelerator, path, log, recorder)
-
-# %% ../../nbs/8_training/10_preparation.ipynb #e56fc61e
-def weights_fingerprint(model) -> str:
-    "Twelve hex digits over names and values of all parameters and buffers."
-    h = hashlib.sha256()
-    for name, p in sorted(model.state_dict().items()):
-        values = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        h.update(name.encode() + values.numpy().tobytes())
-    return h.hexdigest()[:12]
+    data = prepare_data(cfg)
+    check_best_by(cfg, data.val)
+    return new_state(cfg, data, accelerator, path, log, recorder)
 
 # %% ../../nbs/8_training/10_preparation.ipynb #c4999571
 def machine_facts(s: TrainState) -> dict:
@@ -104,3 +98,12 @@ def write_manifest(s: TrainState):
     else:
         now = start_facts(s)
     write_atomic(s.path / "manifest.json", json.dumps(now, indent=1))
+
+# %% ../../nbs/8_training/10_preparation.ipynb #1b71b1b5
+def note_trained(run_path):
+    "Write into the manifest, under `trained`, the weights' fingerprint of every checkpoint."
+    run = Run(run_path)
+    states = {f.name: checkpoint_state(f) for _, f in run.checkpoints()}
+    trained = {name: state["weights"] for name, state in states.items() if "weights" in state}
+    now = run.manifest() | dict(trained=trained)
+    write_atomic(run.path / "manifest.json", json.dumps(now, indent=1))

@@ -9,6 +9,7 @@ __all__ = []
 import math
 from types import SimpleNamespace
 import torch
+from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.objective import compute_losses, total_loss
@@ -87,6 +88,23 @@ def validation_score(columns: dict, cfg: TrainConfig) -> float:
     }
     return total_loss(losses, cfg)
 
+# %% ../../nbs/8_training/08_validation.ipynb #78c32b53
+def best_score(columns: dict, cfg: TrainConfig) -> float:
+    "What the best checkpoint has least of, by `best_by`; infinite where it was not measured."
+    if cfg.best_by == "rank":
+        return float(columns.get("val_mean_rank", math.inf))
+    return float(validation_score(columns, cfg))
+
+
+def check_best_by(cfg: TrainConfig, samples):
+    "Raise `ConfigError` where a rank is to choose and the held-out samples cannot be ranked."
+    captioned = sum(bool(v.captions or v.short_caption) for v in samples)
+    if cfg.best_by == "rank" and captioned < 2:
+        raise ConfigError(
+            f"parameter `best_by` = 'rank' needs two held-out samples with captions, and there "
+            f"are {captioned}: hold out more, or choose by 'loss'"
+        )
+
 # %% ../../nbs/8_training/08_validation.ipynb #882a1897
 def note_validation(s: TrainState, columns: dict) -> bool:
     """Log a validation and keep it where it is the best so far.
@@ -94,11 +112,14 @@ def note_validation(s: TrainState, columns: dict) -> bool:
     True when `early_stop` validations in a row brought no improvement."""
     if not columns:
         return False
-    score = validation_score(columns, s.cfg)
+    by = s.cfg.best_by
+    score = best_score(columns, s.cfg)
+    if s.best.get("by", "loss") != by:
+        s.best = {}  # resumed with another measure: scores of the two do not compare
     if score < s.best.get("score", math.inf):
-        s.best = dict(score=score, step=s.step, waited=0)
+        s.best = dict(score=score, step=s.step, waited=0, by=by)
     else:
-        s.best = dict(s.best, waited=s.best["waited"] + 1)
+        s.best = dict(s.best, waited=s.best.get("waited", 0) + 1)
     region = rank = ""
     if "val_loss_region" in columns:
         loss, chance = columns["val_loss_region"], columns["val_chance_region"]
@@ -106,5 +127,5 @@ def note_validation(s: TrainState, columns: dict) -> bool:
     if "val_mean_rank" in columns:
         mean, chance = columns["val_mean_rank"], columns["val_mean_rank_chance"]
         rank = f"mean rank {mean:.1f} (chance {chance:.1f})"
-    s.log.info(f"[VAL] Step {s.step} score={score:.4f} {region}{rank}")
+    s.log.info(f"[VAL] Step {s.step} score={validation_score(columns, s.cfg):.4f} {region}{rank}")
     return bool(s.cfg.early_stop) and s.best["waited"] >= s.cfg.early_stop
