@@ -19,12 +19,12 @@ from fgclip_nb.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
-from fgclip_nb.training.state import TrainState, make_accelerator
+from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
 from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
-from fgclip_nb.training.step import record_step, run_step
+from fgclip_nb.training.step import record_step, run_step, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
-from fgclip_nb.training.interruption import Interrupted, agree_to_stop, stop_signals
+from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
 from fgclip_nb.training.preparation import file_logger, open_folder, prepare
 from fgclip_nb.training.launcher import launch, settle_processes, under_launcher
 from fgclip_nb.training.announcement import announce
@@ -100,10 +100,8 @@ def timed_step(s: TrainState, batches) -> tuple:
     step = s.step + 1
     group = []
     with explain_memory(s, f"step {step}", step, group):
-        for _ in range(s.cfg.gradient_accumulation_steps):
-            if (batch := next(batches)) is not None:
-                group.append(batch)
-        group[:] = [b.to(s.accelerator.device) for b in group]
+        loaded = [next(batches) for _ in range(s.cfg.gradient_accumulation_steps)]
+        group.extend(b.to(s.accelerator.device) for b in shared_batches(s, loaded))
         waited = time.perf_counter() - begun
         norm, culprit = run_step(s, group)
     return norm, culprit, (time.perf_counter() - begun, waited)
@@ -115,14 +113,15 @@ def train_loop(s: TrainState, examples, val_examples):
     batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
     stop = False
     while s.step < s.total_steps and not stop:
-        norm, culprit, times = timed_step(s, batches)
-        validation = {}
-        if due(s, s.cfg.eval_every) and not culprit:
-            with explain_memory(s, f"the validation after step {s.step}"):
-                validation = validate(s, val_examples)
-        stop = note_validation(s, validation)
-        record_step(s, norm, culprit, times, validation)
-        agree_to_stop(s)
+        with in_company(s):
+            norm, culprit, times = timed_step(s, batches)
+            validation = {}
+            if due(s, s.cfg.eval_every) and not culprit:
+                with explain_memory(s, f"the validation after step {s.step}"):
+                    validation = validate(s, val_examples)
+            stop = note_validation(s, validation)
+            record_step(s, norm, culprit, times, validation)
+            agree_to_stop(s)
         if stop or s.stop_signal or due(s, s.cfg.save_every):
             checkpoint(s)
         leave_if_asked(s)
@@ -153,6 +152,9 @@ def finish(s: TrainState, val_samples):
 def _train(cfg, accelerator, path, log):
     "A run in this process, its folder being open."
     log.info(f"run folder {path}")
+    if accelerator.num_processes > 1:
+        wait = group_timeout().total_seconds()
+        log.info(f"processes: a wait of more than {wait:.0f} s for another one ends the run")
     s = prepare(cfg, accelerator, path, log)
     restore(s)
     if s.is_main:

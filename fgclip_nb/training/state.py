@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/8_training/04_state.ipynb #62ac6523
 import ctypes, hashlib, logging, sys
+from datetime import timedelta
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -73,6 +74,14 @@ def keep_freed_memory():
         for option in (-3, -1):
             libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
+# %% ../../nbs/8_training/04_state.ipynb #8d5e6868
+GROUP_TIMEOUT_S = 1800
+
+
+def group_timeout() -> timedelta:
+    "How long a process waits for the others before it gives up."
+    return timedelta(seconds=GROUP_TIMEOUT_S)
+
 # %% ../../nbs/8_training/04_state.ipynb #101647d5
 def make_accelerator(cfg: TrainConfig):
     """accelerate's view of device, processes, precision and trackers.
@@ -81,6 +90,7 @@ def make_accelerator(cfg: TrainConfig):
     CUDA is asked for and there is none, or a tracker is missing."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -94,6 +104,7 @@ def make_accelerator(cfg: TrainConfig):
         mixed_precision="bf16" if cfg.precision == "bf16" else "no",
         log_with=trackers or None,
         project_dir=run_folder(cfg) if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout())],
     )
 
 # %% ../../nbs/8_training/04_state.ipynb #da677bcc
