@@ -138,8 +138,10 @@ class Trackers(Board):
 
     def scalars(self, row: dict):
         "Tell all trackers the numbers of a step."
-        self.start()
-        self.accelerator.log(tagged(row), step=row["step"])
+        with self.spared():
+            if not self.lost:
+                self.start()
+                self.accelerator.log(tagged(row), step=row["step"])
 
     def histogram(self, tag, values, step):
         "A histogram, where TensorBoard is among the trackers."
@@ -149,7 +151,8 @@ class Trackers(Board):
     def close(self):
         "Finish all trackers that were opened."
         for t in self.accelerator.trackers if self.started else ():
-            t.finish()
+            with self.spared():
+                t.finish()
         self.writer = None
 
 # %% ../../nbs/8_training/04_state.ipynb #acb9dec0
@@ -192,6 +195,7 @@ class TrainState:
     loads: int = 0  # samples asked for
     load_rejects: int = 0  # of those, how many could not be read
     best: dict = field(default_factory=dict)  # score and step of the best validation
+    done: bool = False  # an early stop has ended the training before its last step
     stop_signal: str = ""  # name of the signal that asked the run to stop
 
     @property
