@@ -1,4 +1,4 @@
-"""What broke runs before: processes that lose each other, ends that are cut off, disks that fill up. Each test plays the fault."""
+"""What broke runs before: processes that lose each other, ends that are cut off, full disks."""
 
 import json, os, shutil, subprocess, sys, time
 from pathlib import Path
@@ -14,7 +14,7 @@ def world(tmp_path_factory):
 
 
 def processes(folder, params, change="", script=None, number=2, timeout=240):
-    """Run a training in `number` processes, `change` (Python that knows RANK, loop and state) done first in each."""
+    "Train in `number` processes, each of which first does `change` (it knows RANK, loop, state)."
     file = folder / "rank.py"
     file.write_text(
         "import os, sys, torch\ntorch.set_num_threads(1)\n"
