@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/02_board.ipynb #39c38808
+import contextlib
 from pathlib import Path
+from fgclip_nb.core.folder import get_logger
 
 # %% ../../nbs/6_diagnostics/02_board.ipynb #301ce417
 def board_tag(key: str) -> str:
@@ -42,6 +44,20 @@ class Board:
         self.path = Path(path)
         self.writer = None
         self.purge = None
+        self.lost = False
+
+    @contextlib.contextmanager
+    def spared(self):
+        "While inside, an `OSError` costs the board: it is told once, and nothing more is written."
+        try:
+            yield
+        except OSError as e:
+            if not self.lost:
+                get_logger().warning(
+                    f"{self.path}: no more events are written ({e}); the run goes on"
+                )
+            self.lost = True
+            self.writer = None
 
     def _open(self):
         if self.writer is None:
@@ -52,16 +68,23 @@ class Board:
 
     def scalars(self, row: dict):
         "The numbers of a metrics row; `row` holds its step."
-        write_scalars(self._open(), tagged(row), row["step"])
+        with self.spared():
+            if not self.lost:
+                write_scalars(self._open(), tagged(row), row["step"])
 
     def histogram(self, tag, values, step):
-        self._open().add_histogram(tag, values, step, bins=64)
+        with self.spared():
+            if not self.lost:
+                self._open().add_histogram(tag, values, step, bins=64)
 
     def figure(self, tag, figure, step):
         "A matplotlib figure, closed afterwards."
-        self._open().add_figure(tag, figure, step, close=True)
+        with self.spared():
+            if not self.lost:
+                self._open().add_figure(tag, figure, step, close=True)
 
     def close(self):
-        if self.writer is not None:
-            self.writer.close()
+        with self.spared():
+            if self.writer is not None:
+                self.writer.close()
         self.writer = None

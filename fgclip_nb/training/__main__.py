@@ -13,7 +13,7 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.diagnostics.expectations import show
 from fgclip_nb.training.memory import OutOfMemory
-from fgclip_nb.training.interruption import Interrupted
+from fgclip_nb.training.interruption import Interrupted, ProcessLost
 from fgclip_nb.training.launcher import LaunchFailed, leave_group
 from fgclip_nb.training.loop import train
 from fgclip_nb.training.forecast import estimate_rows
@@ -53,8 +53,8 @@ def main(args=None) -> int:
     """Command line; returns the exit status.
 
     0 done or nothing to do, 2 wrong parameters or data, 3 non-finite, 4 disk, 5 out of memory,
-    128+n stopped by signal n. With `processes` above 1 it is the status of the process that failed
-    first."""
+    6 another process lost, 128+n stopped by signal n. With `processes` above 1 it is the status of
+    the process that failed first."""
     args = list(sys.argv[1:] if args is None else args)
     dry = "--dry-run" in args
     try:
@@ -69,6 +69,8 @@ def main(args=None) -> int:
         return _failed(e, 3)
     except OutOfMemory as e:
         return _failed(e, 5)
+    except ProcessLost as e:
+        return _failed(e, 6)
     except OSError as e:
         return _failed(e, 4)
     except (Interrupted, LaunchFailed) as e:

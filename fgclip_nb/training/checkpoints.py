@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #f4c7a5c2
-import json, os, shutil
+import functools, json, os, re, shutil
 from pathlib import Path
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from fgclip_nb.core.identity import sha256_file
 from fgclip_nb.core.folder import Run, newest_sound, write_atomic
@@ -37,14 +38,19 @@ def load_optimizer_tensors(model, optimizer, tensors: dict):
             }
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #372ac208
+def sync(path):
+    "Flush a file, or the names in a folder, to the disk."
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _sync_folder(path):
-    "Flush every file of a folder and the folder itself to the disk."
+    "Flush every file of a folder that was just written, and the folder itself, to the disk."
     for p in [*path.rglob("*"), path]:
-        fd = os.open(p, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(p)
 
 
 def _seal(folder, state):
@@ -54,14 +60,28 @@ def _seal(folder, state):
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
+# %% ../../nbs/8_training/03_checkpoints.ipynb #1619ee69
+def disk_error(step: int, root, error) -> OSError:
+    "The `OSError` of a checkpoint that could not be written, from an `OSError` or safetensors'."
+    number = re.search(r"os error (\d+)", str(error))
+    number = int(number[1]) if number else getattr(error, "errno", None)
+    reason = getattr(error, "strerror", None) or error
+    return OSError(
+        number,
+        f"checkpoint of step {step} could not be written to {root} ({reason}); "
+        "the last good one is kept",
+    )
+
 # %% ../../nbs/8_training/03_checkpoints.ipynb #d83f0831
 def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) -> Path:
     """Write `checkpoints/step_########` aside and rename it; `bank` may be None.
 
-    On an `OSError` (a full disk) the half-written folder is removed and the last good one stays."""
+    On an error (`OSError` for a full disk) the half-written folder is removed and the last good
+    one stays. What a killed run has left aside is removed too."""
     root = Path(run_path) / "checkpoints"
     aside, final = root / f".aside_{step:08d}", root / f"step_{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in root.glob(".aside_*"):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         model.save_pretrained(aside)
@@ -74,14 +94,12 @@ def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) ->
         _sync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
-        _sync_folder(root)
-    except OSError as e:
+        sync(root)
+    except BaseException as e:
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            e.errno,
-            f"checkpoint of step {step} could not be written to {root} ({e.strerror}); "
-            "the last good one is kept",
-        ) from e
+        if isinstance(e, (OSError, SafetensorError)):
+            raise disk_error(step, root, e) from e
+        raise
     return final
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #49b650b9
@@ -107,8 +125,20 @@ def name_best(run_path, best: dict):
     write_atomic(file, json.dumps(dict(step=best["step"], folder=folder.name, **judged)) + "\n")
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #7d021db5
+@functools.lru_cache(maxsize=64)
+def _fault_of(folder, stamps) -> str:
+    return checkpoint_fault(folder)
+
+
+def is_sound(folder) -> bool:
+    "Whether a checkpoint has no fault; it is read again only when one of its files has changed."
+    stats = [(str(p), p.stat()) for p in sorted(folder.rglob("*"))]
+    return not _fault_of(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
 def prune_checkpoints(run_path, keep: int, best: int | None):
-    "Remove all but the newest `keep` checkpoints and the one of step `best`."
-    for step, folder in Run(run_path).checkpoints()[:-keep]:
+    "Remove all sound checkpoints but the newest `keep` and the one of step `best`."
+    sound = [(step, folder) for step, folder in Run(run_path).checkpoints() if is_sound(folder)]
+    for step, folder in sound[:-keep]:
         if step != best:
             shutil.rmtree(folder)

@@ -47,6 +47,16 @@ def leave_group():
     if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
         group.destroy_process_group()
 
+
+def wait_for_the_first(accelerator):
+    """Let the other processes stay until the first has written what belongs to the end.
+
+    Where it failed or took longer than the group's time limit they leave: their work is done."""
+    try:
+        accelerator.wait_for_everyone()
+    except RuntimeError as e:
+        get_logger().info(f"the first process is not waited for: {str(e).splitlines()[0]}")
+
 # %% ../../nbs/8_training/11_launcher.ipynb #ec0ce405
 def end_with_parent():
     "In a child before it starts: a SIGTERM when the parent dies, so that nothing goes on (Linux)."

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/8_training/04_state.ipynb #62ac6523
 import ctypes, hashlib, logging, sys
+from datetime import timedelta
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -73,6 +74,14 @@ def keep_freed_memory():
         for option in (-3, -1):
             libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
+# %% ../../nbs/8_training/04_state.ipynb #8d5e6868
+GROUP_TIMEOUT_S = 1800
+
+
+def group_timeout() -> timedelta:
+    "How long a process waits for the others before it gives up."
+    return timedelta(seconds=GROUP_TIMEOUT_S)
+
 # %% ../../nbs/8_training/04_state.ipynb #101647d5
 def make_accelerator(cfg: TrainConfig):
     """accelerate's view of device, processes, precision and trackers.
@@ -81,6 +90,7 @@ def make_accelerator(cfg: TrainConfig):
     CUDA is asked for and there is none, or a tracker is missing."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -94,6 +104,7 @@ def make_accelerator(cfg: TrainConfig):
         mixed_precision="bf16" if cfg.precision == "bf16" else "no",
         log_with=trackers or None,
         project_dir=run_folder(cfg) if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout())],
     )
 
 # %% ../../nbs/8_training/04_state.ipynb #da677bcc
@@ -127,8 +138,10 @@ class Trackers(Board):
 
     def scalars(self, row: dict):
         "Tell all trackers the numbers of a step."
-        self.start()
-        self.accelerator.log(tagged(row), step=row["step"])
+        with self.spared():
+            if not self.lost:
+                self.start()
+                self.accelerator.log(tagged(row), step=row["step"])
 
     def histogram(self, tag, values, step):
         "A histogram, where TensorBoard is among the trackers."
@@ -138,7 +151,8 @@ class Trackers(Board):
     def close(self):
         "Finish all trackers that were opened."
         for t in self.accelerator.trackers if self.started else ():
-            t.finish()
+            with self.spared():
+                t.finish()
         self.writer = None
 
 # %% ../../nbs/8_training/04_state.ipynb #acb9dec0
@@ -181,6 +195,7 @@ class TrainState:
     loads: int = 0  # samples asked for
     load_rejects: int = 0  # of those, how many could not be read
     best: dict = field(default_factory=dict)  # score and step of the best validation
+    done: bool = False  # an early stop has ended the training before its last step
     stop_signal: str = ""  # name of the signal that asked the run to stop
 
     @property

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/8_training/07_step.ipynb #d9969210
 import json
 import torch
+from accelerate.utils import gather_object
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.losses.objective import compute_losses, push_regions, total_loss
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
@@ -49,6 +50,8 @@ def average_gradients(parameters, accelerator):
         torch.tensor([float(p.grad is not None) for p in params], device=accelerator.device), "sum"
     )
     params = [p for p, u in zip(params, used.tolist()) if u]
+    if not params:
+        return  # a loss that is not finite gives no gradient on any process
     flat = torch.cat(
         [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params]
     )
@@ -87,13 +90,37 @@ def first_non_finite(s: TrainState, total, terms, features) -> str:
             return f"gradient of {name}"
     return "" if torch.isfinite(total) else "loss"
 
+# %% ../../nbs/8_training/07_step.ipynb #fe454d7b
+def first_culprit(culprits: list) -> str:
+    "One culprit for all processes of what each found, by rank; empty when none found any."
+    named = [(rank, c) for rank, c in enumerate(culprits) if c]
+    if not named:
+        return ""
+    rank, culprit = min(named, key=lambda pair: (not pair[1].startswith("features"), pair[0]))
+    return culprit if len(set(culprits)) == 1 else f"{culprit} (process {rank})"
+
+
+def agreed_culprit(culprit: str, accelerator) -> str:
+    "`first_culprit` of all processes; in a single one its own. Every process must call."
+    if accelerator.num_processes == 1:
+        return culprit
+    mine = torch.tensor([float(bool(culprit))], device=accelerator.device)
+    if not accelerator.reduce(mine, "sum").item():
+        return ""
+    return first_culprit(gather_object([culprit]))
+
 # %% ../../nbs/8_training/07_step.ipynb #f6dad096
 def note_bad_step(s: TrainState, batches, culprit: str):
-    "Write down a skipped step; after `max_bad_steps` in a row raise `FloatingPointError`."
+    """Write down a skipped step; after `max_bad_steps` in a row raise `FloatingPointError`.
+
+    In several processes all of them call: the samples of all are written down."""
     s.skipped += 1
     s.bad_in_a_row += 1
     ids = [int(i) for b in batches for i in b.sample_ids]
     names = [n for n in step_names(s, s.step) if stable_id(n) in ids]
+    if s.accelerator.num_processes > 1:
+        ids = gather_object(ids)
+        names = gather_object(names)
     if s.is_main:
         s.log.warning(
             f"step {s.step}: not finite: {culprit}; the step is skipped ({s.skipped} so far)"
@@ -136,12 +163,31 @@ def feed_bank(s: TrainState, features, batch, terms):
     s.bank.tick(s.step)
     push_regions(s.bank, features, batch)
 
+# %% ../../nbs/8_training/07_step.ipynb #84ff128f
+def shared_batches(s: TrainState, batches) -> list:
+    """The batches of a step for which every process has one too; others are left out and named.
+
+    `batches`: one per accumulated forward, None where no sample could be loaded. Every process
+    must call."""
+    mine = torch.tensor([[int(b is not None) for b in batches]], device=s.accelerator.device)
+    table = s.accelerator.gather(mine) if s.accelerator.num_processes > 1 else mine
+    for forward in range(len(batches)):
+        ranks = [rank for rank, row in enumerate(table.tolist()) if not row[forward]]
+        if ranks and s.is_main:
+            s.log.warning(
+                f"step {s.step + 1}: none of the samples of process "
+                f"{', '.join(map(str, ranks))} could be loaded; all processes leave out "
+                f"forward {forward + 1} of {len(batches)}"
+            )
+    return [b for b, whole in zip(batches, table.min(0).values.tolist()) if whole]
+
 # %% ../../nbs/8_training/07_step.ipynb #e1cd1855
 def run_step(s: TrainState, batches) -> tuple:
     """One optimiser step: forward, backward, average, check, update.
 
     Returns (gradient norm before clipping, culprit of a skipped step or ''). Dropout and the like
-    depend on the step's number, not on history."""
+    depend on the step's number, not on history. In several processes all of them call, with as
+    many batches each."""
     s.step += 1
     torch.manual_seed((s.cfg.seed * 1_000_003 + s.step) % 2**63)
     seen = []
@@ -154,8 +200,13 @@ def run_step(s: TrainState, batches) -> tuple:
     average_gradients(s.model.parameters(), s.accelerator)
     norm = gradient_norm([p for p in s.model.parameters() if p.requires_grad])
     sound = all(torch.isfinite(total) for total, _, _ in seen) and bool(torch.isfinite(norm))
-    culprit = "" if sound else next(c for x in seen if (c := first_non_finite(s, *x)))
+    culprits = (c for x in seen if (c := first_non_finite(s, *x)))
+    culprit = "" if sound else next(culprits, "norm of the gradients")
+    culprit = agreed_culprit(culprit, s.accelerator)
     apply_update(s, norm, culprit)
+    if not batches:
+        s.skipped += 1
+        s.log.warning(f"step {s.step}: no batch; the step is skipped ({s.skipped} so far)")
     if culprit:
         note_bad_step(s, batches, culprit)
     return float(norm), culprit

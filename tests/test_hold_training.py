@@ -1,0 +1,263 @@
+"""What broke runs before: processes that lose each other, ends that are cut off, full disks."""
+
+import json, os, shutil, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+import micro
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return micro.micro_world(tmp_path_factory.mktemp("world"))
+
+
+def processes(folder, params, change="", script=None, number=2, timeout=240):
+    "Train in `number` processes, each of which first does `change` (it knows RANK, loop, state)."
+    file = folder / "rank.py"
+    file.write_text(
+        "import os, sys, torch\ntorch.set_num_threads(1)\n"
+        "from fgclip_nb.training import __main__, loop, state\n"
+        "RANK = int(os.environ['RANK'])\n"
+        f"{change}\n{script or 'sys.exit(__main__.main(sys.argv[1:]))'}\n"
+    )
+    words = [f"{k}={json.dumps(v)}" for k, v in params.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={number}", str(file), *words]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=env
+    )
+
+
+SPOILT = """
+run_step = loop.run_step
+def step(s, batches):
+    if RANK in {ranks} and s.step + 1 == 3:
+        for b in batches:
+            b.pixel_values = b.pixel_values * float("nan")
+    if s.step + 1 == 5:  # the loss alone, on all processes
+        torch.nn.init.constant_(s.model.logit_scale, float("inf"))
+    done = run_step(s, batches)
+    torch.nn.init.constant_(s.model.logit_scale, 2.6)
+    return done
+loop.run_step = step
+"""
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "more", [{}, dict(gradient_accumulation_steps=2), dict(gradient_caching=1)]
+)
+def test_a_step_that_is_not_finite_is_skipped_by_all_processes(world, tmp_path, more):
+    from fgclip_nb.core.folder import Run, read_jsonl
+
+    params = dict(world, batch_size=2, max_steps=6, output=str(tmp_path / "run"), **more)
+    done = processes(tmp_path, params, SPOILT.format(ranks=(1,)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run(tmp_path / "run")
+    assert run.finished
+    bad = list(read_jsonl(run.path / "bad_steps.jsonl"))
+    skipped = run.metrics().set_index("step")["skipped"]
+    assert [b["step"] for b in bad] == skipped[skipped].index.tolist() and 5 in skipped[skipped]
+    assert run.summary()["skipped"] == len(bad)
+    forwards = more.get("gradient_accumulation_steps", 1)
+    assert all(len(b["sample_ids"]) == 4 * forwards for b in bad), "the samples of all processes"
+    assert "not finite: " in (run.path / "training.log").read_text()
+
+
+LOST_PHOTOS = """
+train_loop = loop.train_loop
+def without(s, examples, val_examples):
+    for k in {batches}:
+        for _, i in s.order.indices(k, 1):
+            os.path.exists(s.data.train[i].media) and RANK and os.remove(s.data.train[i].media)
+    s.accelerator.wait_for_everyone()
+    train_loop(s, examples, val_examples)
+loop.train_loop = without
+"""
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_process_without_a_batch_keeps_nobody_waiting(tmp_path, accumulate):
+    from fgclip_nb.core.folder import Run
+
+    world = micro.micro_world(tmp_path / "world")
+    params = dict(world, batch_size=1, max_steps=5, gradient_accumulation_steps=accumulate)
+    params |= dict(output=str(tmp_path / "run"), max_reject_share=0.9)
+    done = processes(tmp_path, params, LOST_PHOTOS.format(batches=(2, 5)), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run(tmp_path / "run")
+    assert run.finished and run.metrics()["step"].tolist() == [1, 2, 3, 4, 5]
+    log = (run.path / "training.log").read_text()
+    assert "none of the samples of process 1 could be loaded" in log
+    assert run.summary()["skipped"] == (1 if accumulate == 1 else 0)
+
+
+STUCK = """
+import time
+state.GROUP_TIMEOUT_S = 8
+run_step = loop.run_step
+def step(s, batches):
+    if RANK and s.step + 1 == 3:
+        time.sleep(60)
+    return run_step(s, batches)
+loop.run_step = step
+"""
+
+
+@pytest.mark.ci
+def test_a_hang_ends_with_process_and_step(world, tmp_path):
+    params = dict(world, batch_size=2, output=str(tmp_path / "run"))
+    begun = time.monotonic()
+    done = processes(tmp_path, params, STUCK)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and time.monotonic() - begun < 55
+    assert "ProcessLost: process 0 of 2 lost the others in step 3" in said, said[-3000:]
+    assert "process 1 of 2: nothing has happened for 7 s after step 2" in said
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert "a wait of more than 8 s" in log
+
+
+def killed_before_the_report():
+    from rebind import rebind
+
+    rebind("report_html", lambda whole: lambda run: micro.die())
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("early", [{}, dict(early_stop=1, eval_every=2, learning_rate=0.0)])
+def test_a_run_killed_before_its_report_gets_it_on_the_next_call(world, tmp_path, early):
+    from fgclip_nb.core.folder import Run
+
+    params = dict(world, max_steps=6, output=str(tmp_path / "run"), **early)
+    assert micro.run(params, change=killed_before_the_report) == -9
+    run = Run(tmp_path / "run")
+    assert not run.finished and not (run.path / "report.html").exists()
+    before = (run.path / "metrics.jsonl").read_bytes()
+    assert micro.run(params) == 0
+    assert run.finished and run.verdicts()
+    assert "still running or stopped" not in (run.path / "report.html").read_text()
+    assert (run.path / "metrics.jsonl").read_bytes() == before, "nothing is trained again"
+    (run.path / "report.html").unlink()  # as an older version left it
+    assert micro.run(params) == 0 and (run.path / "report.html").exists()
+
+
+GROUP_AT_EXIT = """
+import atexit, torch.distributed as dist
+from fgclip_nb.core.config import TrainConfig
+def look():
+    print("GROUP LEFT" if not dist.is_initialized() else "GROUP THERE", flush=True)
+atexit.register(look)  # runs after what is registered later
+{fault}
+loop.train(TrainConfig(**{params!r}))
+"""
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("fault", ["", "loop.prepare = None"])
+def test_a_script_leaves_its_process_group_also_after_an_error(world, tmp_path, fault):
+    params = dict(world, batch_size=2, max_steps=2, output=str(tmp_path / "run"))
+    script = GROUP_AT_EXIT.format(params=params, fault=fault)
+    done = processes(tmp_path, {}, script=script)
+    assert (done.returncode != 0) == bool(fault)
+    assert "GROUP LEFT" in done.stdout and "GROUP THERE" not in done.stdout, done.stderr[-2000:]
+
+
+def small_checkpoints():
+    import torch
+    from fgclip_nb.model.config import FGCLIPConfig, model_sizes
+    from fgclip_nb.model.fgclip import FGCLIP
+
+    model = FGCLIP(FGCLIPConfig(**model_sizes(32, 16, 64, 1, 64, 1, 16)))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def test_a_damaged_checkpoint_crowds_out_no_sound_one(tmp_path):
+    from fgclip_nb.core.folder import Run, get_logger
+    from fgclip_nb.training.checkpoints import newest_checkpoint, prune_checkpoints, save_checkpoint
+
+    model, optimizer = small_checkpoints()
+    for step in (3, 9):
+        save_checkpoint(tmp_path, step, model, optimizer, None, {})
+    os.truncate(tmp_path / "checkpoints/step_00000009/model.safetensors", 100)
+    for step in (5, 7):  # training goes on from step 3
+        save_checkpoint(tmp_path, step, model, optimizer, None, {})
+        prune_checkpoints(tmp_path, 1, None)
+        assert newest_checkpoint(tmp_path, get_logger())[0] == step
+    assert [step for step, _ in Run(tmp_path).checkpoints()] == [7, 9]
+
+
+@pytest.mark.parametrize("file", ["optimizer", "bank", "model"])
+def test_a_full_disk_inside_safetensors_is_a_disk_error(tmp_path, monkeypatch, file):
+    import safetensors.torch
+    from safetensors import SafetensorError
+    from fgclip_nb.core.folder import Run
+    from fgclip_nb.training import checkpoints
+
+    model, optimizer = small_checkpoints()
+    checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, None, {})
+    save = safetensors.torch.save_file
+
+    def full(tensors, path, *args, **kwargs):
+        save(tensors, path, *args, **kwargs)
+        if file in str(path):
+            os.truncate(path, 10)
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    if file == "model":
+        monkeypatch.setattr(model, "save_pretrained", lambda aside: full({}, aside / "model"))
+    with pytest.raises(OSError, match="checkpoint of step 2 could not be written") as e:
+        checkpoints.save_checkpoint(tmp_path, 2, model, optimizer, None, {})
+    assert e.value.errno == 28
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert [step for step, _ in Run(tmp_path).checkpoints()] == [1]
+
+
+def test_a_board_without_a_disk_is_told_once(tmp_path):
+    import logging
+    from fgclip_nb.core.folder import get_logger
+    from fgclip_nb.diagnostics.board import Board
+
+    lines, watch = [], logging.Handler()
+    watch.emit = lambda record: lines.append(record.getMessage())
+    get_logger().addHandler(watch)
+    try:
+        board = Board(tmp_path / "tensorboard")
+        board.scalars(dict(step=1, loss=1.0))
+        board.writer.flush()
+        shutil.rmtree(tmp_path / "tensorboard")
+        for step in range(2, 40):
+            board.scalars(dict(step=step, loss=1.0))
+            if board.writer is not None:
+                with board.spared():
+                    board.writer.flush()
+        board.close()
+    finally:
+        get_logger().removeHandler(watch)
+    assert board.lost and sum("no more events are written" in line for line in lines) == 1
+
+
+def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from fgclip_nb.training import loop
+
+    order, fsync = [], os.fsync
+
+    def noted(fd):
+        order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: order.append("checkpoint"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    cfg = SimpleNamespace(as_dict=dict, keep_checkpoints=1)
+    counters = {k: 0 for k in loop.COUNTERS} | dict(best={})
+    data = SimpleNamespace(fingerprint="f")
+    s = SimpleNamespace(is_main=True, cfg=cfg, data=data, path=tmp_path, step=1, **counters)
+    s.model = s.optimizer = s.bank = None
+    loop.checkpoint(s)
+    assert order.index("metrics.jsonl") < order.index("checkpoint")
