@@ -140,11 +140,14 @@ def verdicts(source) -> list:
 def by_cause(judged: list) -> list:
     """The tripped verdicts, most telling first.
 
-    Failures before what is not comparable; among them causes before criteria, which come in the
-    order of `CRITERIA`."""
-    tripped = [v for v in judged if v.tripped]
+    Causes, then symptoms (criteria in their order), then what is not comparable, and last the
+    targets in nats, which depend on the number of candidates."""
     places = {name: place for place, name in enumerate(CRITERIA, 1)}
-    return sorted(tripped, key=lambda v: (v.result != FAIL, places.get(v.name, 0)))
+
+    def rank(v):
+        return v.name.startswith("region_loss_by_step"), v.result != FAIL, places.get(v.name, 0)
+
+    return sorted((v for v in judged if v.tripped), key=rank)
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #a3f2e146
 def headline(judged: list) -> str:
