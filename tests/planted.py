@@ -420,10 +420,10 @@ FAULTS = dict(
         plant=now_and_then_shuffled,
     ),
     overfits=Fault(
-        "no_overfitting", "eight photos, long training", dict(max_steps=150), world=dict(photos=8)
+        "overfitting", "eight photos, long training", dict(max_steps=150), world=dict(photos=8)
     ),
     waits_for_data=Fault(
-        "not_data_bound", "each photo takes 20 ms to read", dict(max_steps=60), slow_reading
+        "data_bound", "each photo takes 20 ms to read", dict(max_steps=60), slow_reading
     ),
     not_finite=Fault("finite_numbers", "NaN features in two steps", plant=now_and_then_nan),
     logits_too_wide=Fault(

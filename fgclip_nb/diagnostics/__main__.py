@@ -17,18 +17,21 @@ def verdict_text(source) -> str:
     "What the command prints about one source (a path); raises what `evidence` raises."
     ev = evidence(source)
     judged = verdicts(ev)
-    silent = [n for n in RULES if n not in {v.name for v in judged}]
+    names = {v.name for v in judged}
+    silent = {n: rule.lacks(ev) for n, rule in RULES.items() if n not in names}
     lines = [f"{source}", repr(VerdictTable(judged))]
     if not ev.finished:
         lines += ["by phase:", *phase_lines(ev)]
     if silent:
-        lines.append("  not judged (the log lacks their columns): " + ", ".join(silent))
+        lines.append("  not judged, and what they lack:")
+        lines += [f"    {name}: {what}" for name, what in silent.items()]
     return "\n".join(lines)
 
 # %% ../../nbs/6_diagnostics/99_command.ipynb #0a7b8696
 USAGE = """python -m fgclip_nb.diagnostics RUN_OR_LOG…
 
-Verdicts of run folders (finished or running), TensorBoard events, trainer_state.json, text logs."""
+Verdicts of run folders (finished or running), TensorBoard events, trainer_state.json,
+CSV, JSON lines, text logs of many trainers, and folders that hold one of these."""
 
 
 def main(argv) -> int:

@@ -48,6 +48,9 @@ def judge_target(ev, step: int):
     level = chance(ev, "region_in_batch")
     here, start = float(level.loc[window].mean()), float(level.head(20).mean())
     spread = f"± {half:.3f}" if math.isfinite(half) else "(one record)"
+    if math.isnan(here):
+        why = f"{mean:.3f} {spread}, but of how many candidates is not known"
+        return UNLIKE, mean, why, "Log the number of regions, or loss / chance."
     measured = f"{mean:.3f} {spread} at {math.exp(here):.0f} candidates (chance {here:.2f})"
     if here <= target:
         action = "Judge loss / chance, or use more regions per forward."
@@ -83,7 +86,7 @@ def region_loss_by_step_500(ev):
 
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #a7a5adec
 @rule("loss_region", "oscillation_limit", "swing < {:g}")
-def no_large_oscillation(ev):
+def large_oscillation(ev):
     "Largest climb of the 20-step mean of the in-batch region loss above its lowest so far."
     loss = in_batch(ev) if ev.last_step else in_batch(ev)[:0]
     smooth = loss.rolling(20).mean().dropna().loc[50:]
@@ -179,9 +182,9 @@ def held_out_above_chance(ev):
 CRITERIA = (
     "held_out_above_chance",
     "logits_in_range",
+    "large_oscillation",
+    "losses_fall_together",
     "region_loss_by_step_50",
     "region_loss_by_step_200",
     "region_loss_by_step_500",
-    "no_large_oscillation",
-    "losses_fall_together",
 )

@@ -165,7 +165,7 @@ def _bank_rows(cfg, p: Plan):
         if forward > last:
             when = f"not reached: the run ends at forward {last}"
         yield f"bank {name} at forward", forward, when
-    rise = chance_level(p.regions + cfg.memory_bank_size) - chance_level(p.regions)
+    rise = chance_level(p.regions + cfg.memory_bank_size) - chance_level(max(p.regions, 1))
     why = f"ln((N+K)/N), N={p.regions:.3g}, K={cfg.memory_bank_size}: no divergence"
     yield "region loss rises by", rise, why
 
@@ -177,13 +177,20 @@ DUPLICATE_EFFECTS = {
 }
 
 
+def region_chance(regions: float) -> tuple:
+    "(chance level, explanation) of that many regions per forward, which is a mean."
+    if regions <= 1:
+        return 0.0, f"{regions:.3g} regions per forward: most often there is no choice"
+    return chance_level(regions), f"ln {regions:.3g}"
+
+
 def _chance_rows(cfg, counts, p: Plan):
     "Chance levels and the duplicate floor."
     bank = cfg.memory_bank_size
     hard = counts.get("hard_candidates")
     yield "global chance level", chance_level(p.batch), f"ln {p.batch}"
     if p.regions:
-        yield "region chance level, in batch", chance_level(p.regions), f"ln {p.regions:.3g}"
+        yield "region chance level, in batch", *region_chance(p.regions)
     if p.regions and bank:
         level = chance_level(p.regions + bank)
         yield "region chance level, full bank", level, f"ln ({p.regions:.3g} + {bank})"

@@ -6,13 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #b8aff41c
-import json, re
+import math, re
 from pathlib import Path
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #0ab301c2
 ALIASES = {
     "total": "loss",
     "total_loss": "loss",
+    "loss_step": "loss",
+    "contrastive_loss": "loss_contrastive",
+    "clip_val_loss": "val_loss",
     "global": "loss_global",
     "global_loss": "loss_global",
     "region": "loss_region",
@@ -20,33 +23,86 @@ ALIASES = {
     "region_in_batch": "loss_region_in_batch",
     "hard": "loss_hard",
     "hard_loss": "loss_hard",
-    "eval_loss": "val_loss",
     "candidates": "candidates_region",
     "candidates_in_batch": "candidates_region_in_batch",
     "learning_rate": "lr",
+    "lr-adamw": "lr",
+    "lr-adam": "lr",
+    "lr-sgd": "lr",
+    "gradient_norm": "grad_norm",
+    "gnorm": "grad_norm",
     "num_regions": "regions",
     "n_regions": "regions",
     "valid_regions": "regions",
     "boxes": "regions",
     "global_step": "step",
+    "global_steps": "step",
+    "_step": "step",
+    "iter": "step",
+    "iteration": "step",
     "training_step": "forwards",
+    "scale": "logit_scale",
     "finegrained": "logit_scale_finegraind",
     "logit_scale_finegrained": "logit_scale_finegraind",
+    "global_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
 }
+OWN_PREFIX = re.compile(r"^(train|training|trainer|diagnostics)[/_ ]")
+HELD_OUT = re.compile(r"^(eval|val|valid|validation)[/_ ]")
+SECOND_COPY = re.compile(r"(^(?!val_|valid|eval).*_epoch|__min|__max)$")  # the same number again
 
 
 def column_of(name: str) -> str:
     """Our column for a name in somebody's log.
 
-    Prefixes such as `train/` go, well-known synonyms are translated, other names stay."""
-    name = name.strip().lower()
+    Prefixes such as `train/` go, those of held-out figures become `val_`, the run's name before a
+    dash goes, well-known synonyms are translated, other names stay."""
+    name = name.strip().lower().rpartition(" - ")[2]
+    if SECOND_COPY.search(name):
+        return f"copy_of_{name}"
+    name = re.sub(r"/(pg\d+|param_group_\d+)$", "", name)
     if name.startswith(("memory_bank/", "memory_bank_")):
         return "bank_" + name[12:]
-    if name.startswith(("eval/", "eval_loss_")):
-        return "val_" + name[5:]
-    for prefix in ("train/", "diagnostics/", "train_"):
-        name = name.removeprefix(prefix)
+    if m := HELD_OUT.match(name):
+        rest = re.sub(r"(?<=loss)_(epoch|step)$", "", name[m.end() :].replace(" ", "_"))
+        return "val_" + ALIASES.get(rest, rest)
+    name = OWN_PREFIX.sub("", name).replace(" ", "_")
     return ALIASES.get(name, name)
+
+# %% ../../nbs/6_diagnostics/05_logs.ipynb #b6839f59
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+
+
+def encoding_of(data: bytes) -> str:
+    "The encoding of a text: by its byte order mark, its zero bytes, or by what decodes it."
+    for mark, name in MARKS.items():
+        if data.startswith(mark):
+            return name
+    head = data[:2000]
+    if head[1::2].count(0) > len(head) / 5:
+        return "utf-16-le"
+    if head[::2].count(0) > len(head) / 5:
+        return "utf-16-be"
+    for name in ("utf-8", "gb18030"):
+        try:
+            data.decode(name)
+        except UnicodeDecodeError:
+            continue
+        return name
+    return "utf-8"
+
+
+def read_text(path) -> str:
+    "The text of a log: decoded, without colours, lines ended by newlines only."
+    data = Path(path).read_bytes()
+    text = data.decode(encoding_of(data), errors="replace")
+    return COLOURS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+
+# %% ../../nbs/6_diagnostics/05_logs.ipynb #c1d4727e
+def stored_scale(printed: float) -> float:
+    "The stored (log) temperature of a printed one, which may have been exponentiated."
+    return math.log(printed) if printed > 4.7 and math.isfinite(printed) else printed
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #7ca2061c
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf"
@@ -63,11 +119,11 @@ def text_facts(path) -> dict:
 
     Loaded temperatures (stored, log), the forward and step at which the bank came on, and
     `bank_expected` when a memory bank is mentioned at all."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = read_text(path)
     facts = {}
     for name, pattern in FACTS.items():
         if m := re.search(pattern, text, re.IGNORECASE):
-            facts[name] = float(m[1])
+            facts[name] = stored_scale(float(m[1])) if "scale" in name else float(m[1])
     if re.search(r"memory.?bank", text, re.IGNORECASE):
         facts["bank_expected"] = True
     return facts
@@ -146,6 +202,12 @@ def loss_columns(line: str) -> dict:
     return columns
 
 
+def held_out_columns(line: str) -> dict:
+    "Columns of a `[VAL]` line, which looks at the model of the step logged last."
+    pairs = {column_of(k): v for k, v in number_pairs(line).items()}
+    return {k if k.startswith("val_") else f"val_{k}": v for k, v in pairs.items()}
+
+
 def text_rows(lines) -> list:
     """Rows of a text log, as dicts of our columns.
 
@@ -158,7 +220,9 @@ def text_rows(lines) -> list:
     has_loss = any("[LOSS]" in line for line in lines)
     for line in lines:
         bank_on = bank_on or "[Memory Bank] enabled" in line
-        if "[LOSS]" in line:
+        if "[VAL]" in line and rows:
+            rows[-1] |= held_out_columns(line)
+        elif "[LOSS]" in line:
             rows.append(current | loss_columns(line) | (dict(bank_enabled=1.0) if bank_on else {}))
             current = {}
         elif "[DIAG]" in line or DIAGNOSTIC.search(line):
@@ -173,41 +237,15 @@ def text_rows(lines) -> list:
         rows[-1] = current | rows[-1]
     return rows
 
-# %% ../../nbs/6_diagnostics/05_logs.ipynb #d0bf55dd
-def rows_by_step(triples) -> list:
-    "Rows, in order of steps, from (step, column, value) triples."
-    rows = {}
-    for step, column, value in triples:
-        rows.setdefault(step, dict(step=step))[column] = value
-    return [rows[s] for s in sorted(rows)]
-
-# %% ../../nbs/6_diagnostics/05_logs.ipynb #0f6766c5
-def trainer_state_rows(path) -> list:
-    "Rows of HF Trainer's trainer_state.json."
-    history = json.loads(Path(path).read_text())["log_history"]
-    return rows_by_step(
-        (r["step"], column_of(k), v)
-        for r in history
-        for k, v in r.items()
-        if k != "step" and isinstance(v, (int, float))
-    )
-
-# %% ../../nbs/6_diagnostics/05_logs.ipynb #168fdb7d
-def event_rows(path) -> list:
-    "Rows of the scalars in a TensorBoard event file, or in the folder that holds some."
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, SCALARS
-
-    events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
-    return rows_by_step(
-        (e.step, column_of(tag), e.value)
-        for tag in events.Tags()["scalars"]
-        for e in events.Scalars(tag)
-    )
-
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #1955ea62
 def with_implied_columns(rows: list, facts: dict):
-    "(rows, facts) of a foreign log with what its columns imply: bank on or expected, zero regions."
+    """(rows, facts) of a foreign log with what its columns imply.
+
+    The bank on or expected, zero regions, and temperatures as they are stored."""
+    columns = {k for r in rows for k in r if k.startswith("logit_scale")}
+    multipliers = {k for k in columns if max(r.get(k, 0) for r in rows) > 4.7}
     for r in rows:
+        r |= {k: math.log(r[k]) for k in multipliers & set(r) if r[k] > 0}
         if "bank_enabled" not in r and "bank_ptr" in r:
             r["bank_enabled"] = float(r["bank_ptr"] > 0 or r.get("bank_full", 0) > 0)
         if "zero_share_region" not in r and r.get("norm_region_min") == 0:

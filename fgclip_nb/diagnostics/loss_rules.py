@@ -28,7 +28,7 @@ def duplicate_floor_reached(ev):
         return PASS, 0.0, "equal captions are not counted as negatives"
     floor = float(ev.series("duplicate_floor_region").tail(20).mean())
     loss = float(ev.series("loss_region").tail(20).mean())
-    if floor < 0.05 or loss > floor + 0.1:
+    if floor < 0.05 or abs(loss - floor) > 0.1:
         return PASS, loss, f"floor {floor:.3f}, loss {loss:.3f}"
     return (
         FAIL,
@@ -184,53 +184,65 @@ def noise_allows_a_verdict(ev):
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #431e917c
 def val_loss(ev, kind: str):
-    "Held-out loss by step; the global one is the mean over long and short captions."
+    """Held-out loss by step.
+
+    The global one is the mean over long and short captions, the plain one that of a log without
+    parts."""
     names = [f"val_loss_{kind}{suffix}" for suffix in ("", "_short", "_long")]
+    if kind == "plain":
+        return ev.series("val_loss")
     named = [ev.series(c) for c in names if ev.has(c)]
     return sum(named) / len(named) if named else ev.series(f"val_loss_{kind}")
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #41e81ceb
+LOSS_COLUMNS = dict(plain="loss", **{"global": "loss_global"})
+
+
 def overfit(ev, kind: str):
     """(rise of the held-out loss over its best in chance levels, best step, best, last), or None.
 
     The rise is 0 unless the training loss fell meanwhile; None before the third validation."""
     val = val_loss(ev, kind)
-    train = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
+    train = in_batch(ev) if kind == "region" else ev.series(LOSS_COLUMNS.get(kind, kind))
     if len(val) < 3 or not len(train):
         return None
     best = val.idxmin()
     last = float(val.iloc[-1])
     low = float(val.min())
     level = float(chance(ev, "region_in_batch" if kind == "region" else kind).mean())
+    if not level > 0:
+        level = float(train.head(20).mean())  # unknown: the loss began near chance
     falls = float(train.tail(20).mean()) < float(train[train.index <= best].tail(20).mean())
     rise = float(val.iloc[-1] - val.min()) / level if falls else 0.0
     return rise, best, low, last
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #e0e1f78a
-@rule(limit="overfit_limit", threshold="rise < {:g} × chance")
-def no_overfitting(ev):
+@rule(limit="overfit_limit", threshold="rise < {:g} × chance", source="a held-out loss")
+def overfitting(ev):
     "The held-out losses do not climb while the training losses fall."
-    rises = {k: overfit(ev, k) for k in ("global", "region")}
+    kinds = ("plain",) if ev.has("val_loss") and not ev.params else ("global", "region")
+    rises = {k: overfit(ev, k) for k in kinds}
     rises = {k: rise for k, rise in rises.items() if rise}
     if not rises:
-        if ev.has("val_loss_region") or ev.has("val_loss_global_short"):
+        if any(ev.has(c) for c in ("val_loss", "val_loss_region", "val_loss_global_short")):
             return LATER, None, "fewer than three validations so far"
         return None
     kind = max(rises, key=lambda k: rises[k][0])
     rise, best, low, last = rises[kind]
+    kind = "" if kind == "plain" else f"{kind} "
     if rise < ev.limit("overfit_limit"):
-        return PASS, rise, f"held-out {kind} loss {last:.3f}, best {low:.3f} at step {best:g}"
+        return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     return (
         FAIL,
         rise,
-        f"the held-out {kind} loss climbed from {low:.3f} (step {best:g}) to {last:.3f} while "
+        f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f} while "
         "training fell: overfitting",
         f"Stop near step {best:g} (`early_stop`), use more data, or fewer steps.",
     )
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #d4b66b57
-@rule(limit="data_share_limit", threshold="share < {:g}")
-def not_data_bound(ev):
+@rule(limit="data_share_limit", threshold="share < {:g}", source="timing.jsonl")
+def data_bound(ev):
     "Steps do not wait for data."
     if ev.timing is None or len(ev.timing) < 10:
         return None

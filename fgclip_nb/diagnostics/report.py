@@ -233,10 +233,17 @@ def _expectations_html(run: Run, ev: Evidence) -> str:
     return "<h2>Expected and observed</h2>" + card_table(head, rows)
 
 
+def planned_steps(run: Run, ev: Evidence):
+    "The steps a run was to take, by parameters or expectations; of a finished run, its own."
+    planned = {row["name"]: row["value"] for row in run.expectations() or ()}
+    whole = ev.last_step if run.finished else None
+    return ev.params.get("max_steps") or planned.get("total steps") or whole
+
+
 def report_parts(run: Run, ev: Evidence, judged: list):
     "Yield the sections of the report, in reading order."
     state = "finished" if run.finished else "still running or stopped"
-    steps = f"step {ev.last_step or 0} of {ev.params.get('max_steps') or '?'}"
+    steps = f"step {ev.last_step or 0} of {planned_steps(run, ev) or '?'}"
     yield f"<h1>{escape_html(run.name)}</h1>"
     yield f'<p class="soft">{state}, {steps}</p>'
     yield cause_html(judged)

@@ -162,6 +162,7 @@ def above_luck(ev: Evidence, kind: str, n: int) -> bool:
 class Rule:
     """A rule of the verdict table.
 
+    source: what the rule looks at beyond its columns, in words;
     judge: evidence -> (result, value, why) or (result, value, why, next action) or None; needs:
     columns without which it stays silent; limit: name of its threshold; threshold: how it reads."""
 
@@ -170,6 +171,12 @@ class Rule:
     needs: tuple = ()
     limit: str = ""
     threshold: str = ""
+    source: str = ""
+
+    def lacks(self, ev: Evidence) -> str:
+        "What the evidence lacks for this rule, in words."
+        columns = [c for c in self.needs if not ev.has(c)]
+        return ", ".join(columns) or self.source or "does not apply, or its figures are not there"
 
     def __call__(self, ev: Evidence) -> Verdict | None:
         "The verdict, or None when the evidence lacks a needed column."
@@ -186,14 +193,15 @@ class Rule:
 RULES = {}  # in the order of causes: the first tripped rule is the headline
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #0a1602e0
-def rule(needs=(), limit="", threshold=""):
+def rule(needs=(), limit="", threshold="", source=""):
     """Register a function as the rule of its name; see `Rule`.
 
-    `needs`: a column or several; `limit`: an entry of `LIMITS`, for the `{:g}` of `threshold`."""
+    `needs`: a column or several; `limit`: an entry of `LIMITS`, for the `{:g}` of `threshold`;
+    `source`: what else it looks at, in words."""
 
     def register(judge):
         columns = (needs,) if isinstance(needs, str) else tuple(needs)
-        RULES[judge.__name__] = Rule(judge.__name__, judge, columns, limit, threshold)
+        RULES[judge.__name__] = Rule(judge.__name__, judge, columns, limit, threshold, source)
         return judge
 
     return register

@@ -69,7 +69,10 @@ LOADING_ADVICE = (
 )
 
 
-@rule(threshold="every key matched, first steps not at chance")
+@rule(
+    threshold="every key matched, first steps not at chance",
+    source="the loader's report or the name of a weight file",
+)
 def weights_loaded(ev):
     "The weight file filled every tensor, and the model knows something from the first step on."
     report = ev.facts.get("load_report")
@@ -198,7 +201,7 @@ def _scale_fault(value, room, configured, tolerance):
     return None
 
 
-@rule(limit="scale_tolerance", threshold="asked ± {:g}")
+@rule(limit="scale_tolerance", threshold="asked ± {:g}", source="a printed temperature")
 def scale_as_asked(ev):
     """The stored region temperature is the one asked for, after the clamp, within the tolerance.
 
@@ -213,6 +216,9 @@ def scale_as_asked(ev):
             continue
         if fault := _scale_fault(value, room, configured, ev.limit("scale_tolerance")):
             return fault
+    if configured is None and loaded > MAX_STORED_SCALE + 0.001:
+        why = f"the multiplier {math.exp(loaded):.4g} is over the clamp: 100 is the most"
+        return FAIL, loaded, why, "Clamp the stored temperature at ln 100 after every step."
     if configured is None:
         remark = "nothing was asked, and it is no bfloat16 rounding"
         return PASS, loaded, f"{_printed(loaded)}; {remark}"
@@ -281,7 +287,7 @@ def module_fault(ev, module: str) -> str:
     return f"rounded away: only {changed:.0%} of its elements with a gradient changed in a step"
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #982dda39
-@rule(limit="changed_share_limit", threshold="changed share ≥ {:g}")
+@rule(limit="changed_share_limit", threshold="changed share ≥ {:g}", source="grad_norm/<module>")
 def modules_train(ev):
     "Every module gets gradients and really changes."
     known = [m for m in MODULES if m != "scales" and ev.has(f"grad_norm/{m}")]
