@@ -589,7 +589,7 @@ def spoken(folder, *spans):
     for i, span in enumerate(spans):
         clip(folder / f"{i}.mp4", steady(10, 2)[: 20 - i])  # the cache knows clips by content
         for when in ((0.0, 1.0), span):
-            rows.append(dict(video=f"{i}.mp4", span=when, caption=f"Clip {i}."))
+            rows.append(dict(video=f"{i}.mp4", span=when, caption=f"Clip {i} at {when[0]} s."))
     return put(folder / "clips.json", rows)
 
 
@@ -616,3 +616,25 @@ def test_a_cache_says_how_many_clips_it_holds(tmp_path):
     build_cache(cache, samples[:4], 4, say=lambda line: None)
     assert cache_share(cache, paths).startswith("2 of 3 clips from the cache")
     assert "2.mp4" in cache_share(cache, paths) and cache_share(cache, paths[:4])[:6] == "2 of 2"
+
+
+def test_training_says_how_many_clips_the_cache_holds(tmp_path):
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.training.loop import train
+
+    path = spoken(tmp_path, (1.0, 2.0), (2.5, 3.0), (1.0, 2.0))
+    samples, cache = load_samples(path)[0], FrameCache(tmp_path / "cache", 32)
+    build_cache(cache, samples[:2], 4, say=lambda line: None)
+    sizes = dict(max_steps=2, batch_size=2, num_frames=4, image_size=32, processes=1)
+    cfg = TrainConfig(
+        data=str(path),
+        output=str(tmp_path / "run"),
+        frame_cache=str(cache.folder),
+        split="train",
+        **sizes,
+    )
+    train(cfg)
+    log = (tmp_path / "run/training.log").read_text()
+    assert "frames: 1 of 3 clips from the cache" in log and "rejected: beyond_end 1" in log
+    (reject,) = map(json.loads, (tmp_path / "run/rejects.jsonl").read_text().splitlines())
+    assert (reject["file"], reject["entry"], reject["rule"]) == (str(path), "[3]", "beyond_end")

@@ -28,6 +28,11 @@ class DataParams:
     test_data: str = param(
         "", "media that must not be trained on: a data set in any format, or a .txt list of names"
     )
+    split: str = param(
+        "auto",
+        "part of the entries that name none: by the data file's name (auto), none, train, val, test",
+        choices=("auto", "none", "train", "val", "test"),
+    )
     min_area: float = param(
         0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1
     )

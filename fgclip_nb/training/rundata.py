@@ -108,7 +108,7 @@ def planned_frames(sample, cfg: TrainConfig):
 
 def chosen_samples(cfg: TrainConfig) -> tuple:
     "(samples, rejects) of `cfg.data` without the media of `cfg.test_data`; a normal clip without a region has its whole frame."
-    samples, rejects = load_samples(cfg.data, cfg.media_root or None)
+    samples, rejects = load_samples(cfg.data, cfg.media_root or None, split=cfg.split)
     if not cfg.test_data:
         return add_normal_regions(samples), rejects
     if not resolve_path(cfg.test_data).exists():
