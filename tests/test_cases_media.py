@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgclip_nb.core.identity import ConfigError
-from fgclip_nb.data.filters import filter_regions
+from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.data.conversion import convert
+from fgclip_nb.data.filters import check_media, filter_regions
+from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_share
+from fgclip_nb.data.inputs import clip_inputs
 from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.samples import boxes_at
+from fgclip_nb.data.splits import leave_out, overlap, read_names
 from fgclip_nb.data.video import read_frames
 
 av = pytest.importorskip("av")
@@ -422,3 +427,214 @@ def test_a_split_in_an_entry_counts_in_every_format(tmp_path):
     for data in (own, finehard, one, boxes, studio):
         samples, rejects = load_samples(put(tmp_path / "my_test.json", data))
         assert [s.split for s in samples] == want and rejects == []
+
+
+# ---- the declared size and the file's (B)
+
+
+def spotted(path, orientation, box=(40, 10, 60, 20), size=(80, 40)):
+    "A black photo with EXIF `orientation`; a red spot fills `box`, pixels of the stored picture."
+    picture = np.zeros((size[1], size[0], 3), np.uint8)
+    picture[box[1] : box[3], box[0] : box[2]] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(picture).save(path, exif=exif)
+    return path
+
+
+def redness(sample):
+    "How red the picture that training reads is inside the sample's only box, 0-1."
+    pixels = read_image(sample.media)
+    h, w = pixels.shape[:2]
+    x1, y1, x2, y2 = sample.regions[0].box
+    inside = pixels[round(y1 * h) : round(y2 * h), round(x1 * w) : round(x2 * w)]
+    return (inside[..., 0] == 255).mean()
+
+
+def checked(folder, data, name="coco.json"):
+    "(samples as training gets them, everything that was said about them)."
+    samples, rejects = load_samples(put(folder / name, data), folder)
+    kept, more = check_media(samples)
+    kept, dropped = filter_regions(kept)
+    return kept, [*rejects, *more, *dropped, *kept.changes]
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_boxes_on_the_stored_picture_turn_with_it(tmp_path, orientation, scale):
+    spotted(tmp_path / "a.png", orientation)
+    box, size = np.multiply((40, 10, 20, 10), scale).tolist(), (80 * scale, 40 * scale)
+    samples, said = checked(tmp_path, coco(["a.png"], "cup", box, size))
+    assert redness(samples[0]) == 1 and (samples[0].width, samples[0].height) == (40, 80)
+    assert [r.rule for r in said] == ["turned"] and said[0].entry == "images[0]"
+    assert f"{size[0]} x {size[1]}" in said[0].reason and "40 x 80" in said[0].reason
+
+
+def test_boxes_on_the_upright_picture_stay(tmp_path):
+    spotted(tmp_path / "a.png", 6)
+    samples, said = checked(tmp_path, coco(["a.png"], "cup", (20, 40, 10, 20), (40, 80)))
+    assert said == [] and redness(samples[0]) == 1
+
+
+def test_the_same_picture_at_another_scale_is_read_by_shares(tmp_path):
+    spotted(tmp_path / "a.png", 1)
+    samples, said = checked(tmp_path, coco(["a.png"], "cup", (20, 5, 10, 5), (40, 20)))
+    assert said == [] and redness(samples[0]) == 1
+
+
+@pytest.mark.parametrize("size", [(40, 80), (80, 60), (100, 40)])
+def test_another_shape_is_rejected_with_both_sizes(tmp_path, size):
+    spotted(tmp_path / "a.png", 1)
+    boxes = coco(["a.png"], "cup", (1, 1, 20, 20), size)
+    boxes["annotations"].append(dict(image_id=0, caption="A cup."))
+    samples, said = checked(tmp_path, boxes)
+    assert samples[0].regions == [] and samples[0].captions == ("A cup.",)
+    assert [(r.rule, r.regions, r.entries) for r in said] == [("other_size", 1, 0)]
+    assert f"{size[0]} x {size[1]}" in said[0].reason and "80 x 40" in said[0].reason
+
+
+@pytest.mark.parametrize("orientation,size", [(3, (80, 40)), (2, (80, 40)), (6, (40, 40))])
+def test_a_turn_that_sizes_cannot_tell_is_said(tmp_path, orientation, size):
+    spotted(tmp_path / "a.png", orientation, (1, 1, 30, 30), size)
+    samples, said = checked(tmp_path, coco(["a.png"], "cup", (1, 1, 29, 29), size))
+    assert len(samples[0].regions) == 1 and [r.rule for r in said] == ["perhaps_turned"]
+
+
+def test_other_formats_declare_sizes_too(tmp_path):
+    spotted(tmp_path / "a.png", 6)
+    size, share = dict(width=80, height=40), [0.5, 0.25, 0.75, 0.5]
+    own = [dict(size, image="a.png", regions=[dict(caption="a cup", bbox=[40, 10, 60, 20])])]
+    one = dict(
+        size, img_path="a.png", pos_expression="a cup", neg_expression=[], bbox=[40, 10, 20, 10]
+    )
+    fine = [dict(size, f_path="a.png", bbox_info=[dict(short_expr="a cup", bbox=share)])]
+    studio = studio_photo(0, original_width=80, original_height=40)
+    studio["data"]["image"] = "a.png"
+    place = dict(x=50, y=25, width=25, height=25)
+    studio["annotations"][0]["result"][0]["value"].update(place)
+    for data in (own, [one], fine, [studio]):
+        samples, said = checked(tmp_path, data)
+        assert [r.rule for r in said] == ["turned"] and redness(samples[0]) == 1
+
+
+def test_a_clip_held_upright(tmp_path):
+    clip(tmp_path / "a.mp4", steady(10, 2), rotation=90)
+    track = [dict(frame=0, bbox=[0, 20, 8, 28]), dict(frame=19, bbox=[8, 20, 16, 28])]
+    row = dict(video="a.mp4", regions=[dict(caption="a square", keyframes=track)])
+    samples, said = checked(tmp_path, [dict(row, width=64, height=48)])
+    assert [r.rule for r in said] == ["turned"]
+    pixels, (box,) = (
+        read_frames(samples[0].media, [0])[0],
+        boxes_at(samples[0].regions[0].keyframes, [0])[0],
+    )
+    h, w = pixels.shape[:2]
+    x1, y1, x2, y2 = np.round(box * (w, h, w, h)).astype(int)
+    assert (w, h) == (48, 64) and pixels[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].mean() > 200
+    samples, said = checked(tmp_path, [dict(row, width=64, height=64)])
+    assert "64 x 64" in said[0].reason and "48 x 64" in said[0].reason
+
+
+def test_shards_hold_the_turned_boxes(tmp_path):
+    spotted(tmp_path / "a.png", 8)
+    path = put(tmp_path / "coco.json", coco(["a.png"], "cup", (40, 10, 20, 10), (80, 40)))
+    for embed in (False, True):
+        convert(path, tmp_path / f"shards{embed}", embed=embed)
+        assert redness(load_samples(tmp_path / f"shards{embed}")[0][0]) == 1
+
+
+# ---- lists of test media with folders (E)
+
+
+def test_a_test_list_with_folders_names_exactly_its_photos(tmp_path):
+    names = [f"{c}/image_{i:04d}.jpg" for c in ("accordion", "anchor") for i in (1, 2)]
+    rows = [dict(f_path=n, caption=n) for n in names]
+    samples, _ = load_samples(put(tmp_path / "train.json", rows), tmp_path, missing="keep")
+    (tmp_path / "test.txt").write_text("accordion/image_0001.jpg 0\nants/image_0002.jpg 1\n")
+    put(tmp_path / "test.json", rows[:1])
+    for file in ("test.txt", "test.json"):
+        listed = read_names(tmp_path / file)
+        assert [r.sample for r in leave_out(samples, listed)[1]] == names[:1]
+        assert overlap(samples, listed)["train and test list"] == ["accordion/image_0001"]
+    assert len(leave_out(samples, {"image_0002"})[1]) == 2  # a list without folders
+
+
+@pytest.mark.parametrize("folder", ["", "Abuse/", "videos/Abuse/"])
+@pytest.mark.parametrize("listed", ["", "Abuse/", "Anomaly-Videos/Abuse/"])
+def test_ucf_crime_lists_work_with_any_folder_or_none(tmp_path, folder, listed):
+    rows = [dict(video=f"{folder}Abuse001_x264.mp4"), dict(video=f"{folder}Abuse002_x264.mp4")]
+    samples, _ = load_samples(put(tmp_path / "train.json", rows), tmp_path, missing="keep")
+    (tmp_path / "test.txt").write_text(f"{listed}Abuse001_x264.mp4\n")
+    assert len(leave_out(samples, read_names(tmp_path / "test.txt"))[0]) == 1
+
+
+def test_flat_data_meet_a_list_with_folders(tmp_path):
+    rows = [dict(image=n) for n in ("a.jpg", "b.jpg")]
+    samples, _ = load_samples(put(tmp_path / "train.json", rows), tmp_path, missing="keep")
+    assert [s.id for s in leave_out(samples, {"val/a.jpg"})[0]] == ["b.jpg"]
+
+
+def test_equal_names_in_two_splits_are_no_leak(tmp_path):
+    folder = exports(tmp_path / "export", dict(train="car", valid="dog"), coco)
+    assert overlap(load_samples(folder)[0]) == dict.fromkeys(
+        ("train and held out", "train and held out, at other times", "train and test list"), []
+    )
+
+
+# ---- the end of a clip, and a cache that lacks clips (6)
+
+
+def spoken(folder, *spans):
+    "Clips of 2 s, one per span, each with a right sentence and then one about the span."
+    rows = []
+    for i, span in enumerate(spans):
+        clip(folder / f"{i}.mp4", steady(10, 2)[: 20 - i])  # the cache knows clips by content
+        for when in ((0.0, 1.0), span):
+            rows.append(dict(video=f"{i}.mp4", span=when, caption=f"Clip {i} at {when[0]} s."))
+    return put(folder / "clips.json", rows)
+
+
+def test_a_sentence_beyond_the_end_is_rejected_alike_everywhere(tmp_path):
+    path = spoken(tmp_path, (1.0, 2.0), (2.5, 3.0))
+    samples, rejects = load_samples(path)
+    kept, more = check_media(samples)
+    assert rejects == [] and len(kept) == 3
+    assert [(r.rule, r.file, r.entry, r.field) for r in more] == [
+        ("beyond_end", str(path), "[3]", "span")
+    ]
+    lines, cache = [], FrameCache(tmp_path / "cache", 32)
+    assert [reason for _, reason in build_cache(cache, samples, 4, say=lines.append)] == [
+        str(more[0])
+    ]
+    assert "2 clips" in lines[-1] and all(cache.get(s.media) for s in samples)
+    with pytest.raises(DataError, match="1.mp4: span .* holds no frame"):
+        clip_inputs(samples[3], 4, 32)
+
+
+def test_a_cache_says_how_many_clips_it_holds(tmp_path):
+    samples, _ = load_samples(spoken(tmp_path, (1.0, 2.0), (1.0, 2.0), (1.0, 2.0)))
+    cache, paths = FrameCache(tmp_path / "cache", 32), [s.media for s in samples]
+    build_cache(cache, samples[:4], 4, say=lambda line: None)
+    assert cache_share(cache, paths).startswith("2 of 3 clips from the cache")
+    assert "2.mp4" in cache_share(cache, paths) and cache_share(cache, paths[:4])[:6] == "2 of 2"
+
+
+def test_training_says_how_many_clips_the_cache_holds(tmp_path):
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.training.loop import train
+
+    path = spoken(tmp_path, (1.0, 2.0), (2.5, 3.0), (1.0, 2.0))
+    samples, cache = load_samples(path)[0], FrameCache(tmp_path / "cache", 32)
+    build_cache(cache, samples[:2], 4, say=lambda line: None)
+    sizes = dict(max_steps=2, batch_size=2, num_frames=4, image_size=32, processes=1)
+    cfg = TrainConfig(
+        data=str(path),
+        output=str(tmp_path / "run"),
+        frame_cache=str(cache.folder),
+        split="train",
+        **sizes,
+    )
+    train(cfg)
+    log = (tmp_path / "run/training.log").read_text()
+    assert "frames: 1 of 3 clips from the cache" in log and "rejected: beyond_end 1" in log
+    (reject,) = map(json.loads, (tmp_path / "run/rejects.jsonl").read_text().splitlines())
+    assert (reject["file"], reject["entry"], reject["rule"]) == (str(path), "[3]", "beyond_end")

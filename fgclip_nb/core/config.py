@@ -30,6 +30,11 @@ class DataParams:
     )
     media_root: str = param("", "folder that media paths start from; empty: that of the data file")
     test_data: str = param("", "media never trained on: a data set, or a .txt list of names")
+    split: str = param(
+        "auto",
+        "part of entries that name none themselves",
+        choices=("auto", "none", "train", "val", "test"),
+    )
     min_area: float = param(
         0.005, "boxes under this share of the image area are rejected (0-1)", 0, 1
     )

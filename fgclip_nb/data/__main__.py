@@ -9,7 +9,7 @@ __all__ = []
 import argparse, sys
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.conversion import convert
-from fgclip_nb.data.frame_cache import FrameCache, build_cache
+from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_share
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.throughput import bench, bench_part
 
@@ -67,10 +67,10 @@ def fill_cache(arguments) -> int:
     samples = load_samples(arguments.data, arguments.media_root)[0]
     clips = {s.media for s in samples if s.kind == "video"}
     cache = FrameCache(arguments.folder, arguments.size, arguments.encoding)
-    rejects = build_cache(
-        cache, samples, arguments.frames, say=lambda line: print(line, flush=True)
-    )
-    return 1 if len(rejects) == len(clips) else 0
+    build_cache(cache, samples, arguments.frames, say=lambda line: print(line, flush=True))
+    held = cache_share(cache, clips)
+    print(held, flush=True)
+    return 1 if held.startswith("0 of") else 0
 
 # %% ../../nbs/2_data/99_command.ipynb #e537bbcd
 def main(argv=None) -> int:

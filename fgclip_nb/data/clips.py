@@ -8,7 +8,8 @@ __all__ = ['sample_frames', 'coverage']
 # %% ../../nbs/2_data/16_clips.ipynb #81cb9209
 import numpy as np
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.data.samples import boxes_at
+from fgclip_nb.data.samples import Fault, boxes_at
+from fgclip_nb.data.video_index import frame_times
 
 # %% ../../nbs/2_data/16_clips.ipynb #a29c1fd5
 def sample_frames(span, count, rng=None, among=None) -> np.ndarray:
@@ -46,6 +47,17 @@ def span_frames(times, span=None) -> tuple:
             f"the clip lasts from 0 to {float(times[-1]):.2f} s"
         )
     return int(first), int(end) - 1
+
+# %% ../../nbs/2_data/16_clips.ipynb #5d5f6c04
+def span_fault(sample) -> Fault | None:
+    "Why a clip holds no frame of its sample's span, or None. Raises DataError for a broken clip."
+    if sample.kind != "video" or sample.span is None:
+        return None
+    times = frame_times(sample.media)
+    try:
+        span_frames(times, sample.span)
+    except DataError as e:
+        return Fault("span", sample.span, str(e), "beyond_end")
 
 # %% ../../nbs/2_data/16_clips.ipynb #dd9e32d5
 def coverage(spans, frames) -> float:

@@ -10,6 +10,7 @@ import re
 from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row, check_int, check_text
 from fgclip_nb.data.media import address_names
+from fgclip_nb.data.photos import same_shape
 from fgclip_nb.data.source import with_article
 
 # %% ../../nbs/2_data/06_coco.ipynb #b721db86
@@ -38,12 +39,6 @@ def coco_file(row) -> tuple:
     return "file_name", [row.text("file_name")]
 
 # %% ../../nbs/2_data/06_coco.ipynb #96cb3c3e
-def same_shape(a, b) -> bool:
-    "Whether two sizes (width, height) are one picture at two scales, up to a pixel of rounding."
-    scale = max(a[0] / b[0], a[1] / b[1])
-    return all(abs(x - y * scale) <= max(1.0, scale) + 0.005 * x for x, y in zip(a, b))
-
-
 def _coco_image(row, src) -> Sample:
     "The sample of one image, shared with other files about it."
     (field, names), size = coco_file(row), row.size()

@@ -12,6 +12,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import Fault, Sample, sample_reject
 from fgclip_nb.data.source import Tally
+from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shards import no_bars, shard_features, to_row
 from fgclip_nb.data.load import data_files, iter_samples, sums
 
@@ -109,8 +110,21 @@ def _embedded(sample) -> Sample:
     return dataclasses.replace(sample, data=data)
 
 
+def _fitted(sample, tally):
+    "The sample as its file shows it (`fit_to_file`); as it is when the file cannot be read."
+    if sample.media in tally.missing or not sample.regions:
+        return sample
+    try:
+        sample, notes = fit_to_file(sample)
+    except DataError:
+        return sample  # who reads the shard will name it
+    tally.rejects += notes
+    return sample
+
+
 def _add(writer, sample, embed, tally):
     "Write a sample, or reject it when its image should be embedded and cannot be read."
+    sample = _fitted(sample, tally)
     try:
         writer.add(_embedded(sample) if embed else sample)
     except Fault as f:

@@ -26,6 +26,8 @@ from fgclip_nb.data.samples import (
 from fgclip_nb.data.shards import ShardedSequence
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video_index import video_info
+from fgclip_nb.data.declared_size import file_size, fit_to_file
+from fgclip_nb.data.clips import span_fault
 
 # %% ../../nbs/2_data/19_filters.ipynb #f74c90c4
 RULES = dict(
@@ -40,6 +42,10 @@ RULES = dict(
     missing_media="the photo or video is not there",
     test_medium="the photo or video stands in the list of test media",
     unreadable_media="the photo or video cannot be decoded",
+    beyond_end="it speaks of a time at which the clip is over",
+    other_size="the declared width and height are those of another picture",
+    turned="the photo or clip is turned when shown, and its boxes were turned with it",
+    perhaps_turned="the photo or clip is turned when shown; were its boxes drawn before that?",
 )
 
 # found while reading, before any region is looked at
@@ -59,6 +65,8 @@ READING = dict(
     unknown_image="a box or caption of no listed image",
     unknown_category="a box of no listed category",
     crowd="the box of a crowd",
+    no_rectangle="a shape that is no rectangle",
+    turned_picture="a rectangle drawn on a picture that the tool had turned",
 )
 
 # %% ../../nbs/2_data/19_filters.ipynb #a5e5329c
@@ -305,6 +313,7 @@ def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) 
     the frame numbers that training looks at; then regions seen in none of them are rejected. Raises
     ConfigError for a limit outside its range."""
     limits, kept, rejects, changes = Limits(min_area, out_of_range, frames), [], [], []
+    before = list(getattr(samples, "changes", ()))
     if isinstance(samples, ShardedSequence):
         return filter_shards(samples, limits)
     for sample in samples:
@@ -315,7 +324,7 @@ def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) 
     total = sum(len(s.regions) for s in samples)
     _log_regions(total, count_rules(rejects), len(changes))
     formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
-    return Samples(kept, formats, counts, changes), rejects
+    return Samples(kept, formats, counts, before + changes), rejects
 
 # %% ../../nbs/2_data/19_filters.ipynb #892959f9
 def media_fault(sample) -> Fault | None:
@@ -339,27 +348,55 @@ def _leave_media(samples) -> list:
     return []
 
 
+def _log_media(total, kept, rejects, changes):
+    get_logger().info(
+        f"media: {total} samples = {kept} kept + {total - kept} rejected "
+        f"({_counts_text(count_rules(rejects))})"
+    )
+    for rule, count in count_rules(changes).items():
+        first = next(c for c in changes if c.rule == rule)
+        get_logger().warning(f"{rule}: {count} samples; the first: {first}")
+
+# %% ../../nbs/2_data/19_filters.ipynb #d871e0c9
+class MediaCheck:
+    "What is known of media that were opened once: their faults and their sizes, by path."
+
+    def __init__(self):
+        self.faults, self.sizes = {}, {}
+
+    def size_of(self, sample):
+        if sample.media not in self.sizes:
+            self.sizes[sample.media] = file_size(sample)
+        return self.sizes[sample.media]
+
+    def judge(self, sample) -> tuple:
+        "(sample as its file shows it or None, notes): its medium, its span and its declared size."
+        if sample.media not in self.faults:
+            self.faults[sample.media] = media_fault(sample)
+        fault = self.faults[sample.media] or span_fault(sample)
+        if fault is not None:
+            return None, [sample_reject(sample, fault)]
+        return fit_to_file(sample, self.size_of)
+
+
 def check_media(samples) -> tuple:
     """(samples, rejects): the samples whose media decode, each file opened once.
 
+    Sentences beyond the end of their clip are rejected too, and the boxes of another size than the
+    file's (`fit_to_file`); boxes that were turned with a photo are listed in `samples.changes`.
     Shards are left to training, which counts what it cannot read."""
     if isinstance(samples, ShardedSequence):
         return samples, _leave_media(samples)
-    faults, kept, rejects = {}, [], []
+    check, kept, rejects = MediaCheck(), [], []
+    changes = list(getattr(samples, "changes", ()))
     for s in samples:
-        if s.media not in faults:
-            faults[s.media] = media_fault(s)
-        fault = faults[s.media]
-        if fault is None:
-            kept.append(s)
-        else:
-            rejects.append(sample_reject(s, fault))
-    get_logger().info(
-        f"media: {len(samples)} samples = {len(kept)} kept + {len(rejects)} rejected "
-        f"({_counts_text(count_rules(rejects))})"
-    )
+        fitted, notes = check.judge(s)
+        kept += [] if fitted is None else [fitted]
+        for note in notes:
+            (rejects if note.entries or note.regions else changes).append(note)
+    _log_media(len(samples), len(kept), rejects, changes)
     formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
-    return Samples(kept, formats, counts, getattr(samples, "changes", ())), rejects
+    return Samples(kept, formats, counts, changes), rejects
 
 # %% ../../nbs/2_data/19_filters.ipynb #b482466c
 def reject_lines(rejects) -> bytes:

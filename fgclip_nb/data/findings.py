@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fgclip_nb.core.params import param
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.filters import READING, RULES, folded
-from fgclip_nb.data.splits import media_name, overlap
+from fgclip_nb.data.splits import overlap
 
 # %% ../../nbs/2_data/22_findings.ipynb #b18d2942
 def repeated_phrases(sample) -> int:
@@ -98,6 +98,11 @@ ADVICE = dict(
         "Remove the phrase from its own negatives: the right answer counts as wrong.",
     ),
     missing_media=("fix", "Check `media_root` and the names."),
+    beyond_end=("fix", "Correct the times, or is it another cut of the video?"),
+    other_size=(
+        "fix",
+        "Find the picture that was annotated, or its part: these boxes lie elsewhere.",
+    ),
     unreadable_media=("fix", "Fetch or convert these files again."),
 )
 _OTHER = ("fix", "See the first of them in the table of rejects and mend the file.")
@@ -127,6 +132,26 @@ def negative_findings(samples) -> list:
         Finding("look", f"regions with hard negatives, but fewer than {usual}", few, total, chance),
         Finding("know", "regions without hard negatives", none, total, make),
     ]
+
+# %% ../../nbs/2_data/22_findings.ipynb #49317ff1
+CHANGE_ADVICE = dict(
+    out_of_range=("know", "Look at some: `out_of_range=reject` leaves them out."),
+    turned=("know", "Their boxes were drawn on the picture as stored, and turned with it."),
+    other_size=("look", "Another picture than the annotation speaks of? Its captions are kept."),
+    perhaps_turned=(
+        "look",
+        "Look at some with their boxes: if they are off, turn the files upright and export again.",
+    ),
+)
+
+
+def change_findings(changes, of) -> list:
+    "A finding per kind of change that filters made or doubted; `of`: samples that went in."
+    findings = []
+    for rule, n in Counter(c.rule for c in changes).items():
+        level, do = CHANGE_ADVICE.get(rule, _OTHER)
+        findings.append(Finding(level, f"{rule}: {RULES.get(rule, rule)}", n, of, do))
+    return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #9f2eb713
 def repeat_findings(samples) -> list:
@@ -169,7 +194,7 @@ def text_findings(texts, kind, lengths, context_length) -> list:
 # %% ../../nbs/2_data/22_findings.ipynb #32d00010
 def overlap_findings(samples, test_names=None) -> list:
     "Media in training that also stand in another part."
-    media = len({media_name(s.media) for s in samples})
+    media = len({s.media for s in samples})
     advice = {
         "train and held out": ("fix", "Split by photo or video, not by entry.", media),
         "train and held out, at other times": (

@@ -13,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.samples import sample_reject
 from fgclip_nb.data.photos import existing_file
 from fgclip_nb.data.video_index import VideoInfo, frame_times, video_info
 from fgclip_nb.data.video import checked_numbers, decode_frames
-from fgclip_nb.data.clips import sample_frames, span_frames
+from fgclip_nb.data.clips import sample_frames, span_fault, span_frames
 
 # %% ../../nbs/2_data/17_frame_cache.ipynb #06b7ba1b
 @lru_cache(maxsize=4096)
@@ -269,19 +270,33 @@ def cache_clip(cache, path, frames=None) -> int:
 def needed_frames(samples, count) -> dict:
     """clip path -> rising frame numbers that its samples' spans need, `count` per span (0: all).
 
-    A clip that cannot be read has its DataError instead."""
+    A clip that cannot be read has its DataError instead. Spans beyond its end need nothing."""
     spans, needed = {}, {}
     for sample in samples:
-        if sample.kind == "video":
-            spans.setdefault(sample.media, set()).add(sample.span)
-    for path, clip_spans in spans.items():
+        if sample.kind != "video":
+            continue
         try:
-            ranges = [span_frames(frame_times(path), span) for span in clip_spans]
-            chosen = [sample_frames((a, b), count or b - a + 1) for a, b in ranges]
-            needed[path] = np.unique(np.concatenate(chosen)).tolist()
+            if span_fault(sample) is None:
+                spans.setdefault(sample.media, set()).add(sample.span)
         except DataError as e:
-            needed[path] = e
+            needed[sample.media] = e
+    for path, clip_spans in spans.items():
+        ranges = [span_frames(frame_times(path), span) for span in clip_spans]
+        chosen = [sample_frames((a, b), count or b - a + 1) for a, b in ranges]
+        needed[path] = np.unique(np.concatenate(chosen)).tolist()
     return needed
+
+
+def spans_beyond(samples) -> list:
+    "Rejects of the samples whose span lies beyond the end of its clip."
+    rejects = []
+    for sample in samples:
+        try:
+            fault = span_fault(sample)
+        except DataError:
+            continue  # the clip is rejected as a whole
+        rejects += [sample_reject(sample, fault)] if fault else []
+    return rejects
 
 # %% ../../nbs/2_data/17_frame_cache.ipynb #489356bb
 def _mebibytes(n):
@@ -300,7 +315,8 @@ def _progress(cache, path, done, total, frames, decoded, started):
 def build_cache(cache, samples, count=256, say=print) -> list:
     """Fill `cache` for all clips of `samples`, `count` frames per span (0: all).
 
-    Returns [(path, reason)] of clips that cannot be read. `say` gets a line per clip."""
+    Returns [(path, reason)] of clips that cannot be read, and of sentences beyond a clip's end.
+    `say` gets a line for each of them and for each clip."""
     cache.folder.mkdir(parents=True, exist_ok=True)
     _sweep(cache.folder)
     started, rejects, needed = time.monotonic(), [], needed_frames(samples, count)
@@ -313,8 +329,19 @@ def build_cache(cache, samples, count=256, say=print) -> list:
         except DataError as e:
             rejects.append((path, str(e)))
             say(f"{done}/{len(needed)} rejected: {e}")
-    say(
-        f"cache {cache.folder}: {len(needed) - len(rejects)} clips, "
-        f"{_mebibytes(cache.bytes())}, {len(rejects)} rejected"
-    )
+    held = len(needed) - len(rejects)
+    for reject in spans_beyond(samples):
+        rejects.append((reject.sample, str(reject)))
+        say(f"rejected: {reject}")
+    say(f"cache {cache.folder}: {held} clips, {_mebibytes(cache.bytes())}, {len(rejects)} rejected")
     return rejects
+
+# %% ../../nbs/2_data/17_frame_cache.ipynb #9d03ff3a
+def cache_share(cache, paths) -> str:
+    "`11 of 12 clips from the cache`, with the first that is not; clips that are not here count."
+    paths = sorted({str(p) for p in paths})
+    absent = [p for p in paths if not Path(p).is_file() or cache.get(p) is None]
+    held = f"{len(paths) - len(absent)} of {len(paths)} clips from the cache {cache.folder}"
+    if not absent:
+        return held
+    return f"{held}; the others are decoded at every step, the first is {Path(absent[0]).name}"

@@ -95,7 +95,10 @@ def clip_inputs(
     `cache` (FrameCache, MemoryCache): frames come from there when it holds the clip. Raises
     DataError when the clip cannot be read or its span holds no frame."""
     clip = open_clip(sample.media, size, cache)
-    first, last = span_frames(clip.times, sample.span)
+    try:
+        first, last = span_frames(clip.times, sample.span)
+    except DataError as e:
+        raise DataError(f"{sample.media}: {e}") from e
     present = [region_presence(r, first, last) for r in sample.regions]
     spread, numbers = _choose_numbers(
         clip, first, last, present, num_frames, region_frames, region_source, rng

@@ -105,6 +105,12 @@ def photo_size(path) -> tuple:
     except Exception as e:
         raise DataError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
+# %% ../../nbs/2_data/03a_photos.ipynb #e2fd650f
+def same_shape(a, b) -> bool:
+    "Whether two sizes (width, height) are one picture at two scales, up to a pixel of rounding."
+    scale = max(a[0] / b[0], a[1] / b[1])
+    return all(abs(x - y * scale) <= max(1.0, scale) + 0.005 * x for x, y in zip(a, b))
+
 # %% ../../nbs/2_data/03a_photos.ipynb #bd1f0675
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -6,7 +6,7 @@
 __all__ = ['read_names', 'leave_out']
 
 # %% ../../nbs/2_data/21_splits.ipynb #bad95992
-import dataclasses, math, re
+import dataclasses, math, os, re
 from collections import defaultdict
 from pathlib import Path
 import numpy as np
@@ -14,6 +14,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.data.samples import Fault, Region, Samples, sample_reject
 from fgclip_nb.data.shards import ShardedSequence
+from fgclip_nb.data.media import ucf_label
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, span_frames
@@ -59,15 +60,68 @@ def media_name(path) -> str:
     "A medium's name without folder and extension, in lower case."
     return re.sub(r"\.\w{1,5}$", "", str(path).replace("\\", "/").rsplit("/", 1)[-1]).lower()
 
+# %% ../../nbs/2_data/21_splits.ipynb #5d782d2b
+def listed_name(path) -> str:
+    "A medium's path as written, without extension, in lower case; of UCF-Crime the name alone."
+    parts = [p for p in str(path).replace("\\", "/").split("/") if p not in ("", ".")]
+    if not parts or ucf_label(parts[-1]) and re.search(r"\d{3}", parts[-1]):
+        return media_name(path)
+    return "/".join([*map(str.lower, parts[:-1]), media_name(path)])
+
+
+def written_name(media, id) -> str:
+    """The name of a sample's medium as its annotation wrote it, where its id still tells.
+
+    Else the whole path, without extension, in lower case."""
+    name = listed_name(re.sub(r"[#@][^/]*$", "", id))
+    whole = listed_name(media)
+    return name if f"/{whole}".endswith(f"/{name}") or name == media_name(media) else whole
+
+# %% ../../nbs/2_data/21_splits.ipynb #f3c4a04b
+def _ends(name) -> list:
+    "`a/b/c` -> c, b/c, a/b/c."
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+class NameList:
+    "Names of media to look samples up in; one that begins with a slash is a whole path."
+
+    def __init__(self, names):
+        self.paths = {n for n in names if n.startswith("/")}
+        self.names = {listed_name(n) for n in names if not n.startswith("/")}
+        self.ends = {end for name in self.names for end in _ends(name)}
+
+    def holds(self, media, id="") -> bool:
+        "Whether the medium at `media`, of the sample `id`, is one of the names."
+        if self.paths and f"/{listed_name(media)}" in self.paths:
+            return True
+        if media_name(media) not in self.ends:
+            return False
+        if any(end in self.names for end in _ends(listed_name(media))):
+            return True
+        return written_name(media, id) in self.ends
+
+# %% ../../nbs/2_data/21_splits.ipynb #f36e489f
+def _name_in_set(sample, media_root=None) -> str:
+    "The name of a sample's medium: its whole path when it is here, else as its file wrote it."
+    if os.path.isfile(sample.media):
+        return f"/{listed_name(sample.media)}"
+    folder = os.path.realpath(media_root or os.path.dirname(sample.file))
+    inside = sample.media.startswith(folder + os.sep)
+    return listed_name(os.path.relpath(sample.media, folder) if inside else sample.media)
+
 # %% ../../nbs/2_data/21_splits.ipynb #cf40679c
 def read_names(path, media_root=None) -> set:
-    """Names of media (`media_name`) in a data set of any format, or in a plain list.
+    """Names of media, with the folders they carry, in a data set of any format or a plain list.
 
-    A plain list ends in .txt; the first word of each line counts."""
+    A plain list ends in .txt; the first word of each line counts. A data set's medium that is here
+    is named by its whole path, which begins with a slash: its copy elsewhere is another file."""
     if str(path).endswith(".txt"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return {media_name(line.split()[0]) for line in lines if line.strip()}
-    return {media_name(s.media) for s in load_samples(path, media_root, missing="keep")[0]}
+        return {listed_name(line.split()[0]) for line in lines if line.strip()}
+    samples = load_samples(path, media_root, missing="keep")[0]
+    return {_name_in_set(s, media_root) for s in samples}
 
 # %% ../../nbs/2_data/21_splits.ipynb #aa964b0b
 def _meet(a, b) -> bool:
@@ -75,21 +129,37 @@ def _meet(a, b) -> bool:
     return a.span is None or b.span is None or (a.span[0] < b.span[1] and b.span[0] < a.span[1])
 
 
+def _shown_name(path) -> str:
+    "A medium's name for a table, with its folder where it has one."
+    return "/".join(listed_name(path).split("/")[-2:])
+
+
+def _by_medium(samples) -> dict:
+    "medium (its path; of UCF-Crime its name) -> samples."
+    groups = defaultdict(list)
+    for s in samples:
+        ucf = bool(ucf_label(s.media) and s.kind == "video")
+        groups[media_name(s.media) if ucf else s.media].append(s)
+    return groups
+
+
 def overlap(samples, test_names=None) -> dict:
     """Sorted names of media in the training part that also stand elsewhere, by where.
 
-    The training part: split `train` or none. Elsewhere: another split, or `test_names`."""
-    parts = {"train": defaultdict(list), "held out": defaultdict(list)}
-    for s in samples:
-        parts["train" if s.split in ("train", "") else "held out"][media_name(s.media)].append(s)
-    train, held_out = parts["train"], parts["held out"]
-    both = sorted(train.keys() & held_out.keys())
-    same = [n for n in both if any(_meet(a, b) for a in train[n] for b in held_out[n])]
-    return {
+    The training part: split `train` or none. Elsewhere: another split, or `test_names`. A medium is
+    its path: equal names in two folders are two photos."""
+    train = _by_medium(s for s in samples if s.split in ("train", ""))
+    held_out = _by_medium(s for s in samples if s.split not in ("train", ""))
+    both = train.keys() & held_out.keys()
+    same = {m for m in both if any(_meet(a, b) for a in train[m] for b in held_out[m])}
+    listed = NameList(test_names or ())
+    tested = {m for m, own in train.items() if any(listed.holds(s.media, s.id) for s in own)}
+    parts = {
         "train and held out": same,
-        "train and held out, at other times": [n for n in both if n not in set(same)],
-        "train and test list": sorted(train.keys() & (test_names or set())),
+        "train and held out, at other times": both - same,
+        "train and test list": tested,
     }
+    return {where: sorted(map(_shown_name, media)) for where, media in parts.items()}
 
 # %% ../../nbs/2_data/21_splits.ipynb #64f8e2f4
 def _column(samples, name) -> list:
@@ -100,14 +170,15 @@ def _column(samples, name) -> list:
 
 # %% ../../nbs/2_data/21_splits.ipynb #a2d00008
 def leave_out(samples, names) -> tuple:
-    """(samples, rejects): without the media among `names` (`read_names`).
+    """(samples, rejects): without the media among `names` (`read_names`), compared with folders.
 
     Samples of the test split stay, they are not trained on."""
-    media, splits = _column(samples, "media"), _column(samples, "split")
+    columns = (_column(samples, name) for name in ("media", "id", "split"))
+    listed = NameList(names)
     lost = {
         i
-        for i, (path, split) in enumerate(zip(media, splits))
-        if split.lower() != "test" and media_name(path) in names
+        for i, (path, id, split) in enumerate(zip(*columns))
+        if split.lower() != "test" and listed.holds(path, id)
     }
     kept = [i for i in range(len(samples)) if i not in lost]
     rejects = []

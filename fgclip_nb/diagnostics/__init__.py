@@ -10,6 +10,7 @@ ROOMS = {
     "Verdict": ".rules",
     "chance_level": ".numbers",
     "conclude": ".report",
+    "evidence": ".judgement",
     "expect": ".expectations",
     "headline": ".judgement",
     "plot_bank": ".plots",

@@ -5,6 +5,7 @@ import importlib
 
 ROOMS = {
     "FGCLIP": ".fgclip",
+    "FGCLIP2": ".fgclip2",
     "FGCLIP2Config": ".siglip",
     "FGCLIPConfig": ".config",
     "LoadReport": ".weights",

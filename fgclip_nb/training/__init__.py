@@ -7,6 +7,8 @@ ROOMS = {
     "Interrupted": ".interruption",
     "LaunchFailed": ".launcher",
     "OutOfMemory": ".memory",
+    "ProcessLost": ".interruption",
+    "conclude_late": ".loop",
     "data_table": ".rundata",
     "estimate": ".forecast",
     "prepare_data": ".rundata",

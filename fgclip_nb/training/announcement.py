@@ -14,6 +14,7 @@ from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import write_rejects
+from fgclip_nb.data.frame_cache import FrameCache, cache_share
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
 from fgclip_nb.training.sizes import count_parameters, size_rows
@@ -122,6 +123,11 @@ def announce(s: TrainState):
         f"data {s.cfg.data}: {len(s.data.train)} train, {len(s.data.val)} val; rejected: {rejected}"
     )
     write_manifest(s)
+    if s.cfg.frame_cache:
+        parts = (looked_at(part) for part in (s.data.train, s.data.val))
+        clips = [x.media for part in parts for x in part if x.kind == "video"]
+        size = s.cfg.image_size or s.model.config.vision_config.image_size
+        s.log.info(f"frames: {cache_share(FrameCache(s.cfg.frame_cache, size), clips)}")
     expected = what_to_expect(s.cfg, s.data, sum(p.numel() for p in s.model.parameters()))
     write_atomic(s.path / "expectations.json", json.dumps(expected.as_dicts(), indent=1))
     for row in expected.as_dicts():

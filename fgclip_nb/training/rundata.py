@@ -25,7 +25,7 @@ def chosen_samples(cfg: TrainConfig) -> tuple:
 
     A normal clip without a region has its whole frame as one. Raises `DataError` where
     `test_data` does not exist."""
-    samples, rejects = load_samples(cfg.data, cfg.media_root or None)
+    samples, rejects = load_samples(cfg.data, cfg.media_root or None, split=cfg.split)
     if not cfg.test_data:
         return add_normal_regions(samples), rejects
     if not resolve_path(cfg.test_data).exists():
