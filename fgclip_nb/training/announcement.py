@@ -124,7 +124,7 @@ def announce(s: TrainState):
     )
     write_manifest(s)
     if s.cfg.frame_cache:
-        parts = (looked_at(part) for part in (s.data.train, s.data.val))
+        parts = (even_thousand(part) for part in (s.data.train, s.data.val))
         clips = [x.media for part in parts for x in part if x.kind == "video"]
         size = s.cfg.image_size or s.model.config.vision_config.image_size
         s.log.info(f"frames: {cache_share(FrameCache(s.cfg.frame_cache, size), clips)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from fgclip_nb.core.identity import sha256_file
-from fgclip_nb.core.folder import Run, newest_sound, write_atomic
+from fgclip_nb.core.folder import Run, checkpoint_fault, newest_sound, write_atomic
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #cd35c889
 def optimizer_tensors(model, optimizer) -> dict:
