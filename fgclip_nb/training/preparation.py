@@ -9,7 +9,7 @@ __all__ = []
 import dataclasses, hashlib, json, logging, os
 import torch, yaml
 from fgclip_nb.core.identity import ConfigError, code_identity, versions
-from fgclip_nb.core.folder import FolderLock, Run, get_logger, write_atomic
+from fgclip_nb.core.folder import FolderLock, PlainFormatter, Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.losses.bank import MemoryBank
@@ -35,8 +35,9 @@ def file_logger(path, is_main: bool):
     "The package's logger, also writing to `training.log`; quiet on other processes than the first. Returns (logger, handler)."
     log = get_logger()
     log.setLevel(logging.INFO if is_main else logging.ERROR)
-    handler = logging.FileHandler(path / "training.log") if is_main else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    log_file = path / "training.log"
+    handler = logging.FileHandler(log_file, encoding="utf-8") if is_main else logging.NullHandler()
+    handler.setFormatter(PlainFormatter())
     log.addHandler(handler)
     return log, handler
 
