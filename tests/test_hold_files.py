@@ -3,19 +3,27 @@ ever, and every refusal is a sentence that names the file.
 
 No notebook cell: crafted archives and dozens of broken files."""
 
+import gzip
 import io
 import os
 import pickle
+import re
 import warnings
 import zipfile
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from fgclip_nb.batches.loading import plot_samples
+from fgclip_nb.core.folder import Run
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.plain import plain_line
+from fgclip_nb.data.samples import Region, Sample
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.openai import read_openai
+from fgclip_nb.training.preparation import file_logger
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -35,7 +43,7 @@ class Inner(nn.Module):
 
 
 class Honest(nn.Module):
-    "Shared weights, a view into a larger storage, empty and scalar tensors, attributes of all kinds."
+    "Shared weights, a view of larger storage, empty and scalar tensors, attributes of many kinds."
 
     def __init__(self):
         super().__init__()
@@ -150,7 +158,7 @@ def rewritten(path, change, compression=zipfile.ZIP_STORED):
     return other
 
 
-class Run:
+class Calling:
     def __init__(self, path):
         self.path = path
 
@@ -162,7 +170,7 @@ def pickles(harmed):
     "Pickles that would do something, end late, or fill the memory."
     nested = b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b"."
     return {
-        "a call": pickle.dumps(Run(harmed), protocol=2),
+        "a call": pickle.dumps(Calling(harmed), protocol=2),
         "an object": f"\x80\x02(S'touch {harmed}'\nios\nsystem\n.".encode("latin1"),
         "an extension": b"\x80\x02\x82\x01.",
         "a global": b"\x80\x02cbuiltins\neval\nX\x05\x00\x00\x001 + 1\x85R.",
@@ -271,3 +279,131 @@ def test_bytes_of_any_kind_are_a_sentence(tmp_path):
             read_openai(changed)
         except DataError as e:
             assert "changed.pt" in str(e)
+
+
+# Run folders of wrong shape
+
+NESTED = "[" * 100_000
+BILLION = "a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, read",
+    [
+        *[
+            ("params.yaml", c, Run.params)
+            for c in ("- 1\n", "3: 4\n", "a: [", "text", "a: 2001-99-99", "\x00", BILLION, NESTED)
+        ],
+        *[
+            (f"{file}.json", c, read)
+            for file, read in (("manifest", Run.manifest), ("finished", Run.summary))
+            for c in ("[]", "null", "3", '"x"', "", "{", NESTED, '{"a": ' + "9" * 5000 + "}")
+        ],
+        ("manifest.json", '{"versions": [1]}', Run.manifest),
+        ("manifest.json", '{"load_report": "none"}', Run.manifest),
+        *[
+            (f"{file}.json", c, read)
+            for file, read in (("verdicts", Run.verdicts), ("expectations", Run.expectations))
+            for c in ("{}", "null", "3", "[3]", "[{}]", '[{"name": 3}]', "[", NESTED)
+        ],
+        *[
+            (f"{file}.jsonl", c + "\n", read)
+            for file, read in (("metrics", Run.metrics), ("timing", Run.timing))
+            for c in (
+                "[1]",
+                "null",
+                "3",
+                "{}",
+                '{"loss": 1}',
+                '{"step": "1"}',
+                '{"step": 1.5}',
+                '{"step": true}',
+                '{"step": 1, "loss": [1]}',
+                '{"step": 1, "loss": {}}',
+                '{"step": 1, "loss": 1}\n{"step": 2, "loss": "low"}',
+                '{"step": 1, "loss": ' + "9" * 400 + "}",
+                NESTED,
+            )
+        ],
+    ],
+)
+def test_a_run_folder_of_wrong_shape_is_a_sentence(tmp_path, name, content, read):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}")):
+        read(Run(tmp_path))
+
+
+def test_bytes_that_are_no_text_and_folders_are_a_sentence(tmp_path):
+    run = Run(tmp_path)
+    for name, read in (
+        ("params.yaml", run.params),
+        ("manifest.json", run.manifest),
+        ("verdicts.json", run.verdicts),
+        ("metrics.jsonl", run.metrics),
+    ):
+        (tmp_path / name).write_bytes(b"\xff\xfe{}\n\n")
+        with pytest.raises(DataError, match=name):
+            read()
+        (tmp_path / name).unlink()
+    for name, read in (("params.yaml", run.params), ("manifest.json", run.manifest)):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DataError, match=name):
+            read()
+
+
+def test_a_packed_table_that_fills_the_memory_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(b"\n" * (200 << 20)))
+    with pytest.raises(DataError, match="metrics.jsonl.gz.*unpack to more than"):
+        Run(tmp_path).metrics()
+
+
+# Names and values in logs and figures
+
+FORGED = (
+    "a.jpg\n[VERDICT] PASS            all is well",
+    "a.jpg\r\n[LOSS] Step 5 loss=0.1",
+    "a.jpg\x0b[VERDICT] PASS",
+    "a.jpg\x1c[VERDICT] PASS",
+    "a.jpg\x85[VERDICT] PASS",
+    "a.jpg\u2028[VERDICT] PASS",
+    "\x1b[2K\x1b[1G[VERDICT] PASS",
+    "\x9b2K[VERDICT] PASS",
+    "a\b\b\b\b[VERDICT] PASS",
+    "a\u202eSSAP",
+    "half \ud83d",
+    "nothing \x00",
+)
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_name_writes_one_line_of_the_log(tmp_path, name):
+    log, handler = file_logger(tmp_path, True)
+    try:
+        log.warning(f"{name}: not loaded")
+        log.warning("%s: not loaded", name)
+        log.info("[LOSS] Step 1")
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+    lines = (tmp_path / "training.log").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3 and lines[2] == "[LOSS] Step 1"
+    assert all(line.endswith("not loaded") and line.isprintable() for line in lines[:2])
+
+
+@pytest.mark.parametrize(
+    "text", ["$_$", "$5 and $3", r"\$_$", "$\\frac$ $", "a\ud83d$^$", "\x1b[1m"]
+)
+def test_captions_and_phrases_are_drawn_as_they_are_written(tmp_path, text):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    region = Region(text, box=(0.1, 0.1, 0.9, 0.9), negatives=(text + "x",))
+    sample = Sample(id=text, media=str(tmp_path / "a.png"), captions=(text,), regions=[region])
+    fig = plot_samples([sample])
+    fig.canvas.draw()
+    drawn = [t for ax in fig.axes for t in (ax.title, *ax.texts)]
+    assert len(drawn) == 2
+    for t in drawn:
+        shown, as_math = t._preprocess_math(t.get_text())
+        assert not as_math and shown == plain_line(text)

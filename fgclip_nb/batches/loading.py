@@ -9,6 +9,7 @@ __all__ = ['Examples', 'plot_samples']
 import textwrap
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.plain import literal
 from fgclip_nb.data.samples import Reject, boxes_at
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video import read_frames
@@ -126,7 +127,7 @@ def _draw_boxes(ax, pixels, boxes):
         corner, width, height = (x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h
         ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
         ax.annotate(
-            textwrap.shorten(phrase, 56, placeholder="…"),
+            literal(textwrap.shorten(phrase, 56, placeholder="…")),
             (0, 0),
             (0, -3 - 9 * k),
             xycoords="axes fraction",
@@ -166,7 +167,8 @@ def plot_samples(samples, n: int = 6, most: int = 4):
         pixels, boxes = _picture_of(s)
         highest = max(highest, _draw_boxes(ax, pixels, boxes[:most]))
         title = (s.captions[:1] or (s.short_caption or s.caption,))[0]
-        ax.set_title(textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 52), fontsize=8)
+        title = textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 52)
+        ax.set_title(literal(title), fontsize=8)
     fig.set_size_inches(3.6 * columns, rows * (3.3 * min(highest, 1) + 0.45 + 0.15 * most) + 0.4)
     fig.get_layout_engine().set(h_pad=0.12)
     counted = f"{len(shown)} of {len(samples)} samples with their boxes"

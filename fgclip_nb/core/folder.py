@@ -6,10 +6,11 @@
 __all__ = ['resolve_path', 'get_logger', 'Run']
 
 # %% ../../nbs/0_core/01_folder.ipynb #d4b11235
-import fcntl, gzip, json, logging, os, re, sys, weakref
+import fcntl, gzip, io, json, logging, os, re, sys, weakref, zlib
 from pathlib import Path
 import fgclip_nb
 from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256_file
+from fgclip_nb.core.plain import plain_line
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
 def write_atomic(path, data: str | bytes):
@@ -24,22 +25,40 @@ def write_atomic(path, data: str | bytes):
         os.fsync(f.fileno())
     os.replace(aside, path)
 
+# %% ../../nbs/0_core/01_folder.ipynb #a96ba542
+def _unpacked(path) -> bytes:
+    "Bytes of a file, gzipped or not; DataError for a torn gzip file or one that grows too much."
+    data = Path(path).read_bytes()
+    if data[:2] != b"\x1f\x8b":
+        return data
+    limit = 200 * len(data) + (16 << 20)
+    try:
+        with gzip.open(path) as f:
+            content = f.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: not a whole gzip file ({e})") from e
+    if len(content) > limit:
+        raise DataError(f"{path}: its {len(data):,} bytes unpack to more than {limit:,}")
+    return content
+
 # %% ../../nbs/0_core/01_folder.ipynb #9e2a85d4
 def read_jsonl(path):
     """Yield the objects of a JSON-lines file, gzipped or not.
 
     A torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."""
-    data = Path(path).read_bytes()
-    lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
+    for number, line in enumerate(io.BytesIO(_unpacked(path)), 1):
+        if not line.strip():
             continue
+        shown = line[:60].decode("utf-8", "replace").rstrip()
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as e:
-            if number == len(lines):
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as e:
+            if not line.endswith(b"\n"):
                 return
-            raise DataError(f"{path}, line {number}: not JSON ({e}); value {line[:60]!r}") from e
+            raise DataError(f"{path}, line {number}: not JSON ({e}); value {shown!r}") from e
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: no JSON object; value {shown!r}")
+        yield row
 
 # %% ../../nbs/0_core/01_folder.ipynb #e42e5d2b
 def asset(*names) -> Path:
@@ -53,6 +72,13 @@ def resolve_path(path: str) -> Path:
     "A path as given, or under the project's root when it is relative and only exists there."
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root() / p
+
+# %% ../../nbs/0_core/01_folder.ipynb #e166677c
+class PlainFormatter(logging.Formatter):
+    "The message of a record as one line, whatever it holds."
+
+    def format(self, record):
+        return plain_line(super().format(record))
 
 # %% ../../nbs/0_core/01_folder.ipynb #da07096b
 class _Stdout(logging.Handler):
@@ -68,25 +94,119 @@ def get_logger() -> logging.Logger:
     log = logging.getLogger("fgclip_nb")
     if not any(getattr(h, "_fgclip_nb", False) for h in log.handlers):
         log.addHandler(_Stdout())
+        log.handlers[-1].setFormatter(PlainFormatter())
         log.setLevel(logging.INFO)
         log.propagate = False
     return log
 
 # %% ../../nbs/0_core/01_folder.ipynb #57bd83d5
-def read_json(path):
-    "The content of a JSON file; an empty dict where there is no such file."
+MOST_JSON = 64 << 20  # bytes of a file that is read whole
+
+
+def read_json(path, kind=dict):
+    """The content of a JSON file, a `kind` (dict or list); empty where there is no such file.
+
+    DataError, which names the file, for what is no JSON or something else."""
     path = Path(path)
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return kind()
+    try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"{size:,} bytes are more than {MOST_JSON:,}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(content, kind):
+        kinds = {dict: "an object", list: "a list"}
+        raise DataError(f"{path}: {kinds[kind]} is needed, not {type(content).__name__}")
+    return content
+
+# %% ../../nbs/0_core/01_folder.ipynb #2d951cde
+def read_yaml(path) -> dict:
+    "A YAML file of names and values; empty where there is none, DataError for anything else."
+    import yaml
+
+    path = Path(path)
+    if not path.exists():
+        return {}
+    try:
+        if (size := path.stat().st_size) > 1 << 20:
+            raise ValueError(f"{size:,} bytes are more than a megabyte")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has references (*name), which are not read")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError, LookupError, TypeError) as e:
+        raise DataError(f"{path}: not readable YAML ({plain_line(e)})") from e
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise DataError(f"{path}: names with their values are needed, not this")
+    return content
+
+# %% ../../nbs/0_core/01_folder.ipynb #00d03a22
+def shown(value) -> str:
+    "The beginning of a single value for a message; of others only the kind."
+    single = value is None or isinstance(value, (str, int, float))
+    return f"value {value!r:.60}" if single else f"of kind {type(value).__name__}"
+
+
+def check_rows(rows, path):
+    """Yield table rows (dicts) that hold a whole `step` and single values, each column of one kind.
+
+    DataError, which names file, row and field, for others."""
+    of_text = {}
+    for number, row in enumerate(rows, 1):
+        step = row.get("step")
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise DataError(f"{path}, row {number}: `step` is no whole number, {shown(step)}")
+        for name, value in row.items():
+            single = value is None or isinstance(value, (str, int, float))
+            if not single or isinstance(value, int) and abs(value) >= 2**63:
+                raise DataError(
+                    f"{path}, row {number}: `{name:.60}` is no single value or too large, "
+                    f"{shown(value)}"
+                )
+            if value is None:
+                continue
+            if of_text.setdefault(name, isinstance(value, str)) != isinstance(value, str):
+                raise DataError(
+                    f"{path}, row {number}: `{name:.60}` is text here and a number elsewhere or "
+                    f"the other way round, {shown(value)}"
+                )
+        yield row
 
 # %% ../../nbs/0_core/01_folder.ipynb #604d2780
 def read_table(path):
     """One row per line of a JSON-lines file (pandas).
 
-    A packed file has `.gz` behind its name; where there is neither, the table is empty."""
+    A packed file has `.gz` behind its name; where there is neither, the table is empty. DataError
+    for rows that are no rows of a table, see `check_rows`."""
     import pandas as pd
 
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
-    return pd.DataFrame(read_jsonl(present[0]) if present else [])
+    return pd.DataFrame(check_rows(read_jsonl(present[0]), present[0]) if present else [])
+
+# %% ../../nbs/0_core/01_folder.ipynb #22160867
+def read_named(path, names) -> list:
+    """A JSON list of objects that have text under each of `names`; empty where there is no file.
+
+    DataError, which names file, entry and field, for others."""
+    rows = read_json(path, list)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, entry {number}: no object, {shown(row)}")
+        for name in names:
+            if not isinstance(row.get(name), str):
+                raise DataError(f"{path}, entry {number}: `{name}` is no text")
+    return rows
+
+
+def read_manifest(path) -> dict:
+    "A run's manifest; DataError where an entry that has entries of its own is something else."
+    manifest = read_json(path)
+    for name in ("versions", "code", "data", "load_report"):
+        if not isinstance(manifest.get(name) or {}, dict):
+            raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}")
+    return manifest
 
 # %% ../../nbs/0_core/01_folder.ipynb #bdefd310
 def checkpoint_folders(folder) -> list:
@@ -94,7 +214,7 @@ def checkpoint_folders(folder) -> list:
     return sorted(
         (int(m[1]), p)
         for p in Path(folder).glob("step_*")
-        if (m := re.fullmatch(r"step_(\d+)", p.name))
+        if (m := re.fullmatch(r"step_([0-9]+)", p.name)) and p.is_dir()
     )
 
 # %% ../../nbs/0_core/01_folder.ipynb #c67bfb2e
@@ -133,7 +253,9 @@ def newest_sound(checkpoints, log):
 
 # %% ../../nbs/0_core/01_folder.ipynb #e5e2028a
 class Run:
-    "A run folder: parameters, tables, judgements, checkpoints; nothing is written by looking."
+    """A run folder: parameters, tables, judgements, checkpoints; nothing is written by looking.
+
+    What reads a file raises DataError, which names file and field, where it is not as written."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -148,22 +270,19 @@ class Run:
 
     def params(self) -> dict:
         "Every parameter of the run, as `params.yaml` holds it."
-        import yaml
-
-        p = self.path / "params.yaml"
-        return yaml.safe_load(p.read_text()) if p.exists() else {}
+        return read_yaml(self.path / "params.yaml")
 
     def manifest(self) -> dict:
         "Versions, code, device, seed, fingerprints of data and weights."
-        return read_json(self.path / "manifest.json")
+        return read_manifest(self.path / "manifest.json")
 
     def expectations(self) -> list:
         "What was to be expected, written before the first step."
-        return read_json(self.path / "expectations.json") or []
+        return read_named(self.path / "expectations.json", ("name", "explanation"))
 
     def verdicts(self) -> list:
         "The run's judgements as plain dicts."
-        return read_json(self.path / "verdicts.json") or []
+        return read_named(self.path / "verdicts.json", ("name", "result", "why"))
 
     def summary(self) -> dict:
         "What was written at the end; empty while the run is unfinished."

@@ -8,8 +8,15 @@ __all__ = []
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
 import dataclasses, json, logging, os
 import torch, yaml
-from fgclip_nb.core.identity import code_identity, versions, weights_fingerprint
-from fgclip_nb.core.folder import FolderLock, Run, checkpoint_state, get_logger, write_atomic
+from fgclip_nb.core.identity import ConfigError, code_identity, versions, weights_fingerprint
+from fgclip_nb.core.folder import (
+    FolderLock,
+    PlainFormatter,
+    Run,
+    checkpoint_state,
+    get_logger,
+    write_atomic,
+)
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
 from fgclip_nb.diagnostics.recorder import Recorder
 from fgclip_nb.training.rundata import prepare_data
@@ -38,8 +45,9 @@ def file_logger(path, is_main: bool):
     Quiet on other processes than the first."""
     log = get_logger()
     log.setLevel(logging.INFO if is_main else logging.ERROR)
-    handler = logging.FileHandler(path / "training.log") if is_main else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    log_file = path / "training.log"
+    handler = logging.FileHandler(log_file, encoding="utf-8") if is_main else logging.NullHandler()
+    handler.setFormatter(PlainFormatter())
     log.addHandler(handler)
     return log, handler
 
