@@ -1,4 +1,4 @@
-"""Logs as other trainers write them, one small log per dialect and disease: the first line names the disease, and a healthy log gets no accusation."""
+"""Logs as other trainers write them: the first line names the disease, a healthy log is not accused."""
 
 import json, math, random, struct
 import pytest
