@@ -75,10 +75,7 @@ def test_an_improvement_is_saved_at_a_step_that_is_no_save_step(worsening):
     best = run.summary()["best"]
     assert best["step"] < 8, "the run was to get worse at its end"
     assert run.best() == dict(
-        step=best["step"],
-        folder=f"step_{best['step']:08d}",
-        score=best["score"],
-        by="loss",
+        step=best["step"], folder=f"step_{best['step']:08d}", score=best["score"], by="loss"
     )
     assert [step for step, _ in run.checkpoints()] == [best["step"], 8]
     assert set(run.manifest()["trained"]) == {f.name for _, f in run.checkpoints()}
