@@ -57,7 +57,6 @@ ROOMS = {
     "compare_runs": ".runs.comparison",
     "compute_losses": ".losses.objective",
     "conclude": ".diagnostics.report",
-    "conclude_late": ".training.loop",
     "convert": ".data.conversion",
     "coverage": ".data.clips",
     "data_table": ".training.rundata",

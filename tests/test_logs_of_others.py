@@ -72,7 +72,8 @@ def open_clip(rows, path):
     lines = ["2025-03-02,10:11:09 | INFO |   batch_size: 64"]
     for r in rows:
         lines.append(
-            f"2025-03-02,10:11:01 | INFO | Train Epoch: 0 [{r['step'] * 64:>7}/64000 (1%)] Data (t): "
+            f"2025-03-02,10:11:01 | INFO | Train Epoch: 0 [{r['step'] * 64:>7}/64000 (1%)] Data "
+            f"(t): "
             f"0.012 Batch (t): 0.207, 309.1/s, 309.1/s/gpu LR: {r['lr']:.6f} Logit Scale: 14.286 "
             f"Contrastive_loss: {r['loss']:.4f} (3.0) Loss: {r['loss']:.4f} (3.0000)"
         )
@@ -129,7 +130,8 @@ def lightning(rows, path):
 
 def wandb_csv(rows, path):
     lines = [
-        '"Step","sun-7 - train/loss","sun-7 - train/loss__MIN","sun-7 - train/learning_rate","sun-7 - eval/loss"'
+        '"Step","sun-7 - train/loss","sun-7 - train/loss__MIN","sun-7 - '
+        'train/learning_rate","sun-7 - eval/loss"'
     ]
     for r in rows:
         held = r.get("val_loss", "")

@@ -8,7 +8,6 @@ ROOMS = {
     "LaunchFailed": ".launcher",
     "OutOfMemory": ".memory",
     "ProcessLost": ".interruption",
-    "conclude_late": ".loop",
     "data_table": ".rundata",
     "estimate": ".forecast",
     "prepare_data": ".rundata",
