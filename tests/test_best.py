@@ -1,4 +1,4 @@
-"""The best checkpoint, not the newest: saved when it is found, named on disk, taken by whoever names the run as a model."""
+"""The best checkpoint, not the newest: saved when found, named on disk, taken by its run."""
 
 import json
 import logging
@@ -149,7 +149,7 @@ def test_a_rank_cannot_choose_where_nothing_is_ranked(world, tmp_path):
 
 
 def test_a_best_between_two_saves_outlives_a_kill(worsening, tmp_path):
-    """Killed after the best was found: the same command goes on from it and ends bit for bit as without."""
+    """Killed after the best was found: the same command ends bit for bit as without."""
     from fgclip_nb.core.folder import Run
 
     best = Run(worsening["output"]).best()

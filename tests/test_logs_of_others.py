@@ -1,4 +1,4 @@
-"""Logs as other trainers write them: the first line names the disease, a healthy log is not accused."""
+"""Logs of other trainers: the first line names the disease, a healthy log is not accused."""
 
 import json, math, random, struct
 import pytest

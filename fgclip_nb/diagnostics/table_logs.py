@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #b25beaac
-import csv, json, math
+import csv, json
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.diagnostics.logs import column_of, read_text

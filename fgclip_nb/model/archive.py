@@ -9,7 +9,6 @@ __all__ = []
 import math, pickletools, re, zipfile, zlib
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 import torch
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.model.weights import HOW_TO_CONVERT, check_expansion

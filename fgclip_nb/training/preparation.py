@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
 import dataclasses, json, logging, os
 import torch, yaml
-from fgclip_nb.core.identity import ConfigError, code_identity, versions, weights_fingerprint
+from fgclip_nb.core.identity import code_identity, versions, weights_fingerprint
 from fgclip_nb.core.folder import (
     FolderLock,
     PlainFormatter,
