@@ -3,8 +3,12 @@ ever, and every refusal is a sentence that names the file.
 
 No notebook cell: crafted archives and dozens of broken files."""
 
+import contextlib
+import copy
 import gzip
 import io
+import json
+import math
 import os
 import pickle
 import re
@@ -14,13 +18,15 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from fgclip_nb.batches.loading import plot_samples
 from fgclip_nb.core.folder import Run
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.plain import plain_line
 from fgclip_nb.data.samples import Region, Sample
+from fgclip_nb.model.config import FGCLIPConfig
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.openai import read_openai
 from fgclip_nb.training.preparation import file_logger
@@ -292,7 +298,17 @@ BILLION = "a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     [
         *[
             ("params.yaml", c, Run.params)
-            for c in ("- 1\n", "3: 4\n", "a: [", "text", "a: 2001-99-99", "\x00", BILLION, NESTED)
+            for c in (
+                "- 1\n",
+                "- " * 30_000,
+                "3: 4\n",
+                "a: [",
+                "text",
+                "a: 2001-99-99",
+                "\x00",
+                BILLION,
+                NESTED,
+            )
         ],
         *[
             (f"{file}.json", c, read)
@@ -407,3 +423,232 @@ def test_captions_and_phrases_are_drawn_as_they_are_written(tmp_path, text):
     for t in drawn:
         shown, as_math = t._preprocess_math(t.get_text())
         assert not as_math and shown == plain_line(text)
+
+
+# Model folders of wrong shape
+
+TOWER = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+TEXT = dict(TOWER, vocab_size=100, bos_token_id=98, eos_token_id=99, pad_token_id=99)
+VISION = dict(TOWER, image_size=32, patch_size=16)
+CONFIG = dict(projection_dim=16, text_config=TEXT, vision_config=VISION)
+
+
+@pytest.fixture(scope="module")
+def small_weights():
+    torch.manual_seed(0)
+    return FGCLIP(FGCLIPConfig(**copy.deepcopy(CONFIG))).state_dict()
+
+
+def model_folder(folder, weights, config=CONFIG, name="model.safetensors"):
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    tensors = {n: t.clone().contiguous() for n, t in weights.items()}
+    write = save_file if name.endswith("safetensors") else torch.save
+    write(tensors, folder / name)
+    return folder
+
+
+def changed_config(part, **values):
+    config = copy.deepcopy(CONFIG)
+    (config[part] if part else config).update(values)
+    return config
+
+
+BAD_SIZES = [
+    (part, name, value)
+    for part, names in (
+        ("", ["projection_dim"]),
+        ("text_config", [*TOWER, "vocab_size"]),
+        ("vision_config", [*TOWER, "image_size", "patch_size"]),
+    )
+    for name in names
+    for value in (None, 0, -1, 10**9, 10**30, 1.5, "12", [1], {}, True)
+]
+BAD_NUMBERS = [
+    (part, name, value)
+    for part in ("text_config", "vision_config")
+    for name in ("layer_norm_eps", "attention_dropout")
+    for value in (None, -1, math.nan, math.inf, "0", [1])
+]
+OTHERS = [
+    ("", "logit_scale_init_value", math.nan),
+    ("", "logit_scale_init_value", "x"),
+    ("", "temporal_layers", 10**6),
+    ("", "temporal_layers", "x"),
+    ("", "text_config", [1]),
+    ("", "text_config", "x"),
+    ("", "vision_config", None),
+    ("", "vision_config", 3),
+    ("", "quantization_config", {"bits": 8}),
+    ("", "quantization_config", {}),
+    ("text_config", "quantization_config", {"load_in_8bit": True}),
+    ("vision_config", "quantization_config", 8),
+    ("vision_config", "num_channels", 1),
+    ("vision_config", "hidden_act", "no such"),
+    ("text_config", "hidden_act", None),
+    ("text_config", "hidden_act", [1]),
+    ("text_config", "num_attention_heads", 3),
+    ("text_config", "eos_token_id", [1]),
+    ("text_config", "bos_token_id", "x"),
+    ("text_config", "pad_token_id", -5),
+    ("text_config", "max_position_embeddings", [77]),
+]
+
+
+@pytest.mark.parametrize("part, name, value", BAD_SIZES + BAD_NUMBERS + OTHERS)
+def test_a_config_of_wrong_shape_is_a_sentence(tmp_path, small_weights, part, name, value):
+    config = changed_config(part, **{name: value})
+    folder = model_folder(tmp_path, small_weights, config)
+    with pytest.raises((ConfigError, DataError)) as e:
+        FGCLIP.from_pretrained(folder)
+    assert "config.json" in str(e.value) and name in str(e.value) and str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"x"', "", "{", NESTED, "\ud800"])
+def test_a_config_that_is_no_object_is_a_sentence(tmp_path, small_weights, text):
+    folder = model_folder(tmp_path, small_weights)
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DataError, match="config.json"):
+        FGCLIP.from_pretrained(folder)
+
+
+def bad_tensors(t):
+    flat = torch.zeros(1)
+    return {
+        "NaN": torch.full_like(t, math.nan),
+        "one infinite": torch.cat([torch.full((1,), -math.inf), t.flatten()[1:]]).view_as(t),
+        "int8": t.to(torch.int8),
+        "int64": t.to(torch.int64),
+        "bool": t.bool(),
+        "complex": t.to(torch.complex64),
+        "float8": t.to(torch.float8_e4m3fn),
+        "shape": t[:-1],
+        "scalar": torch.tensor(1.0),
+        "sparse": t.to_sparse(),
+        "quantised": torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        "without numbers": t.to("meta"),
+        "one number many times": flat.expand(t.shape),
+        "half infinite": torch.full_like(t, math.inf, dtype=torch.float16),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", list(bad_tensors(torch.ones(2, 2))))
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_none_are_refused_by_name(tmp_path, small_weights, kind, file):
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    bad = bad_tensors(small_weights[name])[kind]
+    if file == "pytorch_model.bin":
+        model_folder(tmp_path, small_weights, name="model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        torch.save({**small_weights, name: bad}, tmp_path / file)
+    elif kind in ("sparse", "quantised", "without numbers", "one number many times"):
+        pytest.skip("safetensors cannot hold it")
+    else:
+        model_folder(tmp_path, {**small_weights, name: bad}, name=file)
+    with pytest.raises(DataError) as e:
+        FGCLIP.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(e.value)
+    assert name in str(e.value) or kind in ("quantised", "without numbers")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "{}",
+        "null",
+        "{",
+        NESTED,
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": "x"}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": ["x"]}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": "."}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": "a\\u0000b"}}',
+    ],
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_of_wrong_shape_is_a_sentence(tmp_path, index, file):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / f"{file}.index.json").write_text(index)
+    with pytest.raises(DataError, match=re.escape(f"{file}.index.json")):
+        FGCLIP.from_pretrained(tmp_path)
+
+
+def openai_like(width=64, features=8):
+    block = {
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width),
+        "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width),
+        "mlp.c_proj.bias": (width,),
+        **{f"ln_{i}.{kind}": (width,) for i in (1, 2) for kind in ("weight", "bias")},
+    }
+    shapes = {
+        f"{tower}.resblocks.0.{name}": shape
+        for tower in ("visual.transformer", "transformer")
+        for name, shape in block.items()
+    }
+    for name in ("visual.ln_pre", "visual.ln_post", "ln_final"):
+        shapes.update({f"{name}.{kind}": (width,) for kind in ("weight", "bias")})
+    shapes.update(
+        {
+            "visual.conv1.weight": (width, 3, 16, 16),
+            "visual.class_embedding": (width,),
+            "visual.proj": (width, features),
+            "visual.positional_embedding": (5, width),
+            "token_embedding.weight": (100, width),
+            "positional_embedding": (77, width),
+            "text_projection": (width, features),
+            "logit_scale": (),
+        }
+    )
+    return {name: torch.full(shape, 0.1) for name, shape in shapes.items()}
+
+
+def test_every_tensor_of_openai_missing_or_of_another_shape_is_a_sentence(tmp_path):
+    whole, path = openai_like(), tmp_path / "model.pt"
+    torch.save(whole, path)
+    FGCLIP.from_openai(path)
+    others = [torch.zeros(1, 0, 2), torch.ones(1, 1, 1, 1, 1)]
+    for name, tensor in whole.items():
+        scalar = [torch.tensor(1.0)] * (name != "logit_scale")
+        values = [tensor.to(torch.int8), tensor * math.nan] * name.startswith("visual.t")
+        for other in [None, *scalar, *others, *values]:
+            changed = {n: t for n, t in whole.items() if n != name}
+            torch.save(changed | ({} if other is None else {name: other}), path)
+            with pytest.raises(DataError, match="model.pt"):
+                FGCLIP.from_openai(path)
+
+
+@pytest.mark.parametrize("number", ["999999", "9" * 30, "9" * 5000, "1"])
+def test_a_far_block_of_openai_builds_no_million_layers(tmp_path, number):
+    far = {f"transformer.resblocks.{number}.ln_1.weight": torch.ones(64)}
+    torch.save(openai_like() | far, tmp_path / "model.pt")
+    with pytest.raises((ConfigError, DataError), match="model.pt"):
+        FGCLIP.from_openai(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_scale_asked_for_is_finite(tmp_path, small_weights, scale):
+    with pytest.raises(ConfigError, match="logit_scale"):
+        FGCLIP.from_pretrained(model_folder(tmp_path, small_weights), logit_scale_init=scale)
+
+
+def test_damaged_weight_files_are_a_sentence(tmp_path, small_weights):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        model_folder(tmp_path, small_weights, name=name)
+        data = (tmp_path / name).read_bytes()
+        for i in range(0, 6000, 97):
+            (tmp_path / name).write_bytes(data[:i] + bytes([data[i] ^ 0x2A]) + data[i + 1 :])
+            with contextlib.suppress(DataError):
+                FGCLIP.from_pretrained(tmp_path)
+        (tmp_path / name).unlink()

@@ -25,7 +25,7 @@ def write_atomic(path, data: str | bytes):
         os.fsync(f.fileno())
     os.replace(aside, path)
 
-# %% ../../nbs/0_core/01_folder.ipynb #a96ba542
+# %% ../../nbs/0_core/01_folder.ipynb #58476b40
 def _unpacked(path) -> bytes:
     "Bytes of a file, gzipped or not; DataError for a torn gzip file or one that grows too much."
     data = Path(path).read_bytes()
@@ -73,7 +73,7 @@ def resolve_path(path: str) -> Path:
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root() / p
 
-# %% ../../nbs/0_core/01_folder.ipynb #e166677c
+# %% ../../nbs/0_core/01_folder.ipynb #7bbb4355
 class PlainFormatter(logging.Formatter):
     "The message of a record as one line, whatever it holds."
 
@@ -121,7 +121,7 @@ def read_json(path, kind=dict):
         raise DataError(f"{path}: {kinds[kind]} is needed, not {type(content).__name__}")
     return content
 
-# %% ../../nbs/0_core/01_folder.ipynb #2d951cde
+# %% ../../nbs/0_core/01_folder.ipynb #9b06b5d2
 def read_yaml(path) -> dict:
     "A YAML file of names and values; empty where there is none, DataError for anything else."
     import yaml
@@ -130,9 +130,11 @@ def read_yaml(path) -> dict:
     if not path.exists():
         return {}
     try:
-        if (size := path.stat().st_size) > 1 << 20:
-            raise ValueError(f"{size:,} bytes are more than a megabyte")
+        if (size := path.stat().st_size) > 1 << 16:
+            raise ValueError(f"{size:,} bytes are more than {1 << 16:,}")
         text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > 1000:
+            raise ValueError("more than a thousand brackets")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has references (*name), which are not read")
         content = yaml.safe_load(text)
@@ -142,7 +144,7 @@ def read_yaml(path) -> dict:
         raise DataError(f"{path}: names with their values are needed, not this")
     return content
 
-# %% ../../nbs/0_core/01_folder.ipynb #00d03a22
+# %% ../../nbs/0_core/01_folder.ipynb #1ee553c6
 def shown(value) -> str:
     "The beginning of a single value for a message; of others only the kind."
     single = value is None or isinstance(value, (str, int, float))
@@ -185,7 +187,7 @@ def read_table(path):
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
     return pd.DataFrame(check_rows(read_jsonl(present[0]), present[0]) if present else [])
 
-# %% ../../nbs/0_core/01_folder.ipynb #22160867
+# %% ../../nbs/0_core/01_folder.ipynb #e7e214e6
 def read_named(path, names) -> list:
     """A JSON list of objects that have text under each of `names`; empty where there is no file.
 

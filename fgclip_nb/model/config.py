@@ -6,6 +6,8 @@
 __all__ = ['PRESETS', 'FGCLIPConfig']
 
 # %% ../../nbs/4_model/02_config.ipynb #b14840f5
+import math
+from transformers.activations import ACT2FN
 from transformers.models.clip.configuration_clip import CLIPConfig
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.text.tokenizer import BOS, EOS
@@ -68,18 +70,80 @@ def _settle_ids(text_config):
     if text_config.pad_token_id in (None, 1):
         text_config.pad_token_id = text_config.eos_token_id
 
+# %% ../../nbs/4_model/02_config.ipynb #6815725e
+TOWER_SIZES = {
+    "hidden_size": 65_536,
+    "intermediate_size": 1_048_576,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 4096,
+}
+SIZES = {
+    "": {"projection_dim": 65_536},
+    "text_config": {**TOWER_SIZES, "vocab_size": 10_000_000},
+    "vision_config": {**TOWER_SIZES, "image_size": 16_384, "patch_size": 16_384},
+}  # the largest of each; the smallest is 1
+NUMBERS = {
+    "": {"logit_scale_init_value": (-100, 100)},
+    "text_config": {"layer_norm_eps": (0, 1), "attention_dropout": (0, 1)},
+    "vision_config": {"layer_norm_eps": (0, 1), "attention_dropout": (0, 1)},
+}
+
+
+def check_number(where, value, low, high, kind=int):
+    "ConfigError, which begins with `where`, unless value is a finite number in the range."
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        whole = "whole number" if kind is int else "number"
+        raise ConfigError(f"{where} is {value!r:.80}; a {whole} from {low} to {high:,} is needed")
+
+
+def check_part(prefix, values, sizes, numbers):
+    "ConfigError for the first entry of a dict of one part that is impossible."
+    for name in sizes.keys() & values.keys():
+        check_number(prefix + name, values[name], 1, sizes[name])
+    for name in numbers.keys() & values.keys():
+        check_number(prefix + name, values[name], *numbers[name], float)
+    width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 1)
+    if width % heads:
+        raise ConfigError(
+            f"{prefix}hidden_size {width} is no multiple of num_attention_heads {heads}"
+        )
+    act = values.get("hidden_act", "gelu")
+    if not isinstance(act, str) or act not in ACT2FN:
+        raise ConfigError(f"{prefix}hidden_act is {act!r:.80}, which is unknown")
+
+
+def check_sizes(sizes):
+    """ConfigError for the first size or number of a CLIPConfig's arguments that is impossible.
+
+    Absent ones have transformers' defaults and are left alone."""
+    for part in ("", "text_config", "vision_config", "text_config_dict", "vision_config_dict"):
+        values = sizes.get(part) if part else sizes
+        if values is not None:
+            kind = part.removesuffix("_dict")
+            check_part(part and f"{part}.", values, SIZES[kind], NUMBERS[kind])
+
 # %% ../../nbs/4_model/02_config.ipynb #e3adf696
 def check_config(config):
     "Settle token numbers, in place; ConfigError for what this model cannot be."
     _settle_ids(config.text_config)
+    text = config.text_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_number(f"text_config.{name}", getattr(text, name, None), 0, 10_000_000)
+    check_number("temporal_layers", getattr(config, "temporal_layers", 0), 0, 256)
+    if getattr(config.vision_config, "num_channels", 3) != 3:
+        raise ConfigError(
+            f"vision_config.num_channels is {config.vision_config.num_channels}, not 3"
+        )
     if (n := config.text_config.max_position_embeddings) != 77:
         raise ConfigError(
             f"text_config.max_position_embeddings is {n}; "
             "FG-CLIP's long table of 248 rows is stretched from 77"
         )
     image, patch = config.vision_config.image_size, config.vision_config.patch_size
-    if not isinstance(image, int) or not isinstance(patch, int) or image % patch:
+    if not isinstance(image, int) or not isinstance(patch, int) or not patch or image % patch:
         raise ConfigError(
             f"vision_config.image_size {image} and patch_size {patch}: "
             "the first has to be a whole multiple of the second"
         )
+    check_sizes(config.to_dict())

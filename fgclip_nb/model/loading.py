@@ -11,6 +11,7 @@ import torch
 from transformers.models.clip.configuration_clip import CLIPConfig
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.text.positions import stretch_positions
+from fgclip_nb.model.config import check_config, check_sizes
 from fgclip_nb.model.towers import MAX_LOG_SCALE, SCALES
 from fgclip_nb.model.weights import (
     LoadReport,
@@ -49,20 +50,38 @@ def add_fine(tensors, report, scale):
         report.initialised[name] = how
         report.missing.remove(name)
 
+# %% ../../nbs/4_model/10_loading.ipynb #8e1889c2
+def make_config(cls, sizes, where):
+    """Configuration of class `cls` from CLIPConfig's arguments, checked.
+
+    ConfigError or DataError, which begin with `where`, for what this model cannot be."""
+    try:
+        check_sizes(sizes)
+        config = cls(**sizes)
+        check_config(config)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from e
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise DataError(f"{where}: no configuration of a CLIP model ({reason:.500})") from e
+    return config
+
 # %% ../../nbs/4_model/10_loading.ipynb #8f6c5118
 def settle_scales(tensors, report, scale, override):
     """Compare the three stored log scales with the one asked for; clamp all to ln 100, in place.
 
     scale: the log scale asked for, None for whatever is stored. Where they differ, ConfigError, or
     with `override` the stored one is replaced. Changes are noted in report.changed."""
+    if scale is not None and not math.isfinite(scale):
+        raise ConfigError(f"logit_scale_init is {scale}; a finite number is needed")
     for name in SCALES:
         stored = float(tensors[name])
         if scale is not None and abs(min(stored, MAX_LOG_SCALE) - min(scale, MAX_LOG_SCALE)) > 1e-4:
             if not override:
                 raise ConfigError(
                     f"{report.source}: {name} is stored as {stored:.4f} "
-                    f"(exp {math.exp(stored):.2f}), but logit_scale_init "
-                    f"asks for {scale:.4f} (exp {math.exp(scale):.2f}). "
+                    f"(exp {math.exp(min(stored, 700)):.2f}), but logit_scale_init "
+                    f"asks for {scale:.4f} (exp {math.exp(min(scale, 700)):.2f}). "
                     "Leave logit_scale_init unset to keep the stored "
                     "value, or pass override_logit_scale=True to replace it"
                 )
@@ -220,7 +239,7 @@ def load_pretrained(
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
     source = Source(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
     if config is None:
-        config = cls.config_class(**read_config(source))
+        config = make_config(cls.config_class, read_config(source), f"{source.name}: config.json")
     tensors, files = read_weights(source)
     report = LoadReport(source.name, [str(f) for f in files])
     dtype = None if dtype == "auto" else dtype or torch_dtype
@@ -260,7 +279,7 @@ def load_openai(
     report = LoadReport(str(file), [str(file)])
     raw = read_openai(file)
     tensors = convert_openai(raw, report)
-    config = cls.config_class(**openai_config(raw))
+    config = make_config(cls.config_class, openai_config(raw), file)
     model = build_loaded(cls, config, tensors, report, True, logit_scale_init, override_logit_scale)
     if prove:
         inputs = proof_inputs(config)

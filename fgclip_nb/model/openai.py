@@ -59,7 +59,7 @@ def _convert_one(name, tensor):
     for pattern, replacement in RENAMED:
         new = re.sub(pattern, replacement, new)
     fused = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", new)
-    if not fused:
+    if not fused or tensor.ndim == 0:
         return [(new, tensor, name if new != name else "")]
     thirds = zip("qkv", tensor.chunk(3), ("first", "second", "last"))
     return [
@@ -67,21 +67,43 @@ def _convert_one(name, tensor):
         for n, part, which in thirds
     ]
 
+# %% ../../nbs/4_model/09_openai.ipynb #eb958b8c
+SIDES = {
+    "visual.conv1.weight": 4,
+    "visual.positional_embedding": 2,
+    "visual.proj": 2,
+    "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
+    "token_embedding.weight": 2,
+    "positional_embedding": 2,
+    "text_projection": 2,
+    "transformer.resblocks.0.mlp.c_fc.weight": 2,
+}
+
+
+def check_sides(tensors, source):
+    "DataError for the first tensor that tells a size and is missing or of another kind of shape."
+    for name, sides in SIDES.items():
+        if name not in tensors:
+            raise DataError(f"{source}: missing {name}, which tells the sizes of the model")
+        shape = tuple(tensors[name].shape)
+        if len(shape) != sides or not all(shape):
+            raise DataError(f"{source}: {name} has shape {shape}; {sides} sides are needed")
+    for name, least in {"visual.positional_embedding": 2, "token_embedding.weight": 3}.items():
+        if len(tensors[name]) < least:
+            raise DataError(f"{source}: {name} has {len(tensors[name])} rows, {least} are needed")
+
 # %% ../../nbs/4_model/09_openai.ipynb #e22f15ea
 def convert_openai(tensors, report):
     """Tensors under OpenAI's names -> under transformers' names.
 
     Every change is noted in report.converted. DataError for anything but a vision transformer."""
-    if (
-        "visual.conv1.weight" not in tensors
-        or tensors["visual.conv1.weight"].ndim != 4
-        or "visual.class_embedding" not in tensors
-    ):
+    if "visual.conv1.weight" not in tensors or "visual.class_embedding" not in tensors:
         raise DataError(
             f"{report.source}: not one of OpenAI's vision transformers "
             "(no visual.class_embedding; ResNets are not supported); "
             f"first names: {', '.join(list(tensors)[:5])}"
         )
+    check_sides(tensors, report.source)
     out = {}
     for name, tensor in tensors.items():
         if name in COUNTS:
@@ -96,7 +118,7 @@ def convert_openai(tensors, report):
 # %% ../../nbs/4_model/09_openai.ipynb #49c918b0
 def _depth(tensors, prefix):
     "Number of residual blocks under `prefix`transformer."
-    pattern = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
+    pattern = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.([0-9]{{1,6}})\.")
     numbers = [int(m[1]) for m in map(pattern.match, tensors) if m]
     return 1 + max(numbers, default=-1)
 

@@ -6,11 +6,12 @@
 __all__ = ['LoadReport']
 
 # %% ../../nbs/4_model/08_weights.ipynb #fa869207
-import json, pickle, re, zipfile
+import pickle, re, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import read_json
 
 # %% ../../nbs/4_model/08_weights.ipynb #c6ba9f4f
 def _from_hub(source, filename):
@@ -69,14 +70,13 @@ class Source:
 def _read_safetensors(path):
     "File -> tensors by name; DataError for a file that is torn."
     from safetensors.torch import load_file
-    from safetensors import SafetensorError
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as e:
+    except Exception as e:  # a kind of number that torch lacks is a KeyError, for instance
         raise DataError(f"{path}: not a readable safetensors file ({e})") from e
 
-# %% ../../nbs/4_model/08_weights.ipynb #be727040
+# %% ../../nbs/4_model/08_weights.ipynb #be9e2136
 HOW_TO_CONVERT = (
     "If you trust the file, convert it once, where it can do no harm: "
     "torch.save(dict(torch.jit.load(FILE).state_dict()), 'converted.pt'), and load that"
@@ -120,6 +120,23 @@ def read_pickle(path):
     except Exception as e:
         raise DataError(f"{path}: not a readable PyTorch file ({e})") from e
 
+# %% ../../nbs/4_model/08_weights.ipynb #30984d93
+def check_plain(tensors, path):
+    "DataError for tensors (by name) that are no plain numbers, or more than the file holds."
+    stored = {}
+    for name, t in tensors.items():
+        if t.layout != torch.strided or t.is_quantized or t.is_meta or t.is_nested:
+            kind = "quantised" if t.is_quantized else "sparse, nested or without numbers"
+            raise DataError(f"{path}: {name:.200} is {kind}; plain tensors are needed")
+        storage = t.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        if t.nbytes > storage.nbytes():
+            shape = tuple(t.shape)
+            raise DataError(f"{path}: {name:.200} of shape {shape} is larger than what is stored")
+    shown = sum(t.nbytes for t in tensors.values())
+    if shown > 4 * sum(stored.values()):
+        raise DataError(f"{path}: its tensors show {shown:,} bytes, far more than are stored")
+
 # %% ../../nbs/4_model/08_weights.ipynb #724049be
 def only_tensors(loaded, path):
     """A state dict as it is, or under the key `state_dict`.
@@ -131,12 +148,26 @@ def only_tensors(loaded, path):
         isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()
     ):
         raise DataError(f"{path}: not a dictionary of tensors by name")
+    check_plain(loaded, path)
     return loaded
 
 # %% ../../nbs/4_model/08_weights.ipynb #2efd2c89
+def _weight_map(index_path):
+    "Index file -> (name of a tensor -> name of its shard)."
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{index_path}: no weight_map with names of tensors and their shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            raise DataError(
+                f"{index_path}: weight_map: {name:.200}: the shard is no name of a file"
+            )
+    return weight_map
+
+
 def _read_shards(source, index_path, read):
     "Index file -> tensors of all shards, and the files read; `read` reads one shard."
-    weight_map = json.loads(index_path.read_text())["weight_map"]
+    weight_map = _weight_map(index_path)
     tensors = {}
     files = [index_path]
     for shard in sorted(set(weight_map.values())):
@@ -189,20 +220,27 @@ FOREIGN = (
     "transformers_version",
     "_name_or_path",
 )
+PARTS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
 
 
 def read_config(source) -> dict:
     """config.json of a source without what belongs to other code.
 
-    That is remote-code entries, class names, stored precision. DataError where there is none, or
-    where it is no CLIP model's."""
+    That is remote-code entries, class names, stored precision. DataError where there is none, where
+    it is no CLIP model's, or where it says that the weights are quantised."""
     path = source.get("config.json")
     if path is None:
         raise DataError(f"{source.name}: no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e})") from e
+    config = read_json(path)
+    parts = [config.get(n) for n in PARTS]
+    for name, part in [("", config), *zip(PARTS, parts)]:
+        if part is not None and not isinstance(part, dict):
+            raise DataError(f"{path}: {name} is no object, but {type(part).__name__}")
+        if part and part.get("quantization_config") is not None:
+            raise DataError(
+                f"{path}: {name and name + '.'}quantization_config is set: the weights are "
+                "quantised, and would be misread as they are; save the model without it first"
+            )
     if not isinstance(config.get("vision_config"), dict) and "vision_config_dict" not in config:
         raise DataError(
             f"{path}: no vision_config; "
@@ -259,11 +297,31 @@ def _note_extra(name, tensor, expected, report):
     else:
         report.unexpected.append(name)
 
+# %% ../../nbs/4_model/08_weights.ipynb #5469027a
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def as_weight(name, tensor, source):
+    "A tensor in float32 (float64 stays); DataError for numbers that are no weights."
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype not in WEIGHT_TYPES:
+        raise DataError(
+            f"{source}: {name} is stored as {kind}; weights are read from float16, bfloat16, "
+            "float32 and float64 only (quantised ones have to be saved without quantisation)"
+        )
+    if not torch.isfinite(tensor).all():
+        finite = int(torch.isfinite(tensor).sum())
+        raise DataError(
+            f"{source}: {name} has {tensor.numel() - finite} of {tensor.numel()} values that are "
+            "NaN or infinite; the file is damaged, or its training had diverged"
+        )
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
 # %% ../../nbs/4_model/08_weights.ipynb #53dad526
 def match(tensors, expected, report):
     """Compare tensors by name with expected shapes by name, and fill the report.
 
-    Returns the tensors that fit, in float32 (float64 stays)."""
+    Returns the tensors that fit, in float32 (float64 stays); DataError as `as_weight`."""
     fitting = {}
     for name, t in tensors.items():
         if name not in expected:
@@ -271,7 +329,7 @@ def match(tensors, expected, report):
         elif tuple(t.shape) != tuple(expected[name]):
             report.misshaped[name] = (tuple(t.shape), tuple(expected[name]))
         else:
-            fitting[name] = t if t.dtype == torch.float64 else t.float()
+            fitting[name] = as_weight(name, t, report.source)
             report.matched.append(name)
             if t.dtype == fitting[name].dtype:
                 continue
