@@ -7,16 +7,18 @@ __all__ = []
 
 # %% ../../nbs/2_data/06_coco.ipynb #b0c24c7b
 import re
+from collections import defaultdict
 from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row, check_int, check_text
 from fgclip_nb.data.media import address_names
 from fgclip_nb.data.photos import same_shape
-from fgclip_nb.data.source import with_article
+from fgclip_nb.data.readers import reader
+from fgclip_nb.data.coco_texts import NOT_NEEDED, OWN_WORDS, image_captions, words_of
 
 # %% ../../nbs/2_data/06_coco.ipynb #b721db86
 def coco_id(value, key):
-    "The id under `key` of an object: a whole number, or text that is none; else a Fault."
-    id = Row(value).value.get(key)
+    "The id under `key` of an object or a Row: a whole number, or text that is none; else a Fault."
+    id = (value if isinstance(value, Row) else Row(value)).get(key)
     if not isinstance(id, str):
         return check_int(id, key)
     text = check_text(id, key).strip()
@@ -43,7 +45,7 @@ def _coco_image(row, src) -> Sample:
     "The sample of one image, shared with other files about it."
     (field, names), size = coco_file(row), row.size()
     media = src.media(names, field)
-    split = src.split_in(row.value)
+    split = src.split_in(row)
     sample = src.shared(src.coco, names[0], media, size or (None, None), split)
     if size and sample.width is None:
         sample.width, sample.height = size
@@ -55,16 +57,37 @@ def _coco_image(row, src) -> Sample:
     return sample
 
 # %% ../../nbs/2_data/06_coco.ipynb #8d42bd02
+def _known_id(value, key):
+    "`coco_id`, or None where there is none."
+    try:
+        return coco_id(value, key)
+    except Fault:
+        return None
+
+
+def boxed_annotations(pairs) -> dict:
+    "image id -> its annotations with a box, as they stand in the file."
+    of_image = defaultdict(list)
+    for a in pairs.get("annotations") or ():
+        id = _known_id(a, "image_id") if isinstance(a, dict) and "bbox" in a else None
+        if id is not None:
+            of_image[id].append(a)
+    return of_image
+
+
 def coco_images(src, pairs) -> dict:
     """image id -> (sample, its size as this file has it or None), one entry each.
 
     A second file about the same image adds to the same sample."""
-    samples = {}
+    samples, boxed = {}, boxed_annotations(pairs)
     for i, image in enumerate(pairs["images"]):
         src.entry, src.tally.entries = f"images[{i}]", src.tally.entries + 1
         try:
             id, row = coco_id(image, "id"), Row(image)
-            samples[id] = (_coco_image(row, src), row.size())
+            sample = _coco_image(row, src)
+            sample.captions += image_captions(row, boxed[id])
+            samples[id] = (sample, row.size())
+            src.watch(row, "images[]")
         except Fault as f:
             src.reject(f, entries=1)
     return samples
@@ -88,50 +111,77 @@ def coco_names(src, pairs) -> dict:
     return names
 
 # %% ../../nbs/2_data/06_coco.ipynb #2209695e
-def add_coco_region(r, src, images, names) -> None:
+def _category_name(r, names) -> str | None:
+    "The name of an annotation's category; None where it has words of its own and no category."
+    if "category_id" not in r and any(key in r for key in OWN_WORDS):
+        return None
+    name = names.get(coco_id(r, "category_id"))
+    if name is None:
+        number, reason = r.get("category_id"), "no such category in the file"
+        raise Fault(f"{r.field}.category_id", number, reason, "unknown_category")
+    return name
+
+
+def add_coco_region(r, src, images, names, entries=None) -> None:
     """One annotation with a box (xywh, pixels), added to its image.
 
-    A Fault when image or category is unknown, the image has no size, or the box is a crowd's."""
+    `entries`: image id -> (Row of the image entry, its annotations with a box). A Fault when image
+    or category is unknown, the image has no size, or the box is a crowd's."""
     value = r.value
-    sample, size = images.get(coco_id(value, "image_id"), (None, None))
+    id = coco_id(r, "image_id")
+    sample, size = images.get(id, (None, None))
     if sample is None:
         reason = "no such image in the file"
-        raise Fault(f"{r.field}.image_id", value.get("image_id"), reason, "unknown_image")
+        raise Fault(f"{r.field}.image_id", r.get("image_id"), reason, "unknown_image")
     if value.get("iscrowd") not in (0, None):
         raise Fault(f"{r.field}.iscrowd", value["iscrowd"], "the box of a crowd", "crowd")
-    name = names.get(coco_id(value, "category_id"))
-    if name is None:
-        reason = "no such category in the file"
-        raise Fault(f"{r.field}.category_id", value.get("category_id"), reason, "unknown_category")
+    name = _category_name(r, names)
     if size is None:
         reason = "a box in pixels needs the width and height of its image"
         raise Fault("width", None, reason, "missing_size")
     box = r.box("bbox", size, "xywh")
+    image, annotations = (entries or {}).get(id, (Row({}), []))
+    words = words_of(r, image, annotations, name, names, src.file)
     id = f"{sample.id}#o{len(sample.regions)}"
-    sample.regions.append(Region(with_article(name), box=box, source="category", id=id))
+    sample.regions.append(Region(box=box, id=id, **words))
 
 # %% ../../nbs/2_data/06_coco.ipynb #b5e4b184
 def add_coco_caption(row, images) -> None:
     "One caption, added to its image; a Fault when there is no such image."
-    sample, _ = images.get(coco_id(row.value, "image_id"), (None, None))
+    id = coco_id(row, "image_id")
+    sample, _ = images.get(id, (None, None))
     if sample is None:
-        number, reason = row.value.get("image_id"), "no such image in the file"
+        number, reason = row.get("image_id"), "no such image in the file"
         raise Fault("image_id", number, reason, "unknown_image")
     sample.captions += (row.text("caption"),)
 
 # %% ../../nbs/2_data/06_coco.ipynb #fff649c9
+def coco_entries(pairs) -> dict:
+    "image id -> (Row of the image entry, its annotations with a box)."
+    boxed = boxed_annotations(pairs)
+    images = [i for i in pairs["images"] if isinstance(i, dict)]
+    known = {_known_id(i, "id"): i for i in images}
+    return {id: (Row(i), boxed[id]) for id, i in known.items() if id is not None}
+
+
+@reader("coco", ("images", "annotations"), of="document", rank=10, ignored=NOT_NEEDED)
 def read_coco(pairs, src) -> None:
     "A whole COCO file: images, and boxes or captions of them; samples wait in `src.coco`."
     for key in ("images", "annotations", "categories"):
         if not isinstance(pairs.get(key, []), list):
             raise Fault(key, pairs[key], "not a list")
     images, names = coco_images(src, pairs), coco_names(src, pairs)
+    entries, place = coco_entries(pairs), "annotations[]"
     for i, a in enumerate(pairs.get("annotations") or ()):
         src.entry = f"annotations[{i}]"
         if isinstance(a, dict) and "caption" in a and "bbox" not in a:
             try:
-                add_coco_caption(Row(a), images)
+                row = Row(a)
+                add_coco_caption(row, images)
+                src.watch(row, place)
             except Fault as f:
                 src.reject(f)
         else:
-            src.regions([("", a)], lambda r, _: add_coco_region(r, src, images, names))
+            src.regions(
+                [("", a)], lambda r, _: add_coco_region(r, src, images, names, entries), level=place
+            )

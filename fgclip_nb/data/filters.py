@@ -67,6 +67,9 @@ READING = dict(
     crowd="the box of a crowd",
     no_rectangle="a shape that is no rectangle",
     turned_picture="a rectangle drawn on a picture that the tool had turned",
+    unread_content="a key with text or boxes that no reader asks for",
+    unread_key="a key that no reader asks for",
+    unread_answers="later answers of a conversation",
 )
 
 # %% ../../nbs/2_data/19_filters.ipynb #a5e5329c

@@ -6,12 +6,15 @@
 __all__ = ['Finding', 'ReportConfig']
 
 # %% ../../nbs/2_data/22_findings.ipynb #d0e47169
-import re
+import os, re
 from collections import Counter
 from dataclasses import dataclass
 from fgclip_nb.core.params import param
+from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.filters import READING, RULES, folded
+from fgclip_nb.data.media_lists import listed_media
 from fgclip_nb.data.splits import overlap
 
 # %% ../../nbs/2_data/22_findings.ipynb #b18d2942
@@ -111,7 +114,9 @@ _OTHER = ("fix", "See the first of them in the table of rejects and mend the fil
 def rule_findings(rejects, counts, of) -> list:
     "A finding per rule; `counts` is `entries` or `regions`, `of` how many went in."
     lost = Counter()
-    for r in rejects:  # a lost value loses neither entry nor region
+    for r in (
+        r for r in rejects if not r.rule.startswith("unread_")
+    ):  # a lost value loses neither entry nor region
         lost[r.rule] += getattr(r, counts) if r.entries or r.regions else counts == "entries"
     findings = []
     for rule, n in lost.items():
@@ -119,6 +124,95 @@ def rule_findings(rejects, counts, of) -> list:
         reason = (RULES | READING).get(rule, rule)
         findings.append(Finding(level, f"{counts} rejected, {rule}: {reason}", n, of, do))
     return findings
+
+# %% ../../nbs/2_data/22_findings.ipynb #7880b331
+def unread_findings(rejects) -> list:
+    "A finding for each key with text, boxes or a value that no reader asked for."
+    findings = []
+    for r in rejects:
+        if not r.rule.startswith("unread_"):
+            continue
+        known = "nearest known name" in r.reason or "reads it" in r.reason
+        level = "look" if r.rule == "unread_answers" else "know"
+        if r.rule == "unread_content":
+            level = "fix" if known else "look"
+        where = f"{os.path.basename(r.file)}: {r.field}: {r.reason}"
+        findings.append(
+            Finding(level, where, 1, 1, "Rename the key, or delete it if it says nothing.")
+        )
+    return findings
+
+# %% ../../nbs/2_data/22_findings.ipynb #7cccc4b0
+TEXT_KINDS = ("captions", "long captions", "phrases", "hard negatives")
+MORE_TEXTS = dict(
+    captions="Write captions, or train regions alone with `global_weight=0`.",
+    phrases="Name more categories, write phrases, or let `make_negatives` make wrong ones.",
+    regions="Check the key that holds the boxes, or train captions alone with `region_weight=0`.",
+)
+
+
+def _texts_of(sample) -> tuple:
+    "The texts of a sample, kind by kind as in TEXT_KINDS."
+    phrases = [r.phrase for r in sample.regions]
+    negatives = [n for r in sample.regions for n in r.negatives]
+    return (*sample.captions, sample.short_caption), (sample.caption,), phrases, negatives
+
+
+def distinct_texts(samples, enough=2) -> dict:
+    "Kind of text -> up to `enough` distinct ones of a data set; `regions`: how many it has."
+    texts, regions = {kind: {} for kind in TEXT_KINDS}, 0
+    for s in samples:
+        regions += len(s.regions)
+        for kind, of_sample in zip(TEXT_KINDS, _texts_of(s)):
+            for text in of_sample:
+                if text.strip() and len(texts[kind]) < enough:
+                    texts[kind].setdefault(folded(text), text)
+    return dict({kind: list(t.values()) for kind, t in texts.items()}, regions=regions)
+
+
+def contrast_findings(samples) -> list:
+    "What a data set lacks so that a loss could learn from it: text, regions, more than one text."
+    texts, n = distinct_texts(samples), len(samples)
+    phrases = texts["phrases"]
+    captions = max(texts["captions"], texts["long captions"], key=len)
+    findings = []
+    if not captions and not phrases:
+        what = "samples without any text: nothing to contrast"
+        findings.append(Finding("fix", what, n, n, MORE_TEXTS["captions"]))
+    if not texts["regions"]:
+        findings.append(Finding("fix", "samples, and not one region", n, n, MORE_TEXTS["regions"]))
+    if len(phrases) == 1 and not texts["hard negatives"]:
+        what = f"regions, all with one phrase ({phrases[0]!r}): nothing to contrast"
+        total = texts["regions"]
+        findings.append(Finding("fix", what, total, total, MORE_TEXTS["phrases"]))
+    if len(captions) == 1 and n > 1:
+        what = f"samples, all with one caption ({captions[0]!r}): nothing to contrast"
+        findings.append(Finding("fix", what, n, n, MORE_TEXTS["captions"]))
+    return findings
+
+# %% ../../nbs/2_data/22_findings.ipynb #1c4e02e8
+MOST_LOOKED_AT = 5_000  # samples of shards that are decoded to see whether they differ
+
+
+def check_contrast(samples, cfg):
+    """Raise DataError when no loss of a run has anything to contrast; warn of each that has not.
+
+    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`."""
+    if hasattr(samples, "subset"):
+        step = max(1, len(samples) // MOST_LOOKED_AT)
+        samples = [samples[i] for i in range(0, len(samples), step)]
+    texts = distinct_texts(samples)
+    captions = max(len(texts["captions"]), len(texts["long captions"]))
+    by_captions = cfg.global_weight and captions > 1
+    by_regions = cfg.region_weight and len(texts["phrases"]) > 1
+    by_negatives = cfg.hard_weight and texts["hard negatives"]
+    findings = contrast_findings(samples)
+    if not (by_captions or by_regions or by_negatives):
+        why = "; ".join(f"{f.count} {f.what}. {f.do}" for f in findings)
+        why = why or "the weights of the losses that could learn are 0"
+        raise DataError(f"nothing to contrast, no loss could learn anything: {why}")
+    for f in findings:
+        get_logger().warning(f"{f.count} {f.what}. {f.do}")
 
 # %% ../../nbs/2_data/22_findings.ipynb #e7e75b70
 def negative_findings(samples) -> list:
@@ -192,6 +286,16 @@ def text_findings(texts, kind, lengths, context_length) -> list:
     ]
 
 # %% ../../nbs/2_data/22_findings.ipynb #32d00010
+def _absent_names(samples, test_names) -> list:
+    "A finding when not one name of the test list is in the data."
+    media, ids = [s.media for s in samples], [s.id for s in samples]
+    of_data = getattr(test_names, "of_data", False)
+    if not test_names or of_data or listed_media(media, ids, test_names):
+        return []
+    what, n = "names of the test list, none of which is in the data", len(test_names)
+    return [Finding("fix", what, n, n, "Check the list: are its names those of the data?")]
+
+
 def overlap_findings(samples, test_names=None) -> list:
     "Media in training that also stand in another part."
     media = len({s.media for s in samples})
@@ -209,7 +313,7 @@ def overlap_findings(samples, test_names=None) -> list:
         ),
     }
     names = overlap(samples, test_names)
-    return [
+    return _absent_names(samples, test_names) + [
         Finding(level, f"media in {where}", len(names[where]), of, do)
         for where, (level, do, of) in advice.items()
     ]

@@ -7,10 +7,11 @@ __all__ = []
 
 # %% ../../nbs/2_data/07_formats.ipynb #3951dd50
 from pathlib import Path
-from fgclip_nb.data.samples import CaptionNegative, Fault, LEVELS, Negatives, Region, Sample
+from fgclip_nb.data.samples import CaptionNegative, Fault, Negatives, Region, Sample
 from fgclip_nb.data.rows import Row, check_int, check_number
 from fgclip_nb.data.media import video_names
-from fgclip_nb.data.source import paragraph, split_named, with_article
+from fgclip_nb.data.readers import reader
+from fgclip_nb.data.source import level_of_file, paragraph, split_named, with_article
 
 # %% ../../nbs/2_data/07_formats.ipynb #08bc9fa1
 FINEHARD_FOLDER, PHOTO_OF = "grit-20m/data-12m/", "a photo of "
@@ -21,6 +22,7 @@ def _fine_region(r, id) -> Region:
     if "short_expr" not in r and "long_expr" not in r:
         reason = "neither short_expr nor long_expr"
         raise Fault(f"{r.field}.short_expr", None, reason, "missing_field")
+    r.get("short_expr_negs")  # not read, on purpose, where the flag is not set
     negatives = r.texts("short_expr_negs") if r.whole("flag_short_neg", 1) else ()
     box = r.box("bbox")
     return Region(short or long, long, box, negatives=negatives, source="expression", id=id)
@@ -33,6 +35,7 @@ def _fine_names(row) -> tuple:
     return path.replace(FINEHARD_FOLDER, ""), PHOTO_OF + short if whole else short
 
 
+@reader("finehard", ("f_path",), rank=50, marks=("f_path", "bbox_info"))
 def read_finehard(row, src) -> Sample:
     "One entry of FineHARD: f_path, caption, short_caption, bbox_info (xyxy, fractions)."
     name, short = _fine_names(row)
@@ -50,12 +53,6 @@ def read_finehard(row, src) -> Sample:
         height=height,
     )
 
-# %% ../../nbs/2_data/07_formats.ipynb #2df83f81
-def level_of_file(name) -> str:
-    "FG-OVD's level by the name of one of its files, else ''."
-    starts = zip(("h_attributes", "m_attributes", "e_attributes", "shuffle_negatives"), LEVELS)
-    return next((level for start, level in starts if Path(name).name.startswith(start)), "")
-
 # %% ../../nbs/2_data/07_formats.ipynb #1f5f879e
 def _fgovd_region(row) -> Region:
     positives, size = row.texts("pos_expression"), row.size()
@@ -69,6 +66,13 @@ def _fgovd_region(row) -> Region:
     return Region(positives[0], box=box, negatives=negatives, source="expression")
 
 
+@reader(
+    "fgovd",
+    lambda row: "img_path" in row or "pos_expression" in row,
+    rank=10,
+    marks=("img_path", "pos_expression", "neg_expression"),
+    ignored=("test_type",),
+)
 def read_fgovd(row, src):
     """One line of the FG-OVD benchmark: img_path, pos_expression, neg_expression, bbox and size.
 
@@ -86,6 +90,13 @@ def read_fgovd(row, src):
     sample.regions.append(region)
 
 # %% ../../nbs/2_data/07_formats.ipynb #1b5491e1
+@reader(
+    "sugarcrepe",
+    lambda value: "negative_caption" in value or "filename" in value,
+    of="value",
+    rank=10,
+    marks=("filename", "negative_caption"),
+)
 def read_sugarcrepe(row, src):
     """One entry with filename, caption, negative_caption.
 
@@ -110,7 +121,7 @@ def _own_levels(r) -> dict:
 
     Without `negatives` the first level listed takes their place."""
     negatives, level = r.texts("negatives"), r.text("negatives_level", "")
-    listed = Row(r.value.get("negatives_by_level") or {}, f"{r.field}.negatives_by_level")
+    listed = Row(r.get("negatives_by_level") or {}, f"{r.field}.negatives_by_level")
     sets = [Negatives(k, texts) for k in listed.value if k != level and (texts := listed.texts(k))]
     if not negatives and level in listed:
         negatives = listed.texts(level)
@@ -158,6 +169,12 @@ def _own_captions(row) -> dict:
     )
 
 # %% ../../nbs/2_data/07_formats.ipynb #daf0c584
+@reader(
+    "regions",
+    lambda row: "image" in row or "video" in row,
+    rank=60,
+    marks=("image", "regions", "objects"),
+)
 def read_regions(row, src) -> Sample:
     "One row of the package's own format: `image` or `video`, captions, regions, objects."
     video = "video" in row.value

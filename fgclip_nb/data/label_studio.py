@@ -13,6 +13,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, Keyframe, Region, Sample, is_video
 from fgclip_nb.data.rows import Row, check_box, check_enabled, check_int, check_number
 from fgclip_nb.data.media import UPLOADED, address_names, ucf_label, video_names
+from fgclip_nb.data.readers import reader
 from fgclip_nb.data.video_index import clip_index
 
 # %% ../../nbs/2_data/08a_label_studio.ipynb #45783fa4
@@ -140,6 +141,11 @@ def is_studio_min(row) -> bool:
     if "annotation_id" in row and "lead_time" in row:
         return True
     return any(isinstance(v, list) and any(map(_is_result, v)) for v in row.values())
+
+
+def is_studio(row) -> bool:
+    "Whether a JSON object is a task of an export, in either form."
+    return ("annotations" in row and "data" in row) or is_studio_min(row)
 
 
 def _min_results(row) -> list:
@@ -297,6 +303,7 @@ def _spoken_of_whole(row, drawn, texts) -> str:
     return " ".join(said)
 
 
+@reader("label_studio", is_studio, rank=45, watched=False)
 def read_label_studio(row, src) -> Sample:
     "One task of a Label Studio export, JSON or JSON_MIN: rectangles in a photo or a clip."
     data = Row(row.value.get("data"), "data") if "annotations" in row else row

@@ -11,97 +11,62 @@ from pathlib import Path
 from collections import Counter
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, get_logger
-from fgclip_nb.data.samples import Fault, Samples, is_video, sample_reject, shorten
+from fgclip_nb.data import coco, formats, label_studio, ucf_crime, video_formats, web_formats
+from fgclip_nb.data.samples import Fault, Samples, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import Pairs, open_text, read_entries
+from fgclip_nb.data.readers import READERS, reader_of, readers_of
 from fgclip_nb.data.source import Source, Tally, paragraph
-from fgclip_nb.data.coco import read_coco
-from fgclip_nb.data.formats import read_fgovd, read_finehard, read_regions, read_sugarcrepe
-from fgclip_nb.data.label_studio import is_studio_min, read_label_studio
-from fgclip_nb.data.video_formats import read_video_dict, read_video_list, read_video_times
-from fgclip_nb.data.ucf_crime import TEMPORAL, read_temporal, read_uca
 from fgclip_nb.data.shards import is_sharded, open_shards
 
+# rooms that have readers
+REGISTERED = (coco, formats, label_studio, ucf_crime, video_formats, web_formats)
+
 # %% ../../nbs/2_data/11_load.ipynb #2914b1aa
-READERS = dict(
-    finehard=read_finehard,
-    video_list=read_video_list,
-    video_times=read_video_times,
-    label_studio=read_label_studio,
-    fgovd=read_fgovd,
-    regions=read_regions,
-    video_dict=read_video_dict,
-    uca=read_uca,
-    sugarcrepe=read_sugarcrepe,
-)
-
-
-def _has_track(items) -> bool:
-    return isinstance(items, list) and any(
-        isinstance(i, dict) and ("keyframes" in i or "start_frame" in i) for i in items
-    )
-
-
-def format_of(row) -> str:
-    "The format of one entry by its keys, or ''."
-    if not isinstance(row, dict):
-        return ""
-    has = row.keys().__contains__
-    if has("img_path") or has("pos_expression"):
-        return "fgovd"
-    if has("annotations") and has("data"):
-        return "label_studio"
-    of_clip = ("region_captions", "box_infos", "global_caption", "timestamps")
-    if has("video") and any(map(has, of_clip)):
-        return "video_times"
-    if has("f_path"):
-        path, boxes = row["f_path"], row.get("bbox_info")
-        clip = has("global_caption") or is_video(path) or _has_track(boxes)
-        return "video_list" if clip else "finehard"
-    if is_studio_min(row):
-        return "label_studio"
-    return "regions" if has("image") or has("video") else ""
+def format_of(thing, kind="entry") -> str:
+    "The name of the reader that recognises an entry, value or document, or ''."
+    reader = reader_of(thing, kind)
+    return reader.name if reader else ""
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
-def _pair_format(value) -> str:
-    "The format of one value in a dict of videos or of numbered pairs, or ''."
-    if not isinstance(value, dict):
-        return ""
-    if "negative_caption" in value or "filename" in value:
-        return "sugarcrepe"
-    if "sentences" in value or "timestamps" in value:
-        return "uca"
-    return "video_dict" if "global" in value or "region" in value else ""
-
-
 def _as_dict(pairs) -> dict:
     return mark_duplicates(list(pairs))
 
 
-def _is_coco(pairs) -> bool:
-    return {"images", "annotations"} <= {k for k, _ in pairs}
+def _first_format(pairs) -> str:
+    "What a file that is one object is: the name of a document's format, or of an entry's, or ''."
+    whole = _as_dict(pairs)
+    return format_of(whole, "document") or format_of(whole)
 
 # %% ../../nbs/2_data/11_load.ipynb #38058711
+def _as_list(samples) -> list:
+    "What a reader returned, as a list: it may be one sample, several, or None."
+    if samples is None:
+        return []
+    return [samples] if dataclasses.is_dataclass(samples) else list(samples)
+
+
 def _read_row(value, src, format) -> list:
-    "Samples of one entry; its faults are noted."
+    "Samples of one entry; its faults are noted, and the keys that nobody asked for."
     src.tally.entries += 1
+    kept = src.tally.kept
     try:
         if isinstance(value, Fault):
             raise value
         src.format = format or src.format
         row = Row(value)
-        src.split = src.split_in(row.value)
+        src.split = src.split_in(row)
         if not src.format:
             raise Fault("entry", value, "no known format has these keys", "unknown_format")
-        samples = READERS[src.format](row, src)
+        samples = _as_list(READERS[src.format].read(row, src))
     except Fault as f:
         src.reject(f, entries=1)
         return []
     src.tally.formats.setdefault(src.file, src.format)
-    if isinstance(samples, list):
-        return samples
-    return [samples] if samples else []
+    if src.tally.kept > kept:
+        src.watch(row, "")
+    return samples
 
 # %% ../../nbs/2_data/11_load.ipynb #26b78249
 def _read_videos(pairs, src):
@@ -114,53 +79,54 @@ def _read_videos(pairs, src):
         if key in seen:
             value = Fault(shorten(key), value, "the key stands in the file twice", "duplicate_key")
         seen.add(key)
-        known = _pair_format(value) or src.format or "video_dict"
+        known = format_of(value, "value") or src.format or "video_dict"
         yield from _read_row(value, src, "" if isinstance(value, Fault) else known)
     if not pairs and not pairs.fault:
         yield from _read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #4120e082
+def _read_document(document, reader, src) -> list:
+    "Samples of a file that is one object and recognised as a whole."
+    src.format = src.tally.formats[src.file] = reader.name
+    try:
+        return _as_list(reader.read(Row(document).value, src))
+    except Fault as f:
+        src.tally.entries += 1
+        src.reject(f, entries=1)
+        return []
+
+
 def _read_pairs(pairs, src):
-    "Samples of a file that is one object: COCO, a single row, or a dict of videos."
-    if _is_coco(pairs):
-        src.format = src.tally.formats[src.file] = "coco"
-        try:
-            read_coco(Row(_as_dict(pairs)).value, src)
-        except Fault as f:
-            src.tally.entries += 1
-            src.reject(f, entries=1)
-    elif format_of(_as_dict(pairs)):
-        yield from _read_row(_as_dict(pairs), src, format_of(_as_dict(pairs)))
+    "Samples of a file that is one object: a document, a single row, or a dict of videos."
+    whole = _as_dict(pairs)
+    document = reader_of(whole, "document")
+    if document:
+        yield from _read_document(whole, document, src)
+    elif format_of(whole):
+        yield from _read_row(whole, src, format_of(whole))
     else:
         yield from _read_videos(pairs, src)
     if pairs.fault:
         yield from _read_row(pairs.fault, src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #1da39763
-def is_temporal(path) -> bool:
-    "Whether a .txt file holds UCF-Crime's temporal annotation."
-    if Path(path).suffix != ".txt":
-        return False
-    with open_text(path) as f:
-        return any(TEMPORAL.fullmatch(line) for line in f.readlines(4000))
+def file_reader(path):
+    "The Reader of a file that is no JSON, or None."
+    return reader_of(path, "file")
 
 
 def _video_pairs(value):
     "Pairs of a file that is one object, or of an entry that is a dict of videos; else None."
     if isinstance(value, Pairs):
         return value
-    if isinstance(value, dict) and not format_of(value) and any(map(_pair_format, value.values())):
+    if not isinstance(value, dict) or format_of(value):
+        return None
+    if any(format_of(v, "value") for v in value.values()):
         return Pairs(value.items())
 
 # %% ../../nbs/2_data/11_load.ipynb #3bad081e
-def read_file(path, src):
-    """All samples of one data file, one after the other.
-
-    Samples that several entries add to come last."""
-    if is_temporal(path):
-        src.tally.formats[src.file] = "temporal"
-        yield from read_temporal(path, src)
-        return
+def _read_json(path, src):
+    "Samples of a JSON file, entry by entry."
     for entry in read_entries(path):
         src.entry = entry.where
         pairs = _video_pairs(entry.value)
@@ -168,7 +134,20 @@ def read_file(path, src):
             yield from _read_pairs(pairs, src)
         else:
             yield from _read_row(entry.value, src, format_of(entry.value))
+
+
+def read_file(path, src):
+    """All samples of one data file, one after the other.
+
+    Samples that several entries add to come last. Keys that nobody asked for become rejects."""
+    own = file_reader(path)
+    if own:
+        src.format = src.tally.formats[src.file] = own.name
+        yield from own.read(path, src) or ()
+    else:
+        yield from _read_json(path, src)
     yield from src.groups.values()
+    src.reject_unread()
 
 # %% ../../nbs/2_data/11_load.ipynb #2d344831
 def sample_path(name="sample") -> Path:
@@ -179,15 +158,21 @@ def sample_path(name="sample") -> Path:
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
+def _data_suffixes() -> tuple:
+    "What the data files of a folder end with: JSON, and what file readers look for."
+    return DATA_SUFFIXES + tuple(s for r in readers_of("file") for s in r.suffixes)
+
+
 def _folder_files(folder) -> list:
     "(file, '') of the data files anywhere below a folder, by name."
+    suffixes = _data_suffixes()
     files = [
         (p, "")
         for p in sorted(folder.rglob("*"))
-        if p.name.lower().endswith(DATA_SUFFIXES) and p.is_file()
+        if p.name.lower().endswith(suffixes) and p.is_file()
     ]
     if not files:
-        raise DataError(f"data folder {str(folder)!r} holds no {', '.join(DATA_SUFFIXES)} file")
+        raise DataError(f"data folder {str(folder)!r} holds no {', '.join(suffixes)} file")
     return files
 
 
@@ -217,7 +202,8 @@ def data_files(path) -> list:
         return _folder_files(path)
     if not path.is_file():
         raise DataError(f"data {str(path)!r}: no such file or folder (seen from {Path.cwd()})")
-    return _listed_files(path) if path.suffix == ".txt" and not is_temporal(path) else [(path, "")]
+    listing = path.suffix == ".txt" and not file_reader(path)
+    return _listed_files(path) if listing else [(path, "")]
 
 # %% ../../nbs/2_data/11_load.ipynb #183efcec
 def id_folders(files, media_root=None) -> dict:
@@ -236,7 +222,7 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
 
     Only FG-OVD, COCO and SugarCrepe files are held whole (their entries belong together), and a
     file that is one JSON object. Raises `DataError` when path or media root does not exist."""
-    tally, coco, crepe, roots = tally or Tally(), {}, {}, {}
+    tally, images, crepe, roots = tally or Tally(), {}, {}, {}
     if media_root and not os.path.isdir(media_root):
         raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
     files, split = data_files(path), "" if split == "none" else split
@@ -246,12 +232,12 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
         root = roots.setdefault(folder, MediaRoot(folder))
         own = before_ids[os.path.realpath(Path(file).parent)]
         src = Source(file, root, tally, split, own)
-        src.entry, src.coco, src.crepe = where, coco, crepe
+        src.entry, src.coco, src.crepe = where, images, crepe
         if os.path.isfile(file):
             yield from read_file(file, src)
         else:
             _read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
-    for s in coco.values():
+    for s in images.values():
         short = "".join(s.captions[:1])
         yield dataclasses.replace(s, short_caption=short, caption=paragraph(s.captions))
     yield from crepe.values()
@@ -293,6 +279,13 @@ def _log_counts(tally, samples):
         f"{sums(c)}; samples {c['samples']}"
     )
 
+
+def _warn_unread(rejects):
+    "One line for each key whose text or boxes nobody reads."
+    for r in rejects:
+        if r.rule == "unread_content":
+            get_logger().warning(f"{r.file}: {r.reason}")
+
 # %% ../../nbs/2_data/11_load.ipynb #b9701cfe
 def _log_hints(tally, samples):
     "One line per file whose name said the split of some of its samples."
@@ -319,7 +312,8 @@ def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
     its own way. `samples` is a list with `.formats` and `.counts`; entries and regions kept plus
     those rejected are what was read. `missing`: what becomes of samples without their media:
     reject, keep, or auto = keep when not a single one exists. `split`: part of entries that name
-    none: by the file's name (auto, which is told), none, train, val or test. Raises `DataError`
+    none: by the file's name (auto, which is told), none, train, val or test. Keys that no reader
+    asks for are rejects without a loss, rule `unread_content` or `unread_key`. Raises `DataError`
     when path or media root does not exist."""
     if split not in SPLITS:
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
@@ -329,4 +323,5 @@ def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
     samples = drop_missing(list(iter_samples(path, media_root, tally, split)), tally, missing)
     _log_counts(tally, samples)
     _log_hints(tally, samples)
+    _warn_unread(tally.rejects)
     return Samples(samples, tally.formats, tally.counts(samples)), tally.rejects

@@ -145,17 +145,28 @@ class Row:
     """A JSON object handed out field by field, each checked.
 
     A value that cannot be used raises a Fault that names its field, seen from the entry. None is
-    like absent."""
+    like absent. `asked` are the keys that somebody looked at, `inner` the Rows handed out."""
 
     def __init__(self, value, field=""):
         self.value, self.field = check_object(value, field), field
+        self.asked, self.inner = set(), []
+
+    def get(self, key):
+        "What stands under a key, unchecked; None when absent."
+        self.asked.add(key)
+        return self.value.get(key)
+
+    def row(self, key):
+        "The object under a key as a Row, an empty one when absent."
+        self.inner.append(Row(self.get(key) or {}, _join(self.field, key)))
+        return self.inner[-1]
 
     def __contains__(self, key):
-        return self.value.get(key) is not None
+        return self.get(key) is not None
 
     def text(self, key, default=None) -> str:
         "A string; `default` when absent or null, a Fault when there is no default."
-        value, field = self.value.get(key), _join(self.field, key)
+        value, field = self.get(key), _join(self.field, key)
         if value is None and default is not None:
             return default
         if value is None:
@@ -164,31 +175,31 @@ class Row:
 
     def texts(self, key) -> tuple:
         "Strings from a list, an object or one string; () when absent."
-        return check_texts(self.value.get(key), _join(self.field, key))
+        return check_texts(self.get(key), _join(self.field, key))
 
     def whole(self, key, default=None, low=0):
         "A whole number; `default` when absent or null."
-        value = self.value.get(key)
+        value = self.get(key)
         return default if value is None else check_int(value, _join(self.field, key), low)
 
     def items(self, key) -> list:
         """(field, item) pairs of a list; [] when absent.
 
         The field is the item's place, such as `bbox_info[1]`. The items are not checked."""
-        value, field = self.value.get(key), _join(self.field, key)
+        value, field = self.get(key), _join(self.field, key)
         if value is not None and not isinstance(value, list):
             raise Fault(field, value, f"{type(value).__name__} instead of a list")
         return [(f"{field}[{i}]", item) for i, item in enumerate(value or ())]
 
     def box(self, key, size=None, form="xyxy") -> tuple:
-        return check_box(self.value.get(key), _join(self.field, key), size, form)
+        return check_box(self.get(key), _join(self.field, key), size, form)
 
     def size(self) -> tuple | None:
         "(width, height) in pixels, or None when the row has neither."
         if "width" not in self and "height" not in self:
             return None
         sides = ("width", "height")
-        return tuple(check_int(self.value.get(k), _join(self.field, k), 1) for k in sides)
+        return tuple(check_int(self.get(k), _join(self.field, k), 1) for k in sides)
 
     def keyframes(self, key="keyframes", size=None) -> tuple:
         "Keyframes ordered by frame; () when absent, null or empty (a region of a normal video)."
@@ -197,5 +208,5 @@ class Row:
 
     def pair(self, key, check, *keys):
         "Two ordered numbers from a list of two, or from two `keys`; None when absent."
-        value = [self.value.get(k) for k in keys] if keys else self.value.get(key)
+        value = [self.get(k) for k in keys] if keys else self.get(key)
         return check_pair(value, _join(self.field, "/".join(keys) or key), check)

@@ -9,8 +9,10 @@ __all__ = []
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from fgclip_nb.data.samples import Fault, Reject, Sample, shorten
+from fgclip_nb.data.samples import Fault, LEVELS, Reject, Sample, shorten
 from fgclip_nb.data.rows import Row
+from fgclip_nb.data.readers import READERS
+from fgclip_nb.data.unread import KeyUse, level_of, unread_faults
 
 # %% ../../nbs/2_data/05_source.ipynb #7b06ba50
 def split_of(name) -> str:
@@ -34,6 +36,14 @@ def split_named(text) -> str:
         return "train"
     return text.strip()
 
+# %% ../../nbs/2_data/05_source.ipynb #f5ac4ee6
+def level_of_file(name) -> str:
+    "FG-OVD's level by the name of one of its files, else ''."
+    ours = ("h_attributes", "m_attributes", "e_attributes", "shuffle_negatives")
+    official = ("1_attributes", "2_attributes", "3_attributes", "shuffle_negatives")
+    starts = [*zip(ours, LEVELS), *zip(official, LEVELS)]
+    return next((level for start, level in starts if Path(name).name.startswith(start)), "")
+
 # %% ../../nbs/2_data/05_source.ipynb #b90001ff
 @dataclass
 class Tally:
@@ -46,6 +56,7 @@ class Tally:
     entries: int = 0
     kept: int = 0  # entries that became (part of) a sample
     regions: int = 0
+    keys: dict = field(default_factory=dict)  # (file, format, level) -> KeyUse
 
     def counts(self, samples) -> dict:
         "The sums that must agree."
@@ -77,7 +88,7 @@ class Source:
         self.groups, self.coco, self.crepe = {}, {}, {}
 
     def split_in(self, value) -> str:
-        "The split that a JSON object names under `split`, else the file's."
+        "The split that a JSON object or a Row names under `split`, else the file's."
         split = value.get("split")
         return (split_named(split) if isinstance(split, str) else "") or self.file_split
 
@@ -100,13 +111,33 @@ class Source:
             self.tally.missing.add(path)
         return path
 
-    def regions(self, items, parse, sample="") -> list:
+    def watch(self, row, level=None):
+        "Note which keys of a Row, and of the Rows it handed out, nobody asked for."
+        if self.format in READERS and not READERS[self.format].watched:
+            return
+        level = level_of(row.field) if level is None else level
+        place = (self.file, self.format, level)
+        self.tally.keys.setdefault(place, KeyUse()).add(row)
+        for inner in row.inner:
+            self.watch(inner)
+
+    def reject_unread(self):
+        "A reject, without a loss, for each key of the file that nobody asked for."
+        for place in [p for p in self.tally.keys if p[0] == self.file]:
+            use, (_, format, level) = self.tally.keys.pop(place), place
+            self.entry = f"{use.rows:,} rows"
+            for fault in unread_faults(use, level, format):
+                self.reject(fault)
+
+    def regions(self, items, parse, sample="", level=None) -> list:
         "`parse(row, index)` over (field, item) pairs; a Fault rejects one region."
         regions = []
         for i, (name, item) in enumerate(items):
             self.tally.regions += 1
             try:
-                regions.append(parse(Row(item, name), i))
+                row = Row(item, name)
+                regions.append(parse(row, i))
+                self.watch(row, level)
             except Fault as f:
                 self.reject(f, regions=1, sample=sample)
         return regions
@@ -151,8 +182,22 @@ IN_PAIRS = {
 }
 
 
+DETERMINERS = "a an the some two three this that his her its their my your".split()
+
+
+def is_phrase(name) -> bool:
+    "Whether a category's name is a phrase of its own: with an article, a full stop or many words."
+    words = name.lower().split()
+    determined = len(words) > 1 and words[0] in DETERMINERS
+    return determined or len(words) > 4 or name.rstrip().endswith(".")
+
+
 def with_article(noun) -> str:
-    "`a bowl`, `an apple`, `a pair of scissors`, `broccoli`: a category's name as a phrase."
+    """`a bowl`, `an apple`, `a pair of scissors`, `broccoli`: a category's name as a phrase.
+
+    A name that is a phrase of its own stays as it is."""
+    if is_phrase(noun):
+        return noun
     last = noun.lower().split(" ")[-1]
     if last in UNCOUNTABLE:
         return noun

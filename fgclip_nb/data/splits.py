@@ -6,19 +6,18 @@
 __all__ = ['read_names', 'leave_out']
 
 # %% ../../nbs/2_data/21_splits.ipynb #bad95992
-import dataclasses, math, os, re
+import dataclasses, math
 from collections import defaultdict
-from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.data.samples import Fault, Region, Samples, sample_reject
 from fgclip_nb.data.shards import ShardedSequence
 from fgclip_nb.data.media import ucf_label
-from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, span_frames
 from fgclip_nb.data.filters import MAX_REJECTS, RULES
+from fgclip_nb.data.media_lists import list_names, listed_media, listed_name, media_name
 
 # %% ../../nbs/2_data/21_splits.ipynb #4ff8538b
 def is_plain_normal(sample) -> bool:
@@ -55,73 +54,15 @@ def add_normal_regions(samples) -> Samples:
     formats, counts = getattr(samples, "formats", None), getattr(samples, "counts", None)
     return Samples(out, formats, counts, getattr(samples, "changes", ()))
 
-# %% ../../nbs/2_data/21_splits.ipynb #6a185158
-def media_name(path) -> str:
-    "A medium's name without folder and extension, in lower case."
-    return re.sub(r"\.\w{1,5}$", "", str(path).replace("\\", "/").rsplit("/", 1)[-1]).lower()
-
-# %% ../../nbs/2_data/21_splits.ipynb #5d782d2b
-def listed_name(path) -> str:
-    "A medium's path as written, without extension, in lower case; of UCF-Crime the name alone."
-    parts = [p for p in str(path).replace("\\", "/").split("/") if p not in ("", ".")]
-    if not parts or ucf_label(parts[-1]) and re.search(r"\d{3}", parts[-1]):
-        return media_name(path)
-    return "/".join([*map(str.lower, parts[:-1]), media_name(path)])
-
-
-def written_name(media, id) -> str:
-    """The name of a sample's medium as its annotation wrote it, where its id still tells.
-
-    Else the whole path, without extension, in lower case."""
-    name = listed_name(re.sub(r"[#@][^/]*$", "", id))
-    whole = listed_name(media)
-    return name if f"/{whole}".endswith(f"/{name}") or name == media_name(media) else whole
-
-# %% ../../nbs/2_data/21_splits.ipynb #f3c4a04b
-def _ends(name) -> list:
-    "`a/b/c` -> c, b/c, a/b/c."
-    parts = name.split("/")
-    return ["/".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-
-
-class NameList:
-    "Names of media to look samples up in; one that begins with a slash is a whole path."
-
-    def __init__(self, names):
-        self.paths = {n for n in names if n.startswith("/")}
-        self.names = {listed_name(n) for n in names if not n.startswith("/")}
-        self.ends = {end for name in self.names for end in _ends(name)}
-
-    def holds(self, media, id="") -> bool:
-        "Whether the medium at `media`, of the sample `id`, is one of the names."
-        if self.paths and f"/{listed_name(media)}" in self.paths:
-            return True
-        if media_name(media) not in self.ends:
-            return False
-        if any(end in self.names for end in _ends(listed_name(media))):
-            return True
-        return written_name(media, id) in self.ends
-
-# %% ../../nbs/2_data/21_splits.ipynb #f36e489f
-def _name_in_set(sample, media_root=None) -> str:
-    "The name of a sample's medium: its whole path when it is here, else as its file wrote it."
-    if os.path.isfile(sample.media):
-        return f"/{listed_name(sample.media)}"
-    folder = os.path.realpath(media_root or os.path.dirname(sample.file))
-    inside = sample.media.startswith(folder + os.sep)
-    return listed_name(os.path.relpath(sample.media, folder) if inside else sample.media)
-
 # %% ../../nbs/2_data/21_splits.ipynb #cf40679c
 def read_names(path, media_root=None) -> set:
     """Names of media, with the folders they carry, in a data set of any format or a plain list.
 
-    A plain list ends in .txt; the first word of each line counts. A data set's medium that is here
-    is named by its whole path, which begins with a slash: its copy elsewhere is another file."""
-    if str(path).endswith(".txt"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return {listed_name(line.split()[0]) for line in lines if line.strip()}
-    samples = load_samples(path, media_root, missing="keep")[0]
-    return {_name_in_set(s, media_root) for s in samples}
+    A list has a name per line (.txt, .list), a column of them (.csv, .tsv) or is JSON; names may
+    be those of feature files. A data set's medium that is here is named by its whole path, which
+    begins with a slash: its copy elsewhere is another file. Raises `DataError` when no name can be
+    read."""
+    return list_names(path, media_root)
 
 # %% ../../nbs/2_data/21_splits.ipynb #aa964b0b
 def _meet(a, b) -> bool:
@@ -152,8 +93,9 @@ def overlap(samples, test_names=None) -> dict:
     held_out = _by_medium(s for s in samples if s.split not in ("train", ""))
     both = train.keys() & held_out.keys()
     same = {m for m in both if any(_meet(a, b) for a in train[m] for b in held_out[m])}
-    listed = NameList(test_names or ())
-    tested = {m for m, own in train.items() if any(listed.holds(s.media, s.id) for s in own)}
+    pairs = [(s.media, s.id) for own in train.values() for s in own]
+    listed = listed_media(*zip(*pairs), test_names or ()) if pairs else set()
+    tested = {m for m, own in train.items() if any(s.media in listed for s in own)}
     parts = {
         "train and held out": same,
         "train and held out, at other times": both - same,
@@ -169,17 +111,38 @@ def _column(samples, name) -> list:
     return [getattr(s, name) for s in samples]
 
 # %% ../../nbs/2_data/21_splits.ipynb #a2d00008
+MOST_OF_ALL = 0.9  # a list that names more of the training part is no list of test media
+
+
+def check_list(names, meant, lost, of):
+    """Raise DataError for a list that means nothing of the data, or nearly all of it.
+
+    A test set that is itself a data set may well have nothing in common with what is trained on.
+    `meant`: how many media it names; `lost`: samples that would be left out, of so many."""
+    source, n = getattr(names, "source", "") or "the list of test media", len(names)
+    if n and of and not meant and not getattr(names, "of_data", False):
+        written = getattr(names, "written", tuple(names))
+        raise DataError(
+            f"none of the {n} names of {source} is in the data (first: {written[0]!r}): check the "
+            "list, or name none if the data hold no test media"
+        )
+    if lost > MOST_OF_ALL * of:
+        raise DataError(
+            f"{source} names {lost} of {of} samples, nearly all there is to train on: is it the "
+            "list of the training part, or are names compared that are the same in every folder?"
+        )
+
+# %% ../../nbs/2_data/21_splits.ipynb #f56d6de6
 def leave_out(samples, names) -> tuple:
     """(samples, rejects): without the media among `names` (`read_names`), compared with folders.
 
-    Samples of the test split stay, they are not trained on."""
-    columns = (_column(samples, name) for name in ("media", "id", "split"))
-    listed = NameList(names)
-    lost = {
-        i
-        for i, (path, id, split) in enumerate(zip(*columns))
-        if split.lower() != "test" and listed.holds(path, id)
-    }
+    Samples of the test split stay, they are not trained on. Raises `DataError` when no name of a
+    list is in the data, or when nearly all of it would go."""
+    media, ids, splits = (_column(samples, name) for name in ("media", "id", "split"))
+    listed = listed_media(media, ids, names)
+    part = [i for i, split in enumerate(splits) if split.lower() != "test"]
+    lost = {i for i in part if media[i] in listed}
+    check_list(names, len(listed), len(lost), len(part))
     kept = [i for i in range(len(samples)) if i not in lost]
     rejects = []
     for sample in (samples[i] for i in sorted(lost)[:MAX_REJECTS]):

@@ -7,9 +7,11 @@ __all__ = []
 
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #c678b8a0
 import re
+from pathlib import Path
 from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import check_int, check_number, check_pair, check_text
 from fgclip_nb.data.media import video_names
+from fgclip_nb.data.readers import reader
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.video_formats import clip_sample
 
@@ -27,6 +29,13 @@ def _uca_sentence(src, name, media, i, time, text):
         src.entry = where
 
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #76fec9a6
+@reader(
+    "uca",
+    lambda value: "sentences" in value or "timestamps" in value,
+    of="value",
+    rank=20,
+    ignored=("duration",),
+)
 def read_uca(row, src) -> list:
     """One video of UCA: duration, timestamps (seconds) and sentences; a sample per sentence.
 
@@ -64,6 +73,15 @@ def _temporal_sample(line, src) -> Sample:
     return src.sample(id=name, media=media, kind="video", label=label, regions=regions, split=split)
 
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #ecd53561
+def is_temporal(path) -> bool:
+    "Whether a .txt file holds UCF-Crime's temporal annotation."
+    if Path(path).suffix != ".txt":
+        return False
+    with open_text(path) as f:
+        return any(TEMPORAL.fullmatch(line) for line in f.readlines(4000))
+
+
+@reader("temporal", is_temporal, of="file", rank=10)
 def read_temporal(path, src):
     "Samples of UCF-Crime's `name class start end start end` lines; -1 means no span."
     with open_text(path) as f:

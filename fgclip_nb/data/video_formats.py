@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #02be695e
-from fgclip_nb.data.samples import Fault, Region, Sample
+from fgclip_nb.data.samples import Fault, Region, Sample, is_video
 from fgclip_nb.data.rows import Row, check_int, check_number, check_text
 from fgclip_nb.data.media import ucf_label, video_names
+from fgclip_nb.data.readers import reader
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #0575f73c
 def clip_sample(src, name, regions, caption, media, id=None, **fields) -> Sample:
@@ -37,18 +38,33 @@ def _video_region(r, id, span=None) -> Region:
     )
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #a704d2a2
+@reader("video_dict", lambda value: "global" in value or "region" in value, of="value", rank=30)
 def read_video_dict(row, src) -> Sample:
     "One value of {video: {global: {Caption}, region: [{caption, keyframes}]}}."
     name = check_text(src.key, "video")
     if "global" not in row and "region" not in row:
         raise Fault("entry", row.value, "neither `global` nor `region`", "unknown_format")
     media = src.media(video_names(name), "video")
-    whole = Row(row.value.get("global") or {}, "global")
+    whole = row.row("global")
     caption = whole.text("Caption", "") or whole.text("caption", "")
     regions = src.regions(row.items("region"), lambda r, i: _video_region(r, f"{name}#{i}"), name)
     return clip_sample(src, name, regions, caption, media)
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #1e09beaf
+def _has_track(items) -> bool:
+    return isinstance(items, list) and any(
+        isinstance(i, dict) and ("keyframes" in i or "start_frame" in i) for i in items
+    )
+
+
+def _is_listed_video(row) -> bool:
+    "Whether an entry with f_path is about a clip: by its keys, its file's name or a track."
+    if "f_path" not in row:
+        return False
+    return "global_caption" in row or is_video(row["f_path"]) or _has_track(row.get("bbox_info"))
+
+
+@reader("video_list", _is_listed_video, rank=40, marks=("f_path", "global_caption"))
 def read_video_list(row, src) -> Sample:
     """One entry with f_path, global_caption and bbox_info.
 
@@ -66,7 +82,7 @@ def read_video_list(row, src) -> Sample:
 # %% ../../nbs/2_data/08_video_formats.ipynb #1db4156e
 def _timed_region(r, id, box_info, name) -> Region:
     "A region from parallel lists: its caption, and the keyframes of the same place."
-    caption = r.value["caption"]
+    caption = r.get("caption")
     if caption is None:
         raise Fault(name, box_info, "a track without a caption", "more_boxes_than_captions")
     keyframes = Row({name: box_info}).keyframes(name)
@@ -78,6 +94,15 @@ def _item_at(items, i):
     return items[i][1] if i < len(items) else None
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #fcf2840d
+OF_CLIP = ("region_captions", "box_infos", "global_caption", "timestamps")
+
+
+@reader(
+    "video_times",
+    lambda row: "video" in row and any(key in row for key in OF_CLIP),
+    rank=30,
+    marks=("video", *OF_CLIP),
+)
 def read_video_times(row, src) -> Sample:
     """One entry with video, global_caption, region_captions, box_infos and timestamps.
 

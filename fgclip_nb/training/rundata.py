@@ -16,6 +16,7 @@ from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import check_media, filter_regions
+from fgclip_nb.data.findings import check_contrast
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
 from fgclip_nb.data.splits import add_normal_regions, leave_out, read_names
 
@@ -141,6 +142,7 @@ def prepare_data(cfg: TrainConfig) -> RunData:
         raise DataError(
             f"data `{cfg.data}`: no training sample is left (validation has {len(val)}){why}"
         )
+    check_contrast(train, cfg)
     return RunData(train, val, rejects, data_fingerprint(samples))
 
 # %% ../../nbs/8_training/00_rundata.ipynb #f265dcc5
