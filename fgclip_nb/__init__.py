@@ -101,6 +101,7 @@ ROOMS = {
     "read_frames": ".data.video",
     "read_image": ".data.photos",
     "read_names": ".data.splits",
+    "reader": ".data.readers",
     "refuse_unknown": ".core.notebook",
     "region_loss": ".losses.contrast",
     "report_html": ".diagnostics.report",

@@ -24,6 +24,7 @@ ROOMS = {
     "read_frames": ".video",
     "read_image": ".photos",
     "read_names": ".splits",
+    "reader": ".readers",
     "sample_frames": ".clips",
     "sample_path": ".load",
     "video_info": ".video_index",
