@@ -13,7 +13,7 @@ STYLE = [
     ("style", [BIN / "ruff", "check", "--quiet", "fgclip_nb", "nbs", "tests"]),
     ("format", [BIN / "ruff", "format", "--quiet", "--check", "nbs", "tests"]),
 ]
-NOTEBOOKS = [BIN / "nbdev_test", "--file_re", "^[0-9]", "--n_workers", "2", "--timing"]
+NOTEBOOKS = [sys.executable, "tests/rooms.py"]
 PARTS = {
     "test": [*STYLE, ("library notebooks", NOTEBOOKS), ("tests", PYTEST)],
     "ci": [("tests of marker ci", [*PYTEST, "-m", "ci"])],

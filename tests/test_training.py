@@ -218,7 +218,7 @@ def test_trackers_by_name(world, tmp_path):
 
 
 def test_tensorboard_holds_every_step_once_also_after_a_kill(world, tmp_path):
-    from fgclip_nb.diagnostics.logs import event_rows
+    from fgclip_nb.diagnostics.table_logs import event_rows
 
     params = dict(world, output=str(tmp_path / "run"), tracker="tensorboard")
     assert micro.run(params, "step:8") == -9

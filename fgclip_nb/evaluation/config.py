@@ -51,7 +51,7 @@ class EvaluateConfig:
     )
     permutations: int = param(1000, "permutations behind the chance band", 20, 1000000)
     annotations: str = param(
-        "", "temporal anomaly labels, or `tracks`: the data's boxes; empty: none"
+        "", "temporal anomaly labels, or `tracks`: boxes of the data; empty: none"
     )
     events: str = param(
         "", "for `tracks`: words that a region must hold; empty: not labelled Normal"

@@ -1,0 +1,42 @@
+"""Runs every library notebook, each in a fresh process: what one registers or logs is not there
+for the next. The processes are forked from one that has loaded torch, so that this is cheap.
+
+    python tests/rooms.py [nbs/5_losses …]"""
+
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import house
+
+
+def run_room(path) -> tuple:
+    "(notebook, whether all its cells ran, seconds)."
+    from nbdev.test import test_nb
+
+    os.chdir(path.parent)
+    begun = time.perf_counter()
+    passed = test_nb(path)[0]
+    return path, passed, time.perf_counter() - begun
+
+
+def main(wanted) -> int:
+    import matplotlib.pyplot, nbdev.test, pandas, torch, transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    os.environ["IN_TEST"] = "1"
+    folders = [Path(w).resolve() for w in wanted]
+    rooms = [p for p in house.library_notebooks() if not folders or {p, p.parent} & set(folders)]
+    failed = 0
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for path, passed, seconds in pool.imap_unordered(run_room, rooms, chunksize=1):
+            failed += not passed
+            result = "passed" if passed else "FAILED"
+            print(f"{path.relative_to(house.ROOT)}: {result} in {seconds:.1f} s", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
