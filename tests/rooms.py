@@ -16,6 +16,7 @@ def run_room(path) -> tuple:
     "(notebook, whether all its cells ran, seconds)."
     from nbdev.test import test_nb
 
+    multiprocessing.current_process()._config["daemon"] = False  # a room may start loader processes
     os.chdir(path.parent)
     begun = time.perf_counter()
     passed = test_nb(path)[0]
