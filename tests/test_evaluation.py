@@ -107,6 +107,14 @@ class Fake:
         return "photo missing"
 
 
+def save_sealed(model, folder):
+    "A model's folder with the checksums that make it a checkpoint of a run."
+    from fgclip_nb.training.checkpoints import _seal
+
+    model.save_pretrained(folder)
+    _seal(folder, dict(step=7))
+
+
 def single_caption(samples):
     "One caption a photo and the class name alone as phrase: an oracle can know the right vector."
 
@@ -504,7 +512,7 @@ def sources(tmp_path_factory, photos):
     at = tmp_path_factory.mktemp("sources")
     torch.manual_seed(0)
     fine, clip = FGCLIP(FGCLIPConfig(**SIZES)).eval(), CLIPModel(CLIPConfig(**SIZES)).eval()
-    fine.save_pretrained(at / "run/checkpoints/step_00000007")
+    save_sealed(fine, at / "run/checkpoints/step_00000007")
     clip.save_pretrained(at / "clip")
     (at / "official").mkdir()
     config = json.loads((GOLDENS / "golden_a/config.json").read_text()) | json.loads(
@@ -582,7 +590,7 @@ def test_what_is_no_model_is_said(tmp_path):
 
 
 def test_checkpoint_folders_and_run_folders(model, photos, tmp_path):
-    model.save_pretrained(tmp_path / "run/checkpoints/step_00000007")
+    save_sealed(model, tmp_path / "run/checkpoints/step_00000007")
     for source in (tmp_path / "run", tmp_path / "run/checkpoints/step_00000007"):
         again = load_model(source)
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
