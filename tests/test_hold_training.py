@@ -3,7 +3,7 @@
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, torch
 
 import micro
 
@@ -257,6 +257,7 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
     counters = {k: 0 for k in loop.COUNTERS} | dict(best={})
     data = SimpleNamespace(fingerprint="f")
     s = SimpleNamespace(is_main=True, cfg=cfg, data=data, path=tmp_path, step=1, **counters)
-    s.model = s.optimizer = s.bank = None
+    s.model = torch.nn.Linear(1, 1)  # its weights are named by their fingerprint
+    s.optimizer = s.bank = None
     loop.checkpoint(s)
     assert order.index("metrics.jsonl") < order.index("checkpoint")

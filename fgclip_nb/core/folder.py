@@ -151,10 +151,14 @@ def shown(value) -> str:
     return f"value {value!r:.60}" if single else f"of kind {type(value).__name__}"
 
 
+NOT_FINITE = ("nan", "inf", "-inf")
+
+
 def check_rows(rows, path):
     """Yield table rows (dicts) that hold a whole `step` and single values, each column of one kind.
 
-    DataError, which names file, row and field, for others."""
+    `nan`, `inf` and `-inf` are how JSON lines write numbers that are not finite. DataError, which
+    names file, row and field, for others."""
     of_text = {}
     for number, row in enumerate(rows, 1):
         step = row.get("step")
@@ -167,7 +171,7 @@ def check_rows(rows, path):
                     f"{path}, row {number}: `{name:.60}` is no single value or too large, "
                     f"{shown(value)}"
                 )
-            if value is None:
+            if value is None or value in NOT_FINITE:
                 continue
             if of_text.setdefault(name, isinstance(value, str)) != isinstance(value, str):
                 raise DataError(
