@@ -116,10 +116,10 @@ def file_reader(path):
 
 
 def _video_pairs(value):
-    "Pairs of a file that is one object, or of an entry that is a dict of videos; else None."
+    "Pairs of a file that is one object, or of an unknown entry that is a dict of videos; or None."
     if isinstance(value, Pairs):
         return value
-    if not isinstance(value, dict) or format_of(value):
+    if not isinstance(value, dict):
         return None
     if any(format_of(v, "value") for v in value.values()):
         return Pairs(value.items())
@@ -129,11 +129,12 @@ def _read_json(path, src):
     "Samples of a JSON file, entry by entry."
     for entry in read_entries(path):
         src.entry = entry.where
-        pairs = _video_pairs(entry.value)
+        format = "" if isinstance(entry.value, Pairs) else format_of(entry.value)
+        pairs = None if format else _video_pairs(entry.value)
         if pairs is not None:
             yield from _read_pairs(pairs, src)
         else:
-            yield from _read_row(entry.value, src, format_of(entry.value))
+            yield from _read_row(entry.value, src, format)
 
 
 def read_file(path, src):

@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/2_data/05_source.ipynb #541efa64
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from fgclip_nb.data.samples import Fault, LEVELS, Reject, Sample, shorten
 from fgclip_nb.data.rows import Row
@@ -56,7 +58,7 @@ class Tally:
     entries: int = 0
     kept: int = 0  # entries that became (part of) a sample
     regions: int = 0
-    keys: dict = field(default_factory=dict)  # (file, format, level) -> KeyUse
+    keys: dict = field(default_factory=partial(defaultdict, KeyUse))  # by file, format, level
 
     def counts(self, samples) -> dict:
         "The sums that must agree."
@@ -116,8 +118,7 @@ class Source:
         if self.format in READERS and not READERS[self.format].watched:
             return
         level = level_of(row.field) if level is None else level
-        place = (self.file, self.format, level)
-        self.tally.keys.setdefault(place, KeyUse()).add(row)
+        self.tally.keys[self.file, self.format, level].add(row)
         for inner in row.inner:
             self.watch(inner)
 
