@@ -31,9 +31,12 @@ class EvaluateConfig:
     media_root: str = param(
         "", "folder that image paths start from; empty for the folder of the data file"
     )
-    split: str = param("auto", "split to score; `auto`: val where there is one; `all`: everything")
+    split: str = param(
+        "auto", "split to score; `auto`: what the run held out, else val; `all`: everything"
+    )
     tasks: str = param(
-        "short_retrieval,region_classification,hard_negatives,caption_negatives", "by commas"
+        "short_retrieval,region_phrases,region_classification,hard_negatives,caption_negatives",
+        "by commas",
     )
     labels: str = param(
         "coco80", "classes of region classification: `coco80`, or a file, one per line"

@@ -216,6 +216,30 @@ def hard_negatives_task(encoder, samples, settings):
         {k: r for k, (r, _) in results.items()}, {k: x for k, (_, x) in results.items()}
     )
 
+# %% ../../nbs/7_evaluation/06_tasks.ipynb #82405964
+def region_phrases_task(encoder, samples, settings):
+    """Regions against the distinct phrases of all of them -> TaskResult `phrases`.
+
+    Phrases that differ in case or spaces alone are one."""
+    regions = encode_regions(encoder, samples, lambda r: bool(r.phrase.strip()))
+    phrases = {_fold(r.phrase): r.phrase for _, r in regions.asked()}
+    number = {folded: k for k, folded in enumerate(phrases)}
+    texts = list(phrases.values())
+    features = encoder.texts(texts) if texts else np.zeros((0, 1), np.float32)
+    target = [number[_fold(r.phrase)] for _, r in regions.items]
+    ranked = classify(
+        regions.features, features, target, regions.ids, regions.groups, **settings.permute()
+    )
+    ranked.asked = len(regions.asked())
+    ranked.lost = regions.lost()
+    if not len(ranked):
+        return TaskResult({"phrases": ranked})
+    ranked.detail |= regions.detail() | {
+        "answer": [texts[i] for i in ranked.detail["target"]],
+        "predicted": [texts[i] for i in ranked.detail["predicted"]],
+    }
+    return TaskResult({"phrases": ranked}, {"phrases": {"distinct_phrases": len(texts)}})
+
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #2cef6568
 def _altered_captions(encoder, pairs, images, row, settings):
     "`pairs` [(sample, negative)] whose photo has a `row` (media -> row of images) -> `Ranked`."
@@ -259,6 +283,7 @@ TASKS = {
     "short_retrieval": retrieval_task,
     "long_retrieval": long_retrieval_task,
     "region_classification": region_classification_task,
+    "region_phrases": region_phrases_task,
     "hard_negatives": hard_negatives_task,
     "caption_negatives": caption_negatives_task,
     "classification": classification_task,

@@ -14,6 +14,7 @@ from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import write_rejects
+from fgclip_nb.data.roles import write_roles
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
@@ -115,8 +116,9 @@ def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = Non
 
 # %% ../../nbs/8_training/12_announcement.ipynb #6a772344
 def announce(s: TrainState):
-    "Before the first step: write rejects and manifest, and say what is to be expected."
+    "Before the first step: write rejects, roles and manifest, and say what is to be expected."
     write_rejects(s.data.rejects, s.path / "rejects.jsonl")
+    write_roles(s.path, s.data.train, s.data.val)
     rules = collections.Counter(r.rule for r in s.data.rejects).most_common()
     rejected = ", ".join(f"{rule} {count}" for rule, count in rules) or "nothing"
     s.log.info(

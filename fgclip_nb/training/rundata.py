@@ -9,8 +9,8 @@ __all__ = ['prepare_data', 'data_table', 'retrieval_table']
 import collections, hashlib, json, os
 from dataclasses import dataclass
 import numpy as np
-from fgclip_nb.core.identity import DataError, stable_id
-from fgclip_nb.core.folder import Run, get_logger, resolve_path
+from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import Run, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
@@ -18,6 +18,7 @@ from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import check_media, filter_regions
 from fgclip_nb.data.findings import check_contrast
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
+from fgclip_nb.data.roles import split_samples
 from fgclip_nb.data.splits import add_normal_regions, leave_out, read_names
 
 # %% ../../nbs/8_training/00_rundata.ipynb #488041eb
@@ -54,33 +55,6 @@ def planned_frames(sample, cfg: TrainConfig):
         return sample_frames((first, last), clip_frames(cfg))
     visible = [region_presence(r, first, last) for r in sample.regions]
     return np.unique(np.concatenate(visible or [np.zeros(0, int)]))
-
-# %% ../../nbs/8_training/00_rundata.ipynb #a48c2e3b
-def role_of(split: str, name: str) -> str:
-    """train, val or test: by the sample's split.
-
-    Without a split one in ten validates, by a hash of the sample's id."""
-    if not split:
-        return "val" if stable_id(name) % 10 == 0 else "train"
-    if split.lower() == "test":
-        return "test"
-    return "val" if split.lower() in ("val", "valid", "validation") else "train"
-
-# %% ../../nbs/8_training/00_rundata.ipynb #b83cb162
-def split_samples(samples) -> tuple:
-    """(train, validation) samples; those of a test split are in neither.
-
-    Of memory-mapped shards the columns are read and no sample."""
-    if hasattr(samples, "subset"):
-        names = zip(samples.column("split"), samples.column("id"))
-        roles = np.array([role_of(split, name) for split, name in names])
-        train, val = (np.flatnonzero(roles == role) for role in ("train", "val"))
-        return samples.subset(train), samples.subset(val)
-    roles = [role_of(s.split, s.id) for s in samples]
-    if "test" in roles:
-        get_logger().info(f"{roles.count('test')} samples of the test split are left alone")
-    train, val = ([s for s, r in zip(samples, roles) if r == role] for role in ("train", "val"))
-    return train, val
 
 # %% ../../nbs/8_training/00_rundata.ipynb #6bb9a58e
 def sample_facts(s) -> tuple:
