@@ -23,14 +23,35 @@ def _assigned(source: str) -> list:
     return [n for n in names if not n.startswith("PAPERMILL_")]
 
 # %% ../../nbs/0_core/04_notebook.ipynb #c609803c
+def _names_of(source: str) -> list | None:
+    "Names that a parameters cell assigns; None for another cell, or one that is no Python."
+    if not source.lstrip().startswith("# Parameters"):
+        return None
+    try:
+        return _assigned(source)
+    except SyntaxError:
+        return None
+
+
 def _parameter_cells(namespace: dict) -> list:
-    "Names that each executed cell assigns which begins with `# Parameters`, in their order."
-    executed = namespace.get("In", ())
-    return [_assigned(c) for c in executed if c.lstrip().startswith("# Parameters")]
+    """Names that the parameters cells assign, each cell by its last execution.
+
+    The notebook's own, which says after `# Parameters` whose they are; then papermill's, if it was
+    executed after that."""
+    cells = {}
+    for source in namespace.get("In", ()):
+        names = _names_of(source)
+        if names is None:
+            continue
+        injected = source.strip().splitlines()[0].strip() == "# Parameters"
+        if not injected:
+            cells = {}
+        cells[injected] = names
+    return [cells[k] for k in (False, True) if k in cells]
 
 # %% ../../nbs/0_core/04_notebook.ipynb #2b4775ef
 def notebook_params(namespace: dict) -> dict:
-    """Names assigned in the executed cells that begin with `# Parameters`, with their values.
+    """Names assigned in the cells that begin with `# Parameters`, as last executed, with values.
 
     `namespace` is the notebook's `globals()`."""
     cells = _parameter_cells(namespace)
