@@ -98,6 +98,9 @@ class Expectations:
         rows = [(n, show(v), e) for n, v, e in self.rows]
         return pd.DataFrame(rows, columns=["expected", "value", "why"]).set_index("expected")
 
+    def __repr__(self):
+        return "\n".join(f"{name} = {show(value)}" for name, value, _ in self.rows)
+
     def _repr_html_(self):
         return html_table(["expected", "value", "why"], [(n, show(v), e) for n, v, e in self.rows])
 

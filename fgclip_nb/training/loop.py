@@ -12,7 +12,7 @@ from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, run_folder
 from fgclip_nb.diagnostics.report import conclude
-from fgclip_nb.training.rundata import clip_frames
+from fgclip_nb.training.rundata import RunData, clip_frames
 from fgclip_nb.training.checkpoints import (
     load_optimizer_tensors,
     name_best,
@@ -28,6 +28,7 @@ from fgclip_nb.training.step import record_step, run_step, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
 from fgclip_nb.training.preparation import file_logger, note_trained, open_folder, prepare
+from fgclip_nb.training.progress import Progress
 from fgclip_nb.training.launcher import (
     launch,
     leave_group,
@@ -131,6 +132,7 @@ def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate = s.cfg.gradient_accumulation_steps
     batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
+    progress = Progress(s.log, s.total_steps)
     while s.step < s.total_steps and not s.done:
         with in_company(s):
             norm, culprit, times = timed_step(s, batches)
@@ -140,6 +142,7 @@ def train_loop(s: TrainState, examples, val_examples):
                     validation = validate(s, val_examples)
             s.done = note_validation(s, validation)
             record_step(s, norm, culprit, times, validation)
+            progress.note(s.step, times[1], s.optimizer.param_groups[0]["lr"])
             agree_to_stop(s)
         improved = s.best.get("step") == s.step
         if s.done or improved or s.stop_signal or due(s, s.cfg.save_every):
@@ -182,16 +185,16 @@ def conclude_late(run: Run):
         conclude(run)
 
 # %% ../../nbs/8_training/13_loop.ipynb #05d443aa
-def _train(cfg, accelerator, path, log):
+def _train(cfg, accelerator, path, log, data):
     "A run in this process, its folder being open."
     log.info(f"run folder {path}")
     if accelerator.num_processes > 1:
         wait = group_timeout().total_seconds()
         log.info(f"processes: a wait of more than {wait:.0f} s for another one ends the run")
-    s = prepare(cfg, accelerator, path, log)
+    s = prepare(cfg, accelerator, path, log, data)
     restore(s)
     if s.is_main:
-        announce(s)
+        announce(s, shown=data is not None)
     if s.is_main and s.recorder.board:
         s.recorder.board.start()
     with stop_signals(s):
@@ -202,9 +205,10 @@ def _train(cfg, accelerator, path, log):
     wait_for_the_first(accelerator)
 
 
-def train(cfg: TrainConfig) -> Run:
+def train(cfg: TrainConfig, data: RunData | None = None) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run.
 
+    data: what `prepare_data(cfg)` gave, where that was looked at before; else it is read here.
     A finished one (explicit `output`) stays as it is. Raises `ConfigError` / `DataError` before the
     first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
     `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to
@@ -223,7 +227,7 @@ def train(cfg: TrainConfig) -> Run:
     path, lock = open_folder(cfg, accelerator.is_main_process)
     log, handler = file_logger(path, accelerator.is_main_process)
     try:
-        _train(cfg, accelerator, path, log)
+        _train(cfg, accelerator, path, log, data)
     finally:
         log.removeHandler(handler)
         handler.close()
