@@ -129,8 +129,11 @@ class OptimParams:
         0.98, "second-moment decay of AdamW (official script: 0.999)", 0, 0.999999
     )
     weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
-    lr_warmup_steps: int = param(
-        20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000
+    lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up", 0, 10_000_000)
+    lr_schedule: str = param(
+        "cosine",
+        "after the warm-up: down to zero, or constant, which can go on later",
+        choices=("cosine", "constant"),
     )
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: none", 0, 1e9)
     max_steps: int = param(
@@ -309,12 +312,39 @@ def changed_params(folder, cfg: TrainConfig) -> dict:
         if k in old and k not in NOT_IDENTITY and old[k] != new[k]
     }
 
+# %% ../../nbs/0_core/03_config.ipynb #55a0a345
+LENGTH = ("max_steps", "epochs")  # parameters that only say when a run ends
+
+
+def goes_on(folder, cfg: TrainConfig) -> bool:
+    """Whether `cfg` asks for another length of the run in `folder`, and for nothing else.
+
+    Raises `ConfigError` where its learning rate follows a cosine, unless `allow_changed` names the
+    parameter."""
+    changed = changed_params(folder, cfg)
+    allowed = cfg.allow_changed.split(",")
+    longer = [k for k in changed if k in LENGTH]
+    if not longer or any(k not in LENGTH and k not in allowed for k in changed):
+        return False
+    schedules = {Run(folder).params().get("lr_schedule", "cosine"), cfg.lr_schedule}
+    if schedules != {"constant"} and any(k not in allowed for k in longer):
+        before, now = changed[longer[0]]
+        raise ConfigError(
+            f"`{longer[0]}` is {before} in {folder} and now {now}: its learning rate follows a "
+            f"cosine that ends with the run, so more steps are another run. `-p model {folder}` "
+            "with another `output` starts one from its weights; a run with `lr_schedule constant` "
+            "can always go on"
+        )
+    return True
+
 # %% ../../nbs/0_core/03_config.ipynb #341c3dd4
 def check_params(folder, cfg: TrainConfig):
     """Raise `ConfigError` when the folder was made with other parameters.
 
     Those that `allow_changed` names may differ; of the others both values are shown."""
     allowed = cfg.allow_changed.split(",")
+    if goes_on(folder, cfg):
+        allowed += LENGTH
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}
     if refused:
         reasons = "; ".join(

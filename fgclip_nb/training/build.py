@@ -104,9 +104,11 @@ def parameter_groups(model, weight_decay: float) -> list:
 def learning_rate_at(step: int, cfg: TrainConfig, total: int) -> float:
     """Learning rate of optimiser step `step` of `total`, counted from 1.
 
-    Linear warm-up over `lr_warmup_steps`, then half a cosine down to zero."""
+    Linear warm-up over `lr_warmup_steps`; then half a cosine down to zero, or constant."""
     done = step - 1
     if done < cfg.lr_warmup_steps:
         return cfg.learning_rate * done / max(1, cfg.lr_warmup_steps)
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
     share = (done - cfg.lr_warmup_steps) / max(1, total - cfg.lr_warmup_steps)
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
