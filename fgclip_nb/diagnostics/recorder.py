@@ -8,7 +8,7 @@ __all__ = ['Recorder']
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fbda01ca
 import os
 from pathlib import Path
-from fgclip_nb.core.folder import get_logger, read_jsonl
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
@@ -160,12 +160,6 @@ def finished_row(columns: dict, max_grad_norm: float) -> dict:
         row["clipped"] = 0 < max_grad_norm < row["grad_norm"]
     return row
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #a591cb1e
-def forwards_so_far(metrics: JsonLines) -> int:
-    "Region forwards up to the last line of the file; 0 without a file or without lines."
-    last = list(read_jsonl(metrics.path))[-1:] if metrics.path.exists() else []
-    return int(last[0].get("forwards", 0)) if last else 0
-
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #bae281fe
 class Recorder:
     """Writes a run folder's metrics.jsonl, timing.jsonl, TensorBoard events and log lines.
@@ -189,14 +183,15 @@ class Recorder:
         self.probe = UpdateProbe()
 
     def truncate(self, step: int):
-        "Cut all files back to `step` before training goes on from its checkpoint."
-        for file in (self.metrics, self.timing):
-            file.truncate(step)
+        """Cut all files back to `step` before training goes on from its checkpoint.
+
+        Region forwards are counted on from where the metrics then end."""
+        self.timing.truncate(step)
+        self.forwards = int(self.metrics.truncate(step).get("forwards", 0))
         if self.board:
             self.board.close()
             self.board.purge = step + 1
         self.last_step = step
-        self.forwards = forwards_so_far(self.metrics)
 
     def close(self):
         for file in (self.metrics, self.timing, self.board):
