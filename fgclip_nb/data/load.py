@@ -19,6 +19,7 @@ from fgclip_nb.data.entries import Pairs, open_text, read_entries
 from fgclip_nb.data.readers import READERS, reader_of, readers_of
 from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.shards import is_sharded, open_shards
+from fgclip_nb.data.world import is_world, world_options, world_samples
 
 # rooms that have readers
 REGISTERED = (coco, formats, label_studio, ucf_crime, video_formats, web_formats)
@@ -198,6 +199,8 @@ def data_files(path) -> list:
         return [pair for p in path for pair in data_files(p)]
     if isinstance(path, str) and path in ("sample", "video_sample"):
         return [(sample_path(path), "")]
+    if is_world(path):
+        return [(path, "")]
     path = Path(path).expanduser()
     if path.is_dir():
         return _folder_files(path)
@@ -214,6 +217,16 @@ def id_folders(files, media_root=None) -> dict:
         return dict.fromkeys(folders, "")
     common = os.path.commonpath(folders)
     return {f: "" if f == common else Path(os.path.relpath(f, common)).as_posix() for f in folders}
+
+# %% ../../nbs/2_data/11_load.ipynb #11b1002c
+def _made_samples(address, tally):
+    "The samples of a made world, counted."
+    tally.formats[address] = "world"
+    for sample in world_samples(world_options(address)):
+        tally.entries += 1
+        tally.kept += 1
+        tally.regions += len(sample.regions)
+        yield sample
 
 # %% ../../nbs/2_data/11_load.ipynb #07dba6b4
 def iter_samples(path, media_root=None, tally=None, split="auto"):
@@ -234,7 +247,9 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
         own = before_ids[os.path.realpath(Path(file).parent)]
         src = Source(file, root, tally, split, own)
         src.entry, src.coco, src.crepe = where, images, crepe
-        if os.path.isfile(file):
+        if is_world(file):
+            yield from _made_samples(file, tally)
+        elif os.path.isfile(file):
             yield from read_file(file, src)
         else:
             _read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
@@ -307,15 +322,15 @@ def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
     """(samples, rejects) of a data set in any known format.
 
     `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards
-    (then `samples` is a memory-mapped sequence), or `"sample"` (151 shipped photos) or
-    `"video_sample"` (23 shipped clips). `media_root`: where media paths start; default each data
-    file's own folder. Nothing under it is opened but clips of Label Studio, which numbers frames in
-    its own way. `samples` is a list with `.formats` and `.counts`; entries and regions kept plus
-    those rejected are what was read. `missing`: what becomes of samples without their media:
-    reject, keep, or auto = keep when not a single one exists. `split`: part of entries that name
-    none: by the file's name (auto, which is told), none, train, val or test. Keys that no reader
-    asks for are rejects without a loss, rule `unread_content` or `unread_key`. Raises `DataError`
-    when path or media root does not exist."""
+    (then `samples` is a memory-mapped sequence), `"sample"` (151 shipped photos), `"video_sample"`
+    (23 shipped clips), or `"world"` (made scenes, `world_options`). `media_root`: where media paths
+    start; default each data file's own folder. Nothing under it is opened but clips of Label
+    Studio, which numbers frames in its own way. `samples` is a list with `.formats` and `.counts`;
+    entries and regions kept plus those rejected are what was read. `missing`: what becomes of
+    samples without their media: reject, keep, or auto = keep when not a single one exists. `split`:
+    part of entries that name none: by the file's name (auto, which is told), none, train, val or
+    test. Keys that no reader asks for are rejects without a loss, rule `unread_content` or
+    `unread_key`. Raises `DataError` when path or media root does not exist."""
     if split not in SPLITS:
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     if is_sharded(path):
