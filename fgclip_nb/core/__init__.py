@@ -9,6 +9,7 @@ ROOMS = {
     "Run": ".folder",
     "TrainConfig": ".config",
     "get_logger": ".folder",
+    "meant_for": ".folder",
     "note_notebook": ".notebook",
     "notebook_params": ".notebook",
     "param": ".params",

@@ -26,7 +26,7 @@ class DataParams:
     "What is read and what is rejected."
 
     data: str = param(
-        "sample", "`sample`, `video_sample`, or a file, list or folder in any known format"
+        "sample", "`sample`, `video_sample`, `world:size=2000`, or a file, list or folder"
     )
     media_root: str = param("", "folder that media paths start from; empty: that of the data file")
     test_data: str = param("", "media never trained on: a data set, or a .txt list of names")

@@ -130,23 +130,32 @@ def read_json(path, kind=dict):
     return content
 
 # %% ../../nbs/0_core/01_folder.ipynb #9b06b5d2
-def read_yaml(path) -> dict:
-    "A YAML file of names and values; empty where there is none, DataError for anything else."
+def yaml_value(text: str):
+    "What a short YAML text says; ValueError for one that is broken, endless or deep."
     import yaml
 
+    if len(text) > 1 << 16:
+        raise ValueError(f"{len(text):,} letters are more than {1 << 16:,}")
+    if text.count("[") + text.count("{") > 1000:
+        raise ValueError("more than a thousand brackets")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has references (*name), which are not read")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(plain_line(e)) from e
+
+
+def read_yaml(path) -> dict:
+    "A YAML file of names and values; empty where there is none, DataError for anything else."
     path = Path(path)
     if not path.exists():
         return {}
     try:
-        if (size := path.stat().st_size) > 1 << 16:
-            raise ValueError(f"{size:,} bytes are more than {1 << 16:,}")
-        text = path.read_text(encoding="utf-8")
-        if text.count("[") + text.count("{") > 1000:
-            raise ValueError("more than a thousand brackets")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has references (*name), which are not read")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, OSError, ValueError, RecursionError, LookupError, TypeError) as e:
+        if (size := path.stat().st_size) > 1 << 18:
+            raise ValueError(f"{size:,} bytes are more than {1 << 18:,}")
+        content = yaml_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
         raise DataError(f"{path}: not readable YAML ({plain_line(e)})") from e
     if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
         raise DataError(f"{path}: names with their values are needed, not this")
@@ -241,25 +250,28 @@ def checkpoint_state(folder) -> dict:
 
 
 def checkpoint_fault(folder) -> str:
-    "What is wrong with a checkpoint folder, or an empty string."
-    try:
-        files = json.loads((folder / "state.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"state.json cannot be read ({type(e).__name__})"
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
+    "What is wrong with a checkpoint folder, or an empty string: no file of weights is unsealed."
+    sums = checkpoint_state(folder).get("files")
+    if not isinstance(sums, dict) or not sums:
+        return "state.json cannot be read, or has no checksums"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    if lacking := sorted(sums.keys() - present):
+        return f"{lacking[0]} is missing"
+    for name in sorted(present - sums.keys()):
+        if name.endswith((".safetensors", ".bin")):
+            return f"{name} has no checksum"
+    for name, digest in sums.items():
         if sha256_file(folder / name) != digest:
             return f"{name} does not match its checksum"
     return ""
 
 
-def newest_sound(checkpoints, log):
+def newest_sound(checkpoints, log, fault_of=checkpoint_fault):
     """The newest sound one of (step, folder) pairs in order, or None.
 
-    Unsound ones are named in the log with what is wrong."""
+    Unsound ones are named in the log with what is wrong. `fault_of`: folder -> that, or ''."""
     for step, folder in reversed(checkpoints):
-        fault = checkpoint_fault(folder)
+        fault = fault_of(folder)
         if not fault:
             return step, folder
         log.warning(f"checkpoint {folder.name} is not used: {fault}")

@@ -6,9 +6,10 @@
 __all__ = ['param']
 
 # %% ../../nbs/0_core/02_params.ipynb #78a9f515
-import contextlib, dataclasses, difflib, math, types, typing
+import contextlib, dataclasses, difflib, math, re, types, typing
 from dataclasses import dataclass, field
 from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.plain import plain_line
 
 # %% ../../nbs/0_core/02_params.ipynb #dabc65cc
 def param(default, help: str, low=None, high=None, choices=None):
@@ -21,6 +22,16 @@ def plain_types(annotation) -> tuple:
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 # %% ../../nbs/0_core/02_params.ipynb #a9c430e7
+FLOAT_INTS = 2**1023  # integers below it become floats
+
+
+def short(value) -> str:
+    "A value as it is written in Python, at most some eighty letters of it."
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return plain_line(f"{value!r:.80}")
+
+
 def typed_value(name, value, annotation):
     """The value as its annotation says: int, float, str or bool, perhaps `| None`.
 
@@ -28,43 +39,48 @@ def typed_value(name, value, annotation):
     allowed = plain_types(annotation)
     if value is None and types.NoneType in allowed:
         return None
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     kind = next(t for t in allowed if t is not types.NoneType)
+    if kind is float and isinstance(value, int) and abs(value) < FLOAT_INTS:
+        value = value if isinstance(value, bool) else float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     if kind in (int, float) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             return kind(value)
     raise ConfigError(
-        f"parameter `{name}` = {value!r} is a {type(value).__name__}, not a {kind.__name__}"
+        f"parameter `{name}` = {short(value)} is a {type(value).__name__}, not a {kind.__name__}"
     )
 
 # %% ../../nbs/0_core/02_params.ipynb #5361e5b3
 def nearest(name, known) -> str:
     "The sentence `; did you mean X?` for the closest known name, or nothing."
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:100], list(known), n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 # %% ../../nbs/0_core/02_params.ipynb #26baed61
 def check_range(name, value, meta):
-    "Raise when a typed value is not finite, out of its range or not one of its choices."
+    "Raise when a typed value is not finite, out of its range, no text or none of its choices."
     low, high, choices = meta["low"], meta["high"], meta["choices"]
     if value is None:
         return
     if choices and value not in choices:
         raise ConfigError(
-            f"parameter `{name}` = {value!r} must be one of {', '.join(choices)}"
+            f"parameter `{name}` = {short(value)} must be one of {', '.join(choices)}"
             f"{nearest(value, choices)}"
+        )
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(
+            f"parameter `{name}` = {short(value)} holds what no path or text can hold"
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if (
-            not math.isfinite(value)
+            value != value
+            or value in (math.inf, -math.inf)
             or (low is not None and value < low)
             or (high is not None and value > high)
         ):
             raise ConfigError(
-                f"parameter `{name}` = {value!r} is outside its range [{low}, {high}]: "
+                f"parameter `{name}` = {short(value)} is outside its range [{low}, {high}]: "
                 f"{meta['help']}"
             )
 
@@ -73,7 +89,9 @@ def check_names(params: dict, known):
     "Raise `ConfigError` for the first name that is not among the known ones."
     for name, value in params.items():
         if name not in known:
-            raise ConfigError(f"unknown parameter `{name}` = {value!r}{nearest(name, known)}")
+            raise ConfigError(
+                f"unknown parameter `{short(name)[1:-1]}` = {short(value)}{nearest(name, known)}"
+            )
 
 # %% ../../nbs/0_core/02_params.ipynb #71fd1a3e
 def check_values(config):

@@ -7,10 +7,12 @@ __all__ = ['convert']
 
 # %% ../../nbs/2_data/12_conversion.ipynb #004b78cf
 import dataclasses, json, os
+from io import BytesIO
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import Fault, Sample, sample_reject
+from fgclip_nb.data.drawing import drawn_photo
 from fgclip_nb.data.source import Tally
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shards import no_bars, shard_features, to_row
@@ -97,12 +99,22 @@ class ShardWriter:
         return totals
 
 # %% ../../nbs/2_data/12_conversion.ipynb #2c40aa62
+def _media_bytes(media) -> bytes:
+    "The file's bytes; of a made picture, which is no file, a PNG."
+    drawn = drawn_photo(media)
+    if drawn is None:
+        return Path(media).read_bytes()
+    png = BytesIO()
+    drawn.save(png, "PNG")
+    return png.getvalue()
+
+
 def _embedded(sample) -> Sample:
     "The sample with its image's bytes; a Fault when they cannot be read. Videos stay references."
     if sample.kind == "video":
         return sample
     try:
-        data = Path(sample.media).read_bytes()
+        data = _media_bytes(sample.media)
     except OSError as e:
         raise Fault("media", sample.media, f"cannot be read: {e.strerror}", "missing_media") from e
     if not data:

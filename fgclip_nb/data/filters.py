@@ -23,6 +23,7 @@ from fgclip_nb.data.samples import (
     shorten,
     visible_spans,
 )
+from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.shards import ShardedSequence
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video_index import video_info
@@ -332,7 +333,7 @@ def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) 
 # %% ../../nbs/2_data/19_filters.ipynb #892959f9
 def media_fault(sample) -> Fault | None:
     "Why a sample's photo or video cannot be used, or None."
-    if sample.data is None and not Path(sample.media).is_file():
+    if sample.data is None and not is_made(sample.media) and not Path(sample.media).is_file():
         return Fault("media", sample.media, "no such file", "missing_media")
     try:
         if sample.kind == "video":

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.drawing import drawn_photo
 
 # %% ../../nbs/2_data/03a_photos.ipynb #a32402ef
 def _to_rgb(image):
@@ -43,7 +44,8 @@ def _open_image(path):
     "An opened, not yet decoded PIL image whose size is within PIL.Image.MAX_IMAGE_PIXELS."
     from PIL import Image
 
-    image, limit = Image.open(path), Image.MAX_IMAGE_PIXELS
+    image = path if isinstance(path, Image.Image) else Image.open(path)
+    limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
         raise ValueError(
             f"{image.width} x {image.height} pixels are more than "
@@ -53,7 +55,12 @@ def _open_image(path):
 
 # %% ../../nbs/2_data/03a_photos.ipynb #acfb2a3a
 def _picture_source(path):
-    "(what Pillow opens, name for messages) of a path, or of a picture file's bytes as in shards."
+    """(what Pillow opens, name for messages) of a path or of a picture file's bytes.
+
+    A made picture is drawn, its address is its name."""
+    drawn = drawn_photo(path)
+    if drawn is not None:
+        return drawn, path
     if not isinstance(path, bytes):
         return (existing_file(path),) * 2
     if not path:
@@ -66,8 +73,8 @@ def read_image(path, size=None):
 
     `size` (pixels) squashes it to (size,size,3) with Pillow's bicubic filter, as the reference
     does. Any mode is accepted: palette, CMYK, 16-bit grey, alpha (laid on white). `path` may also
-    be the bytes of such a file. Raises DataError naming the file when it is missing, empty, no
-    image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS."""
+    be the bytes of such a file, or the address of a made picture. Raises DataError naming the file
+    when it is missing, empty, no image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS."""
     from PIL import Image, ImageOps
 
     source, path = _picture_source(path)

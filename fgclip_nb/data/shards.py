@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.samples import CaptionNegative, Keyframe, Negatives, Region, Sample
 
 # %% ../../nbs/2_data/10_shards.ipynb #344653da
@@ -109,7 +110,7 @@ def from_row(row, root) -> Sample:
         captions=tuple(row["captions"]),
         span=_tuple(row["span"]),
         caption_negatives=tuple(CaptionNegative(**n) for n in row["caption_negatives"]),
-        media=os.path.join(root, row["media"]),
+        media=row["media"] if is_made(row["media"]) else os.path.join(root, row["media"]),
     )
     return Sample(**{**row, **changed})
 

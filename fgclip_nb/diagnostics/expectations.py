@@ -9,6 +9,7 @@ __all__ = ['show', 'Expectations', 'expect']
 import math
 from dataclasses import dataclass
 from fgclip_nb.core.identity import stable_id
+from fgclip_nb.core.plain import escape_html
 from fgclip_nb.core.config import epochs_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
 
@@ -57,11 +58,6 @@ def show(value) -> str:
     return f"{value:,}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #5b8988c1
-def escape_html(text) -> str:
-    "Any value as text inside an HTML element."
-    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 def html_table(head, rows, styles=None) -> str:
     "A plain HTML table of values; `styles` maps (row, column) to a CSS declaration."
     styles = styles or {}

@@ -6,9 +6,8 @@
 __all__ = ['chance_level']
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #ed298566
-import json, math, struct
+import json, math, os, struct
 from pathlib import Path
-from fgclip_nb.core.folder import read_jsonl, write_atomic
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -47,6 +46,34 @@ def jsonable(row: dict) -> dict:
         return row
     return {k: str(v) if k in bad else v for k, v in row.items()} | {"nonfinite": ",".join(bad)}
 
+# %% ../../nbs/6_diagnostics/00_numbers.ipynb #81186b7e
+def rows_until(path, last_step: int):
+    """Yield (bytes up to the end of its line, row) of a metrics file up to `last_step`.
+
+    It ends at the first line that is no row of a later step than the one before it."""
+    end = before = 0
+    for line in open(path, "rb") if Path(path).exists() else ():
+        end += len(line)
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return
+        if type(step) is not int or not before < step <= last_step or line[-1:] != b"\n":
+            return
+        before = step
+        yield end, row
+
+
+def whole_steps(path) -> int:
+    "The step up to which a metrics file has a row for every step from 1; 0 where it has none."
+    whole = 0
+    for _, row in rows_until(path, 2**53):
+        if row["step"] != whole + 1:
+            break
+        whole += 1
+    return whole
+
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #e9bc71cb
 class JsonLines:
     "An append-only JSON-lines file, flushed line by line."
@@ -62,13 +89,15 @@ class JsonLines:
         self.file.write(json.dumps(jsonable(row)) + "\n")
         self.file.flush()
 
-    def truncate(self, step: int):
-        "Keep the lines up to `step`, and drop a torn last line."
+    def truncate(self, step: int) -> dict:
+        "Cut the file behind `step`, or behind its last sound line; returns that row, {} for none."
         self.close()
-        if not self.path.exists():
-            return
-        kept = [json.dumps(r) + "\n" for r in read_jsonl(self.path) if r["step"] <= step]
-        write_atomic(self.path, "".join(kept))
+        end, last = 0, {}
+        for end, last in rows_until(self.path, step):
+            pass
+        if self.path.exists() and end < self.path.stat().st_size:
+            os.truncate(self.path, end)
+        return last
 
     def close(self):
         if self.file is not None:

@@ -7,10 +7,11 @@ __all__ = ['verdict_table', 'report_html', 'conclude']
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #846e322d
 import json
+from fgclip_nb.core.plain import escape_html, plain_line
 from fgclip_nb.core.folder import Run, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
-from fgclip_nb.diagnostics.expectations import escape_html, html_table, show
+from fgclip_nb.diagnostics.expectations import html_table, show
 from fgclip_nb.diagnostics.rules import Evidence, candidates, chance
 from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
@@ -46,11 +47,12 @@ class VerdictTable:
         return f"<p><b>{escape_html(headline(self.judged))}</b></p>{table}"
 
     def __repr__(self):
-        lines = [headline(self.judged)]
+        lines = [plain_line(headline(self.judged))]
         others = [v.name.replace("_", " ") for v in by_cause(self.judged)[1:]]
         if others:
             lines.append(f"Also tripped: {', '.join(others)}.")
-        for name, value, _, result, why, action in self.rows():
+        rows = [map(plain_line, row) for row in self.rows()]
+        for name, value, _, result, why, action in rows:
             lines.append(f"  {result:<15}{name:<26}{value:<27} {why}")
             if action:
                 lines[-1] += f"\n{'':70}→ {action}"

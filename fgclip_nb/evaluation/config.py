@@ -27,7 +27,7 @@ class EvaluateConfig:
         "tiny", "run, checkpoint or CLIP folder, hub id, OpenAI file, features, or preset"
     )
     baseline: str = param("", "a second model to compare with on the same items; empty: none")
-    data: str = param("sample", "data set: `sample`, or a file or folder in any known format")
+    data: str = param("sample", "`sample`, `world`, or a file or folder in any known format")
     media_root: str = param(
         "", "folder that image paths start from; empty for the folder of the data file"
     )

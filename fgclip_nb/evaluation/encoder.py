@@ -13,6 +13,7 @@ import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
 from fgclip_nb.data.inputs import clip_inputs
 from fgclip_nb.data.photos import normalize, read_image
+from fgclip_nb.data.scenes import is_made
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #3d42a792
 def vision_size(model):
@@ -67,7 +68,9 @@ def encoded_of(item):
 
 def why_unread(item):
     "Why a photo or clip (sample or path) has no feature: `photo missing`, `clip unreadable`, …"
-    there = getattr(item, "data", None) is not None or Path(media_of(item)).is_file()
+    media = media_of(item)
+    embedded = getattr(item, "data", None) is not None
+    there = embedded or is_made(media) or Path(media).is_file()
     return f"{'clip' if is_clip(item) else 'photo'} {'unreadable' if there else 'missing'}"
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #614cf6c4

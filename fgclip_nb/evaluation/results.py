@@ -18,6 +18,7 @@ from fgclip_nb.core.identity import (
     stable_id,
     versions,
 )
+from fgclip_nb.core.plain import cell_as_written, csv_text
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
 from fgclip_nb.evaluation.captions import as_encoder
@@ -196,8 +197,8 @@ def _ranked_from(frame, task):
     elif task.endswith(("classification", "phrases")):
         ks = (1, 5)
     return Ranked(
-        frame["id"].astype(str).tolist(),
-        frame["group"].astype(str).tolist(),
+        [cell_as_written(v) for v in frame["id"]],
+        [cell_as_written(v) for v in frame["group"]],
         frame["rank"].to_numpy(),
         frame["options"].to_numpy(),
         frame["right"].to_numpy(),
@@ -216,8 +217,8 @@ def save_evaluation(evaluation, folder, dataset=""):
     whole = {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
     text = json.dumps(whole, indent=1, ensure_ascii=False, default=float) + "\n"
     write_atomic(folder / "evaluation.json", text)
-    write_atomic(folder / "evaluation.csv", evaluation.table().to_csv(index=False))
-    write_atomic(folder / "items.csv", _items_frame(evaluation.items).to_csv(index=False))
+    write_atomic(folder / "evaluation.csv", csv_text(evaluation.table()))
+    write_atomic(folder / "items.csv", csv_text(_items_frame(evaluation.items)))
     name, weights = evaluation.manifest["model"], evaluation.manifest.get("weights", "")
     files = benchmark_files(evaluation.results, name, weights[:12], dataset or "data")
     for file, entry in files.items():

@@ -7,7 +7,7 @@ __all__ = ['LossTerm']
 
 # %% ../../nbs/5_losses/02_terms.ipynb #a14a68aa
 import dataclasses, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ class LossTerm:
     loss: 0-dim, differentiable. in_batch: 0-dim, detached, the loss among the batch's candidates.
     candidates: offered to each row, masked ones included (hard negatives: mean over groups);
     candidates_in_batch: those of the batch. measures: (len(MEASURES),), detached.
-    dropped: left out, rows without direction or groups with such a row or without a negative."""
+    dropped: left out, rows without direction or groups with such a row or without a negative.
+    details: what only this kind of loss has, name -> 0-dim, detached."""
 
     loss: Tensor
     in_batch: Tensor
@@ -77,6 +78,7 @@ class LossTerm:
     rows: int
     measures: Tensor
     dropped: int = 0
+    details: dict = field(default_factory=dict)
 
     chance = measure_property("chance")
     chance_in_batch = measure_property("chance_in_batch")
@@ -96,9 +98,10 @@ class LossTerm:
         counts = {
             f.name: float(torch.as_tensor(getattr(self, f.name)).detach())
             for f in dataclasses.fields(self)
-            if f.name != "measures"
+            if f.name not in ("measures", "details")
         }
-        return counts | {k: v for k, v in self.values.items() if not math.isnan(v)}
+        details = {name: float(x) for name, x in self.details.items()}
+        return counts | details | {k: v for k, v in self.values.items() if not math.isnan(v)}
 
 # %% ../../nbs/5_losses/02_terms.ipynb #91611f21
 def empty_term(zero: Tensor, dropped: int = 0) -> LossTerm:

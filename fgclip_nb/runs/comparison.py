@@ -11,6 +11,7 @@ import statistics as st
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.plain import literal
 from fgclip_nb.core.folder import Run
 from fgclip_nb.core.config import NOT_IDENTITY, known_parameters
 from fgclip_nb.diagnostics.expectations import show
@@ -24,6 +25,7 @@ from fgclip_nb.diagnostics.canvas import (
     PURPLE,
     RED,
     empty_axes,
+    label_axes,
     new_figure,
 )
 from fgclip_nb.diagnostics.report import expected_and_observed
@@ -272,7 +274,7 @@ class Comparison:
         columns = list(dict.fromkeys(k for r in self.rows for k in r)) or ["run"]
         frame = pd.DataFrame(self.rows, columns=columns).set_index("run")
         for i, (k, v) in enumerate(varying.items()):
-            frame.insert(i, k, v)
+            frame.insert(i, k, v, allow_duplicates=True)
         return frame
 
     @property
@@ -316,13 +318,15 @@ def _overlay(ax, grouped, column):
             continue
         t = pd.concat(series, axis=1).sort_index()
         t = t.interpolate(method="index", limit_area="inside")  # not every step has every term
-        ax.plot(t.index, t.mean(axis=1), color=colour, lw=2, label=f"{label} ({len(series)})")
+        ax.plot(
+            t.index, t.mean(axis=1), color=colour, lw=2, label=literal(f"{label} ({len(series)})")
+        )
         if len(series) > 1:
             ax.fill_between(t.index, t.min(axis=1), t.max(axis=1), color=colour, alpha=0.2, lw=0)
     over_chance = column.endswith("/chance")
     if over_chance:
         ax.axhline(1, color=GREY, ls="--", lw=1.2)
-    ax.set(title=column, xlabel="optimiser step", ylabel="loss / chance" if over_chance else column)
+    label_axes(ax, column, "loss / chance" if over_chance else column)
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #cfe34424
 def plot_runs(runs, columns=("global/chance", "region/chance", "hard/chance", "val_r10")):

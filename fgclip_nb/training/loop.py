@@ -7,91 +7,22 @@ __all__ = ['train']
 
 # %% ../../nbs/8_training/13_loop.ipynb #20002ce2
 import atexit, json, signal, time
-from safetensors.torch import load_file
-from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
-from fgclip_nb.core.config import TrainConfig, check_params, run_folder
+from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
 from fgclip_nb.diagnostics.report import conclude
 from fgclip_nb.training.rundata import RunData, clip_frames
-from fgclip_nb.training.checkpoints import (
-    load_optimizer_tensors,
-    name_best,
-    newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    sync,
-)
 from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
 from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
 from fgclip_nb.training.step import record_step, run_step, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
-from fgclip_nb.training.preparation import file_logger, note_trained, open_folder, prepare
+from fgclip_nb.training.preparation import file_logger, open_folder, prepare
 from fgclip_nb.training.progress import Progress
-from fgclip_nb.training.launcher import (
-    launch,
-    leave_group,
-    settle_processes,
-    under_launcher,
-    wait_for_the_first,
-)
+from fgclip_nb.training.parent import end_with_parent, under_launcher
+from fgclip_nb.training.launcher import launch, leave_group, settle_processes, wait_for_the_first
 from fgclip_nb.training.announcement import announce
-
-# %% ../../nbs/8_training/13_loop.ipynb #68fc960d
-COUNTERS = ("forwards", "bad_in_a_row", "skipped", "loads", "load_rejects", "best")
-
-
-def checkpoint(s: TrainState):
-    """Save the state after a step and remove what is no longer kept.
-
-    The lines of metrics are on the disk before the checkpoint that counts on them."""
-    if not s.is_main:
-        return
-    state = dict(
-        params=s.cfg.as_dict(),
-        data=s.data.fingerprint,
-        versions=versions(),
-        weights=weights_fingerprint(s.model),
-        **{k: getattr(s, k) for k in COUNTERS},
-    )
-    for name in ("metrics.jsonl", "timing.jsonl"):
-        if (s.path / name).exists():
-            sync(s.path / name)
-    sync(s.path)
-    save_checkpoint(s.path, s.step, s.model, s.optimizer, s.bank, state)
-    name_best(s.path, s.best)
-    prune_checkpoints(s.path, s.cfg.keep_checkpoints, s.best.get("step"))
-    note_trained(s.path)
-
-
-def restore(s: TrainState):
-    """Continue from the newest sound checkpoint, if there is one.
-
-    Raises `ConfigError` for another data fingerprint, unless `allow_changed` names `data`."""
-    newest = newest_checkpoint(s.path, s.log)
-    if newest:
-        step, folder, state = newest
-        if state["data"] != s.data.fingerprint and "data" not in s.cfg.allow_changed.split(","):
-            raise ConfigError(
-                f"{folder} was trained on other data (fingerprint {state['data']}, now "
-                f"{s.data.fingerprint}): restore them, give another `output`, or name `data` in "
-                "`allow_changed`"
-            )
-        s.model.load_state_dict(load_file(folder / "model.safetensors"))
-        load_optimizer_tensors(s.model, s.optimizer, load_file(folder / "optimizer.safetensors"))
-        if s.bank is not None:
-            s.bank.load_state_dict(load_file(folder / "bank.safetensors"))
-        for k in COUNTERS:
-            setattr(s, k, state[k])
-        s.step = step
-        s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
-        s.log.info(
-            f"resumed from {folder.name} ({s.total_steps - step} of {s.total_steps} steps to go)"
-        )
-    if s.is_main:
-        name_best(s.path, s.best)
-        s.recorder.truncate(s.step)
+from fgclip_nb.training.resuming import checkpoint, restore
 
 # %% ../../nbs/8_training/13_loop.ipynb #77afecb4
 def due(s: TrainState, every: int) -> bool:
@@ -184,6 +115,27 @@ def conclude_late(run: Run):
         get_logger().info(f"{run.path} has no report: it is written now")
         conclude(run)
 
+# %% ../../nbs/8_training/13_loop.ipynb #92794b25
+def settled(run: Run, cfg: TrainConfig) -> bool:
+    """Whether a run is finished and `cfg` asks for nothing more of it, which is said.
+
+    Raises `ConfigError` for other parameters than the run's. A finished run of which more steps are
+    asked is opened again."""
+    if not run.finished:
+        return False
+    check_params(run.path, cfg)
+    if goes_on(run.path, cfg):
+        (run.path / "finished.json").unlink(missing_ok=True)  # several processes come here
+        return False
+    conclude_late(run)
+    done = run.summary()
+    get_logger().info(
+        f"{run.path} is finished ({done['steps']} of {done['of']} steps): nothing is trained, what "
+        f"follows shows that run. Another `output` with `-p model {run.path}` starts from its "
+        "weights"
+    )
+    return True
+
 # %% ../../nbs/8_training/13_loop.ipynb #05d443aa
 def _train(cfg, accelerator, path, log, data):
     "A run in this process, its folder being open."
@@ -209,16 +161,15 @@ def train(cfg: TrainConfig, data: RunData | None = None) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run.
 
     data: what `prepare_data(cfg)` gave, where that was looked at before; else it is read here.
-    A finished one (explicit `output`) stays as it is. Raises `ConfigError` / `DataError` before the
-    first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
-    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to
-    lower, `OSError` when a checkpoint cannot be written.
-    With `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
+    A finished one (explicit `output`) stays as it is, or goes on (`settled`). Raises `ConfigError`,
+    `DataError` before the first step, `Interrupted` after a signal (state saved),
+    `FloatingPointError` after `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the
+    batch and the parameter to lower, `OSError` when a checkpoint cannot be written. With
+    `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
+    if under_launcher():
+        end_with_parent()
     cfg = settle_processes(cfg)
-    if cfg.output and Run(run_folder(cfg)).finished:
-        check_params(run_folder(cfg), cfg)
-        conclude_late(Run(run_folder(cfg)))
-        get_logger().info(f"{run_folder(cfg)} is finished: nothing to do")
+    if cfg.output and settled(Run(run_folder(cfg)), cfg):
         return Run(run_folder(cfg))
     if cfg.processes > 1 and not under_launcher():
         return launch(cfg)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/05_reading.ipynb #435e3da0
-import dataclasses
+import dataclasses, re, signal, threading
 from dataclasses import dataclass
 import torch
 from fgclip_nb.core.identity import DataError
@@ -98,6 +98,20 @@ def count_rejects(s: TrainState, rejects, samples: int):
         )
 
 # %% ../../nbs/8_training/05_reading.ipynb #3bd24f35
+DEATH = re.compile(r"DataLoader worker \(pid")  # an error inside of one begins with `Caught`
+
+
+def started(loader):
+    """An iterator over a loader, whose death torch tells only to who asks it for a batch.
+
+    Left alone, torch raises the error from a signal handler wherever the process happens to be."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return batches
+
+
 def read_batches(s: TrainState, examples, first: int, last: int):
     """Yield the batches `first`..`last`-1 of this process in order; None for one without a sample.
 
@@ -106,14 +120,14 @@ def read_batches(s: TrainState, examples, first: int, last: int):
     deaths = 0
     while k < last:
         try:
-            for batch, rejects, samples in make_loader(s, examples, k, last):
+            for batch, rejects, samples in started(make_loader(s, examples, k, last)):
                 count_rejects(s, rejects, samples)
                 k += 1
                 deaths = 0
                 yield batch
         except RuntimeError as e:
             deaths += 1
-            if "DataLoader worker" not in str(e) or deaths > 3:
+            if not DEATH.match(str(e)) or deaths > 3:
                 raise
             held = ", ".join(batch_names(s, range(k, min(last, k + 2 * s.cfg.num_workers))))
             s.log.warning(

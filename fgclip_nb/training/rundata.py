@@ -6,12 +6,13 @@
 __all__ = ['prepare_data', 'data_table', 'retrieval_table']
 
 # %% ../../nbs/8_training/00_rundata.ipynb #2cfd99b0
-import collections, hashlib, json, os
+import collections, hashlib, json, os, zlib
 from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, resolve_path
 from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.data.drawing import drawn_photo
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
@@ -57,9 +58,17 @@ def planned_frames(sample, cfg: TrainConfig):
     return np.unique(np.concatenate(visible or [np.zeros(0, int)]))
 
 # %% ../../nbs/8_training/00_rundata.ipynb #6bb9a58e
+def media_state(media) -> int:
+    "Size of a file in bytes, -1 where there is none; of a made picture a checksum of its pixels."
+    drawn = drawn_photo(media)
+    if drawn is not None:
+        return zlib.crc32(drawn.tobytes())
+    return os.path.getsize(media) if os.path.exists(media) else -1
+
+
 def sample_facts(s) -> tuple:
-    "What a fingerprint is taken over: name, size of the media (bytes), texts, split, boxes."
-    size = os.path.getsize(s.media) if os.path.exists(s.media) else -1
+    "What a fingerprint is taken over: name, state of the media, texts, split, boxes."
+    size = media_state(s.media)
     regions = [
         (
             r.phrase,
