@@ -81,6 +81,7 @@ ROOMS = {
     "load_model": ".evaluation.features",
     "load_runs": ".runs.comparison",
     "load_samples": ".data.load",
+    "loss_term": ".losses.table",
     "meant_for": ".core.folder",
     "normalize": ".data.photos",
     "note_notebook": ".core.notebook",

@@ -132,9 +132,7 @@ class OptimParams:
     weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
     lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up", 0, 10_000_000)
     lr_schedule: str = param(
-        "cosine",
-        "after the warm-up: down to zero, or constant, which can go on later",
-        choices=("cosine", "constant"),
+        "cosine", "down to zero, or constant: can go on later", choices=("cosine", "constant")
     )
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: none", 0, 1e9)
     max_steps: int = param(
@@ -177,9 +175,7 @@ class RunParams:
     tracker: str = param(
         "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"
     )
-    extensions: str = param(
-        "", "modules of yours with loss terms, readers or rules, by commas; imported first"
-    )
+    extensions: str = param("", "your modules with loss terms, readers or rules, by commas")
     allow_changed: str = param("", "parameters, or `data`, that may differ on resume, by commas")
 
 # %% ../../nbs/0_core/03_config.ipynb #c50a6173

@@ -34,10 +34,7 @@ class EvaluateConfig:
     split: str = param(
         "auto", "split to score; `auto`: what the run held out, else val; `all`: everything"
     )
-    tasks: str = param(
-        "short_retrieval,region_phrases,region_classification,hard_negatives,caption_negatives",
-        "by commas",
-    )
+    tasks: str = param("auto", "tasks by commas; `auto`: all but long captions and photo labels")
     labels: str = param(
         "coco80", "classes of region classification: `coco80`, or a file, one per line"
     )
@@ -86,6 +83,8 @@ class EvaluateConfig:
 
     def task_list(self):
         "Names of the tasks."
+        if self.tasks == "auto":
+            return [t for t in TASKS if t not in ("long_retrieval", "classification")]
         return [t.strip() for t in self.tasks.split(",") if t.strip()]
 
     def event(self):

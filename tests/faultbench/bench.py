@@ -3,7 +3,7 @@ packed runs in seconds: `python tests/faultbench/bench.py run|judge CATALOGUE [N
 
 It is no cell: runs take minutes, and broken trainings are no example of how to train."""
 
-import contextlib, gzip, hashlib, importlib, io, json, logging, sys, tempfile, traceback
+import contextlib, gzip, importlib, io, json, logging, sys, tempfile, traceback
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import world
-from rebind import rebound
+import world  # noqa: E402
+from rebind import rebound  # noqa: E402
 
 SMALL = dict(
     model="tiny",

@@ -1,12 +1,9 @@
-"""The development set: faults and controls that the rules were made with. It proves nothing about the
-rules (see catalogue.py for the set that was written without reading them)."""
+"""The development set: faults and controls that the rules were made with. It proves nothing
+about the rules (see catalogue.py for the set that was written without reading them)."""
 
-import contextlib
-from pathlib import Path
-from unittest.mock import patch
 import numpy as np, torch
 from PIL import Image
-import planted, world
+import planted
 from bench import Case
 from rebind import rebound
 
@@ -184,7 +181,6 @@ def one_bad_photo():
 
 
 def same_order():
-    from fgclip_nb.data import order
 
     def wrapper(whole):
         def training_order(cfg, samples, world):
