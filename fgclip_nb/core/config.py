@@ -65,6 +65,7 @@ class DataParams:
     )
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of labelled data", 0, 1)
     max_reject_share: float = param(0.05, "largest share of samples that may fail to load", 0, 1)
+    max_megapixels: float = param(89.0, "photos of more million pixels are rejected", 0.01, 10_000)
 
 # %% ../../nbs/0_core/03_config.ipynb #50652017
 @dataclass

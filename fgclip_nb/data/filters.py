@@ -339,7 +339,7 @@ def media_fault(sample) -> Fault | None:
         if sample.kind == "video":
             video_info(sample.media)
         else:
-            read_image(sample.encoded)
+            read_image(sample.encoded, 224)
     except DataError as e:
         return Fault("media", sample.media, str(e), "unreadable_media")
 

@@ -10,6 +10,7 @@ import dataclasses, re, signal, threading
 from dataclasses import dataclass
 import torch
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.photos import limit_pixels
 from fgclip_nb.data.filters import reject_lines
 from fgclip_nb.batches.examples import Drawing
 from fgclip_nb.batches.loading import Examples, collate_loaded
@@ -68,6 +69,16 @@ class Collate:
         return (*collate_loaded(items, self.context_length), len(items))
 
 
+@dataclass
+class Limited:
+    "Tells a worker process (picklable) how many million pixels a photo may have."
+
+    megapixels: float
+
+    def __call__(self, worker):
+        limit_pixels(self.megapixels)
+
+
 def make_loader(s: TrainState, examples, first: int, last: int):
     "A torch loader of the batches `first`..`last`-1 of this process, read ahead by `num_workers`."
     return torch.utils.data.DataLoader(
@@ -76,6 +87,7 @@ def make_loader(s: TrainState, examples, first: int, last: int):
         num_workers=s.cfg.num_workers,
         collate_fn=Collate(s.cfg.context_length),
         pin_memory=s.accelerator.device.type == "cuda",
+        worker_init_fn=Limited(s.cfg.max_megapixels),
     )
 
 # %% ../../nbs/8_training/05_reading.ipynb #1fe2e92f

@@ -13,6 +13,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.drawing import drawn_photo
+from fgclip_nb.data.photos import limit_pixels
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
@@ -28,6 +29,7 @@ def chosen_samples(cfg: TrainConfig) -> tuple:
 
     A normal clip without a region has its whole frame as one. Raises `DataError` where
     `test_data` does not exist."""
+    limit_pixels(cfg.max_megapixels)
     samples, rejects = load_samples(cfg.data, cfg.media_root or None, split=cfg.split)
     if not cfg.test_data:
         return add_normal_regions(samples), rejects
