@@ -201,13 +201,14 @@ def total_loss(terms: dict, cfg):
     """Weighted sum of all terms, 0-dim, with the weights of the configuration; 0 without a term.
 
     cfg: anything with global_weight (of the short and of the long captions), region_weight and
-    hard_weight, as `TrainConfig`."""
+    hard_weight, as `TrainConfig`. Without a term it has no gradient."""
     weights = dict(
         loss_global=cfg.global_weight, loss_region=cfg.region_weight, loss_hard=cfg.hard_weight
     )
-    return sum(
+    parts = [
         weight * term.loss
         for name, term in terms.items()
         for kind, weight in weights.items()
         if name == kind or name.startswith(kind + "_")
-    )
+    ]
+    return sum(parts) if parts else torch.zeros(())

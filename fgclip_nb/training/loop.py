@@ -38,7 +38,7 @@ from fgclip_nb.training.launcher import (
 from fgclip_nb.training.announcement import announce
 
 # %% ../../nbs/8_training/13_loop.ipynb #68fc960d
-COUNTERS = ("forwards", "bad_in_a_row", "skipped", "loads", "load_rejects", "best")
+COUNTERS = ("forwards", "bad_in_a_row", "skipped", "textless", "loads", "load_rejects", "best")
 
 
 def checkpoint(s: TrainState):
@@ -82,7 +82,7 @@ def restore(s: TrainState):
         if s.bank is not None:
             s.bank.load_state_dict(load_file(folder / "bank.safetensors"))
         for k in COUNTERS:
-            setattr(s, k, state[k])
+            setattr(s, k, state.get(k, getattr(s, k)))
         s.step = step
         s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
         s.log.info(
@@ -167,10 +167,17 @@ def finish(s: TrainState, val_samples):
         if all(v.caption for v in captioned):
             score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
+    if s.textless:
+        s.log.info(f"batches without text, passed over: {s.textless}")
     for v in conclude(Ended(s.path)):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
     summary = dict(
-        steps=s.step, of=s.total_steps, skipped=s.skipped, load_rejects=s.load_rejects, best=s.best
+        steps=s.step,
+        of=s.total_steps,
+        skipped=s.skipped,
+        textless=s.textless,
+        load_rejects=s.load_rejects,
+        best=s.best,
     )
     write_atomic(s.path / "finished.json", json.dumps(summary))
 
