@@ -23,7 +23,7 @@ from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.splits import media_name
 from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
 from fgclip_nb.evaluation.captions import as_encoder
-from fgclip_nb.evaluation.classification import list_file, read_labels, read_templates
+from fgclip_nb.evaluation.label_files import list_file, read_labels, read_templates
 from fgclip_nb.evaluation.tasks import TASKS, Settings
 from fgclip_nb.evaluation.features import load_model
 
