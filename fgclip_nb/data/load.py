@@ -11,23 +11,19 @@ from pathlib import Path
 from collections import Counter
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, get_logger
-from fgclip_nb.data import coco, formats, label_studio, ucf_crime, video_formats, web_formats
+from fgclip_nb.data import coco, formats, label_studio, tables, ucf_crime, video_formats
+from fgclip_nb.data import web_formats
 from fgclip_nb.data.samples import Fault, Samples, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import Pairs, open_text, read_entries
-from fgclip_nb.data.readers import READERS, reader_of, readers_of
+from fgclip_nb.data.readers import reader_of, readers_of
 from fgclip_nb.data.source import Source, Tally, paragraph
+from fgclip_nb.data.reading import as_list, format_of, read_row
 from fgclip_nb.data.shards import is_sharded, open_shards
 
 # rooms that have readers
-REGISTERED = (coco, formats, label_studio, ucf_crime, video_formats, web_formats)
-
-# %% ../../nbs/2_data/11_load.ipynb #2914b1aa
-def format_of(thing, kind="entry") -> str:
-    "The name of the reader that recognises an entry, value or document, or ''."
-    reader = reader_of(thing, kind)
-    return reader.name if reader else ""
+REGISTERED = (coco, formats, label_studio, tables, ucf_crime, video_formats, web_formats)
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
 def _as_dict(pairs) -> dict:
@@ -38,35 +34,6 @@ def _first_format(pairs) -> str:
     "What a file that is one object is: the name of a document's format, or of an entry's, or ''."
     whole = _as_dict(pairs)
     return format_of(whole, "document") or format_of(whole)
-
-# %% ../../nbs/2_data/11_load.ipynb #38058711
-def _as_list(samples) -> list:
-    "What a reader returned, as a list: it may be one sample, several, or None."
-    if samples is None:
-        return []
-    return [samples] if dataclasses.is_dataclass(samples) else list(samples)
-
-
-def _read_row(value, src, format) -> list:
-    "Samples of one entry; its faults are noted, and the keys that nobody asked for."
-    src.tally.entries += 1
-    kept = src.tally.kept
-    try:
-        if isinstance(value, Fault):
-            raise value
-        src.format = format or src.format
-        row = Row(value)
-        src.split = src.split_in(row)
-        if not src.format:
-            raise Fault("entry", value, "no known format has these keys", "unknown_format")
-        samples = _as_list(READERS[src.format].read(row, src))
-    except Fault as f:
-        src.reject(f, entries=1)
-        return []
-    src.tally.formats.setdefault(src.file, src.format)
-    if src.tally.kept > kept:
-        src.watch(row, "")
-    return samples
 
 # %% ../../nbs/2_data/11_load.ipynb #26b78249
 def _read_videos(pairs, src):
@@ -80,16 +47,16 @@ def _read_videos(pairs, src):
             value = Fault(shorten(key), value, "the key stands in the file twice", "duplicate_key")
         seen.add(key)
         known = format_of(value, "value") or src.format or "video_dict"
-        yield from _read_row(value, src, "" if isinstance(value, Fault) else known)
+        yield from read_row(value, src, "" if isinstance(value, Fault) else known)
     if not pairs and not pairs.fault:
-        yield from _read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
+        yield from read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #4120e082
 def _read_document(document, reader, src) -> list:
     "Samples of a file that is one object and recognised as a whole."
     src.format = src.tally.formats[src.file] = reader.name
     try:
-        return _as_list(reader.read(Row(document).value, src))
+        return as_list(reader.read(Row(document).value, src))
     except Fault as f:
         src.tally.entries += 1
         src.reject(f, entries=1)
@@ -103,11 +70,11 @@ def _read_pairs(pairs, src):
     if document:
         yield from _read_document(whole, document, src)
     elif format_of(whole):
-        yield from _read_row(whole, src, format_of(whole))
+        yield from read_row(whole, src, format_of(whole))
     else:
         yield from _read_videos(pairs, src)
     if pairs.fault:
-        yield from _read_row(pairs.fault, src, "")
+        yield from read_row(pairs.fault, src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #1da39763
 def file_reader(path):
@@ -134,7 +101,16 @@ def _read_json(path, src):
         if pairs is not None:
             yield from _read_pairs(pairs, src)
         else:
-            yield from _read_row(entry.value, src, format)
+            yield from read_row(entry.value, src, format)
+
+
+def _own_samples(own, path, src):
+    "Samples of a file reader; a fault that ends it is a reject of what was read last."
+    try:
+        yield from own.read(path, src) or ()
+    except Fault as f:
+        src.tally.entries += 1
+        src.reject(f, entries=1)
 
 
 def read_file(path, src):
@@ -144,7 +120,7 @@ def read_file(path, src):
     own = file_reader(path)
     if own:
         src.format = src.tally.formats[src.file] = own.name
-        yield from own.read(path, src) or ()
+        yield from _own_samples(own, path, src)
     else:
         yield from _read_json(path, src)
     yield from src.groups.values()
@@ -164,14 +140,20 @@ def _data_suffixes() -> tuple:
     return DATA_SUFFIXES + tuple(s for r in readers_of("file") for s in r.suffixes)
 
 
+def _is_asked_for(path) -> bool:
+    "Whether a file that is no JSON belongs to a reader that looks for such files in folders."
+    own = file_reader(path)
+    return own is not None and path.name.lower().endswith(own.suffixes)
+
+
 def _folder_files(folder) -> list:
     "(file, '') of the data files anywhere below a folder, by name."
     suffixes = _data_suffixes()
-    files = [
-        (p, "")
-        for p in sorted(folder.rglob("*"))
-        if p.name.lower().endswith(suffixes) and p.is_file()
-    ]
+    named = (p for p in folder.rglob("*") if p.name.lower().endswith(suffixes))
+    found = sorted(p for p in named if p.is_file())
+    # a table of something else, such as results.csv, is no data file
+    known = (p for p in found if p.name.lower().endswith(DATA_SUFFIXES) or _is_asked_for(p))
+    files = [(p, "") for p in known]
     if not files:
         raise DataError(f"data folder {str(folder)!r} holds no {', '.join(suffixes)} file")
     return files
@@ -237,7 +219,7 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
         if os.path.isfile(file):
             yield from read_file(file, src)
         else:
-            _read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
+            read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
     for s in images.values():
         short = "".join(s.captions[:1])
         yield dataclasses.replace(s, short_caption=short, caption=paragraph(s.captions))
