@@ -12,7 +12,7 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.evaluation.scores import retrieval
 from fgclip_nb.evaluation.encoder import Encoder
 from fgclip_nb.evaluation.captions import caption_retrieval
-from fgclip_nb.evaluation.classification import read_labels
+from fgclip_nb.evaluation.label_files import read_labels
 from fgclip_nb.evaluation.tasks import TASKS
 from fgclip_nb.evaluation.features import CachedFeatures, load_model, save_features
 from fgclip_nb.evaluation.results import evaluate, load_evaluation, rows, save_evaluation

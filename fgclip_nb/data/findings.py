@@ -192,27 +192,46 @@ def contrast_findings(samples) -> list:
 
 # %% ../../nbs/2_data/22_findings.ipynb #1c4e02e8
 MOST_LOOKED_AT = 5_000  # samples of shards that are decoded to see whether they differ
+ONE_SAMPLE = (
+    "`batch_size` 1 in one process: a caption has no other to be contrasted with, a region only "
+    "those of its photo and of the bank. Raise `batch_size`; `gradient_caching` saves its memory."
+)
+
+
+def _looked_at(samples):
+    "All samples, or some of a large memory-mapped set, spread evenly."
+    if not hasattr(samples, "subset"):
+        return samples
+    step = max(1, len(samples) // MOST_LOOKED_AT)
+    return [samples[i] for i in range(0, len(samples), step)]
+
+
+def can_contrast(samples, cfg, in_step=2, bank=0) -> bool:
+    """Whether any loss of a run has something to contrast in `samples`.
+
+    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`. `in_step`: samples that
+    a loss sees together; one alone has only its own regions, and those of a bank of size `bank`."""
+    texts = distinct_texts(_looked_at(samples))
+    captions = max(len(texts["captions"]), len(texts["long captions"]))
+    by_captions = cfg.global_weight and captions > 1 and in_step > 1
+    together = in_step > 1 or bank or any(len(distinct_texts([s])["phrases"]) > 1 for s in samples)
+    by_regions = cfg.region_weight and len(texts["phrases"]) > 1 and together
+    return bool(by_captions or by_regions or cfg.hard_weight and texts["hard negatives"])
 
 
 def check_contrast(samples, cfg):
     """Raise DataError when no loss of a run has anything to contrast; warn of each that has not.
 
-    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`."""
-    if hasattr(samples, "subset"):
-        step = max(1, len(samples) // MOST_LOOKED_AT)
-        samples = [samples[i] for i in range(0, len(samples), step)]
-    texts = distinct_texts(samples)
-    captions = max(len(texts["captions"]), len(texts["long captions"]))
-    by_captions = cfg.global_weight and captions > 1
-    by_regions = cfg.region_weight and len(texts["phrases"]) > 1
-    by_negatives = cfg.hard_weight and texts["hard negatives"]
-    findings = contrast_findings(samples)
-    if not (by_captions or by_regions or by_negatives):
-        why = "; ".join(f"{f.count} {f.what}. {f.do}" for f in findings)
-        why = why or "the weights of the losses that could learn are 0"
+    `cfg`: anything with the three weights, `batch_size`, `processes` and `memory_bank_size`."""
+    samples, in_step = _looked_at(samples), cfg.batch_size * cfg.processes
+    said = [f"{f.count} {f.what}. {f.do}" for f in contrast_findings(samples)]
+    if in_step == 1:
+        said.append(ONE_SAMPLE)
+    if not can_contrast(samples, cfg, in_step, cfg.memory_bank_size):
+        why = "; ".join(said) or "the weights of the losses that could learn are 0"
         raise DataError(f"nothing to contrast, no loss could learn anything: {why}")
-    for f in findings:
-        get_logger().warning(f"{f.count} {f.what}. {f.do}")
+    for line in said:
+        get_logger().warning(line)
 
 # %% ../../nbs/2_data/22_findings.ipynb #e7e75b70
 def negative_findings(samples) -> list:

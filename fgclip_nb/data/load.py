@@ -15,7 +15,8 @@ from fgclip_nb.data.samples import Fault, Samples, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import Pairs, open_text, read_entries
-from fgclip_nb.data.readers import READERS, reader_of, readers_of
+from fgclip_nb.data.known import REGISTERED  # noqa: F401 (all readers are known from here on)
+from fgclip_nb.data.readers import reader_of, readers_of
 from fgclip_nb.data.reading import as_samples, format_of, read_row
 from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.shards import is_sharded, open_shards
@@ -107,6 +108,15 @@ def _read_json(path, src):
             yield from read_row(entry.value, src, format)
 
 
+def _own_samples(own, path, src):
+    "Samples of a file reader; a fault that ends it is a reject of what was read last."
+    try:
+        yield from own.read(path, src) or ()
+    except Fault as f:
+        src.tally.entries += 1
+        src.reject(f, entries=1)
+
+
 def read_file(path, src):
     """All samples of one data file, one after the other.
 
@@ -114,7 +124,7 @@ def read_file(path, src):
     own = file_reader(path)
     if own:
         src.format = src.tally.formats[src.file] = own.name
-        yield from own.read(path, src) or ()
+        yield from _own_samples(own, path, src)
     else:
         yield from _read_json(path, src)
     yield from src.groups.values()
@@ -134,14 +144,20 @@ def _data_suffixes() -> tuple:
     return DATA_SUFFIXES + tuple(s for r in readers_of("file") for s in r.suffixes)
 
 
+def _is_asked_for(path) -> bool:
+    "Whether a file that is no JSON belongs to a reader that looks for such files in folders."
+    own = file_reader(path)
+    return own is not None and path.name.lower().endswith(own.suffixes)
+
+
 def _folder_files(folder) -> list:
     "(file, '') of the data files anywhere below a folder, by name."
     suffixes = _data_suffixes()
-    files = [
-        (p, "")
-        for p in sorted(folder.rglob("*"))
-        if p.name.lower().endswith(suffixes) and p.is_file()
-    ]
+    named = (p for p in folder.rglob("*") if p.name.lower().endswith(suffixes))
+    found = sorted(p for p in named if p.is_file())
+    # a table of something else, such as results.csv, is no data file
+    known = (p for p in found if p.name.lower().endswith(DATA_SUFFIXES) or _is_asked_for(p))
+    files = [(p, "") for p in known]
     if not files:
         raise DataError(f"data folder {str(folder)!r} holds no {', '.join(suffixes)} file")
     return files

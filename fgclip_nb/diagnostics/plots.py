@@ -243,8 +243,7 @@ def plot_updates(source):
     fig, axes = new_figure("Does everything move?", 4, width=14)
     whole, *each = axes
     limit = ev.params.get("max_grad_norm")
-    if draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9) and limit:
-        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    measured = draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9)
     label_axes(whole, "gradient norm, whole model", "norm")
     for ax, (key, title, unit) in zip(each, UPDATE_AXES):
         for m, colour in MODULE_COLOURS.items():
@@ -253,6 +252,9 @@ def plot_updates(source):
     for ax in axes:
         if ax is not axes[3] and any(np.greater(line.get_ydata(), 0).any() for line in ax.lines):
             ax.set_yscale("log")
+    if measured and limit:
+        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    for ax in axes:
         add_legend(ax, "not recorded")
     if axes[3].lines:
         axes[3].set_ylim(-0.03, 1.05)

@@ -114,7 +114,8 @@ def mean_columns(notes: list, cfg, loss=None) -> dict:
 
     `cfg` holds the weights of the sum `loss`; a `loss` that is given replaces it."""
     # read only now: no wait for the device between forwards
-    rows = [{"loss": total_loss(n["terms"], cfg)} | term_values(n["terms"]) for n in notes]
+    taught = [n["terms"] for n in notes if n["terms"]]
+    rows = [{"loss": total_loss(terms, cfg)} | term_values(terms) for terms in taught]
     names = dict.fromkeys(k for r in rows for k in r)
     columns = {k: mean_of([r[k] for r in rows if k in r]) for k in names}
     return columns if loss is None else columns | {"loss": loss}

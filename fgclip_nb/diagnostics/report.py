@@ -8,7 +8,7 @@ __all__ = ['verdict_table', 'report_html', 'conclude']
 # %% ../../nbs/6_diagnostics/15_report.ipynb #846e322d
 import json
 from fgclip_nb.core.plain import escape_html, plain_line
-from fgclip_nb.core.folder import Run, write_atomic
+from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.expectations import html_table, show
@@ -17,7 +17,7 @@ from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.judgement import as_evidence, by_cause, headline, run_evidence, verdicts
-from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS
+from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS, new_figure
 from fgclip_nb.diagnostics.plots import PLOTS
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #d6511756
@@ -222,6 +222,19 @@ def figure_uri(figure, dpi=80) -> str:
     Image.open(drawn).convert("RGB").quantize(96).save(packed, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
+# %% ../../nbs/6_diagnostics/15_report.ipynb #7d2e5a02
+def drawn(name, plot, ev):
+    "The figure that `plot` makes; where it fails, one that says why, and an error in the log."
+    try:
+        return plot(ev)
+    except Exception as e:
+        why = f"{name} could not be drawn: {type(e).__name__}: {e}"
+        get_logger().error(why)
+        figure, (ax,) = new_figure(name, 1)
+        ax.set_axis_off()
+        ax.text(0, 0.5, why[:200], wrap=True)
+        return figure
+
 # %% ../../nbs/6_diagnostics/15_report.ipynb #dd67c667
 def _phases_html(ev: Evidence) -> str:
     rows = [
@@ -258,7 +271,7 @@ def report_parts(run: Run, ev: Evidence, judged: list):
         yield _expectations_html(run, ev)
     yield "<h2>Plots</h2>"
     for name, plot in PLOTS.items():
-        yield f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
+        yield f'<img alt="{name}" src="{figure_uri(drawn(name, plot, ev))}">'
     rows = [(escape_html(k), escape_html(v)) for k, v in ev.params.items()]
     yield "<h2>Parameters</h2>" + card_table(("parameter", "value"), rows)
 
@@ -289,6 +302,6 @@ def conclude(run, figures=True) -> list:
     if figures and (run.path / "tensorboard").exists():
         board = Board(run.path / "tensorboard")
         for name, plot in PLOTS.items():
-            board.figure(f"plots/{name}", plot(ev), ev.last_step or 0)
+            board.figure(f"plots/{name}", drawn(name, plot, ev), ev.last_step or 0)
         board.close()
     return judged

@@ -36,7 +36,7 @@ class EvaluateConfig:
     )
     tasks: str = param("auto", "tasks by commas; `auto`: all but long captions and photo labels")
     labels: str = param(
-        "coco80", "classes of region classification: `coco80`, or a file, one per line"
+        "coco80", "classes to choose among: `coco80`, or a file of names in any common form"
     )
     templates: str = param(
         "imagenet", "`imagenet` (80), `photo` (1) or a file with one template per line"

@@ -22,7 +22,7 @@ from fgclip_nb.core.plain import cell_as_written, csv_text
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
 from fgclip_nb.evaluation.captions import as_encoder
-from fgclip_nb.evaluation.classification import list_file, read_labels, read_templates
+from fgclip_nb.evaluation.label_files import list_file, read_labels, read_templates
 from fgclip_nb.evaluation.tasks import TASKS, Settings
 from fgclip_nb.evaluation.features import load_model
 from fgclip_nb.evaluation.held_out import read_evaluation_samples

@@ -19,11 +19,11 @@ from fgclip_nb.evaluation.classification import (
     class_features,
     classify,
     label_of,
+    label_set,
     most_frequent_answer,
     per_class,
-    read_labels,
-    read_templates,
 )
+from fgclip_nb.evaluation.label_files import read_templates
 from fgclip_nb.evaluation.regions import encode_regions, subset
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #072e0f97
@@ -107,8 +107,9 @@ def _classified(ranked, labels, asked, lost, detail):
 
 def region_classification_task(encoder, samples, settings):
     "Boxes with a category against the label set with prompt templates -> TaskResult `labels`."
-    labels, templates = read_labels(settings.labels), read_templates(settings.templates)
     named = [r for s in samples for r in s.regions if r.source in ("category", "label")]
+    labels = label_set(settings.labels, {r.phrase for r in named}, own=False)
+    templates = read_templates(settings.templates)
     unknown = sum(label_of(r.phrase, labels) is None for r in named)
 
     def known(region):
@@ -131,12 +132,10 @@ def region_classification_task(encoder, samples, settings):
 def classification_task(encoder, samples, settings):
     """Zero-shot classification of whole photos by `label` -> TaskResult `labels`.
 
-    The label set is the data's own when none of its labels is in `labels`. Raises `DataError` for
-    data without labels."""
+    Where no label set is given, the data's own is taken (`label_set`). Raises `DataError` for data
+    without labels, or whose labels are none of those given."""
     named = [s for s in samples if s.label]
-    labels = read_labels(settings.labels)
-    if not any(label_of(s.label, labels) is not None for s in named):
-        labels = sorted({s.label for s in named})
+    labels = label_set(settings.labels, {s.label for s in named})
     known = [s for s in named if label_of(s.label, labels) is not None]
     if not known:
         raise DataError(f"classification: none of the {len(samples)} samples has a label")

@@ -76,14 +76,16 @@ def gradient_cached_backward(model, chunks, loss_fn, autocast=None):
     anything), called once with the rows and identities (`BatchIds`) of all chunks; what it returns
     is returned. autocast: function without arguments that returns a context for the model's
     forwards. In several processes pass the bare model (not DDP), let `loss_fn` use
-    `compute_losses`, and average the gradients over processes afterwards."""
+    `compute_losses`, and average the gradients over processes afterwards. A total without a
+    gradient, as that of a batch without text, adds none."""
     chunks, autocast = list(chunks), autocast or contextlib.nullcontext
     states, parts = first_pass(model, chunks, autocast)
     leaves = joined_leaves(parts)
     device = leaves["image_features"].device
     returned = loss_fn(leaves, merge_ids([batch_ids(c, device) for c in chunks]))
-    returned[0].backward()
-    after = RandomState()
-    second_pass(model, chunks, states, leaves, autocast)
-    after.restore()
+    if returned[0].requires_grad:
+        returned[0].backward()
+        after = RandomState()
+        second_pass(model, chunks, states, leaves, autocast)
+        after.restore()
     return returned

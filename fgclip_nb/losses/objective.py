@@ -275,5 +275,7 @@ def total_loss(terms: dict, cfg):
     """Weighted sum of all terms, 0-dim, with the weights of the configuration; 0 without a term.
 
     cfg: anything with the weights as attributes (global_weight counts for the short and for the
-    long captions), as `TrainConfig`. Raises `ConfigError` for a loss that belongs to no term."""
-    return sum(term_of(name).weight_in(cfg) * term.loss for name, term in terms.items())
+    long captions), as `TrainConfig`. Without a term it has no gradient. Raises `ConfigError` for a
+    loss that belongs to no term."""
+    parts = [term_of(name).weight_in(cfg) * term.loss for name, term in terms.items()]
+    return sum(parts) if parts else torch.zeros(())

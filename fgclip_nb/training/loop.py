@@ -101,10 +101,17 @@ def finish(s: TrainState, val_samples):
         if all(v.caption for v in captioned):
             score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
+    if s.textless:
+        s.log.info(f"batches without text, passed over: {s.textless}")
     for v in conclude(Ended(s.path)):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
     summary = dict(
-        steps=s.step, of=s.total_steps, skipped=s.skipped, load_rejects=s.load_rejects, best=s.best
+        steps=s.step,
+        of=s.total_steps,
+        skipped=s.skipped,
+        textless=s.textless,
+        load_rejects=s.load_rejects,
+        best=s.best,
     )
     write_atomic(s.path / "finished.json", json.dumps(summary))
 

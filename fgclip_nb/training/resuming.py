@@ -26,7 +26,7 @@ from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.preparation import note_trained
 
 # %% ../../nbs/8_training/12a_resuming.ipynb #68fc960d
-COUNTERS = ("forwards", "bad_in_a_row", "skipped", "loads", "load_rejects", "best")
+COUNTERS = ("forwards", "bad_in_a_row", "skipped", "textless", "loads", "load_rejects", "best")
 
 
 def checkpoint(s: TrainState):
@@ -120,7 +120,7 @@ def restore(s: TrainState):
         if kept.exists():
             s.term_states = load_term_tensors(load_file(kept), s.accelerator.device)
         for k in COUNTERS:
-            setattr(s, k, state[k])
+            setattr(s, k, state.get(k, getattr(s, k)))
         s.step = step
         s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
         s.log.info(

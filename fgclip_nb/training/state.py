@@ -192,6 +192,7 @@ class TrainState:
     forwards: int = 0  # region forwards done
     bad_in_a_row: int = 0  # steps skipped since the last sound one
     skipped: int = 0  # steps skipped in all
+    textless: int = 0  # batches passed over, there being nothing to contrast
     loads: int = 0  # samples asked for
     load_rejects: int = 0  # of those, how many could not be read
     term_states: dict = field(default_factory=dict)  # what loss terms keep between steps, by term

@@ -22,7 +22,8 @@ from fgclip_nb.training.reading import step_names
 def forward_backward(s: TrainState, batch) -> tuple:
     """Losses and gradients of one batch: (total, terms by name, features by name), all detached.
 
-    Gradients are added to `.grad`; a total that is not finite gives none."""
+    Gradients are added to `.grad`; a total that is not finite gives none, nor does a batch without
+    any term."""
 
     def loss_fn(features, b):
         terms = compute_losses(features, b, s.bank, s.cfg.duplicates, s.cfg, s.term_states)
@@ -37,7 +38,7 @@ def forward_backward(s: TrainState, batch) -> tuple:
         with s.accelerator.autocast():
             features = s.model(batch)
         total, (terms, features) = loss_fn(features, batch)
-        if torch.isfinite(total):
+        if total.requires_grad and torch.isfinite(total):
             total.backward()
     features = {k: v.detach() for k, v in features.items()}
     return total.detach() * s.cfg.gradient_accumulation_steps, terms, features
@@ -195,6 +196,20 @@ def weights_apart(model, accelerator) -> dict:
     sums = accelerator.gather(total[None])
     return dict(weights_apart=(sums.max() - sums.min()) / sums.mean())
 
+# %% ../../nbs/8_training/07_step.ipynb #5c0d7a32
+def note_textless(s: TrainState, terms):
+    """Count a batch without any term; the 1st, 10th, 100th … time it is said.
+
+    Terms are made of what all processes hold, so all processes count alike."""
+    if terms:
+        return
+    s.textless += 1
+    if s.is_main and str(s.textless).rstrip("0") == "1":
+        s.log.warning(
+            f"step {s.step}: no text in the whole batch, so there is nothing to contrast: it is "
+            f"passed over ({s.textless} so far); write captions, or leave such samples out"
+        )
+
 # %% ../../nbs/8_training/07_step.ipynb #e1cd1855
 def run_step(s: TrainState, batches) -> tuple:
     """One optimiser step: forward, backward, average, check, update.
@@ -207,6 +222,7 @@ def run_step(s: TrainState, batches) -> tuple:
     seen = []
     for batch in batches:
         total, terms, features = forward_backward(s, batch)
+        note_textless(s, terms)
         feed_bank(s, features, batch, terms)
         if s.is_main:
             s.recorder.forward(terms, features, batch, s.bank)

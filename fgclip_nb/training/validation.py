@@ -10,7 +10,9 @@ import copy, math
 from types import SimpleNamespace
 import torch
 from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.data.findings import can_contrast
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
@@ -109,9 +111,13 @@ def validation_score(columns: dict, cfg: TrainConfig) -> float:
 
 # %% ../../nbs/8_training/08_validation.ipynb #78c32b53
 def best_score(columns: dict, cfg: TrainConfig) -> float:
-    "What the best checkpoint has least of, by `best_by`; infinite where it was not measured."
+    """What the best checkpoint has least of, by `best_by`.
+
+    Infinite where it was not measured, as where no pair had anything to be contrasted with."""
     if cfg.best_by == "rank":
         return float(columns.get("val_mean_rank", math.inf))
+    if not any(v for k, v in columns.items() if k.startswith("val_chance_")):
+        return math.inf
     return float(validation_score(columns, cfg))
 
 
@@ -122,6 +128,12 @@ def check_best_by(cfg: TrainConfig, samples):
         raise ConfigError(
             f"parameter `best_by` = 'rank' needs two held-out samples with captions, and there "
             f"are {captioned}: hold out more, or choose by 'loss'"
+        )
+    if len(samples) and cfg.eval_every and not can_contrast(samples, cfg, cfg.batch_size):
+        get_logger().warning(
+            f"validation: {len(samples)} held-out samples hold nothing to contrast, so their loss "
+            "is no score: no checkpoint is called the best and nothing stops early; hold out "
+            "samples with different captions or phrases"
         )
 
 # %% ../../nbs/8_training/08_validation.ipynb #882a1897
@@ -135,6 +147,8 @@ def note_validation(s: TrainState, columns: dict) -> bool:
     score = best_score(columns, s.cfg)
     if s.best.get("by", "loss") != by:
         s.best = {}  # resumed with another measure: scores of the two do not compare
+    if math.isinf(score) and by == "loss":
+        return False
     if score < s.best.get("score", math.inf):
         s.best = dict(score=score, step=s.step, waited=0, by=by)
     else:
