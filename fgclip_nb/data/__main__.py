@@ -6,11 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/2_data/99_command.ipynb #072c52a9
-import argparse, sys
+import argparse, json, sys
+from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.conversion import convert
 from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_share
 from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.filters import Limits, filter_part
+from fgclip_nb.data.parts import do_part
+from fgclip_nb.data.stream import index_work
 from fgclip_nb.data.throughput import bench, bench_part
 
 # %% ../../nbs/2_data/99_command.ipynb #d0613da2
@@ -48,6 +52,9 @@ def _add_bench(commands):
     for name in ("part", "folder"):
         part.add_argument(name)
     part.add_argument("entries", type=int)
+    part = commands.add_parser("part")  # started by `data.parts`, nobody types it
+    for name in ("kind", "folder", "numbers"):
+        part.add_argument(name)
 
 
 def data_parser():
@@ -72,6 +79,23 @@ def fill_cache(arguments) -> int:
     print(held, flush=True)
     return 1 if held.startswith("0 of") else 0
 
+# %% ../../nbs/2_data/99_command.ipynb #40a2867a
+def part_work(kind, folder):
+    "number of a part -> its result, for a pass of `kind` index or filter, by its `spec.json`."
+    if kind == "index":
+        return index_work(folder)
+    spec = json.loads((Path(folder) / "spec.json").read_text())
+    samples, _ = load_samples(spec["path"], spec["media_root"] or None, **spec.get("how", {}))
+    limits = Limits(spec["min_area"], spec["out_of_range"])
+    return lambda number: filter_part(samples, number, limits)
+
+
+def help_with(kind, folder, numbers):
+    "Do the parts `numbers`, such as `3,5`, of the pass in `folder`."
+    work = part_work(kind, folder)
+    for number in map(int, numbers.split(",")):
+        do_part(folder, number, work)
+
 # %% ../../nbs/2_data/99_command.ipynb #e537bbcd
 def main(argv=None) -> int:
     "The command line: 0 done, 1 wrong data or nothing could be cached."
@@ -83,6 +107,8 @@ def main(argv=None) -> int:
             bench(arguments.folder, arguments.entries)
         if arguments.command == "bench-part":
             print(bench_part(arguments.part, arguments.folder, arguments.entries))
+        if arguments.command == "part":
+            help_with(arguments.kind, arguments.folder, arguments.numbers)
         return fill_cache(arguments) if arguments.command == "cache" else 0
     except (ConfigError, DataError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -13,7 +13,7 @@ from fgclip_nb.core.params import param
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.data.filters import READING, RULES, folded
+from fgclip_nb.data.filters import READING, RULES, a_few, folded
 from fgclip_nb.data.media_lists import listed_media
 from fgclip_nb.data.splits import overlap
 
@@ -198,9 +198,7 @@ def check_contrast(samples, cfg):
     """Raise DataError when no loss of a run has anything to contrast; warn of each that has not.
 
     `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`."""
-    if hasattr(samples, "subset"):
-        step = max(1, len(samples) // MOST_LOOKED_AT)
-        samples = [samples[i] for i in range(0, len(samples), step)]
+    samples = a_few(samples, MOST_LOOKED_AT)
     texts = distinct_texts(samples)
     captions = max(len(texts["captions"]), len(texts["long captions"]))
     by_captions = cfg.global_weight and captions > 1

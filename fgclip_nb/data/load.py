@@ -11,24 +11,16 @@ from pathlib import Path
 from collections import Counter
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, get_logger
-from fgclip_nb.data import coco, formats, label_studio, ucf_crime, video_formats, web_formats
 from fgclip_nb.data.samples import Fault, Samples, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import Pairs, open_text, read_entries
 from fgclip_nb.data.readers import READERS, reader_of, readers_of
+from fgclip_nb.data.reading import as_samples, format_of, read_row
 from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.shards import is_sharded, open_shards
+from fgclip_nb.data.stream import open_stream
 from fgclip_nb.data.world import is_world, world_options, world_samples
-
-# rooms that have readers
-REGISTERED = (coco, formats, label_studio, ucf_crime, video_formats, web_formats)
-
-# %% ../../nbs/2_data/11_load.ipynb #2914b1aa
-def format_of(thing, kind="entry") -> str:
-    "The name of the reader that recognises an entry, value or document, or ''."
-    reader = reader_of(thing, kind)
-    return reader.name if reader else ""
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
 def _as_dict(pairs) -> dict:
@@ -39,35 +31,6 @@ def _first_format(pairs) -> str:
     "What a file that is one object is: the name of a document's format, or of an entry's, or ''."
     whole = _as_dict(pairs)
     return format_of(whole, "document") or format_of(whole)
-
-# %% ../../nbs/2_data/11_load.ipynb #38058711
-def _as_list(samples) -> list:
-    "What a reader returned, as a list: it may be one sample, several, or None."
-    if samples is None:
-        return []
-    return [samples] if dataclasses.is_dataclass(samples) else list(samples)
-
-
-def _read_row(value, src, format) -> list:
-    "Samples of one entry; its faults are noted, and the keys that nobody asked for."
-    src.tally.entries += 1
-    kept = src.tally.kept
-    try:
-        if isinstance(value, Fault):
-            raise value
-        src.format = format or src.format
-        row = Row(value)
-        src.split = src.split_in(row)
-        if not src.format:
-            raise Fault("entry", value, "no known format has these keys", "unknown_format")
-        samples = _as_list(READERS[src.format].read(row, src))
-    except Fault as f:
-        src.reject(f, entries=1)
-        return []
-    src.tally.formats.setdefault(src.file, src.format)
-    if src.tally.kept > kept:
-        src.watch(row, "")
-    return samples
 
 # %% ../../nbs/2_data/11_load.ipynb #26b78249
 def _read_videos(pairs, src):
@@ -81,16 +44,16 @@ def _read_videos(pairs, src):
             value = Fault(shorten(key), value, "the key stands in the file twice", "duplicate_key")
         seen.add(key)
         known = format_of(value, "value") or src.format or "video_dict"
-        yield from _read_row(value, src, "" if isinstance(value, Fault) else known)
+        yield from read_row(value, src, "" if isinstance(value, Fault) else known)
     if not pairs and not pairs.fault:
-        yield from _read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
+        yield from read_row(Fault("", "{}", "an empty object", "unknown_format"), src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #4120e082
 def _read_document(document, reader, src) -> list:
     "Samples of a file that is one object and recognised as a whole."
     src.format = src.tally.formats[src.file] = reader.name
     try:
-        return _as_list(reader.read(Row(document).value, src))
+        return as_samples(reader.read(Row(document).value, src))
     except Fault as f:
         src.tally.entries += 1
         src.reject(f, entries=1)
@@ -104,11 +67,11 @@ def _read_pairs(pairs, src):
     if document:
         yield from _read_document(whole, document, src)
     elif format_of(whole):
-        yield from _read_row(whole, src, format_of(whole))
+        yield from read_row(whole, src, format_of(whole))
     else:
         yield from _read_videos(pairs, src)
     if pairs.fault:
-        yield from _read_row(pairs.fault, src, "")
+        yield from read_row(pairs.fault, src, "")
 
 # %% ../../nbs/2_data/11_load.ipynb #1da39763
 def file_reader(path):
@@ -135,7 +98,7 @@ def _read_json(path, src):
         if pairs is not None:
             yield from _read_pairs(pairs, src)
         else:
-            yield from _read_row(entry.value, src, format)
+            yield from read_row(entry.value, src, format)
 
 
 def read_file(path, src):
@@ -252,7 +215,7 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
         elif os.path.isfile(file):
             yield from read_file(file, src)
         else:
-            _read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
+            read_row(Fault("file", str(file), "no such file", "missing_file"), src, "")
     for s in images.values():
         short = "".join(s.captions[:1])
         yield dataclasses.replace(s, short_caption=short, caption=paragraph(s.captions))
@@ -277,6 +240,11 @@ def drop_missing(samples, tally, missing="auto") -> list:
         tally.rejects.append(sample_reject(s, fault))
         tally.kept -= s.entries
     return [s for s in samples if s.media not in tally.missing]
+
+# %% ../../nbs/2_data/11_load.ipynb #479f34d3
+def _has_reader(path) -> bool:
+    "Whether a path is a file that a reader of whole files takes."
+    return isinstance(path, (str, Path)) and os.path.isfile(path) and bool(file_reader(path))
 
 # %% ../../nbs/2_data/11_load.ipynb #5f2dcb05
 def sums(c) -> str:
@@ -318,7 +286,7 @@ def _log_hints(tally, samples):
 SPLITS = ("auto", "none", "train", "val", "test")
 
 # %% ../../nbs/2_data/11_load.ipynb #6063f323
-def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
+def load_samples(path, media_root=None, missing="auto", split="auto", columns="") -> tuple:
     """(samples, rejects) of a data set in any known format.
 
     `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards
@@ -330,11 +298,17 @@ def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
     samples without their media: reject, keep, or auto = keep when not a single one exists. `split`:
     part of entries that name none: by the file's name (auto, which is told), none, train, val or
     test. Keys that no reader asks for are rejects without a loss, rule `unread_content` or
-    `unread_key`. Raises `DataError` when path or media root does not exist."""
+    `unread_key`. Raises `DataError` when path or media root does not exist.
+
+    Tars (WebDataset), Parquet, addresses (`s3://…`), `hub:owner/name` and `datasets` are streamed:
+    then `samples` is a `Stream`, and `columns` says which column is what (`image=img`)."""
     if split not in SPLITS:
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     if is_sharded(path):
         return open_shards(path, media_root), []
+    streamed = None if _has_reader(path) else open_stream(path, media_root, columns, split)
+    if streamed:
+        return streamed
     tally = Tally()
     samples = drop_missing(list(iter_samples(path, media_root, tally, split)), tally, missing)
     _log_counts(tally, samples)
