@@ -9,6 +9,7 @@ __all__ = ['filter_regions']
 import dataclasses, itertools, json, math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
@@ -55,6 +56,8 @@ READING = dict(
     missing_field="a field is missing",
     unknown_format="no known format has these keys",
     broken_json="not JSON from some place on",
+    broken_archive="a tar that breaks off or is damaged",
+    broken_parquet="a Parquet file that is damaged from some row on",
     too_deep="nested too deeply",
     too_long="a text of more than 100,000 characters",
     encoding="bytes that are not UTF-8",
@@ -279,35 +282,41 @@ def _log_regions(total, rules, clipped):
 MAX_REJECTS = 100_000
 
 
-class FilteredSamples:
-    "Samples of shards or of a stream, each with the regions that pass, when it is asked for."
+class ChangedSamples:
+    "Samples of shards or of a stream, each changed by `change(sample)` when it is asked for."
 
-    def __init__(self, samples, limits):
-        self.samples, self.limits = samples, limits
+    def __init__(self, samples, change):
+        self.samples, self.change = samples, change
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [filter_sample(s, self.limits)[0] for s in self.samples[i]]
-        return filter_sample(self.samples[i], self.limits)[0]
+        return (
+            list(map(self.change, self.samples[i]))
+            if isinstance(i, slice)
+            else self.change(self.samples[i])
+        )
 
     def __iter__(self):
-        return (filter_sample(s, self.limits)[0] for s in self.samples)
+        return map(self.change, self.samples)
 
     def part(self, number):
-        "As the samples' own, each with the regions that pass."
-        return (filter_sample(s, self.limits)[0] for s in self.samples.part(number))
+        "The samples of a part, changed."
+        return map(self.change, self.samples.part(number))
 
     def subset(self, indices):
-        "The samples at these indices, filtered in the same way."
-        return FilteredSamples(self.samples.subset(indices), self.limits)
+        "The samples at these indices, changed in the same way."
+        return ChangedSamples(self.samples.subset(indices), self.change)
 
     def __getattr__(self, name):
         if name.startswith("__") or "samples" not in vars(self):
             raise AttributeError(name)
         return getattr(self.samples, name)
+
+
+def _only_good(sample, limits):
+    return filter_sample(sample, limits)[0]
 
 
 def filter_part(samples, number, limits) -> dict:
@@ -351,7 +360,7 @@ def filter_shards(samples, limits) -> tuple:
     _log_regions(total, dict(rules.most_common()), clipped)
     if sum(rules.values()) > len(rejects):
         get_logger().info(f"the first {len(rejects)} rejects are listed")
-    return FilteredSamples(samples, limits), rejects
+    return ChangedSamples(samples, partial(_only_good, limits=limits)), rejects
 
 # %% ../../nbs/2_data/19_filters.ipynb #16121fbf
 def a_few(samples, most=1_000) -> list:

@@ -207,12 +207,12 @@ class ParquetSource:
 
     def _file(self, shard):
         "(ParquetFile, first row of each row group) of a shard."
-        import numpy as np, pyarrow as pa
+        import numpy as np
         import pyarrow.parquet as pq
 
         try:
             file = pq.ParquetFile(open_bytes(self.names[shard]))
-        except (pa.ArrowInvalid, OSError) as e:
+        except (ValueError, OSError) as e:
             raise DataError(f"{self.names[shard]}: no Parquet file ({e})") from e
         counts = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
         return file, np.concatenate([[0], np.cumsum(counts)]).astype(int)
@@ -228,22 +228,31 @@ class ParquetSource:
         columns = [n for n in file.schema_arrow.names if n not in pictures]
         columns += [leaf for leaves in pictures.values() for leaf in leaves]
         number = 0
-        for batch in file.iter_batches(1_000, columns=columns):
-            rows = batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]
-            for row in rows:
-                entry, picture, _ = self._entry(_without_pixels(row, pictures), shard, number)
-                yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
-                number += 1
+        try:
+            for batch in file.iter_batches(1_000, columns=columns):
+                rows = batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]
+                for row in rows:
+                    entry, picture, _ = self._entry(_without_pixels(row, pictures), shard, number)
+                    yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
+                    number += 1
+        except (ValueError, OSError) as e:  # of pyarrow, for what is damaged
+            lost = file.metadata.num_rows - number
+            fault = Fault("", f"{lost} rows", f"not readable from here on: {e}", "broken_parquet")
+            yield StreamRow(shard, number, 0, 0, f"row {number}", fault, "")
 
     def fetch(self, row) -> tuple:
         "(entry, name of the picture, its bytes or None) of a row."
         shard, number = int(row.shard), int(row.row)
         file, firsts = self.files.get(shard, lambda: self._file(shard), lambda f: 1)
         group = int(firsts.searchsorted(number, "right")) - 1
-        table = self.groups.get(
-            (shard, group), lambda: file.read_row_group(group), lambda t: t.nbytes
-        )
-        return self._entry(table.slice(number - firsts[group], 1).to_pylist()[0], shard, number)
+        try:
+            table = self.groups.get(
+                (shard, group), lambda: file.read_row_group(group), lambda t: t.nbytes
+            )
+            row = table.slice(number - firsts[group], 1).to_pylist()[0]
+        except (ValueError, OSError) as e:
+            raise DataError(f"{self.names[shard]}, row {number}: not readable ({e})") from e
+        return self._entry(row, shard, number)
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #158514ee
 DATASET_ROWS = 10_000  # rows of a Dataset that make a shard here
