@@ -8,7 +8,7 @@ __all__ = ['verdict_table', 'report_html', 'conclude']
 # %% ../../nbs/6_diagnostics/15_report.ipynb #846e322d
 import json
 from fgclip_nb.core.plain import escape_html, plain_line
-from fgclip_nb.core.folder import Run, write_atomic
+from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.expectations import html_table, show
@@ -220,6 +220,32 @@ def figure_uri(figure, dpi=80) -> str:
     Image.open(drawn).convert("RGB").quantize(96).save(packed, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
+# %% ../../nbs/6_diagnostics/15_report.ipynb #5c31361b
+def _not_drawn(name, error) -> str:
+    "What is said of a plot that could not be drawn; it is logged too."
+    why = f"the plot {name} could not be drawn ({type(error).__name__}: {error})"
+    get_logger().warning(why)
+    return why
+
+
+def plot_html(name, plot, ev: Evidence) -> str:
+    "A plot as an image, or why there is none."
+    try:
+        return f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
+    except Exception as e:  # whatever it is: the rest of the report does not need this plot
+        return f'<p class="soft">{escape_html(_not_drawn(name, e).capitalize())}.</p>'
+
+
+def put_on_board(folder, ev: Evidence):
+    "The plots of a run in TensorBoard; one that fails is logged and left out."
+    board = Board(folder)
+    for name, plot in PLOTS.items():
+        try:
+            board.figure(f"plots/{name}", plot(ev), ev.last_step or 0)
+        except Exception as e:  # the verdicts and the report are written; the run is over
+            _not_drawn(name, e)
+    board.close()
+
 # %% ../../nbs/6_diagnostics/15_report.ipynb #dd67c667
 def _phases_html(ev: Evidence) -> str:
     rows = [
@@ -256,7 +282,7 @@ def report_parts(run: Run, ev: Evidence, judged: list):
         yield _expectations_html(run, ev)
     yield "<h2>Plots</h2>"
     for name, plot in PLOTS.items():
-        yield f'<img alt="{name}" src="{figure_uri(plot(ev))}">'
+        yield plot_html(name, plot, ev)
     rows = [(escape_html(k), escape_html(v)) for k, v in ev.params.items()]
     yield "<h2>Parameters</h2>" + card_table(("parameter", "value"), rows)
 
@@ -285,8 +311,5 @@ def conclude(run, figures=True) -> list:
     write_atomic(run.path / "verdicts.json", json.dumps(rows, indent=1) + "\n")
     write_atomic(run.path / "report.html", report_html(run))
     if figures and (run.path / "tensorboard").exists():
-        board = Board(run.path / "tensorboard")
-        for name, plot in PLOTS.items():
-            board.figure(f"plots/{name}", plot(ev), ev.last_step or 0)
-        board.close()
+        put_on_board(run.path / "tensorboard", ev)
     return judged
