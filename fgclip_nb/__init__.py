@@ -5,6 +5,7 @@ import importlib
 
 __version__ = "0.2.0"
 ROOMS = {
+    "AdaptiveMargin": ".losses.hard_groups",
     "AnomalyHeads": ".evaluation.heads",
     "Batch": ".batches.batch",
     "BenchConfig": ".bench.batch",
@@ -72,6 +73,7 @@ ROOMS = {
     "get_tokenizer": ".text.tokenizer",
     "global_loss": ".losses.contrast",
     "gradient_cached_backward": ".losses.gradient_caching",
+    "hard_contrast_loss": ".losses.hard_groups",
     "hard_negative_loss": ".losses.contrast",
     "headline": ".diagnostics.judgement",
     "leave_out": ".data.splits",
@@ -98,6 +100,7 @@ ROOMS = {
     "plot_validation": ".diagnostics.plots",
     "prepare_data": ".training.rundata",
     "push_regions": ".losses.objective",
+    "ranking_loss": ".losses.hard_groups",
     "read_frames": ".data.video",
     "read_image": ".data.photos",
     "read_names": ".data.splits",
@@ -117,6 +120,8 @@ ROOMS = {
     "save_evaluation": ".evaluation.results",
     "save_features": ".evaluation.features",
     "show": ".diagnostics.expectations",
+    "sigmoid_loss": ".losses.sigmoid",
+    "spread_loss": ".losses.spread",
     "stable_id": ".core.identity",
     "tokenize": ".text.packing",
     "total_loss": ".losses.objective",

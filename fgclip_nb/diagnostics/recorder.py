@@ -12,6 +12,7 @@ from fgclip_nb.core.folder import get_logger
 from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
+from fgclip_nb.diagnostics.signs import batch_mark, sign_values, weight_values
 from fgclip_nb.diagnostics.measures import (
     PAIRS,
     UpdateProbe,
@@ -91,11 +92,13 @@ def forward_note(terms: dict, features: dict, batch, diagnostic: bool) -> dict:
 
     Features and batch are kept for a diagnostic step only, features without their graph."""
     scales = {k: v.detach().clone() for k, v in features.items() if k.startswith("logit_scale")}
+    ids = getattr(batch, "sample_ids", None)
     return dict(
         terms=terms,
         features={k: v.detach() for k, v in features.items()} if diagnostic else None,
         batch=batch if diagnostic else None,
         scales=scales,
+        mark=None if ids is None else batch_mark(ids),
         images=len(features.get("image_features", ())),
         regions=len(features.get("region_features", ())),
     )
@@ -120,13 +123,27 @@ def step_scales(notes: list, model=None) -> dict:
     own = model.named_parameters(recurse=False)
     return {n: p for n, p in own if "logit_scale" in n}
 
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #f083b97d
+def step_mark(notes: list) -> dict:
+    "The mark of a step's samples, summed over its forwards; empty where they are not known."
+    marks = [n["mark"] for n in notes if n["mark"] is not None]
+    return dict(batch_mark=sum(marks)) if marks else {}
+
+
+def held_parameters(optimizer) -> set:
+    "The ids of all parameters that an optimiser holds; empty without one."
+    groups = optimizer.param_groups if optimizer is not None else ()
+    return {id(p) for group in groups for p in group["params"]}
+
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #c4c4d951
 def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None) -> dict:
     "Columns of a diagnostic step; empty when no forward kept its features."
-    features = [n["features"] for n in notes if n["features"]]
+    looked = [n for n in notes if n["features"]]
+    features = [n["features"] for n in looked]
     if not features:
         return {}
     columns = similarity_values(features) | norm_values(features) | probe.measure()
+    columns |= sign_values(features, [n["batch"] for n in looked])
     if bank is not None:
         ids = getattr(notes[-1]["batch"], "region_ids", None)
         columns |= bank_health(bank, features[-1].get("region_features"), ids)
@@ -248,17 +265,21 @@ class Recorder:
             regions=sum(n["regions"] for n in notes),
         )
         row |= mean_columns(notes, self.cfg, loss) | step_scales(notes, model)
+        row |= step_mark(notes)
         if lr is None and optimizer is not None:
             lr = optimizer.param_groups[0]["lr"]
         row |= dict(lr=lr, grad_norm=grad_norm, skipped=bool(skipped))
         row |= bank_values(bank) if bank is not None else {}
-        row |= self._look(notes, bank) if is_diagnostic(step, self.cfg.diag_every) else {}
+        if is_diagnostic(step, self.cfg.diag_every):
+            row |= self._look(notes, bank, model, optimizer)
         row = finished_row(row | (extra or {}), self.cfg.max_grad_norm)
         self._write(row, times, sum(n["images"] for n in notes))
         return row
 
-    def _look(self, notes, bank) -> dict:
+    def _look(self, notes, bank, model, optimizer) -> dict:
         columns = diagnostic_columns(notes, self.probe, bank)
+        if model is not None:
+            columns |= weight_values(model, held_parameters(optimizer))
         if self.board:
             write_histograms(self.board, notes, self.last_step + 1)
         return columns

@@ -14,6 +14,7 @@ from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import a_few, write_rejects
+from fgclip_nb.data.audit import audit
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
@@ -116,6 +117,8 @@ def announce(s: TrainState):
         f"data {s.cfg.data}: {len(s.data.train)} train, {len(s.data.val)} val; rejected: {rejected}"
     )
     write_manifest(s)
+    facts = audit(s.data.train, s.data.val, s.data.rejects, s.cfg.context_length)
+    write_atomic(s.path / "audit.json", json.dumps(facts, indent=1))
     if s.cfg.frame_cache:
         parts = (a_few(part) for part in (s.data.train, s.data.val))
         clips = [x.media for part in parts for x in part if x.kind == "video"]

@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
 import dataclasses, json, logging, os
+from pathlib import Path
 import torch, yaml
+from safetensors import safe_open
 from fgclip_nb.core.identity import code_identity, versions, weights_fingerprint
 from fgclip_nb.core.folder import (
     FolderLock,
@@ -19,8 +21,12 @@ from fgclip_nb.core.folder import (
 )
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
 from fgclip_nb.diagnostics.recorder import Recorder
+from fgclip_nb.diagnostics.signs import fresh_share
+from fgclip_nb.diagnostics.measures import even_sample
+from fgclip_nb.diagnostics.expectations import RANDOM_MODELS
 from fgclip_nb.training.rundata import prepare_data
 from fgclip_nb.training.state import Trackers, TrainState, new_state
+from fgclip_nb.training.build import weights_source
 from fgclip_nb.training.validation import check_best_by
 
 # %% ../../nbs/8_training/10_preparation.ipynb #514f163d
@@ -60,6 +66,29 @@ def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
     check_best_by(cfg, data.val)
     return new_state(cfg, data, accelerator, path, log, recorder)
 
+# %% ../../nbs/8_training/10_preparation.ipynb #468c4884
+def source_check(model, cfg) -> dict:
+    """How a model's tensors compare with those of the safetensors folder it was loaded from.
+
+    compared: tensors of the same name and shape; differ: names of those with other values, without
+    temperatures. Empty for a preset or another kind of file."""
+    if cfg.model in RANDOM_MODELS:
+        return {}
+    source = weights_source(cfg.model)
+    files = sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []
+    own, compared, differ = model.state_dict(), 0, []
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for name in set(stored.keys()) & set(own):
+                tensor = stored.get_tensor(name)
+                if tensor.shape != own[name].shape or "logit_scale" in name:
+                    continue
+                compared += 1
+                ours = even_sample(own[name].cpu().float(), 1000)
+                if not torch.allclose(ours, even_sample(tensor.float(), 1000), atol=1e-6):
+                    differ.append(name)
+    return dict(compared=compared, differ=sorted(differ)) if compared else {}
+
 # %% ../../nbs/8_training/10_preparation.ipynb #c4999571
 def machine_facts(s: TrainState) -> dict:
     "What may differ between the parts of an interrupted run: versions, code, device, processes."
@@ -83,6 +112,8 @@ def start_facts(s: TrainState) -> dict:
         params_hash=params_hash(s.cfg),
         weights=weights_fingerprint(s.model),
         loaded_from=s.cfg.model,
+        fresh_norms=fresh_share(s.model),
+        source=source_check(s.model, s.cfg),
         data=dict(
             name=s.cfg.data,
             fingerprint=data.fingerprint,

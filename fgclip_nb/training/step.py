@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.losses.objective import compute_losses, push_regions, total_loss
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
+from fgclip_nb.diagnostics.recorder import is_diagnostic
 from fgclip_nb.training.build import learning_rate_at
 from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.reading import step_names
@@ -181,6 +182,18 @@ def shared_batches(s: TrainState, batches) -> list:
             )
     return [b for b, whole in zip(batches, table.min(0).values.tolist()) if whole]
 
+# %% ../../nbs/8_training/07_step.ipynb #d9bca037
+@torch.no_grad()
+def weights_apart(model, accelerator) -> dict:
+    """How far the weights of the processes are apart, relative to their size; {} in a single one.
+
+    Compared are sums of absolute values. Every process must call."""
+    if accelerator.num_processes == 1:
+        return {}
+    total = torch.stack(torch._foreach_norm(list(model.parameters()), 1)).double().sum()
+    sums = accelerator.gather(total[None])
+    return dict(weights_apart=(sums.max() - sums.min()) / sums.mean())
+
 # %% ../../nbs/8_training/07_step.ipynb #e1cd1855
 def run_step(s: TrainState, batches) -> tuple:
     """One optimiser step: forward, backward, average, check, update.
@@ -213,7 +226,12 @@ def run_step(s: TrainState, batches) -> tuple:
 
 
 def record_step(s: TrainState, norm: float, culprit: str, times: tuple, validation: dict):
-    "Write the step's line to metrics and timing; `times` = (whole step, waiting for data) in s."
+    """Write the step's line to metrics and timing; `times` = (whole step, waiting for data) in s.
+
+    Every process must call: on diagnostic steps their weights are compared."""
+    compared = {}
+    if is_diagnostic(s.step, s.cfg.diag_every):
+        compared = weights_apart(s.model, s.accelerator)
     if not s.is_main:
         return
     epoch = (s.step - 1) * s.cfg.gradient_accumulation_steps // s.order.per_epoch
@@ -223,9 +241,10 @@ def record_step(s: TrainState, norm: float, culprit: str, times: tuple, validati
         forwards=s.forwards,
         model=s.model,
         bank=s.bank,
+        optimizer=s.optimizer,
         lr=s.optimizer.param_groups[0]["lr"],
         grad_norm=norm,
         skipped=bool(culprit),
         times=times,
-        extra=validation,
+        extra=validation | compared,
     )

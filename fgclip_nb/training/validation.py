@@ -13,6 +13,7 @@ from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.objective import compute_losses, total_loss
+from fgclip_nb.diagnostics.signs import best_scale, sign_values
 from fgclip_nb.training.state import TrainState
 
 # %% ../../nbs/8_training/08_validation.ipynb #0daca248
@@ -22,6 +23,9 @@ def _mean_terms(rows) -> dict:
     return {k: sum(r[k] for r in rows if k in r) / sum(k in r for r in rows) for k in keys}
 
 # %% ../../nbs/8_training/08_validation.ipynb #d6b32290
+VAL_SIGNS = ("luck_global", "luck_region", "within_top1", "within_luck", "within_rows")
+
+
 def validation_losses(s: TrainState, examples) -> tuple:
     """Means of the loss terms over the validation samples, and the features for retrieval.
 
@@ -38,7 +42,10 @@ def validation_losses(s: TrainState, examples) -> tuple:
             features = s.model(batch)
         terms = compute_losses(features, batch, duplicates=s.cfg.duplicates)
         chances = {f"val_{n.replace('loss', 'chance')}": float(t.chance) for n, t in terms.items()}
-        rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances)
+        top1 = {f"val_{n.replace('loss', 'top1')}": float(t.top1) for n, t in terms.items()}
+        signs = sign_values([features], [batch])
+        signs = {f"val_{n}": float(signs[n]) for n in VAL_SIGNS if n in signs}
+        rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances | top1 | signs)
         images.append(features["image_features"].float().cpu())
         texts.append(
             features["text_features"].float().cpu()
@@ -64,11 +71,15 @@ def validate(s: TrainState, examples, permutations: int = 200) -> dict:
     if len(owners) < 2:
         return columns
     texts = torch.cat([t for t in texts if len(t)])
-    score = retrieval(
-        torch.cat(images).numpy(), texts.numpy(), text_image=owners, permutations=permutations
-    )
+    pictures = torch.cat(images)
+    score = retrieval(pictures.numpy(), texts.numpy(), text_image=owners, permutations=permutations)
+    scale, calibrated, as_is = best_scale(pictures[owners], texts, float(s.model.logit_scale))
     chance, band = score["chance"], score["chance_interval"]
     return columns | dict(
+        val_captions=len(owners),
+        val_best_scale=scale,
+        val_best_scale_loss=calibrated,
+        val_scale_loss=as_is,
         val_r1=score["r1"],
         val_r10=score["r10"],
         val_mean_rank=score["mean_rank"],
