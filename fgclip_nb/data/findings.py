@@ -64,6 +64,7 @@ class Finding:
     count: int
     of: int  # out of so many
     do: str
+    urgent: bool = False  # what else is found may follow from it
 
     @property
     def share(self) -> float:
@@ -75,10 +76,12 @@ class Finding:
 
 # %% ../../nbs/2_data/22_findings.ipynb #d8f6283d
 def sort_findings(findings) -> list:
-    "Those with a count, fix before look before know, the largest share first."
+    """Those with a count, fix before look before know, the urgent and the largest share first.
+
+    A file that breaks off has one broken entry and perhaps thousands behind it."""
     return sorted(
         (f for f in findings if f.count),
-        key=lambda f: (("fix", "look", "know").index(f.level), -f.share),
+        key=lambda f: (("fix", "look", "know").index(f.level), not f.urgent, -f.share),
     )
 
 # %% ../../nbs/2_data/22_findings.ipynb #b9904118
@@ -109,20 +112,36 @@ ADVICE = dict(
     unreadable_media=("fix", "Fetch or convert these files again."),
 )
 _OTHER = ("fix", "See the first of them in the table of rejects and mend the file.")
+URGENT = ("broken_json", "broken_archive", "broken_parquet", "too_deep", "missing_file")
+
+
+def _examples(rejects, most=2) -> str:
+    "The first of some rejects: the media that are missing, else file and entry."
+    names = []
+    for r in rejects:
+        lost = r.rule in ("missing_media", "unreadable_media")
+        name = r.value.strip("'\"") if lost else f"{os.path.basename(r.file)} {r.entry}"
+        names.append(os.path.basename(name) if lost else name)
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def rule_findings(rejects, counts, of) -> list:
-    "A finding per rule; `counts` is `entries` or `regions`, `of` how many went in."
-    lost = Counter()
-    for r in (
-        r for r in rejects if not r.rule.startswith("unread_")
-    ):  # a lost value loses neither entry nor region
-        lost[r.rule] += getattr(r, counts) if r.entries or r.regions else counts == "entries"
+    """A finding per rule; `counts` is `entries` or `regions`, `of` how many went in.
+
+    Regions that went with their whole entry are told by the entry alone: one missing photo, one
+    row. A value that nobody reads loses neither."""
+    by_rule = {}
+    for r in rejects:
+        if not r.rule.startswith("unread_") and (counts == "entries" or not r.entries):
+            by_rule.setdefault(r.rule, []).append(r)
     findings = []
-    for rule, n in lost.items():
+    for rule, own in by_rule.items():
+        sized = [getattr(r, counts) if r.entries or r.regions else counts == "entries" for r in own]
         level, do = ADVICE.get(rule, _OTHER)
-        reason = (RULES | READING).get(rule, rule)
-        findings.append(Finding(level, f"{counts} rejected, {rule}: {reason}", n, of, do))
+        lost = [r for r, n in zip(own, sized) if n]
+        what = f"{counts} rejected, {rule}: {(RULES | READING).get(rule, rule)} ({_examples(lost)})"
+        findings.append(Finding(level, what, sum(sized), of, do, rule in URGENT))
     return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #7880b331
