@@ -341,5 +341,6 @@ class ReportConfig(TrainConfig):
     "Parameters of data_report.ipynb: training's, and these."
 
     check_files: bool = param(True, "open every photo and video once (about 5 ms each)")
-    pages: int = param(2, "pages of 12 photos with their boxes", 0, 100)
+    pages: int = param(2, "pages of 6 photos with their boxes, captions and reasons", 0, 100)
+    fix: str = param("", "write a mended copy of the data to this file (JSON lines)")
     strict: bool = param(False, "end non-zero when something must be fixed")
