@@ -26,8 +26,7 @@ class DataParams:
     "What is read and what is rejected."
 
     data: str = param(
-        "sample",
-        "`sample`, `video_sample`, `world`, file, list, folder, tars, Parquet, s3://… or hub:…",
+        "sample", "`sample`, `video_sample`, `world`, file, list, folder, tars, s3://…, hub:…"
     )
     media_root: str = param("", "folder that media paths start from; empty: that of the data file")
     columns: str = param("", "of tables: what is in which column, such as image=img, caption=text")
@@ -52,7 +51,7 @@ class DataParams:
         choices=("none", "crop"),
     )
     stream_lanes: int = param(
-        4, "places of a streamed set read side by side: processes x num_workers is best", 1, 4096
+        4, "places of a stream read at once: best processes x num_workers", 1, 4096
     )
     num_frames: int = param(
         0, "frames per clip; 0: 256, or 8 for the shipped video sample", 0, 100000
