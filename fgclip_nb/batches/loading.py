@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.plain import literal
-from fgclip_nb.data.samples import Reject, boxes_at
+from fgclip_nb.data.samples import Reject, Sample, boxes_at
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.memory_cache import MemoryCache
@@ -21,7 +21,9 @@ from fgclip_nb.batches.batch import collate
 def memory_for_clips(samples, drawing: Drawing, most_bytes: int, most_clips: int = 16):
     """A MemoryCache where all clips of the samples fit into `most_bytes`, else None.
 
-    More than `most_clips` clips are not even measured."""
+    More than `most_clips` clips are not even measured, and a stream is not read for it."""
+    if hasattr(samples, "block_sizes"):
+        return None
     paths = {s.media for s in samples if s.kind == "video"}
     if not paths or len(paths) > most_clips or drawing.frame_cache:
         return None
@@ -69,8 +71,7 @@ class Examples:
             self.cache[index] = read_image(sample.encoded, self.drawing.size)
         return self.cache[index]
 
-    def _read(self, epoch, index):
-        sample = self.samples[index]
+    def _read(self, sample, epoch, index):
         rng = np.random.default_rng([self.seed, epoch, index])
         if sample.kind == "video":
             return clip_example(sample, self.drawing, rng, self.clips)
@@ -78,12 +79,14 @@ class Examples:
 
     def __getitem__(self, where):
         epoch, index = where
+        sample = Sample(f"sample {index}", "")  # where not even the sample can be read
         for attempt in range(self.retries + 1):
             try:
-                return self._read(epoch, index)
+                sample = self.samples[index]
+                return self._read(sample, epoch, index)
             except (OSError, DataError) as e:
                 error = e
-        return unreadable(self.samples[index], error, self.retries + 1)
+        return unreadable(sample, error, self.retries + 1)
 
 # %% ../../nbs/3_batches/02_loading.ipynb #b4e80c86
 def collate_loaded(items, context_length: int = 248):

@@ -27,9 +27,10 @@ class DataParams:
     "What is read and what is rejected."
 
     data: str = param(
-        "sample", "`sample`, `video_sample`, `world:size=2000`, or a file, list or folder"
+        "sample", "`sample`, `video_sample`, `world`, file, list, folder, tars, s3://…, hub:…"
     )
     media_root: str = param("", "folder that media paths start from; empty: that of the data file")
+    columns: str = param("", "of tables: what is in which column, such as image=img, caption=text")
     test_data: str = param("", "media never trained on: a data set, or a .txt list of names")
     split: str = param(
         "auto",
@@ -49,6 +50,9 @@ class DataParams:
         "crop",
         "photos in the global loss: whole, or a mirrored random part",
         choices=("none", "crop"),
+    )
+    stream_lanes: int = param(
+        4, "places of a stream read at once: best processes x num_workers", 1, 4096
     )
     num_frames: int = param(
         0, "frames per clip; 0: 256, or 8 for the shipped video sample", 0, 100000

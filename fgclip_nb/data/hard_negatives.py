@@ -13,7 +13,7 @@ from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Samples
-from fgclip_nb.data.filters import folded
+from fgclip_nb.data.filters import ChangedSamples, folded
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #6b3a951d
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
     Regions that have some keep theirs. `n`: at most so many per region. `class_sentences`: as
     `load_class_sentences` gives, used for samples with a `label`. `words`: Words, default the
     shipped lists. The same seed gives the same negatives whatever else is in the data set."""
-    swapper, out = Swapper(words or shipped_words()), []
+    swapper = Swapper(words or shipped_words())
 
     def with_negatives(sample, region):
         if region.negatives:
@@ -222,9 +222,13 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
         negatives = negatives_for(sample, region, n, seed, swapper, class_sentences)
         return dataclasses.replace(region, negatives=negatives)
 
-    for s in samples:
-        regions = [with_negatives(s, r) for r in s.regions]
-        out.append(dataclasses.replace(s, regions=regions))
+    def changed(sample):
+        regions = [with_negatives(sample, r) for r in sample.regions]
+        return dataclasses.replace(sample, regions=regions)
+
+    if hasattr(samples, "part"):  # made when a sample is asked for
+        return ChangedSamples(samples, changed)
+    out = list(map(changed, samples))
     had, have = (
         sum(bool(r.negatives) for s in group for r in s.regions) for group in (samples, out)
     )

@@ -20,6 +20,7 @@ from fgclip_nb.data.readers import reader_of, readers_of
 from fgclip_nb.data.reading import as_samples, format_of, read_row
 from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.shards import is_sharded, open_shards
+from fgclip_nb.data.stream import open_stream
 from fgclip_nb.data.world import is_world, world_options, world_samples
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
@@ -263,6 +264,11 @@ def drop_missing(samples, tally, missing="auto") -> list:
         tally.kept -= s.entries
     return [s for s in samples if s.media not in tally.missing]
 
+# %% ../../nbs/2_data/11_load.ipynb #479f34d3
+def _has_reader(path) -> bool:
+    "Whether a path is a file that a reader of whole files takes."
+    return isinstance(path, (str, Path)) and os.path.isfile(path) and bool(file_reader(path))
+
 # %% ../../nbs/2_data/11_load.ipynb #5f2dcb05
 def sums(c) -> str:
     "Entries and regions that went in, as kept + rejected."
@@ -303,7 +309,7 @@ def _log_hints(tally, samples):
 SPLITS = ("auto", "none", "train", "val", "test")
 
 # %% ../../nbs/2_data/11_load.ipynb #6063f323
-def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
+def load_samples(path, media_root=None, missing="auto", split="auto", columns="") -> tuple:
     """(samples, rejects) of a data set in any known format.
 
     `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards
@@ -315,11 +321,17 @@ def load_samples(path, media_root=None, missing="auto", split="auto") -> tuple:
     samples without their media: reject, keep, or auto = keep when not a single one exists. `split`:
     part of entries that name none: by the file's name (auto, which is told), none, train, val or
     test. Keys that no reader asks for are rejects without a loss, rule `unread_content` or
-    `unread_key`. Raises `DataError` when path or media root does not exist."""
+    `unread_key`. Raises `DataError` when path or media root does not exist.
+
+    Tars (WebDataset), Parquet, addresses (`s3://…`), `hub:owner/name` and `datasets` are streamed:
+    then `samples` is a `Stream`, and `columns` says which column is what (`image=img`)."""
     if split not in SPLITS:
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     if is_sharded(path):
         return open_shards(path, media_root), []
+    streamed = None if _has_reader(path) else open_stream(path, media_root, columns, split)
+    if streamed:
+        return streamed
     tally = Tally()
     samples = drop_missing(list(iter_samples(path, media_root, tally, split)), tally, missing)
     _log_counts(tally, samples)

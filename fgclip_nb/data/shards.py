@@ -176,10 +176,18 @@ class ArrowRows:
             self.reads = 0
         return rows
 
+    def without(self, name, first, last) -> dict:
+        "Columns of the rows first..last-1 but for one, which is not read."
+        columns = [c for c in self.rows.column_names if c != name]
+        return self.rows.select_columns(columns)[first:last]
+
     def column(self, name) -> list:
         return self.rows.select_columns([name])[:][name]
 
 # %% ../../nbs/2_data/10_shards.ipynb #b15c0e93
+PART_ROWS = 20_000  # samples
+
+
 class ShardedSequence:
     """Samples of a folder of shards by integer index, memory-mapped.
 
@@ -216,6 +224,29 @@ class ShardedSequence:
                 chunk = self.rows[at : min(at + 256, len(self))]
                 for k in range(len(chunk["id"])):
                     yield from_row({c: v[k] for c, v in chunk.items()}, self.root)
+
+    def identity(self) -> bytes:
+        "What a fingerprint is taken over: the list of contents, names and sizes of the shards."
+        sizes = sorted((p.name, p.stat().st_size) for p in self.folder.glob("*.parquet"))
+        return (self.folder / "shards.json").read_bytes() + repr(sizes).encode()
+
+    @property
+    def spec(self) -> dict:
+        "What another process needs to open the same samples with `load_samples`."
+        return dict(path=str(self.folder), media_root=self.root)
+
+    @property
+    def parts(self) -> int:
+        "How many pieces a pass over the texts is cut into."
+        return -(-len(self.rows) // PART_ROWS)
+
+    def part(self, number):
+        "Yield the samples of a piece without embedded pixels, those of other subsets too."
+        first, last = number * PART_ROWS, min((number + 1) * PART_ROWS, len(self.rows))
+        for at in range(first, last, 256):
+            chunk = self.rows.without("data", at, min(at + 256, last))
+            for k in range(len(chunk["id"])):
+                yield from_row({c: v[k] for c, v in chunk.items()} | {"data": None}, self.root)
 
     def column(self, name) -> list:
         "One column of all samples, such as `split`, without decoding the rest."

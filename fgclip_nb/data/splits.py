@@ -12,7 +12,6 @@ import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.data.samples import Fault, Region, Samples, sample_reject
-from fgclip_nb.data.shards import ShardedSequence
 from fgclip_nb.data.media import ucf_label
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, span_frames
@@ -40,9 +39,9 @@ def _with_whole_frame(sample):
 def add_normal_regions(samples) -> Samples:
     """Samples whose normal clips all have a region, where any other sample has one.
 
-    It is the whole frame of the clip's span, under its caption. Memory-mapped shards stay as they
+    It is the whole frame of the clip's span, under its caption. Shards and streams stay as they
     are."""
-    if isinstance(samples, ShardedSequence) or not any(s.regions for s in samples):
+    if hasattr(samples, "part") or not any(s.regions for s in samples):
         return samples
     out = [_with_whole_frame(s) if is_plain_normal(s) else s for s in samples]
     added = sum(map(is_plain_normal, samples))
@@ -107,7 +106,7 @@ def overlap(samples, test_names=None) -> dict:
 def _column(samples, name) -> list:
     "One field of all samples; shards read it without decoding the rest."
     if hasattr(samples, "column"):
-        return samples.column(name)
+        return list(samples.column(name))
     return [getattr(s, name) for s in samples]
 
 # %% ../../nbs/2_data/21_splits.ipynb #a2d00008

@@ -14,7 +14,7 @@ import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.params import nearest
 from fgclip_nb.core.config import TrainConfig, epochs_of, run_folder
-from fgclip_nb.data.order import TrainingOrder, balanced_order
+from fgclip_nb.data.order import TrainingOrder, balanced_order, block_order
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
@@ -158,6 +158,13 @@ class Trackers(Board):
 # %% ../../nbs/8_training/04_state.ipynb #acb9dec0
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
     "The order of training for `world` processes; with labelled clips every batch is balanced."
+    if hasattr(samples, "block_sizes"):  # a stream: samples of a file come near each other
+        sizes, lanes = samples.block_sizes(), cfg.stream_lanes
+
+        def along_files(epoch):
+            return block_order(sizes, cfg.batch_size, lanes, cfg.seed, epoch)
+
+        return TrainingOrder(len(samples), cfg.batch_size, cfg.seed, world, along_files)
     labels = samples.column("label") if hasattr(samples, "column") else [s.label for s in samples]
 
     def balanced(epoch):
