@@ -49,7 +49,7 @@ def _columns_of(name: str, members: list) -> dict:
         # in-batch parts say something only where a term may look beyond the batch
         if values and ("bank" in TERMS[name].asks or not attr.endswith("in_batch")):
             columns[column.format(name)] = mean_of(values)
-    for attr in dict.fromkeys(k for t in members for k in getattr(t, "more", {})):
+    for attr in dict.fromkeys(k for t in members for k in getattr(t, "details", {})):
         columns[f"{attr}_{name}"] = mean_of([t.details[attr] for t in members if attr in t.details])
     return columns
 

@@ -8,7 +8,7 @@ __all__ = ['Recorder']
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fbda01ca
 import os
 from pathlib import Path
-from fgclip_nb.core.folder import get_logger, read_jsonl
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
