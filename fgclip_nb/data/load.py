@@ -11,8 +11,8 @@ from pathlib import Path
 from collections import Counter
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import asset, get_logger
-from fgclip_nb.data import coco, formats, label_studio, tables, ucf_crime, video_formats
-from fgclip_nb.data import web_formats
+from fgclip_nb.data import coco, cvat, flickr_entities, formats, label_studio, referring
+from fgclip_nb.data import region_texts, tables, ucf_crime, video_formats, web_formats, yolo
 from fgclip_nb.data.samples import Fault, Samples, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
@@ -23,7 +23,10 @@ from fgclip_nb.data.reading import as_list, format_of, read_row
 from fgclip_nb.data.shards import is_sharded, open_shards
 
 # rooms that have readers
-REGISTERED = (coco, formats, label_studio, tables, ucf_crime, video_formats, web_formats)
+REGISTERED = (
+    *(coco, cvat, flickr_entities, formats, label_studio, referring, region_texts, tables),
+    *(ucf_crime, video_formats, web_formats, yolo),
+)
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
 def _as_dict(pairs) -> dict:
