@@ -6,7 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10a_known.ipynb #50af2729
-from fgclip_nb.data import coco, formats, label_studio, tables, ucf_crime, video_formats
-from fgclip_nb.data import web_formats
+from fgclip_nb.data import coco, cvat, flickr_entities, formats, label_studio, referring
+from fgclip_nb.data import region_texts, tables, ucf_crime, video_formats, web_formats, yolo
 
-REGISTERED = (coco, formats, label_studio, tables, ucf_crime, video_formats, web_formats)
+REGISTERED = (
+    *(coco, cvat, flickr_entities, formats, label_studio, referring, region_texts, tables),
+    *(ucf_crime, video_formats, web_formats, yolo),
+)
