@@ -7,7 +7,9 @@ ROOMS = {
     "Batch": ".batch",
     "Drawing": ".examples",
     "Examples": ".loading",
+    "Form": ".batch",
     "collate": ".batch",
+    "patch_fields": ".batch",
     "plot_samples": ".loading",
 }
 __all__ = sorted(ROOMS)

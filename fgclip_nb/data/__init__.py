@@ -21,6 +21,7 @@ ROOMS = {
     "load_samples": ".load",
     "normalize": ".photos",
     "open_shards": ".shards",
+    "patch_batch": ".patches",
     "read_frames": ".video",
     "read_image": ".photos",
     "read_names": ".splits",
