@@ -6,12 +6,13 @@
 __all__ = ['TrainConfig', 'run_folder']
 
 # %% ../../nbs/0_core/03_config.ipynb #3a3a3caa
-import dataclasses, hashlib, json, types
+import dataclasses, hashlib, importlib, json, types
 from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
 from fgclip_nb.core.folder import Run, resolve_path
 from fgclip_nb.core.params import (
+    add_param,
     check_names,
     check_values,
     nearest,
@@ -173,6 +174,9 @@ class RunParams:
     tracker: str = param(
         "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"
     )
+    extensions: str = param(
+        "", "modules of yours with loss terms, readers or rules, by commas; imported first"
+    )
     allow_changed: str = param("", "parameters, or `data`, that may differ on resume, by commas")
 
 # %% ../../nbs/0_core/03_config.ipynb #c50a6173
@@ -231,6 +235,23 @@ def check_together(cfg):
                 f"{nearest(name, known_parameters())}"
             )
 
+# %% ../../nbs/0_core/03_config.ipynb #3d418de2
+DECLARING_ROOMS = "fgclip_nb.losses.objective"  # further down, asked by name: it needs torch
+
+
+def load_extensions(names: str):
+    "Import the modules named in `names`, by commas; `ConfigError` for one that is not found."
+    for name in filter(None, map(str.strip, names.split(","))):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if not f"{name}.".startswith(f"{e.name}."):
+                raise  # found, and it needs something else that is not there
+            raise ConfigError(
+                f"parameter `extensions` names the module {name!r}, which Python does not find: "
+                "give its name without `.py`, and put its folder into PYTHONPATH"
+            ) from e
+
 # %% ../../nbs/0_core/03_config.ipynb #0ead8fe1
 @with_params(*GROUPS)
 class TrainConfig:
@@ -240,19 +261,37 @@ class TrainConfig:
 
     def __post_init__(self):
         check_values(self)
+        load_extensions(self.extensions)
         check_together(self)
 
     @classmethod
     def from_params(cls, params: dict):
-        """From a dict of parameters.
+        """From a dict of parameters; modules that `extensions` names are imported first.
 
         An unknown name raises `ConfigError` with the nearest known one."""
+        load_extensions(str(params.get("extensions") or ""))
+        if not set(params) <= {f.name for f in dataclasses.fields(cls)}:
+            load_extensions(DECLARING_ROOMS)
         check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 
     def as_dict(self) -> dict:
         "Every parameter by name, in the order of declaration."
         return dataclasses.asdict(self)
+
+# %% ../../nbs/0_core/03_config.ipynb #e5cf7a10
+OWN_NAMES = frozenset(known_parameters())
+
+
+def declare_parameter(name: str, default: float, help: str, low=None, high=None):
+    """Make a number known as a parameter of every run, in `TrainConfig` and `known_parameters`.
+
+    low, high: its range. A name that is declared again is replaced; one that core has itself, or
+    that cannot be written as an argument, raises `ConfigError`."""
+    if name in OWN_NAMES or not name.isidentifier():
+        raise ConfigError(f"parameter `{name}` cannot be declared: choose a name that is free")
+    for group in (LossParams, TrainConfig):
+        add_param(group, name, float, param(float(default), help, low, high))
 
 # %% ../../nbs/0_core/03_config.ipynb #6fe7b95d
 def epochs_of(cfg) -> int:

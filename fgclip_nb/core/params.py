@@ -89,9 +89,10 @@ def check_names(params: dict, known):
     "Raise `ConfigError` for the first name that is not among the known ones."
     for name, value in params.items():
         if name not in known:
-            raise ConfigError(
-                f"unknown parameter `{short(name)[1:-1]}` = {short(value)}{nearest(name, known)}"
-            )
+            hint = nearest(name, known)
+            if name.endswith("_weight") and "extensions" in known:
+                hint += "; for a loss term of your own name its module in `extensions`"
+            raise ConfigError(f"unknown parameter `{short(name)[1:-1]}` = {short(value)}{hint}")
 
 # %% ../../nbs/0_core/02_params.ipynb #71fd1a3e
 def check_values(config):
@@ -118,3 +119,21 @@ def with_params(*groups):
         return dataclass(cls)
 
     return bind
+
+# %% ../../nbs/0_core/02_params.ipynb #1fa46388
+def add_param(cls, name: str, kind: type, declared):
+    """Give a dataclass of `param`s one more, in place; one of that name is replaced.
+
+    kind: its type. declared: what `param` returned. Objects made before show its default."""
+    fields = [
+        (f.name, f.type, field(default=f.default, metadata=f.metadata))
+        for f in dataclasses.fields(cls)
+        if f.name != name
+    ]
+    check = {"__post_init__": cls.__post_init__} if hasattr(cls, "__post_init__") else {}
+    wider = dataclasses.make_dataclass(
+        cls.__name__, [*fields, (name, kind, declared)], namespace=check
+    )
+    for part in ("__init__", "__repr__", "__eq__", "__match_args__", "__dataclass_fields__"):
+        setattr(cls, part, getattr(wider, part))
+    setattr(cls, name, declared.default)

@@ -8,6 +8,7 @@ __all__ = ['show', 'Expectations', 'expect']
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #644d5ed7
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.core.plain import escape_html
 from fgclip_nb.core.config import epochs_of
@@ -173,25 +174,28 @@ DUPLICATE_EFFECTS = {
 }
 
 
-def region_chance(regions: float) -> tuple:
-    "(chance level, explanation) of that many regions per forward, which is a mean."
-    if regions <= 1:
-        return 0.0, f"{regions:.3g} regions per forward: most often there is no choice"
-    return chance_level(regions), f"ln {regions:.3g}"
+def term_levels(term, facts):
+    "Rows of a loss term: the levels that it expects by itself, or where the level will be found."
+    if term.expected is None:
+        yield f"{term.name} chance level", None, f"as recorded, in the column chance_{term.name}"
+        return
+    for what, level, why in term.expected(facts):
+        yield f"{term.name} chance level" + (f", {what}" if what else ""), level, why
 
 
 def _chance_rows(cfg, counts, p: Plan):
-    "Chance levels and the duplicate floor."
-    bank = cfg.memory_bank_size
-    hard = counts.get("hard_candidates")
-    yield "global chance level", chance_level(p.batch), f"ln {p.batch}"
-    if p.regions:
-        yield "region chance level, in batch", *region_chance(p.regions)
-    if p.regions and bank:
-        level = chance_level(p.regions + bank)
-        yield "region chance level, full bank", level, f"ln ({p.regions:.3g} + {bank})"
-    if hard:
-        yield "hard chance level", chance_level(hard), f"ln {hard:.3g}"
+    "Chance levels of the terms that take part, and the duplicate floor."
+    from fgclip_nb.losses.objective import TERMS  # needs torch: read where a run is planned
+
+    facts = SimpleNamespace(
+        batch=p.batch,
+        regions=p.regions,
+        bank=cfg.memory_bank_size,
+        hard_candidates=counts.get("hard_candidates") or 0,
+    )
+    for term in TERMS.values():
+        if term.takes_part(cfg):
+            yield from term_levels(term, facts)
     floor = duplicate_floor(counts.get("phrases", []), p.batch)
     yield "duplicate floor", floor, DUPLICATE_EFFECTS[cfg.duplicates]
 

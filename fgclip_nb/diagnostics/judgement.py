@@ -15,6 +15,7 @@ from fgclip_nb.diagnostics.logs import read_text, text_facts, text_rows, with_im
 from fgclip_nb.diagnostics.text_logs import trainer_rows
 from fgclip_nb.diagnostics.table_logs import TABLES, event_rows, folder_rows
 from fgclip_nb.diagnostics.rules import Evidence, FAIL, LATER, PASS, RULES
+from fgclip_nb.diagnostics.loss_rules import added_kinds, term_rules
 from fgclip_nb.diagnostics.criteria import CRITERIA
 from fgclip_nb.diagnostics import bank_rules, criteria, loss_rules, plain_rules, weight_rules
 
@@ -133,7 +134,8 @@ def verdicts(source) -> list:
 
     `source`: Run, path of a folder or log, DataFrame, or Evidence."""
     ev = as_evidence(source)
-    judged = [r(ev) for r in RULES.values()] if len(ev.frame) or ev.facts else []
+    rules = [*RULES.values(), *(r for kind in added_kinds(ev) for r in term_rules(kind))]
+    judged = [r(ev) for r in rules] if len(ev.frame) or ev.facts else []
     return [v for v in judged if v is not None]
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #ae71e7fa

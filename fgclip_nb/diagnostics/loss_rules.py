@@ -6,17 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #788e68c8
-import math
+import functools, math
 from fgclip_nb.diagnostics.rules import (
     FAIL,
     LATER,
     PASS,
+    SHIPPED_KINDS,
     UNLIKE,
+    Rule,
     above_luck,
     candidates,
     chance,
     in_batch,
     interval,
+    loss_kinds,
     rule,
 )
 
@@ -127,7 +130,7 @@ def _loss_and_level(ev, kind):
 
 def _judge_chance(ev, kind):
     loss, level = _loss_and_level(ev, kind)
-    ratio = (loss / level).dropna()
+    ratio = (loss / level.where(level > 0)).dropna()
     if not len(ratio):
         return None
     value, mean, ln = (float(x.tail(20).mean()) for x in (ratio, loss, level))
@@ -165,6 +168,22 @@ def hard_above_chance(ev):
     "The hard-negative loss is under its chance level."
     return _judge_chance(ev, "hard")
 
+# %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #d01398ec
+def added_kinds(ev) -> list:
+    "Loss terms in the evidence beside those of FG-CLIP."
+    return [k for k in loss_kinds(ev) if k not in SHIPPED_KINDS]
+
+
+def term_rules(kind: str) -> list:
+    "The rules of an added loss term: it does not rise, and it gets under its chance level."
+    needs = (f"loss_{kind}",)
+    rise = functools.partial(_judge_rise, kind=kind)
+    under = functools.partial(_judge_chance, kind=kind)
+    return [
+        Rule(f"{kind}_loss_rise", rise, needs, "", "no rise, first to last 20 steps"),
+        Rule(f"{kind}_above_chance", under, needs, "chance_ratio_limit", "loss / chance < {:g}"),
+    ]
+
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #c53ebb5b
 @rule("loss_region", "noise_limit", "interval ± {:g}")
 def noise_allows_a_verdict(ev):
@@ -195,7 +214,7 @@ def val_loss(ev, kind: str):
     return sum(named) / len(named) if named else ev.series(f"val_loss_{kind}")
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #41e81ceb
-LOSS_COLUMNS = dict(plain="loss", **{"global": "loss_global"})
+LOSS_COLUMNS = dict(plain="loss")
 
 
 def overfit(ev, kind: str):
@@ -203,7 +222,7 @@ def overfit(ev, kind: str):
 
     The rise is 0 unless the training loss fell meanwhile; None before the third validation."""
     val = val_loss(ev, kind)
-    train = in_batch(ev) if kind == "region" else ev.series(LOSS_COLUMNS.get(kind, kind))
+    train = in_batch(ev) if kind == "region" else ev.series(LOSS_COLUMNS.get(kind, f"loss_{kind}"))
     if len(val) < 3 or not len(train):
         return None
     best = val.idxmin()
@@ -220,7 +239,9 @@ def overfit(ev, kind: str):
 @rule(limit="overfit_limit", threshold="rise < {:g} × chance", source="a held-out loss")
 def overfitting(ev):
     "The held-out losses do not climb while the training losses fall."
-    kinds = ("plain",) if ev.has("val_loss") and not ev.params else ("global", "region")
+    kinds = ("global", "region", *added_kinds(ev))
+    if ev.has("val_loss") and not ev.params:
+        kinds = ("plain",)
     rises = {k: overfit(ev, k) for k in kinds}
     rises = {k: rise for k, rise in rises.items() if rise}
     if not rises:

@@ -10,8 +10,8 @@ __all__ = ['plot_losses', 'plot_similarities', 'plot_positives', 'plot_temperatu
 import numpy as np
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE
 from fgclip_nb.diagnostics.measures import PAIRS
-from fgclip_nb.diagnostics.rules import candidates, chance, in_batch
-from fgclip_nb.diagnostics.loss_rules import val_loss
+from fgclip_nb.diagnostics.rules import candidates, chance, in_batch, loss_kinds
+from fgclip_nb.diagnostics.loss_rules import added_kinds, val_loss
 from fgclip_nb.diagnostics.judgement import as_evidence
 from fgclip_nb.diagnostics.canvas import (
     BLUE,
@@ -57,7 +57,7 @@ def _plot_loss(ax, ev, kind):
 def plot_losses(source):
     "Each loss with its moving mean and its chance level."
     ev = as_evidence(source)
-    kinds = [k for k in ("global", "region", "hard") if ev.has(f"loss_{k}")]
+    kinds = loss_kinds(ev)
     fig, axes = new_figure("Losses against chance", max(len(kinds), 1))
     for ax, kind in zip(axes, kinds):
         _plot_loss(ax, ev, kind)
@@ -86,7 +86,7 @@ def plot_similarities(source):
 def plot_positives(source):
     "Cosine of the matching pair against the hardest wrong candidate: learning is the gap."
     ev = as_evidence(source)
-    kinds = [k for k in ("global", "region", "hard") if ev.has(f"positive_cosine_{k}")]
+    kinds = [k for k in loss_kinds(ev) if ev.has(f"positive_cosine_{k}")]
     fig, axes = new_figure("Positive against hardest negative", max(len(kinds), 1))
     for ax, kind in zip(axes, kinds):
         draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "positive", GREEN)
@@ -196,8 +196,9 @@ def plot_bank(source):
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #1637a2e0
 def _plot_held_out_loss(ax, ev):
-    for kind, colour in (("global", BLUE), ("region", GREEN)):
-        train = in_batch(ev) if kind == "region" else ev.series("loss_global")
+    added = [(kind, PURPLE) for kind in added_kinds(ev)]
+    for kind, colour in (("global", BLUE), ("region", GREEN), *added):
+        train = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
         val = thinned(val_loss(ev, kind))
         if not len(val):
             continue

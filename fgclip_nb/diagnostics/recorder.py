@@ -9,6 +9,7 @@ __all__ = ['Recorder']
 import os
 from pathlib import Path
 from fgclip_nb.core.folder import get_logger
+from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
@@ -44,8 +45,12 @@ def _figure(value, digits=4):
 
 
 def loss_line(row: dict) -> str:
-    "The `[LOSS]` line of a metrics row; a term that the step did not have reads n/a."
-    losses = " ".join(f"{n}={_figure(row.get(k))}" for n, k in LOSS_NAMES.items())
+    """The `[LOSS]` line of a metrics row; a term that the step did not have reads n/a.
+
+    Terms of FG-CLIP by short names, others by their columns, as logs are read back."""
+    added = [f"loss_{n}" for n in TERMS if f"loss_{n}" not in LOSS_NAMES.values()]
+    names = LOSS_NAMES | {column: column for column in added if column in row}
+    losses = " ".join(f"{n}={_figure(row.get(k))}" for n, k in names.items())
     levels = " ".join(f"{n}={_figure(row[k])}" for n, k in CHANCE_NAMES.items() if k in row)
     return (
         f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {losses} {levels} "

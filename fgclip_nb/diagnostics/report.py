@@ -15,6 +15,7 @@ from fgclip_nb.diagnostics.expectations import html_table, show
 from fgclip_nb.diagnostics.rules import Evidence, candidates, chance
 from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
+from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.judgement import as_evidence, by_cause, headline, run_evidence, verdicts
 from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS
 from fgclip_nb.diagnostics.plots import PLOTS
@@ -141,7 +142,8 @@ def expected_and_observed(expected: list, ev: Evidence) -> list:
     """Rows (name, expected, observed, explanation) of texts; observed is empty where unknown.
 
     `expected`: `Expectations.as_dicts()`, as a run keeps them in expectations.json."""
-    observed = {k: read(ev) for k, read in OBSERVED.items()} if len(ev.frame) else {}
+    added = {f"{k} chance level": float(chance(ev, k).mean()) for k in added_kinds(ev)}
+    observed = {k: read(ev) for k, read in OBSERVED.items()} | added if len(ev.frame) else {}
     rows = []
     for e in expected:
         value = observed.get(e["name"])

@@ -146,6 +146,26 @@ def in_batch(ev: Evidence):
     named = ev.series("loss_region_in_batch")
     return named if len(named) or ev.series("bank_enabled").any() else ev.series("loss_region")
 
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #e6dab9b9
+SHIPPED_KINDS = ("global", "region", "hard")
+
+
+def is_kind(ev: Evidence, name: str, names: list) -> bool:
+    "Whether `loss_<name>` is a whole term and not a part of another; `names`: of all such columns."
+    if name.endswith("_in_batch"):
+        return False
+    beside = ev.has(f"chance_{name}") or ev.has(f"candidates_{name}")
+    part = any(name.startswith(f"{other}_") for other in names)
+    return name in SHIPPED_KINDS or beside or bool(ev.params) and not part
+
+
+def loss_kinds(ev: Evidence) -> list:
+    "Names of the loss terms in the evidence, FG-CLIP's first."
+    columns = [c for c in ev.frame if c.startswith("loss_") and ev.has(c)]
+    names = [c.removeprefix("loss_") for c in columns]
+    kinds = [n for n in names if is_kind(ev, n, names)]
+    return [k for k in SHIPPED_KINDS if k in kinds] + [k for k in kinds if k not in SHIPPED_KINDS]
+
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #aa9290ad
 def above_luck(ev: Evidence, kind: str, n: int) -> bool:
     "Whether top-1 accuracy is above 1/N beyond its sampling error over the last `n` steps."

@@ -8,7 +8,8 @@ __all__ = ['gradient_cached_backward']
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #590efcb7
 import contextlib
 import torch
-from fgclip_nb.losses.objective import ROWS, batch_ids, merge_ids
+from fgclip_nb.losses.table import row_names
+from fgclip_nb.losses.objective import batch_ids, merge_ids
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #f2d3bcd1
 class RandomState:
@@ -38,22 +39,23 @@ def first_pass(model, chunks: list, autocast) -> tuple:
 def joined_leaves(parts: list) -> dict:
     """Features of all chunks by name as leaves that collect a gradient; parameters among the
     features stay themselves."""
+    names = row_names()
     rows = {
         k: torch.cat([p[k] for p in parts if k in p]).detach().requires_grad_()
-        for k in ROWS
+        for k in names
         if any(k in p for p in parts)
     }
-    return {k: x for k, x in parts[0].items() if k not in ROWS} | rows
+    return {k: x for k, x in parts[0].items() if k not in names} | rows
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #3db2e261
 def second_pass(model, chunks: list, states: list, leaves: dict, autocast):
     "Each chunk again, from the same random state; the gradients of its rows are fed in."
-    used = dict.fromkeys(ROWS, 0)
+    used = dict.fromkeys(row_names(), 0)
     for chunk, state in zip(chunks, states):
         state.restore()
         with autocast():
             features = model(chunk)
-        rows = {k: x for k, x in features.items() if k in ROWS}
+        rows = {k: x for k, x in features.items() if k in used}
         fed = {
             k: leaves[k].grad[used[k] : used[k] + len(x)]
             for k, x in rows.items()

@@ -194,6 +194,7 @@ class TrainState:
     skipped: int = 0  # steps skipped in all
     loads: int = 0  # samples asked for
     load_rejects: int = 0  # of those, how many could not be read
+    term_states: dict = field(default_factory=dict)  # what loss terms keep between steps, by term
     best: dict = field(default_factory=dict)  # score and step of the best validation
     done: bool = False  # an early stop has ended the training before its last step
     stop_signal: str = ""  # name of the signal that asked the run to stop

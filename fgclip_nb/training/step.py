@@ -10,6 +10,7 @@ import json
 import torch
 from accelerate.utils import gather_object
 from fgclip_nb.core.identity import stable_id
+from fgclip_nb.losses.table import term_of
 from fgclip_nb.losses.objective import compute_losses, push_regions, total_loss
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
 from fgclip_nb.diagnostics.recorder import is_diagnostic
@@ -24,7 +25,7 @@ def forward_backward(s: TrainState, batch) -> tuple:
     Gradients are added to `.grad`; a total that is not finite gives none."""
 
     def loss_fn(features, b):
-        terms = compute_losses(features, b, bank=s.bank, duplicates=s.cfg.duplicates)
+        terms = compute_losses(features, b, s.bank, s.cfg.duplicates, s.cfg, s.term_states)
         return total_loss(terms, s.cfg) / s.cfg.gradient_accumulation_steps, (terms, features)
 
     if s.cfg.gradient_caching:
@@ -156,7 +157,7 @@ def apply_update(s: TrainState, norm, culprit: str):
 # %% ../../nbs/8_training/07_step.ipynb #887149a9
 def feed_bank(s: TrainState, features, batch, terms):
     "Count the region forward and push the batch's regions; a batch without any counts nothing."
-    if "loss_region" not in terms:
+    if not any("bank" in term_of(name).asks for name in terms):
         return
     s.forwards += 1
     if s.bank is None:

@@ -6,12 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/8_training/08_validation.ipynb #84b7d999
-import math
+import copy, math
 from types import SimpleNamespace
 import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.batches.loading import collate_loaded
+from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
 from fgclip_nb.diagnostics.signs import best_scale, sign_values
 from fgclip_nb.training.state import TrainState
@@ -40,9 +41,17 @@ def validation_losses(s: TrainState, examples) -> tuple:
         batch = batch.to(s.accelerator.device)
         with s.accelerator.autocast():
             features = s.model(batch)
-        terms = compute_losses(features, batch, duplicates=s.cfg.duplicates)
-        chances = {f"val_{n.replace('loss', 'chance')}": float(t.chance) for n, t in terms.items()}
-        top1 = {f"val_{n.replace('loss', 'top1')}": float(t.top1) for n, t in terms.items()}
+        terms = compute_losses(
+            features,
+            batch,
+            duplicates=s.cfg.duplicates,
+            cfg=s.cfg,
+            states=copy.deepcopy(s.term_states),  # looked at, not moved on
+        )
+        known = {n: t.chance for n, t in terms.items() if not math.isnan(t.chance)}
+        chances = {f"val_{n.replace('loss', 'chance')}": x for n, x in known.items()}
+        top1 = {f"val_{n.replace('loss', 'top1')}": t.top1 for n, t in terms.items()}
+        top1 = {name: x for name, x in top1.items() if not math.isnan(x)}
         signs = sign_values([features], [batch])
         signs = {f"val_{n}": float(signs[n]) for n in VAL_SIGNS if n in signs}
         rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances | top1 | signs)
@@ -131,12 +140,15 @@ def note_validation(s: TrainState, columns: dict) -> bool:
         s.best = dict(score=score, step=s.step, waited=0, by=by)
     else:
         s.best = dict(s.best, waited=s.best.get("waited", 0) + 1)
-    region = rank = ""
-    if "val_loss_region" in columns:
-        loss, chance = columns["val_loss_region"], columns["val_chance_region"]
-        region = f"region={loss:.4f} (chance {chance:.2f}) "
+    rank = ""
+    levels = [
+        f"loss_{n}={columns[f'val_loss_{n}']:.4f} (chance {columns[f'val_chance_{n}']:.2f}) "
+        for n in TERMS
+        if f"val_chance_{n}" in columns
+    ]
     if "val_mean_rank" in columns:
         mean, chance = columns["val_mean_rank"], columns["val_mean_rank_chance"]
         rank = f"mean rank {mean:.1f} (chance {chance:.1f})"
-    s.log.info(f"[VAL] Step {s.step} score={validation_score(columns, s.cfg):.4f} {region}{rank}")
+    total = f"score={validation_score(columns, s.cfg):.4f}"
+    s.log.info(f"[VAL] Step {s.step} {total} {''.join(levels)}{rank}")
     return bool(s.cfg.early_stop) and s.best["waited"] >= s.cfg.early_stop
