@@ -368,7 +368,7 @@ def test_bytes_that_are_no_text_and_folders_are_a_sentence(tmp_path):
 
 
 def test_a_packed_table_that_fills_the_memory_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(b"\n" * (200 << 20)))
+    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(b" " * (200 << 20)))
     with pytest.raises(DataError, match="metrics.jsonl.gz.*unpack to more than"):
         Run(tmp_path).metrics()
 

@@ -6,7 +6,7 @@
 __all__ = ['resolve_path', 'meant_for', 'get_logger', 'Run']
 
 # %% ../../nbs/0_core/01_folder.ipynb #d4b11235
-import fcntl, gzip, io, json, logging, os, re, sys, weakref, zlib
+import fcntl, gzip, io, itertools, json, logging, math, os, re, sys, weakref, zlib
 from pathlib import Path
 import fgclip_nb
 from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256_file
@@ -26,38 +26,69 @@ def write_atomic(path, data: str | bytes):
     os.replace(aside, path)
 
 # %% ../../nbs/0_core/01_folder.ipynb #58476b40
-def _unpacked(path) -> bytes:
-    "Bytes of a file, gzipped or not; DataError for a torn gzip file or one that grows too much."
-    data = Path(path).read_bytes()
-    if data[:2] != b"\x1f\x8b":
+class BoundedGzip(gzip.GzipFile):
+    "A gzip file for reading; DataError where it is torn, or unpacks to a hundred times its size."
+
+    def __init__(self, path):
+        super().__init__(path, "rb")
+        self.path = str(path)
+        self.packed = os.path.getsize(path)
+        self.most = (64 << 20) + 100 * self.packed
+
+    def read1(self, size=-1):
+        try:
+            data = super().read1(size)
+        except (OSError, EOFError, zlib.error) as e:
+            raise DataError(f"{self.path}: not a whole gzip file ({e})") from e
+        if self.tell() > self.most:
+            raise DataError(
+                f"{self.path}: its {self.packed:,} bytes unpack to more than {self.most:,}"
+            )
         return data
-    limit = 200 * len(data) + (16 << 20)
-    try:
-        with gzip.open(path) as f:
-            content = f.read(limit + 1)
-    except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path}: not a whole gzip file ({e})") from e
-    if len(content) > limit:
-        raise DataError(f"{path}: its {len(data):,} bytes unpack to more than {limit:,}")
-    return content
+
+    def readinto(self, buffer):
+        data = self.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def open_packed(path):
+    "A stream of bytes over a file, gzipped (`BoundedGzip`) or not."
+    with open(path, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    return io.BufferedReader(BoundedGzip(path)) if packed else open(path, "rb")
 
 # %% ../../nbs/0_core/01_folder.ipynb #9e2a85d4
+MOST_BLANK = 1_000_000  # lines in a row
+
+
+def _filled_lines(path):
+    "(number, line) of the lines of a file that are not blank; DataError where too many are."
+    blank = 0
+    with open_packed(path) as f:
+        for number, line in enumerate(f, 1):
+            blank = 0 if line.strip() else blank + 1
+            if blank > MOST_BLANK:
+                raise DataError(f"{path}, line {number}: a million blank lines before it")
+            if not blank:
+                yield number, line
+
+
 def read_jsonl(path):
     """Yield the objects of a JSON-lines file, gzipped or not.
 
     A torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."""
-    for number, line in enumerate(io.BytesIO(_unpacked(path)), 1):
-        if not line.strip():
-            continue
-        shown = line[:60].decode("utf-8", "replace").rstrip()
+    for number, line in _filled_lines(path):
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as e:
             if not line.endswith(b"\n"):
                 return
-            raise DataError(f"{path}, line {number}: not JSON ({e}); value {shown!r}") from e
+            start = line[:60].decode("utf-8", "replace").rstrip()
+            raise DataError(f"{path}, line {number}: not JSON ({e}); value {start!r}") from e
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: no JSON object; value {shown!r}")
+            start = line[:60].decode("utf-8", "replace").rstrip()
+            raise DataError(f"{path}, line {number}: no JSON object; value {start!r}")
         yield row
 
 # %% ../../nbs/0_core/01_folder.ipynb #e42e5d2b
@@ -171,13 +202,13 @@ def shown(value) -> str:
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def check_rows(rows, path):
-    """Yield table rows (dicts) that hold a whole `step` and single values, each column of one kind.
+def check_rows(rows, path, of_text, before=0):
+    """Check table rows (dicts): a whole `step` and single values, each column of one kind.
 
     `nan`, `inf` and `-inf` are how JSON lines write numbers that are not finite. DataError, which
-    names file, row and field, for others."""
-    of_text = {}
-    for number, row in enumerate(rows, 1):
+    names file, row (counted on from `before`) and field, for others. of_text: column -> whether it
+    is text, as far as is known."""
+    for number, row in enumerate(rows, before + 1):
         step = row.get("step")
         if type(step) is not int or not 0 <= step < 2**53:
             raise DataError(f"{path}, row {number}: `step` is no whole number, {shown(step)}")
@@ -195,18 +226,95 @@ def check_rows(rows, path):
                     f"{path}, row {number}: `{name:.60}` is text here and a number elsewhere or "
                     f"the other way round, {shown(value)}"
                 )
-        yield row
+
+# %% ../../nbs/0_core/01_folder.ipynb #55994c18
+PART = 2000  # rows
+
+
+class Columns:
+    "Columns of a table (numpy) that grow with every part; room that is not used takes no memory."
+
+    def __init__(self):
+        self.rows = 0
+        self.held = {}
+
+    def _room(self, name, rows, kind):
+        "The array of a column with room for `rows` more, of a kind that holds `kind` as well."
+        import numpy as np
+
+        end = self.rows + rows
+        held = self.held.get(name)
+        if held is None:
+            held = np.full(max(end, PART), math.nan if self.rows else 0)
+            held = held if self.rows else held.astype(kind)
+        if held.dtype != kind:
+            numbers = held.dtype.kind in "fi" and kind.kind in "fi"
+            held = held.astype(float if numbers else object)
+        if end > len(held):
+            grown = np.empty(2 * end, held.dtype)
+            grown[: self.rows] = held[: self.rows]
+            held = grown
+        self.held[name] = held
+        return held
+
+    def add(self, frame):
+        "Put the rows of a table behind those that are there; a column without values gets nan."
+        import numpy as np
+
+        end = self.rows + len(frame)
+        for name in dict.fromkeys([*self.held, *frame]):
+            values = frame[name].to_numpy() if name in frame else np.float64(math.nan)
+            self._room(name, len(frame), values.dtype)[self.rows : end] = values
+        self.rows = end
+
+    def table(self):
+        import pandas as pd
+
+        return pd.DataFrame({n: held[: self.rows] for n, held in self.held.items()}, copy=False)
+
+
+def table_of(rows, check=None):
+    """Dicts, one after the other, as a table (pandas) with a column per key.
+
+    check: called with each list of a few thousand rows, and with them as a table."""
+    import pandas as pd
+
+    rows = iter(rows)
+    columns = Columns()
+    while part := list(itertools.islice(rows, PART)):
+        frame = pd.DataFrame(part)
+        if check:
+            check(part, frame)
+        columns.add(frame)
+    return columns.table()
 
 # %% ../../nbs/0_core/01_folder.ipynb #604d2780
+class RowCheck:
+    "`check_rows` for a table in parts; parts of numbers alone need no look at each cell."
+
+    def __init__(self, path):
+        self.path = path
+        self.of_text = {}
+        self.before = 0
+
+    def __call__(self, rows, frame):
+        kinds = {c: frame[c].dtype.kind for c in frame}
+        numbers = all(k in "fib" for k in kinds.values()) and kinds.get("step") == "i"
+        numbers = numbers and 0 <= frame["step"].min() and frame["step"].max() < 2**53
+        if numbers and not any(self.of_text.get(c) for c in kinds):
+            self.of_text |= dict.fromkeys(kinds, False)
+        else:
+            check_rows(rows, self.path, self.of_text, self.before)
+        self.before += len(rows)
+
+
 def read_table(path):
     """One row per line of a JSON-lines file (pandas).
 
     A packed file has `.gz` behind its name; where there is neither, the table is empty. DataError
     for rows that are no rows of a table, see `check_rows`."""
-    import pandas as pd
-
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
-    return pd.DataFrame(check_rows(read_jsonl(present[0]), present[0]) if present else [])
+    return table_of(read_jsonl(present[0]), RowCheck(present[0])) if present else table_of([])
 
 # %% ../../nbs/0_core/01_folder.ipynb #e7e214e6
 def read_named(path, names) -> list:

@@ -6,37 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/2_data/04_entries.ipynb #b4537303
-import gzip, io, json, os, re, zlib
+import io, json, re, zlib
 from typing import NamedTuple
+from fgclip_nb.core.folder import open_packed
 from fgclip_nb.data.samples import Fault
 from fgclip_nb.data.rows import DECODER
 
 # %% ../../nbs/2_data/04_entries.ipynb #06c10667
-class BoundedGzip(gzip.GzipFile):
-    "A gzip file that ends with a ValueError when it unpacks to a hundred times its size and more."
-
-    def __init__(self, path):
-        super().__init__(path, "rb")
-        self.path = str(path)
-        self.packed = os.path.getsize(path)
-
-    def read1(self, size=-1):
-        data = super().read1(size)
-        if self.tell() > (64 << 20) + 100 * self.packed:
-            raise ValueError(
-                f"{self.path}: its {self.packed:,} bytes unpack to {self.tell():,} and more"
-            )
-        return data
-
-
 def open_text(path):
     """A text stream over a plain or gzipped file.
 
     UTF-8 by default, UTF-16/32 when the first bytes say so; bad bytes become lone surrogates. A
-    gzipped one that unpacks to a hundred times its size and more is a ValueError there."""
-    with open(path, "rb") as f:
-        zipped = f.read(2) == b"\x1f\x8b"
-    raw = BoundedGzip(path) if zipped else open(path, "rb")
+    gzipped one that unpacks to a hundred times its size and more is a DataError there."""
+    raw = open_packed(path)
     encoding = json.detect_encoding(raw.read(4))
     raw.seek(0)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"

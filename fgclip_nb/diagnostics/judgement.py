@@ -6,10 +6,9 @@
 __all__ = ['evidence', 'verdicts', 'headline']
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #f36edc42
-import json
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import Run, read_jsonl
+from fgclip_nb.core.folder import Run, read_json, read_jsonl
 from fgclip_nb.diagnostics.numbers import metrics_frame
 from fgclip_nb.diagnostics.logs import read_text, text_facts, text_rows, with_implied_columns
 from fgclip_nb.diagnostics.text_logs import trainer_rows
@@ -47,7 +46,7 @@ def run_evidence(run) -> Evidence:
     if report := run.manifest().get("load_report"):
         facts["load_report"] = report
     if retrieval.exists():
-        facts["retrieval"] = json.loads(retrieval.read_text())
+        facts["retrieval"] = read_json(retrieval)
     timing = metrics_frame(run.timing())
     return Evidence(
         metrics_frame(run.metrics()),
@@ -122,7 +121,12 @@ def evidence(source) -> Evidence:
         return run_evidence(folder)
     if path.name == "metrics.jsonl":
         return Evidence(metrics_frame(read_jsonl(path)), source=str(path))
-    return foreign_evidence(path)
+    try:
+        return foreign_evidence(path)
+    except DataError:
+        raise
+    except Exception as e:  # somebody's file: what its reader trips over is what is wrong with it
+        raise DataError(f"{path}: not readable as a log ({type(e).__name__}: {e})") from e
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #85ba8a53
 def as_evidence(source) -> Evidence:

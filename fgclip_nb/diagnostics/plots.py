@@ -205,7 +205,7 @@ def _plot_held_out_loss(ax, ev):
         ax.plot(val.index, val, "o-", color=colour, lw=1.8, ms=4, label=f"held-out {kind}")
         mean = thinned(train.rolling(20, min_periods=1).mean())
         label = f"training {kind}, 20-step mean"
-        ax.plot(train.index, mean, "--", color=colour, lw=1.2, label=label)
+        ax.plot(mean.index, mean, "--", color=colour, lw=1.2, label=label)
 
 
 def _plot_retrieval(ax, ev):

@@ -95,10 +95,10 @@ class Evidence:
 
     def until(self, step):
         "The same evidence as it stood at that step."
-        timing = self.timing
-        if timing is not None:
-            timing = timing[timing["step"] <= step]
-        frame = self.frame[self.frame["step"] <= step]
+        frame, timing = (
+            table if table is None else table.iloc[: int((table["step"] <= step).sum())]
+            for table in (self.frame, self.timing)  # both are in the order of their steps
+        )
         return dataclasses.replace(self, frame=frame, timing=timing, finished=False)
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #b1896116

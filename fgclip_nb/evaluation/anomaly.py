@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
-from fgclip_nb.core.folder import asset, write_atomic
+from fgclip_nb.core.folder import asset, read_json, write_atomic
 from fgclip_nb.data.samples import visible_spans
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
@@ -29,11 +29,16 @@ def read_prompts(source=None):
     Raises `DataError` without a non-empty class `Normal` and another one."""
     path, prompts = source or asset("ucf_crime_prompts.json"), source
     if not isinstance(source, dict):
-        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-    prompts = {
-        c: [p["phrase"], *p["captions"]] if isinstance(p, dict) else list(p)
-        for c, p in prompts.items()
-    }
+        prompts = read_json(path)
+    try:
+        prompts = {
+            c: [p["phrase"], *p["captions"]] if isinstance(p, dict) else list(p)
+            for c, p in prompts.items()
+        }
+    except (KeyError, TypeError) as e:
+        raise DataError(f"prompts {str(path)[:200]!r}: a class is no list of sentences") from e
+    if not all(isinstance(s, str) and s for texts in prompts.values() for s in texts):
+        raise DataError(f"prompts {str(path)[:200]!r}: a sentence is empty or no text")
     if not prompts.get("Normal") or len(prompts) < 2:
         raise DataError(
             f"prompts {str(path)[:200]!r}: a non-empty class `Normal` and at least one other class "
@@ -100,7 +105,7 @@ def _cached_video(cache, name, encode, source):
 
     encode(source) is called and kept where the file is not there yet."""
     path, counts = cache / f"{name}.npy", cache / "frames.json"
-    known = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
+    known = read_json(counts)
     if path.is_file() and name in known:
         both = read_plain_npy(path).astype(np.float64)
         return VideoFeatures(both[:, 0], both[:, 1:], known[name])
@@ -118,7 +123,7 @@ def _open_cache(cache, about):
     note, about = cache / "made_from.json", json.loads(json.dumps(about))
     if not note.is_file():
         write_atomic(note, json.dumps(about, indent=1) + "\n")
-    noted = json.loads(note.read_text(encoding="utf-8"))
+    noted = read_json(note)
     other = [k for k in about if noted.get(k) != about[k]]
     if other:
         raise DataError(

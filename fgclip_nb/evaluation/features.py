@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
-from fgclip_nb.core.folder import model_folder, write_atomic
+from fgclip_nb.core.folder import model_folder, read_json, write_atomic
 from fgclip_nb.evaluation.views import reads_patches
 from fgclip_nb.evaluation.encoder import is_clip, media_of
 from fgclip_nb.evaluation.captions import as_encoder, captions_of
@@ -41,7 +41,7 @@ def _read_names(folder, name):
     "Lines of <name>.txt, or the entries of the JSON list <name>.json."
     listed, lines = Path(folder) / f"{name}.json", Path(folder) / f"{name}.txt"
     if listed.is_file():
-        return [str(x) for x in json.loads(listed.read_text(encoding="utf-8"))]
+        return [str(x) for x in read_json(listed, list)]
     if not lines.is_file():
         raise DataError(f"{lines}: missing; write the names of the rows, one per line")
     return lines.read_text(encoding="utf-8").splitlines()

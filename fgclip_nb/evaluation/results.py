@@ -19,7 +19,7 @@ from fgclip_nb.core.identity import (
     versions,
 )
 from fgclip_nb.core.plain import cell_as_written, csv_text
-from fgclip_nb.core.folder import write_atomic
+from fgclip_nb.core.folder import read_json, shown, write_atomic
 from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
 from fgclip_nb.evaluation.captions import as_encoder
 from fgclip_nb.evaluation.label_files import list_file, read_labels, read_templates
@@ -235,13 +235,19 @@ def load_evaluation(folder):
     folder = Path(folder)
     if not (folder / "evaluation.json").is_file():
         raise DataError(f"{folder}: no evaluation.json; give a folder written by save_evaluation")
-    whole = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    frame = pd.read_csv(
-        folder / "items.csv", dtype={"id": str, "group": str}, keep_default_na=False
-    )
+    whole = read_json(folder / "evaluation.json")
+    for key, kind in (("results", dict), ("manifest", dict), ("unreadable", list)):
+        if not isinstance(whole.get(key), kind):
+            raise DataError(f"{folder / 'evaluation.json'}: `{key}` is {shown(whole.get(key))}")
     items = {}
-    for (task, name), part in frame.groupby(["task", "list"], sort=False):
-        items.setdefault(task, {})[name] = _ranked_from(part, task)
+    try:
+        frame = pd.read_csv(
+            folder / "items.csv", dtype={"id": str, "group": str}, keep_default_na=False
+        )
+        for (task, name), part in frame.groupby(["task", "list"], sort=False):
+            items.setdefault(task, {})[name] = _ranked_from(part, task)
+    except (OSError, ValueError, KeyError) as e:
+        raise DataError(f"{folder / 'items.csv'}: not the items of an evaluation ({e!r})") from e
     return Evaluation(
         whole["results"], items, whole["manifest"], whole["unreadable"], whole.get("rejects", [])
     )

@@ -10,7 +10,7 @@ import json, logging
 from pathlib import Path
 import torch
 from transformers.models.siglip2.configuration_siglip2 import Siglip2Config
-from fgclip_nb.core.folder import write_atomic
+from fgclip_nb.core.folder import read_json, write_atomic
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.hub import Source
 from fgclip_nb.text.pieces import Pieces
@@ -58,10 +58,7 @@ def read_siglip_config(source, start=False):
     path = source.get("config.json")
     if path is None:
         raise DataError(f"{source.name}: no config.json")
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e})") from e
+    entries = read_json(path)
     kind = entries.get("model_type")
     if kind in FIRST_KINDS:
         raise DataError(f"{path}: model_type {kind!r} is not FG-CLIP 2: load it with FGCLIP")

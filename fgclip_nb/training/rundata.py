@@ -10,7 +10,7 @@ import collections, hashlib, json, os, zlib
 from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import Run, get_logger, resolve_path
+from fgclip_nb.core.folder import Run, get_logger, read_json, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.drawing import drawn_photo
 from fgclip_nb.data.photos import limit_pixels
@@ -166,7 +166,7 @@ def retrieval_table(run: Run):
     import pandas as pd
 
     file = run.path / "retrieval.json"
-    score = json.loads(file.read_text()) if file.exists() else {}
+    score = read_json(file)
     parts = {"first short caption": score}
     if "long" in score:
         parts["long caption"] = score["long"]
