@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #056a3117
 from functools import lru_cache
 from fgclip_nb.diagnostics.measures import QUANTILES
-from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNLIKE
+from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNKNOWN, UNLIKE
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #9ea4406d
 BLUE = "#0072B2"
@@ -17,7 +17,7 @@ GREEN = "#009E73"
 RED = "#D55E00"
 PURPLE = "#CC79A7"
 GREY = "#6B6B6B"
-RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY}
+RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY, UNKNOWN: GREY}
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #fe00cf25
 @lru_cache

@@ -10,7 +10,7 @@ __all__ = ['plot_losses', 'plot_similarities', 'plot_positives', 'plot_temperatu
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE
 from fgclip_nb.diagnostics.measures import PAIRS
 from fgclip_nb.diagnostics.rules import candidates, chance, in_batch
-from fgclip_nb.diagnostics.loss_rules import val_loss
+from fgclip_nb.diagnostics.held_out_rules import val_loss
 from fgclip_nb.diagnostics.judgement import as_evidence
 from fgclip_nb.diagnostics.canvas import (
     BLUE,
