@@ -25,7 +25,7 @@ from fgclip_nb.diagnostics.rules import (
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #4b855e48
 @rule("logits_i2t_min", threshold="in [logits_low, logits_high]", rank=CAUSE + 38)
 def logits_in_range(ev):
-    "Image-to-text logits of random weights are wide from the first steps on: the scale is too high."
+    "Logits of random weights are wide from the first steps on: the temperature is too high."
     if ev.params and ev.params.get("model") not in RANDOM_MODELS:
         return None  # trained weights may be as sure as they like
     low, high = ev.series("logits_i2t_min").loc[:10], ev.series("logits_i2t_max").loc[:10]
@@ -40,8 +40,8 @@ def logits_in_range(ev):
     return (
         FAIL,
         value,
-        f"the first logits are {value}, outside {lowest:g} … {highest:g}: the temperature is too high "
-        "for features that know nothing yet",
+        f"the first logits are {value}, outside {lowest:g} … {highest:g}: the temperature is too "
+        "high for features that know nothing yet",
         "Compare with the cosines: logits = exp(scale) × cosine. Wide logits at small cosines mean "
         "a high scale, not alignment.",
     )

@@ -86,8 +86,8 @@ def val_share(ev, kind: str):
 ENOUGH_HELD_OUT = 10
 
 APART = (
-    "Tell them apart: train on the held-out photos for a moment; if they are learnt, it is too little "
-    "data or another domain, and if captions of twenty photos read aloud do not fit, the pairing."
+    "Tell them apart: train on the held-out photos for a moment; if they are learnt, it is too "
+    "little data or another domain; if the captions of twenty photos do not fit them, the pairing."
 )
 
 
@@ -120,8 +120,8 @@ def held_out_above_chance(ev):
         hardly = "hardly anything" if beyond else "nothing"
         why = (
             f"{hardly} carries over: the training loss fell to {learnt:.0%} of chance, held-out "
-            f"captions are found by luck ({summary}): captions are mispaired, held-out photos are of "
-            "another domain, or there are too few data"
+            f"captions are found by luck ({summary}): captions are mispaired, held-out photos are "
+            "of another domain, or there are too few data"
         )
         return FAIL, s["rank"], why, APART
     why = f"held-out captions are found by luck: {summary}"
@@ -235,9 +235,9 @@ def overconfident(ev):
         return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     rank = ev.series("val_mean_rank")
     why = (
-        f"the held-out {kind}loss climbed from {low:.3f} to {last:.3f} while the mean rank went from "
-        f"{rank.loc[best] if best in rank.index else rank.iloc[0]:.1f} to {rank.iloc[-1]:.1f}: the "
-        "model is too sure of itself, not worse"
+        f"the held-out {kind}loss climbed from {low:.3f} to {last:.3f} while the mean rank went "
+        f"from {rank.loc[best] if best in rank.index else rank.iloc[0]:.1f} to "
+        f"{rank.iloc[-1]:.1f}: the model is too sure of itself, not worse"
     )
     advice = "Judge by ranks (`best_by=rank`)."
     if ev.has("val_best_scale"):

@@ -169,8 +169,8 @@ def _judge_chance(ev, kind):
     if above_luck(ev, kind, 20):
         top1, luck = float(ev.series(f"top1_{kind}").tail(20).mean()), luck_of(ev, kind, 20)
         why += (
-            f"; yet the right one is nearest for {top1:.0%} (luck {luck:.0%}): the temperature does "
-            "not fit these cosines"
+            f"; yet the right one is nearest for {top1:.0%} (luck {luck:.0%}): the temperature "
+            "does not fit these cosines"
         )
         return (
             FAIL,

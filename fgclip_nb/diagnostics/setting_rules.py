@@ -119,9 +119,9 @@ def learning_rate_high(ev):
     if not broken or (sizes[tower] < STEP_TOO_LARGE and grown < 3):
         return PASS, sizes[tower], f"a step moves the {tower} weights by up to {sizes[tower]:.2%}"
     why = (
-        f"the learning rate {float(ev.series('lr').max()):.2g} is too high: a step moves the {tower} "
-        f"weights by {sizes[tower]:.0%} of their size, they are {grown:.1f} times as large as at "
-        f"first, and {broken}"
+        f"the learning rate {float(ev.series('lr').max()):.2g} is too high: a step moves the "
+        f"{tower} weights by {sizes[tower]:.0%} of their size, they are {grown:.1f} times as "
+        f"large as at first, and {broken}"
     )
     return FAIL, sizes[tower], why, "Divide `learning_rate` by 10 to 100, or lengthen the warm-up."
 
@@ -145,8 +145,8 @@ def learning_rate_low(ev):
         return PASS, size, f"a step moves the weights by up to {size:.2%}"
     steps = ev.last_step
     why = (
-        f"the learning rate {float(ev.series('lr').max()):.2g} is too low: a step moves the weights "
-        f"by {size:.4%} of their size, and after {steps} steps the losses are still at chance"
+        f"the learning rate {float(ev.series('lr').max()):.2g} is too low: a step moves the "
+        f"weights by {size:.4%} of their size, and after {steps} steps losses are still at chance"
     )
     return FAIL, size, why, "Multiply `learning_rate` by 10 to 100, or train much longer."
 
@@ -226,7 +226,7 @@ def clipped_away(ev):
     times = float(norm[norm.abs() < math.inf].median()) / limit
     if not times > 1000:
         return PASS, times, f"the usual gradient is {times:.2g} times the limit"
-    why = f"gradients of norm {times * limit:.3g} are clipped to {limit:g}: {times:,.0f} times smaller"
+    why = f"gradients of norm {times * limit:.3g} are clipped to {limit:g}: {times:,.0f}-fold"
     return FAIL, times, why, "Set `max_grad_norm` to about 1; 0 clips nothing."
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #7cccfd9b
@@ -249,8 +249,8 @@ def scale_too_low(ev):
         floor = scale_floor(scale, n)
         if n > 1.5 and floor > 0.25 * math.log(n):
             why = (
-                f"the stored {kind} temperature {scale:.3f} (exp = {math.exp(scale):.3f}) allows no "
-                f"loss under {floor:.2f} nats of {n:.0f} candidates (chance {math.log(n):.2f})"
+                f"the stored {kind} temperature {scale:.3f} (exp = {math.exp(scale):.3f}) allows "
+                f"no loss under {floor:.2f} nats of {n:.0f} candidates (chance {math.log(n):.2f})"
             )
             advice = (
                 "Store the logarithm: ln(1/0.07) = 2.6592 from scratch, 4.6052 of trained CLIP."
@@ -277,8 +277,8 @@ def decay_eats_weights(ev):
     if kept[tower] > 0.8 or not decay:
         return PASS, kept[tower], f"the {tower} weights have {kept[tower]:.0%} of their first norm"
     why = (
-        f"weight decay {decay:g} at learning rate {float(ev.series('lr').max()):.2g} has shrunk the "
-        f"{tower} weights to {kept[tower]:.0%} of their first norm"
+        f"weight decay {decay:g} at learning rate {float(ev.series('lr').max()):.2g} has shrunk "
+        f"the {tower} weights to {kept[tower]:.0%} of their first norm"
     )
     return FAIL, kept[tower], why, "Lower `weight_decay` (0.001 to 0.2 are usual)."
 
@@ -296,7 +296,7 @@ def bank_oversized(ev):
         return None
     if size <= regions:
         return PASS, size, f"a bank of {size} beside {regions} training regions"
-    why = f"the bank of {size} is larger than the {regions} training regions: it holds old copies of them"
+    why = f"the bank of {size} is larger than the {regions} training regions: it holds old copies"
     return FAIL, size, why, "Shrink `memory_bank_size` well below the number of regions."
 
 

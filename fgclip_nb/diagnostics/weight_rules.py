@@ -39,7 +39,7 @@ def finite_numbers(ev):
     )
     sample, times = common_sample(ev.facts.get("bad_steps") or [])
     if sample:
-        why = f"the sample {sample!r} is in all {times} steps that were not finite, and no other: {why}"
+        why = f"the sample {sample!r} is in all {times} bad steps, and no other is: {why}"
         advice = "Open that file; leave it out (`test_data` can name it) and see whether it stops."
     return FAIL, max(len(broken), skipped), why, advice
 
@@ -153,10 +153,11 @@ def _collapse(ev, kind, rank, spread):
         return (
             FAIL,
             rank,
-            f"{kind} embeddings have collapsed into one direction: {spread}; "
-            f"at the first step the rank was {start:.2f}",
-            "Lower the learning rate; a tower also collapses when its pairs cannot be learnt "
-            "(shuffled or wrong captions).",
+            f"{kind} embeddings have collapsed into one direction ({spread}; at the first step the "
+            f"rank was {start:.2f}): pairs or labels cannot be learnt, or the "
+            "learning rate is too high",
+            "Look at the pairs first (shuffled captions, labels that are off), then lower the "
+            "learning rate.",
         )
     return (
         FAIL,
