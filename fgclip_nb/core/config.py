@@ -76,11 +76,7 @@ class DataParams:
 class ModelParams:
     "Which model, at which size and precision."
 
-    model: str = param(
-        "tiny",
-        "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336, fgclip2-tiny, fgclip2-base, …), folder, "
-        "file or hub id",
-    )
+    model: str = param("tiny", "preset (tiny, ViT-B/16, fgclip2-tiny, …), folder, file or hub id")
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(
         0, "pixels of the square model input; 0: as the model was made for", 0, 4096

@@ -11,7 +11,8 @@ import numpy as np
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE
 from fgclip_nb.diagnostics.measures import PAIRS
 from fgclip_nb.diagnostics.rules import candidates, chance, in_batch, loss_kinds
-from fgclip_nb.diagnostics.loss_rules import added_kinds, val_loss
+from fgclip_nb.diagnostics.loss_rules import added_kinds
+from fgclip_nb.diagnostics.held_out_rules import val_loss
 from fgclip_nb.diagnostics.judgement import as_evidence
 from fgclip_nb.diagnostics.canvas import (
     BLUE,

@@ -22,10 +22,10 @@ def pixel_values(pixels) -> dict:
     pixels = pixels.float()
     return dict(
         pixel_mean=pixels.mean(),
-        pixel_std=pixels.std(),
+        pixel_std=pixels.std(correction=0),
         pixel_min=pixels.min(),
         pixel_max=pixels.max(),
-        pixel_contrast=pixels.flatten(2).std(2).mean(),
+        pixel_contrast=pixels.flatten(2).std(2, correction=0).mean(),
     )
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #81ed6157
@@ -101,9 +101,10 @@ def within_photos(cosines, owner, ids) -> dict:
     chance = (own & equal).sum(1) / own.sum(1)
     asked = (chance < 1).float()
     count = asked.sum()
+    some = count.clamp(min=1)
     return dict(
-        within_top1=(right * asked).sum() / count,
-        within_luck=(chance * asked).sum() / count,
+        within_top1=(right * asked).sum() / some,
+        within_luck=(chance * asked).sum() / some,
         within_rows=count,
     )
 

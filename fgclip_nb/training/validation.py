@@ -85,7 +85,9 @@ def validate(s: TrainState, examples, permutations: int = 200) -> dict:
     texts = torch.cat([t for t in texts if len(t)])
     pictures = torch.cat(images)
     score = retrieval(pictures.numpy(), texts.numpy(), text_image=owners, permutations=permutations)
-    scale, calibrated, as_is = best_scale(pictures[owners], texts, float(s.model.logit_scale))
+    scale, calibrated, as_is = best_scale(
+        pictures[owners], texts, float(s.model.logit_scale.detach())
+    )
     chance, band = score["chance"], score["chance_interval"]
     return columns | dict(
         val_captions=len(owners),

@@ -139,6 +139,7 @@ def save(name: str, runs: dict):
 def run(name: str, cases=(), processes=2, seed=0):
     "Train cases of a catalogue (all when none is named) and store what they left behind."
     chosen = list(cases) or list(catalogue(name))
+    importlib.import_module("fgclip_nb.training.loop")  # once, before the processes part
     with ProcessPoolExecutor(processes) as pool:
         for _, files, case in pool.map(run_one, [(name, case, seed) for case in chosen]):
             runs = load(name)
