@@ -660,3 +660,26 @@ def test_damaged_weight_files_are_a_sentence(tmp_path, small_weights):
             with contextlib.suppress(DataError):
                 FGCLIP.from_pretrained(tmp_path)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_one_writer_also_where_the_disk_has_no_locks(tmp_path, monkeypatch, flock):
+    "Lustre without flock answers ENOSYS; a lock left by a process that died there binds nobody."
+    import errno, fcntl
+    from fgclip_nb.core.folder import FolderLock
+
+    def refused(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if not flock:
+        monkeypatch.setattr(fcntl, "flock", refused)
+    child = os.fork()
+    if child == 0:
+        FolderLock(tmp_path)
+        os._exit(0)  # dies with the lock
+    os.waitpid(child, 0)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+        FolderLock(tmp_path)
+    lock.close()
+    FolderLock(tmp_path).close()

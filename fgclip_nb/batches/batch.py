@@ -179,10 +179,12 @@ class Batch:
 
     @property
     def n_captions(self):
+        "Number of short captions, C."
         return len(self.caption_rows)
 
     @property
     def n_regions(self):
+        "Number of regions, R."
         return len(self.region_ids)
 
     @property
@@ -230,8 +232,3 @@ def collate(examples, context_length: int = 248, form: Form | None = None) -> Ba
     pictures = square_fields(examples) if form is None else patch_fields(examples, form.patch)
     texts = text_fields(examples, context_length, form)
     return Batch(**pictures, **frame_fields(examples), **box_fields(examples), **texts)
-
-# %% ../../nbs/3_batches/01_batch.ipynb #b54e271c
-def split_batch(batch: Batch, clips: int) -> list:
-    "The chunks of `batch.split(clips)`."
-    return batch.split(clips)

@@ -72,27 +72,28 @@ class DataParams:
     max_megapixels: float = param(89.0, "photos of more million pixels are rejected", 0.01, 10_000)
 
 # %% ../../nbs/0_core/03_config.ipynb #50652017
+SECOND = ("fgclip2-tiny", "fgclip2-base", "fgclip2-large", "fgclip2-so400m")
+PRESET_NAMES = ("tiny", "ViT-B/32", "ViT-B/16", "ViT-L/14@336", *SECOND)
+
+
 @dataclass
 class ModelParams:
     "Which model, at which size and precision."
 
-    model: str = param("tiny", "preset (tiny, ViT-B/16, fgclip2-tiny, …), folder, file or hub id")
+    model: str = param("tiny", "preset (tiny, ViT-B/16, fgclip2-base, …), folder, file or hub id")
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(
         0, "pixels of the square model input; 0: as the model was made for", 0, 4096
     )
     patch_budget: int = param(
-        0,
-        "patches of a photo (FG-CLIP 2); 0: as many as the official rule has for its size",
-        0,
-        16384,
+        0, "patches of a photo (FG-CLIP 2); 0: by the official rule", 0, 16384
     )
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
     logit_scale_init: float | None = param(
         None, "stored log temperature (4.6052: x100); none: as is", -5, 4.6052
     )
     logit_bias_init: float | None = param(
-        None, "bias of the sigmoid loss; none: as stored, from scratch what fits the batch", -30, 30
+        None, "bias of the sigmoid loss; none: stored, or fit to the batch", -30, 30
     )
     override_logit_scale: bool = param(False, "replace a differing stored temperature, not refuse")
     precision: str = param(
@@ -112,7 +113,7 @@ class LossParams:
 
     losses: str = param(
         "auto",
-        "global loss: softmax or sigmoid; auto: what the model was made for",
+        "kind of global loss; auto: as the model was made",
         choices=("auto", "softmax", "sigmoid"),
     )
     global_weight: float = param(
@@ -123,13 +124,13 @@ class LossParams:
         0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000
     )
     spread_weight: float | None = param(
-        None, "weight of the loss among phrases; none: FG-CLIP 2 0.1, FG-CLIP 0", 0, 1000
+        None, "loss among phrases; none: 0.1 with FG-CLIP 2, else 0", 0, 1000
     )
     hard_contrast_weight: float | None = param(
-        None, "weight of hard groups among each other; none: FG-CLIP 2 0.3, FG-CLIP 0", 0, 1000
+        None, "hard groups together; none: 0.3 with FG-CLIP 2, else 0", 0, 1000
     )
     ranking_weight: float | None = param(
-        None, "weight of the growing margin; none: FG-CLIP 2 0.2, FG-CLIP 0", 0, 1000
+        None, "growing margin; none: 0.2 with FG-CLIP 2, else 0", 0, 1000
     )
     duplicates: str = param(
         "mask", "what equal captions are as candidates", choices=("mask", "positive", "ignore")
@@ -221,6 +222,32 @@ class VerdictParams:
     )
     logits_low: float = param(-10.0, "lowest i2t logit that passes in the first steps", -1000, 0)
     logits_high: float = param(20.0, "highest i2t logit that passes in the first steps", 0, 1000)
+    scale_tolerance: float = param(
+        0.0001, "largest distance of a loaded temperature from the asked", 0, 1
+    )
+    chance_ratio_limit: float = param(
+        0.95, "loss over its chance level that counts as learning", 0, 10
+    )
+    equal_share_limit: float = param(0.25, "largest share of rows that may equal another", 0, 1)
+    effective_rank_limit: float = param(
+        1.01, "fewest directions that a batch's embeddings span", 1, 10000.0
+    )
+    changed_share_limit: float = param(
+        0.5, "smallest share of elements that an update must change", 0, 1
+    )
+    noise_limit: float = param(
+        0.25, "half interval of a 20-step mean that allows a verdict", 0, 100
+    )
+    oscillation_limit: float = param(
+        0.5, "largest swing of the in-batch region loss late in a run", 0, 100
+    )
+    data_share_limit: float = param(
+        0.3, "largest share of the time that may be spent waiting for data", 0, 1
+    )
+    overfit_limit: float = param(
+        0.1, "rise of a held-out loss, in chance levels, that fails", 0, 100
+    )
+    bank_drift_limit: float = param(0.5, "lowest cosine of a region with itself in the bank", -1, 1)
 
 # %% ../../nbs/0_core/03_config.ipynb #c977ee0c
 GROUPS = (DataParams, ModelParams, LossParams, OptimParams, RunParams, VerdictParams)

@@ -35,7 +35,7 @@ def _from_hub(source, filename):
 
 # %% ../../nbs/0_core/05_hub.ipynb #452ae986
 @dataclass
-class Source:
+class HubFolder:
     """A folder, or a hub repository `owner/name` at a revision.
 
     options: cache_dir, token, local_files_only, subfolder for the hub. DataError where the name is

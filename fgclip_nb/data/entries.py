@@ -185,21 +185,21 @@ def _lines(stream):
             yield Entry(f"line {number}", _line_fault(e, line))
 
 # %% ../../nbs/2_data/04_entries.ipynb #62af7a22
-class Pairs(list):
+class ObjectPairs(list):
     "The (key, value) pairs of a file that is one JSON object; `fault` when it breaks off."
 
     fault = None
 
 
 def _document(stream):
-    "Entries of a file that is one JSON value: the elements of an array, or one Pairs."
+    "Entries of a file that is one JSON value: the elements of an array, or one ObjectPairs."
     reader = JsonReader(stream)
     first = reader.peek()
     if first == "[":
         for number, value in enumerate(array_items(reader)):
             yield Entry(f"[{number}]", value)
     elif first == "{":
-        pairs = Pairs()
+        pairs = ObjectPairs()
         try:
             pairs.extend(object_pairs(reader))
         except BROKEN as e:

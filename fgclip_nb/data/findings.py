@@ -10,10 +10,10 @@ import os, re
 from collections import Counter
 from dataclasses import dataclass
 from fgclip_nb.core.params import param
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.data.filters import READING, RULES, a_few, folded
+from fgclip_nb.data.filters import READING, RULES, a_few
 from fgclip_nb.data.media_lists import listed_media
 from fgclip_nb.data.splits import overlap
 
@@ -68,6 +68,7 @@ class Finding:
 
     @property
     def share(self) -> float:
+        "How much of what was looked at it concerns (0-1)."
         return self.count / self.of if self.of else 0.0
 
     def __str__(self):

@@ -8,10 +8,10 @@ __all__ = []
 # %% ../../nbs/2_data/22d_mending.ipynb #f942fc5e
 import dataclasses, json, os
 from pathlib import Path
-from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.identity import ConfigError, folded
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import Fault
-from fgclip_nb.data.filters import Limits, check_phrases, check_places, check_visible, folded
+from fgclip_nb.data.filters import Limits, check_phrases, check_places, check_visible
 from fgclip_nb.data.duplicates import same_entries
 from fgclip_nb.data.load import data_files
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.core.plain import escape_html
-from fgclip_nb.core.config import epochs_of
+from fgclip_nb.core.config import PRESET_NAMES, epochs_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #05512b0e
@@ -125,12 +125,17 @@ class Plan:
 
 def plan_of(cfg, counts: dict, processes=1) -> Plan:
     "The plan of a run from its configuration and `count_samples` of its training samples."
+    from fgclip_nb.losses.bank import bank_schedule  # needs torch: read where a run is planned
+
     images = cfg.batch_size * cfg.gradient_accumulation_steps * processes
     per_epoch = counts.get("steps_per_epoch") or max(1, counts["samples"] // images)
     batch = min(cfg.batch_size * processes, max(counts["samples"], 1))
     regions = batch * counts["regions_per_sample"]
     on = max(cfg.memory_bank_warmup_steps, 1)
-    filling = max(math.ceil(cfg.memory_bank_size / regions), 1) if regions else math.inf
+    full = math.inf
+    if regions:
+        known = bank_schedule(cfg.memory_bank_size, cfg.memory_bank_warmup_steps, regions)
+        full = known["full_forward"]
     return Plan(
         accumulation=cfg.gradient_accumulation_steps,
         per_epoch=per_epoch,
@@ -138,7 +143,7 @@ def plan_of(cfg, counts: dict, processes=1) -> Plan:
         batch=batch,
         regions=regions,
         on=on,
-        full=on + filling - 1,
+        full=full,
     )
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #598227f5
@@ -212,10 +217,8 @@ def _chance_rows(cfg, counts, p: Plan):
     yield "duplicate floor", floor, DUPLICATE_EFFECTS[cfg.duplicates]
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #226aac28
-# presets: no weight file behind them
-RANDOM_MODELS = (None, "", "tiny", "ViT-B/32", "ViT-B/16", "ViT-L/14@336")
-SECOND_MODELS = ("fgclip2-tiny", "fgclip2-base", "fgclip2-large", "fgclip2-so400m")
-RANDOM_MODELS += SECOND_MODELS
+SECOND_MODELS = tuple(name for name in PRESET_NAMES if name.startswith("fgclip2"))
+RANDOM_MODELS = (None, "", *PRESET_NAMES)  # no weight file behind them
 
 
 def configured_scale(cfg) -> float | None:

@@ -219,6 +219,7 @@ class Recorder:
         self.last_step = step
 
     def close(self):
+        "Close the files and the board; what was written is on the disk."
         for file in (self.metrics, self.timing, self.board):
             if file:
                 file.close()

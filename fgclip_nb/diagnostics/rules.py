@@ -8,6 +8,7 @@ __all__ = ['Verdict', 'Evidence', 'rule']
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #22dfc643
 import dataclasses, math
 from dataclasses import dataclass, field
+from fgclip_nb.core.config import known_parameters
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #5924c9cc
 PASS, FAIL, UNLIKE, LATER = "pass", "fail", "not comparable", "not reached"
@@ -40,26 +41,6 @@ class Verdict:
         "As it is kept in verdicts.json."
         return dataclasses.asdict(self)
 
-# %% ../../nbs/6_diagnostics/07_rules.ipynb #fce21cb0
-LIMITS = dict(
-    region_loss_target_50=1.0,
-    region_loss_target_200=0.7,
-    region_loss_target_500=0.5,
-    zero_norm_limit=0.10,
-    logits_low=-10.0,
-    logits_high=20.0,
-    scale_tolerance=1e-4,
-    chance_ratio_limit=0.95,
-    equal_share_limit=0.25,
-    effective_rank_limit=1.01,
-    changed_share_limit=0.5,
-    noise_limit=0.25,
-    oscillation_limit=0.5,
-    data_share_limit=0.3,
-    overfit_limit=0.10,
-    bank_drift_limit=0.5,
-)
-
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #9a3d45c1
 @dataclass
 class Evidence:
@@ -81,7 +62,7 @@ class Evidence:
 
     def limit(self, name) -> float:
         "A threshold: the run's own, else the default."
-        return float(self.params.get(name, LIMITS[name]))
+        return float(self.params.get(name, known_parameters()[name].default))
 
     def series(self, column):
         "A column without gaps, indexed by step (empty when unknown)."
@@ -229,7 +210,7 @@ RULES = {}
 def rule(needs=(), limit="", threshold="", source="", rank=SYMPTOM):
     """Register a function as the rule of its name; see `Rule`.
 
-    `needs`: a column or several; `limit`: an entry of `LIMITS`, for the `{:g}` of `threshold`;
+    `needs`: a column or several; `limit`: a parameter of a run, for the `{:g}` of `threshold`;
     `source`: what else it looks at, in words; `rank`: its place among those that trip, the lowest
     leads (see `CAUSE`); the docstring is its sentence in the catalogue."""
 

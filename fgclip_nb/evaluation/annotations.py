@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import read_json
-from fgclip_nb.data.samples import Reject
+from fgclip_nb.data.samples import VIDEO_SUFFIXES, Reject
 from fgclip_nb.evaluation.features import read_plain_npy
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #d61c18a8
-MEDIA_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".npy")
+MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".npy")
 
 
 def video_name(name):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
-from fgclip_nb.core.folder import asset, read_json, write_atomic
+from fgclip_nb.core.folder import read_json, write_atomic
 from fgclip_nb.data.samples import visible_spans
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
+from fgclip_nb.data.hard_negatives import load_class_sentences
 from fgclip_nb.evaluation.ranking import unit
 from fgclip_nb.evaluation.views import box_features, picture_features, shown_pictures
 from fgclip_nb.evaluation.encoder import frozen, need_dense, stack_features
@@ -27,16 +28,12 @@ def read_prompts(source=None):
     """{class: [sentences]} with a class `Normal`, from a dictionary, a JSON file, or as shipped.
 
     Raises `DataError` without a non-empty class `Normal` and another one."""
-    path, prompts = source or asset("ucf_crime_prompts.json"), source
-    if not isinstance(source, dict):
-        prompts = read_json(path)
-    try:
-        prompts = {
-            c: [p["phrase"], *p["captions"]] if isinstance(p, dict) else list(p)
-            for c, p in prompts.items()
-        }
-    except (KeyError, TypeError) as e:
-        raise DataError(f"prompts {str(path)[:200]!r}: a class is no list of sentences") from e
+    path = source or "ucf_crime"
+    prompts = source if isinstance(source, dict) else load_class_sentences(path)
+    prompts = {
+        c: [*filter(None, [p.get("phrase")]), *p["captions"]] if isinstance(p, dict) else list(p)
+        for c, p in prompts.items()
+    }
     if not all(isinstance(s, str) and s for texts in prompts.values() for s in texts):
         raise DataError(f"prompts {str(path)[:200]!r}: a sentence is empty or no text")
     if not prompts.get("Normal") or len(prompts) < 2:

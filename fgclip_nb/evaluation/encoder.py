@@ -236,6 +236,7 @@ class Encoder:
 
     @property
     def device(self):
+        "Where the model's weights lie."
         return next(self.model.parameters()).device
 
     @property

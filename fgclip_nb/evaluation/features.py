@@ -165,6 +165,7 @@ class CachedFeatures:
         return features, [regions[i] for i in rows]
 
     def why_lost(self, item):
+        "Why an item has no feature: it is not in the cache."
         return "no cached feature"
 
     def describe(self):

@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from fgclip_nb.losses.processes import world_size
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
-from fgclip_nb.losses.pairs import Pairs, Tally, count_block, measure, own_mask, row_losses
+from fgclip_nb.losses.pairs import Pairs, RowTally, count_block, measure, own_mask, row_losses
 from fgclip_nb.losses.pairs import same_in_batch, transposed, equal_ids
 from fgclip_nb.losses.contrast import check_groups, everybodys, group_measures
 from fgclip_nb.losses.contrast import kept_groups, owners
@@ -63,7 +63,7 @@ def group_contrast(p: Pairs, altered: Tensor, same_altered: Tensor | None) -> tu
         same_in_batch(p, everything, everything),
         own_mask(everything, everything, p.a.device),
     )
-    tallies = (Tally(p), Tally(p))
+    tallies = (RowTally(p), RowTally(p))
     count_block(tallies[0], everything, cosines.detach(), same, own)
     count_block(tallies[0], everything, others.detach(), same_altered, bank=True)
     count_block(tallies[1], everything, cosines.detach().T, transposed(same), transposed(own))
@@ -151,6 +151,7 @@ class AdaptiveMargin:
         self.most = most
 
     def update(self, lead: Tensor | float | None):
+        "Take the lead of a step (None: it had no hard negatives); every process must call."
         mine = self.value if lead is None else float(lead)
         if world_size() > 1:
             device = lead.device if isinstance(lead, Tensor) else "cpu"

@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
-from fgclip_nb.losses.pairs import Pairs, Tally, count_block, measure, own_mask, same_in_batch
+from fgclip_nb.losses.pairs import Pairs, RowTally, count_block, measure, own_mask, same_in_batch
 from fgclip_nb.losses.pairs import transposed
 from fgclip_nb.losses.contrast import check_pairs, everybodys, tile_for
 
@@ -70,7 +70,7 @@ def judge(p: Pairs, bias: Tensor, tile: tuple | None) -> tuple:
 def sigmoid_measures(p: Pairs, bias: Tensor, tile: tuple | None) -> Tensor:
     "The measures of a sigmoid term, in the order of `fgclip_nb.losses.terms.MEASURES`."
     n, step = len(p), tile[0] if tile else len(p)
-    tallies = (Tally(p), Tally(p))
+    tallies = (RowTally(p), RowTally(p))
     for start in range(0, n, step):
         i, j = slice(start, min(start + step, n)), slice(0, n)
         cosines, same = p.a[i] @ p.b.T, same_in_batch(p, i, j)

@@ -10,7 +10,7 @@ import logging, math
 from pathlib import Path
 import torch
 from transformers.models.clip.configuration_clip import CLIPConfig
-from fgclip_nb.core.hub import Source
+from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.text.positions import stretch_positions
 from fgclip_nb.model.config import check_config, check_sizes
@@ -281,7 +281,7 @@ def load_pretrained(
     unknown = set(kw) - set(HUB) - set(FROM_AUTO)
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-    source = Source(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
+    source = HubFolder(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
     sizes = read_config(source) if config is None else {}
     if config is None:
         config = make_config(cls.config_class, short_sizes(sizes), f"{source.name}: config.json")
@@ -299,7 +299,7 @@ def load_pretrained(
 # %% ../../nbs/4_model/10_loading.ipynb #dc630d68
 def hub_file(name, filename, revision):
     "Path of one file of a hub repository or a folder; DataError where it has none of that name."
-    path = Source(name, revision).get(filename)
+    path = HubFolder(name, revision).get(filename)
     if path is None:
         raise DataError(f"{name} at revision {revision or 'main'} has no file {filename}")
     return path
@@ -322,7 +322,7 @@ def open_clip_file(name, filename=None, revision=None):
         return Path(name)
     if filename is not None:
         return hub_file(name, filename, revision)
-    source = Source(name, revision)
+    source = HubFolder(name, revision)
     source.get("open_clip_config.json")
     found = next((p for f in OPEN_CLIP_FILES if (p := source.get(f)) is not None), None)
     if found is None:

@@ -10,7 +10,7 @@ import logging, math
 from pathlib import Path
 import torch
 from fgclip_nb.core.folder import read_json
-from fgclip_nb.core.hub import Source
+from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.model.config import PRESETS, FGCLIPConfig
 from fgclip_nb.model.fgclip import FGCLIP
@@ -40,7 +40,7 @@ def kind_of(source: str, revision=None) -> str:
     A config.json without model_type is CLIP's. DataError where nothing says."""
     if Path(source).is_file():
         return "file"
-    where = Source(source, revision)
+    where = HubFolder(source, revision)
     path = where.get("config.json")
     if path is not None:
         return read_json(path).get("model_type") or "clip"

@@ -21,6 +21,7 @@ from transformers.models.siglip2.modeling_siglip2 import (
 )
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.text.positions import stretch_positions
+from fgclip_nb.model.towers import SCALES
 
 # %% ../../nbs/4_model/15_siglip.ipynb #bdb664cf
 class FGCLIP2TextConfig(Siglip2TextConfig):
@@ -106,7 +107,7 @@ def check_siglip_config(config):
         )
 
 # %% ../../nbs/4_model/15_siglip.ipynb #a51eab17
-FINE_SCALES = ("logit_scale_finegraind", "logit_scale_hardneg")  # official spelling
+FINE_SCALES = SCALES[1:]
 FINE_SCALE = 4.6052  # where the official training starts both, at every start
 
 

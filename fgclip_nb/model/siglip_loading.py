@@ -12,7 +12,7 @@ import torch
 from transformers.models.siglip2.configuration_siglip2 import Siglip2Config
 from fgclip_nb.core.folder import read_json, write_atomic
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.hub import Source
+from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.text.pieces import Pieces
 from fgclip_nb.model.weights import FOREIGN, LoadReport, check_report, match, read_weights
 from fgclip_nb.model.loading import FROM_AUTO, HUB
@@ -220,7 +220,7 @@ def load_siglip(
     unknown = set(kw) - set(HUB) - set(FROM_AUTO)
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-    source = Source(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
+    source = HubFolder(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
     stored_config, kind = read_siglip_config(source, start)
     tensors, files = read_weights(source)
     report = LoadReport(source.name, [str(f) for f in files])

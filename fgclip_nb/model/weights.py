@@ -146,7 +146,7 @@ def _read_bin(path):
 
 
 def read_weights(source) -> tuple:
-    """Source -> (dict of tensors by name, list of the files read).
+    """HubFolder -> (dict of tensors by name, list of the files read).
 
     safetensors before .bin, one file before shards; DataError where there is none of them."""
     for name in WEIGHT_FILES:

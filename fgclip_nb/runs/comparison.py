@@ -218,7 +218,7 @@ def comparability(runs) -> list:
         notes.append(
             "Different code: a difference may come from the code and not from a parameter."
         )
-    if any("versions." in k or "device" in k for k in names):
+    if any(word in k for k in names for word in ("versions.", "hardware.", "device")):
         notes.append(
             "Different versions or device: equal parameters and seeds give nearly, not bitwise, "
             "equal numbers."

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 import torch
 from fgclip_nb.core.folder import asset, write_atomic
-from fgclip_nb.core.hub import Source
+from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.core.identity import DataError, stable_id
 from fgclip_nb.text.packing import TextBatch
 
@@ -33,7 +33,7 @@ def read_pieces(name, revision=None):
     missing, unreadable or of another kind of vocabulary."""
     from tokenizers import Tokenizer
 
-    path = Source(name, revision).get("tokenizer.json")
+    path = HubFolder(name, revision).get("tokenizer.json")
     if path is None:
         raise DataError(
             f"{name}: no tokenizer.json. FG-CLIP 2 needs the vocabulary of its checkpoint: "

@@ -12,6 +12,7 @@ from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import model_folder, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.model.layers import grid_positions
+from fgclip_nb.model.towers import SCALES
 from fgclip_nb.model.loading import log_scales
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.fgclip2 import FGCLIP2
@@ -31,9 +32,9 @@ def random_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
     model, start = preset_model(cfg.model), cfg.logit_scale_init
     if isinstance(model, FGCLIP2) and start is None:
         start = SIGLIP_START
-    for p in (model.logit_scale, model.logit_scale_finegraind, model.logit_scale_hardneg):
+    for name in SCALES:
         if start is not None:
-            p.fill_(start)
+            getattr(model, name).fill_(start)
     model.clamp_scales_()
     count = sum(p.numel() for p in model.parameters())
     log.info(f"model {cfg.model}: random weights from seed {cfg.seed}, {count:,} parameters")

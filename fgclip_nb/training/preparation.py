@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 import torch, yaml
 from safetensors import safe_open
-from fgclip_nb.core.identity import code_identity, versions, weights_fingerprint
+from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
 from fgclip_nb.core.folder import (
     FolderLock,
     PlainFormatter,
@@ -97,11 +97,12 @@ def source_check(model, cfg) -> dict:
 
 # %% ../../nbs/8_training/10_preparation.ipynb #c4999571
 def machine_facts(s: TrainState) -> dict:
-    "What may differ between the parts of an interrupted run: versions, code, device, processes."
+    "What may differ between the parts of an interrupted run: versions, code, machine, processes."
     return dict(
         versions=versions(),
         code=code_identity(),
         device=str(s.accelerator.device),
+        hardware=hardware(s.accelerator.device),
         processes=s.accelerator.num_processes,
         threads=torch.get_num_threads(),
     )

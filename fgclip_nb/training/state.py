@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/04_state.ipynb #62ac6523
-import ctypes, hashlib, logging, sys
+import hashlib, logging
 from datetime import timedelta
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,14 +66,6 @@ def trackers_of(cfg: TrainConfig) -> list:
         for name in tracker_names(cfg)
     ]
 
-# %% ../../nbs/8_training/04_state.ipynb #1ad23057
-def keep_freed_memory():
-    "Let the C library keep freed memory instead of handing it back to the kernel (Linux)."
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(libc, "mallopt"):
-        for option in (-3, -1):
-            libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
 # %% ../../nbs/8_training/04_state.ipynb #8d5e6868
 GROUP_TIMEOUT_S = 1800
 
@@ -98,7 +90,6 @@ def make_accelerator(cfg: TrainConfig):
         )
     trackers = trackers_of(cfg)
     AcceleratorState._reset_state()
-    keep_freed_memory()
     return Accelerator(
         cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="bf16" if cfg.precision == "bf16" else "no",

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/8_training/07_step.ipynb #d9969210
 import json
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from accelerate.utils import gather_object
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.losses.table import term_of
@@ -66,18 +67,13 @@ def average_gradients(parameters, accelerator):
 def gradient_norm(parameters) -> torch.Tensor:
     "L2 norm over all gradients, a scalar; 0 without any."
     grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.stack(torch._foreach_norm(grads)).norm() if grads else torch.zeros(())
+    return get_total_norm(grads) if grads else torch.zeros(())
 
 
 def clip_gradients(params, norm, limit: float):
-    """Scale all gradients, in place, so that their norm is at most `limit`; 0 = leave them.
-
-    As torch's `clip_grad_norm_`, with the norm already known."""
-    if not limit or not norm > limit:
-        return
-    for p in params:
-        if p.grad is not None:
-            p.grad.mul_(limit / (norm + 1e-6))
+    "Scale all gradients, in place, so that their norm is at most `limit`; 0 = leave them."
+    if limit and norm > limit:
+        clip_grads_with_norm_(params, limit, norm)
 
 # %% ../../nbs/8_training/07_step.ipynb #dc4c634d
 def first_non_finite(s: TrainState, total, terms, features) -> str:
