@@ -5,7 +5,6 @@ import importlib
 
 ROOMS = {
     "Batch": ".batch",
-    "Drawing": ".examples",
     "Examples": ".loading",
     "Form": ".batch",
     "collate": ".batch",

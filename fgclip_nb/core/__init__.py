@@ -10,13 +10,7 @@ ROOMS = {
     "TrainConfig": ".config",
     "get_logger": ".folder",
     "meant_for": ".folder",
-    "note_notebook": ".notebook",
-    "notebook_params": ".notebook",
-    "param": ".params",
-    "refuse_unknown": ".notebook",
-    "resolve_path": ".folder",
     "run_folder": ".config",
-    "stable_id": ".identity",
 }
 __all__ = sorted(ROOMS)
 

@@ -24,10 +24,8 @@ ROOMS = {
     "patch_batch": ".patches",
     "read_frames": ".video",
     "read_image": ".photos",
-    "read_names": ".splits",
     "reader": ".readers",
     "sample_frames": ".clips",
-    "sample_path": ".load",
     "video_info": ".video_index",
     "visible_spans": ".samples",
 }
