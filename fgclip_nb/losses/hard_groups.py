@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hard_contrast_loss', 'ranking_loss', 'AdaptiveMargin']
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #254e5f03
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #3730e42c
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fgclip_nb.losses.processes import world_size
@@ -15,7 +15,7 @@ from fgclip_nb.losses.pairs import same_in_batch, transposed, equal_ids
 from fgclip_nb.losses.contrast import check_groups, everybodys, group_measures
 from fgclip_nb.losses.contrast import kept_groups, owners
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #d794d33e
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #79d9d3df
 def unit_groups(regions: Tensor, texts: Tensor, sizes: Tensor, ids, gather: bool) -> tuple:
     """Usable groups of all processes: unit regions (R, D), unit texts (T, D), sizes (R,), ids (T,)
     or None as they came, and how many groups were dropped.
@@ -36,7 +36,7 @@ def first_rows(sizes: Tensor) -> Tensor:
     "Row (R,) of the right text of each group, from the sizes (R,)."
     return sizes.cumsum(0) - sizes
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #2ac18284
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #655843cd
 def group_pairs(r: Tensor, t: Tensor, sizes: Tensor, text_ids, scale, duplicates) -> tuple:
     """Groups as `Pairs` of regions with their right texts, and what stands beside them.
 
@@ -75,7 +75,7 @@ def group_contrast(p: Pairs, altered: Tensor, same_altered: Tensor | None) -> tu
     measures[:2] = torch.cat(left).double().log().mean()
     return (to_text.mean() + to_region.mean()) / 2, measures
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #03ec6b25
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #cd146f6e
 def hard_contrast_loss(
     region_features: Tensor,
     hard_text_features: Tensor,
@@ -102,7 +102,7 @@ def hard_contrast_loss(
     candidates = (len(r) + len(t)) / 2
     return LossTerm(loss, loss.detach(), candidates, candidates, len(r), measures, dropped)
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #215e6c0e
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #13263b36
 def ranking_loss(
     region_features: Tensor,
     hard_text_features: Tensor,
@@ -114,7 +114,7 @@ def ranking_loss(
     """By how much each altered copy comes nearer to its region than the right text less `margin`.
 
     Mean over altered copies; units of logits, as the margin. Arguments as `hard_contrast_loss`.
-    `details` holds the `margin` and the `lead`: mean logit of the right texts less that of the
+    `more` holds the `margin` and the `lead`: mean logit of the right texts less that of the
     altered copies (those of exactly 0 left out, as the reference does), from which
     `AdaptiveMargin` makes the next margin. Source: FG-CLIP 2."""
     r, t, sizes, _, dropped = unit_groups(
@@ -132,11 +132,11 @@ def ranking_loss(
     lead = right.detach().mean() - told.sum() / (told != 0).sum().clamp(min=1)
     measures = group_measures(cosines, owner, first, sizes)
     measures[:2] = float(margin)
-    details = dict(margin=torch.as_tensor(float(margin)), lead=lead)
+    more = dict(margin=torch.as_tensor(float(margin)), lead=lead)
     size = len(t) / len(r)
-    return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped, details)
+    return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped, more)
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #d832075f
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #132f6476
 class AdaptiveMargin:
     """The margin of `ranking_loss`: `value` in units of logits, from 0 to `most`.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['spread_loss']
 
-# %% ../../nbs/5_losses/05b_spread.ipynb #89792a4a
+# %% ../../nbs/5_losses/05b_spread.ipynb #30181a63
 import math
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fgclip_nb.losses.processes import usable_rows
 from fgclip_nb.losses.terms import MEASURES, LossTerm, empty_term, full_precision, unit_rows
 from fgclip_nb.losses.contrast import everybodys, tile_for
 
-# %% ../../nbs/5_losses/05b_spread.ipynb #575f5027
+# %% ../../nbs/5_losses/05b_spread.ipynb #5dd9dae0
 NEIGHBOURS = 10
 SAME_TEXT = 0.95  # cosine above which two phrases are the same thing said twice
 
@@ -33,13 +33,13 @@ def spread_of_rows(texts: Tensor, rows: slice) -> Tensor:
     nearest = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1).values
     return nearest.logsumexp(1).sum()
 
-# %% ../../nbs/5_losses/05b_spread.ipynb #fecc777d
+# %% ../../nbs/5_losses/05b_spread.ipynb #73d3ad64
 def spread_loss(region_text_features: Tensor, gather: bool = True) -> LossTerm:
     """How near phrases lie to each other (FG-CLIP 2's text intra-modal contrast), no temperature.
 
     Mean over rows of the log-sum-exp of the 10 largest cosines with others, fewer where there are
     fewer. region_text_features: (R, D), any norm; rows without direction are dropped. gather: in
-    several processes among the rows of all. `details` holds `same_text_share`, the share of other
+    several processes among the rows of all. `more` holds `same_text_share`, the share of other
     phrases left out because their cosine is above 0.95."""
     (rows,) = everybodys([region_text_features], gather)
     keep = usable_rows(rows)
@@ -59,5 +59,5 @@ def spread_loss(region_text_features: Tensor, gather: bool = True) -> LossTerm:
     measures = torch.full((len(MEASURES),), torch.nan, dtype=torch.float64)
     measures[:2] = math.log(min(NEIGHBOURS, n))
     measures[list(MEASURES).index("hardest_negative_cosine")] = torch.cat(nearest).mean()
-    details = dict(same_text_share=same / max(n * (n - 1), 1))
-    return LossTerm(loss, loss.detach(), n, n, n, measures, dropped, details)
+    more = dict(same_text_share=same / max(n * (n - 1), 1))
+    return LossTerm(loss, loss.detach(), n, n, n, measures, dropped, more)

@@ -29,7 +29,7 @@ class FGCLIP(CLIPPreTrainedModel):
     official model, the encode_* methods their batch-wise forms. Pictures of other sizes are read
     with resized positions in eval mode, or where `interpolate_pos_encoding` is True.
 
-    The three ways of loading return the model in eval mode, float32 unless `dtype` is given;
+    The ways of loading return the model in eval mode, float32 unless `dtype` is given;
     `.load_report` tells the fate of all tensors. revision: branch, tag or commit on the hub.
     logit_scale_init: the log scale that is expected; where a stored one differs ConfigError is
     raised, or it is replaced with override_logit_scale=True. prove=True compares features with the
@@ -211,14 +211,49 @@ class FGCLIP(CLIPPreTrainedModel):
         dtype=None,
         prove=False,
     ):
-        """A start from OpenAI's own file, a TorchScript archive or a state dict.
+        """A start from OpenAI's own file, a TorchScript archive or its state dict.
 
-        With `filename`, that file of a folder or hub repository `file`."""
+        With `filename`, that file of a folder or hub repository `file`. A state dict that is not
+        OpenAI's is read where open_clip's configuration lies beside it; see `from_open_clip`."""
         return load_openai(
             cls,
             file,
             filename=filename,
             revision=revision,
+            logit_scale_init=logit_scale_init,
+            override_logit_scale=override_logit_scale,
+            dtype=dtype,
+            prove=prove,
+        )
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        file,
+        *,
+        filename=None,
+        revision=None,
+        name=None,
+        hidden_act=None,
+        head_width=None,
+        logit_scale_init=None,
+        override_logit_scale=False,
+        dtype=None,
+        prove=False,
+    ):
+        """A start from open_clip's weights: a file, or a folder or hub repository that holds it.
+
+        Activation and heads are read from open_clip_config.json or params.txt beside it, or told:
+        `name` (open_clip's, ViT-H-14), or hidden_act ("gelu", "quick_gelu") and head_width.
+        DataError where they are unknown. Long-CLIP's own files too (quick_gelu, 64)."""
+        return load_openai(
+            cls,
+            file,
+            filename=filename,
+            revision=revision,
+            name=name,
+            hidden_act=hidden_act,
+            head_width=head_width,
             logit_scale_init=logit_scale_init,
             override_logit_scale=override_logit_scale,
             dtype=dtype,

@@ -67,7 +67,7 @@ class Source:
         return _from_hub(self, filename)
 
 # %% ../../nbs/4_model/08_weights.ipynb #24b49d2c
-def _read_safetensors(path):
+def read_safetensors(path):
     "File -> tensors by name; DataError for a file that is torn."
     from safetensors.torch import load_file
 
@@ -206,7 +206,7 @@ def read_weights(source) -> tuple:
         path = source.get(name)
         if path is None:
             continue
-        read = _read_safetensors if "safetensors" in name else _read_bin
+        read = read_safetensors if "safetensors" in name else _read_bin
         return _read_shards(source, path, read) if name.endswith("json") else (read(path), [path])
     raise DataError(f"{source.name}: no weights; looked for {', '.join(WEIGHT_FILES)}")
 
