@@ -145,7 +145,7 @@ def settle_facts(
         raise DataError(
             f"{shown or path}: activation and width of heads are unknown. The names are those of "
             "OpenAI's models (QuickGELU), of LAION's and DataComp's (GELU) and of what was trained "
-            "from either, and no tensor tells which. Put open_clip_config.json beside the file, or say "
+            "from either, and no tensor tells which. Put open_clip_config.json beside it, or say "
             "it: FGCLIP.from_open_clip(file, hidden_act='gelu', head_width=64), or name='ViT-B-32'"
         )
     told = dict(hidden_act=hidden_act, vision_head=head_width)
