@@ -78,7 +78,7 @@ class Fake:
             .astype(np.float32)
         )
 
-    def texts(self, texts, long=False):
+    def texts(self, texts, long=False, phrase=False):
         return np.stack([self.vector(t) for t in texts])
 
     def images(self, items):
@@ -504,7 +504,7 @@ def sources(tmp_path_factory, photos):
     "Every kind of weights that somebody may have; the same FG-CLIP or the same CLIP each time."
     from official import GOLDENS
     from safetensors.torch import save_file
-    from test_loading import as_openai, torchscript
+    from test_loading import as_openai, counts, torchscript
     from transformers import CLIPConfig, CLIPModel
     from fgclip_nb.model.config import FGCLIPConfig
     from fgclip_nb.model.fgclip import FGCLIP
@@ -527,7 +527,7 @@ def sources(tmp_path_factory, photos):
     save_file(
         {k: v.clone() for k, v in fine.state_dict().items()}, at / "official/model.safetensors"
     )
-    torch.save(as_openai(clip.state_dict()), at / "state_dict.pt")
+    torch.save(as_openai(clip.state_dict()) | counts(), at / "state_dict.pt")
     torchscript(as_openai(clip.state_dict()), at / "archive.pt")
     save_features(fine, photos[:8], at / "features")
     return at, fine, clip

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.data.photos import read_image
+from fgclip_nb.data.patches import own_budget, patch_grid, resize_photo
 from fgclip_nb.data.frame_cache import FrameCache
 from fgclip_nb.data.inputs import clip_inputs
 
@@ -25,6 +26,8 @@ class Drawing:
     num_frames: int = 256  # per clip
     region_source: str = "boxes"  # boxes or span (clips only)
     frame_cache: str = ""  # folder of cached frames (clips only)
+    patch: int = 0  # side of a patch in pixels where photos keep their shape; 0: squares of `size`
+    budget: int = 0  # patches of such a photo; 0: as many as the official rule has for its size
 
 # %% ../../nbs/3_batches/00_examples.ipynb #ba76c2f7
 def draw_rows(n: int, most: int, rng):
@@ -82,7 +85,7 @@ class Example:
     "One image or clip of F frames as drawn for a step."
 
     id: int
-    pixels: np.ndarray  # (F,size,size,3) uint8; an image is a clip of one frame
+    pixels: np.ndarray  # (F,height,width,3) uint8; an image is a clip of one frame
     times: np.ndarray  # (F,) float32 0-1, place of each frame in the clip
     in_clip: np.ndarray  # (F,) bool, False for a frame that only a region asked for
     caption: str  # short; "" = none
@@ -105,27 +108,39 @@ def drawn_region(sample, region, boxes, frames, rng, train: bool) -> ExampleRegi
 
 # %% ../../nbs/3_batches/00_examples.ipynb #1f992f3d
 def random_part(pixels, rng, least: float = 0.35):
-    """A random part (size,size,3) of a square photo, back at full size, mirrored half of the time.
+    """A random part of a photo (height,width,3), back at full size, mirrored half of the time.
 
     It has at least `least` of the photo's area; one side is up to a third longer than the other."""
     from PIL import Image
 
-    n = len(pixels)
+    sides = np.array(pixels.shape[1::-1])  # width, height
     side = np.sqrt(rng.uniform(least, 1.0))
     stretch = np.exp(rng.uniform(-0.15, 0.15) * np.array([1, -1]))
-    w, h = np.clip(np.round(side * stretch * n), 1, n).astype(int)
-    x, y = int(rng.integers(n - w + 1)), int(rng.integers(n - h + 1))
+    w, h = np.clip(np.round(side * stretch * sides), 1, sides).astype(int)
+    x, y = (int(rng.integers(most - n + 1)) for most, n in zip(sides, (w, h)))
     part = Image.fromarray(np.ascontiguousarray(pixels[y : y + h, x : x + w]))
-    part = np.asarray(part.resize((n, n), Image.Resampling.BICUBIC))
+    part = np.asarray(part.resize(tuple(sides), Image.Resampling.BICUBIC))
     return np.ascontiguousarray(part[:, ::-1]) if rng.random() < 0.5 else part
+
+# %% ../../nbs/3_batches/00_examples.ipynb #013e05fa
+def photo_for(sample, d: Drawing):
+    """Pixels of a photo at the size that a step sees, uint8 (height,width,3).
+
+    Squashed to a square, or, where `d` has a patch, of whole patches. DataError names a file that
+    cannot be read."""
+    if not d.patch:
+        return read_image(sample.encoded, d.size)
+    pixels = read_image(sample.encoded)
+    budget = d.budget or own_budget(*pixels.shape[:2])
+    return resize_photo(pixels, patch_grid(*pixels.shape[:2], budget, d.patch), d.patch)
 
 # %% ../../nbs/3_batches/00_examples.ipynb #3a2bd370
 def image_example(sample, d: Drawing, rng, pixels=None) -> Example:
     """The example of a photo; its regions lie in row 0 of its pixels.
 
-    `pixels` (size,size,3) uint8 are given when they are at hand, else the photo is read; then
+    `pixels` (height,width,3) uint8 are given when they are at hand, else the photo is read; then
     DataError names a file that cannot be."""
-    pixels = (read_image(sample.encoded, d.size) if pixels is None else pixels)[None]
+    pixels = (photo_for(sample, d) if pixels is None else pixels)[None]
     in_clip = np.ones(1, bool)
     regions = draw_regions(sample, d.most, rng) if d.train else sample.regions
     caption = draw_caption(sample, rng, d.train)

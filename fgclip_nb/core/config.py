@@ -77,15 +77,26 @@ class ModelParams:
     "Which model, at which size and precision."
 
     model: str = param(
-        "tiny", "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336), folder, file or hub id"
+        "tiny",
+        "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336, fgclip2-tiny, fgclip2-base, …), folder, "
+        "file or hub id",
     )
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(
         0, "pixels of the square model input; 0: as the model was made for", 0, 4096
     )
+    patch_budget: int = param(
+        0,
+        "patches of a photo (FG-CLIP 2); 0: as many as the official rule has for its size",
+        0,
+        16384,
+    )
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
     logit_scale_init: float | None = param(
         None, "stored log temperature (4.6052: x100); none: as is", -5, 4.6052
+    )
+    logit_bias_init: float | None = param(
+        None, "bias of the sigmoid loss; none: as stored, from scratch what fits the batch", -30, 30
     )
     override_logit_scale: bool = param(False, "replace a differing stored temperature, not refuse")
     precision: str = param(
@@ -103,12 +114,26 @@ class ModelParams:
 class LossParams:
     "What is minimised."
 
+    losses: str = param(
+        "auto",
+        "global loss: softmax or sigmoid; auto: what the model was made for",
+        choices=("auto", "softmax", "sigmoid"),
+    )
     global_weight: float = param(
         1.0, "weight of the image-caption loss, long and short each", 0, 1000
     )
     region_weight: float = param(10.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
     hard_weight: float = param(
         0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000
+    )
+    spread_weight: float | None = param(
+        None, "weight of the loss among phrases; none: FG-CLIP 2 0.1, FG-CLIP 0", 0, 1000
+    )
+    hard_contrast_weight: float | None = param(
+        None, "weight of hard groups among each other; none: FG-CLIP 2 0.3, FG-CLIP 0", 0, 1000
+    )
+    ranking_weight: float | None = param(
+        None, "weight of the growing margin; none: FG-CLIP 2 0.2, FG-CLIP 0", 0, 1000
     )
     duplicates: str = param(
         "mask", "what equal captions are as candidates", choices=("mask", "positive", "ignore")

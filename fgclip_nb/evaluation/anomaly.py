@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
 from fgclip_nb.core.folder import asset, write_atomic
-from fgclip_nb.data.photos import normalize
 from fgclip_nb.data.samples import visible_spans
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
 from fgclip_nb.evaluation.ranking import unit
-from fgclip_nb.evaluation.encoder import feature_tensor, frozen, need_dense, stack_features
+from fgclip_nb.evaluation.views import box_features, picture_features, shown_pictures
+from fgclip_nb.evaluation.encoder import frozen, need_dense, stack_features
 from fgclip_nb.evaluation.captions import as_encoder
 from fgclip_nb.evaluation.features import read_plain_npy
 from fgclip_nb.evaluation.annotations import AnomalyVideo, video_name
@@ -81,19 +81,16 @@ def segment_frames(n, every):
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #3a5436b0
 def _encode_video(encoder, path, every, boxes, most=64):
     "`VideoFeatures` of one file; at most `most` frames at a time."
-    import torch
-
     frames = video_info(path).frames
     numbers = segment_frames(frames, every)
-    cells = torch.as_tensor(boxes * encoder.grid, dtype=torch.float32).to(encoder.device)
     whole, regions = [], []
     need_dense(encoder.model)
     with frozen(encoder.model):
         for i in range(0, len(numbers), most):
             images = read_frames(path, numbers[i : i + most], encoder.image_size)
-            pixels = normalize(torch.from_numpy(images).to(encoder.device))
-            whole.append(feature_tensor(encoder.model.get_image_features(pixels)))
-            regions.append(encoder.model.get_image_box_roi_features(pixels, [cells] * len(pixels)))
+            pixels = shown_pictures(encoder.model, images, encoder.device, encoder.grid**2)
+            whole.append(picture_features(encoder.model, pixels))
+            regions.append(box_features(encoder.model, pixels, [boxes] * len(pixels), encoder.grid))
     by_segment = unit(stack_features(regions)).reshape(len(numbers), len(boxes), -1)
     return VideoFeatures(unit(stack_features(whole)), by_segment, frames)
 

@@ -192,7 +192,7 @@ def _hard_level(encoder, regions, level, settings):
     regions = subset(regions, lambda r: level in r.levels())
     groups = [(r.phrase, *r.levels()[level]) for _, r in regions.asked()]
     texts, options = _text_rows(groups)
-    features, own = encoder.texts(texts), options[: len(regions.items)]
+    features, own = encoder.texts(texts, phrase=True), options[: len(regions.items)]
     ranked = choose(
         regions.features, features, own, regions.ids, regions.groups, **settings.permute()
     )

@@ -13,7 +13,13 @@ from fgclip_nb.model.layers import compile_layers
 from fgclip_nb.model.loading import load_openai, load_pretrained
 from fgclip_nb.model.saving import push_card, save_model
 from fgclip_nb.model.text_tower import encode_texts, padded_text_features
-from fgclip_nb.model.towers import add_modules, add_temporal_head, clamp_scales_, init_scratch_
+from fgclip_nb.model.towers import (
+    add_logit_bias,
+    add_modules,
+    add_temporal_head,
+    clamp_scales_,
+    init_scratch_,
+)
 from fgclip_nb.model.vision_tower import (
     box_features,
     dense_features,
@@ -49,6 +55,14 @@ class FGCLIP(CLIPPreTrainedModel):
         self.temporal = None
         if getattr(config, "temporal_layers", 0):
             self.add_temporal_head(config.temporal_layers)
+        if getattr(config, "sigmoid_bias", False):
+            self.add_logit_bias(-10.0)
+
+    def add_logit_bias(self, value):
+        """Give the model the bias of the sigmoid loss, which starts at `value`.
+
+        Saved with the model; one that is there already stays what it is."""
+        add_logit_bias(self, value)
 
     def add_temporal_head(self, layers=2):
         """Give the model a head over the frames of clips.

@@ -10,13 +10,13 @@ import logging, math
 from pathlib import Path
 import torch
 from transformers.models.clip.configuration_clip import CLIPConfig
+from fgclip_nb.core.hub import Source
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.text.positions import stretch_positions
 from fgclip_nb.model.config import check_config, check_sizes
 from fgclip_nb.model.towers import MAX_LOG_SCALE, SCALES
 from fgclip_nb.model.weights import (
     LoadReport,
-    Source,
     check_report,
     is_torchscript,
     match,
@@ -56,7 +56,7 @@ def add_fine(tensors, report, scale):
         report.initialised[name] = how
         report.missing.remove(name)
 
-# %% ../../nbs/4_model/10_loading.ipynb #270dc8dd
+# %% ../../nbs/4_model/10_loading.ipynb #b40dbf1e
 SHORT_TABLE = "text_model.embeddings.position_embedding.weight"
 LONG_ROWS, KEPT_ROWS = 248, 20
 LONG_CLIP = "Long-CLIP's 248 positions"
@@ -304,7 +304,7 @@ def hub_file(name, filename, revision):
         raise DataError(f"{name} at revision {revision or 'main'} has no file {filename}")
     return path
 
-# %% ../../nbs/4_model/10_loading.ipynb #2095229f
+# %% ../../nbs/4_model/10_loading.ipynb #5346055b
 OPEN_CLIP_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -336,7 +336,7 @@ def read_named_openai(path) -> tuple:
         return read_safetensors(path), False
     return read_openai(path), is_torchscript(path)
 
-# %% ../../nbs/4_model/10_loading.ipynb #ff474ac5
+# %% ../../nbs/4_model/10_loading.ipynb #a421cdc8
 def read_apart(raw, facts) -> tuple:
     "What the independent reading is told: QuickGELU or not, heads of both towers, epsilon."
     widths = len(raw["visual.class_embedding"]), raw["token_embedding.weight"].shape[1]

@@ -34,9 +34,14 @@ class FGCLIP2TextConfig(Siglip2TextConfig):
 
 
 class FGCLIP2VisionConfig(Siglip2VisionConfig):
-    "Siglip2VisionConfig under the official name."
+    "Siglip2VisionConfig under the official name, with the side of the square that its table fits."
 
     model_type = "fgclip2_vision_model"
+
+    @property
+    def image_size(self):
+        "Pixels of a square photo on the grid of the position table; frames of clips have that."
+        return math.isqrt(self.num_patches) * self.patch_size
 
 # %% ../../nbs/4_model/15_siglip.ipynb #5c4df8aa
 def siglip_sizes(width, mlp, heads, text_layers, vision_layers, vocabulary=256000, **vision):
@@ -64,6 +69,11 @@ class FGCLIP2Config(Siglip2Config):
 
     model_type = "fgclip2"
     sub_configs_defaults = {"text_config": FGCLIP2TextConfig, "vision_config": FGCLIP2VisionConfig}
+
+    @property
+    def projection_dim(self):
+        "Width of the features, that of both towers."
+        return self.text_config.hidden_size
 
     @classmethod
     def preset(cls, name, **changes):

@@ -19,7 +19,7 @@ from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
 from fgclip_nb.training.rundata import RunData, has_clips
-from fgclip_nb.training.build import build_model, parameter_groups
+from fgclip_nb.training.build import build_model, parameter_groups, settle_bias, settle_recipe
 
 # %% ../../nbs/8_training/04_state.ipynb #d3788f7e
 def tracker_names(cfg: TrainConfig) -> list:
@@ -212,6 +212,11 @@ class TrainState:
         "Whether this process writes files and log lines."
         return self.accelerator.is_main_process
 
+    @property
+    def form(self):
+        "How photos and texts are written for the model; None: as squares and CLIP's tokens."
+        return self.model.form() if hasattr(self.model, "form") else None
+
 # %% ../../nbs/8_training/04_state.ipynb #41235205
 def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
     "The model of a run on the CPU, with a temporal head where the data are clips."
@@ -226,7 +231,7 @@ def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
 
 # %% ../../nbs/8_training/04_state.ipynb #a5e5b6fc
 def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=None) -> TrainState:
-    """Model, optimiser and bank of a run, not yet trained.
+    """Model, optimiser and bank of a run, not yet trained, and the settled configuration.
 
     Raises `ConfigError` when the samples do not fill one batch of all processes."""
     world = accelerator.num_processes
@@ -235,7 +240,10 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
             f"{len(data.train)} training samples do not fill one batch of "
             f"{world} processes x batch_size {cfg.batch_size}"
         )
-    model = model_for(cfg, data, log).to(accelerator.device).train()
+    model = model_for(cfg, data, log)
+    cfg = settle_recipe(cfg, model)
+    settle_bias(model, cfg, log)
+    model = model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, cfg.weight_decay),
         lr=cfg.learning_rate,

@@ -37,7 +37,8 @@ def validation_losses(s: TrainState, examples) -> tuple:
     rows, images, texts, owners = [], [], [], []
     for lo in range(0, len(examples), s.cfg.batch_size):
         hi = min(lo + s.cfg.batch_size, len(examples))
-        batch, _ = collate_loaded([examples[0, i] for i in range(lo, hi)], s.cfg.context_length)
+        drawn = [examples[0, i] for i in range(lo, hi)]
+        batch, _ = collate_loaded(drawn, s.cfg.context_length, s.form)
         if batch is None:
             continue
         batch = batch.to(s.accelerator.device)
