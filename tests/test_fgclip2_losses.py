@@ -55,7 +55,7 @@ def test_terms_are_the_official_ones(dtype):
             total = float(official_total(terms))
             assert total == pytest.approx(expected["total"], abs=3 * TOLERANCE[dtype])
             if "hard_cmr" in terms:
-                lead = float(terms["hard_cmr"].more["lead"])
+                lead = float(terms["hard_cmr"].details["lead"])
                 assert lead == pytest.approx(expected["threshold_local"], abs=TOLERANCE[dtype])
 
 
@@ -87,7 +87,7 @@ def follow(dtype, batch, steps=6):
         if dist.is_initialized():
             average(model)
         row = dict(total=total.item(), threshold_before=margin.value)
-        margin.update(terms["hard_cmr"].more["lead"])
+        margin.update(terms["hard_cmr"].details["lead"])
         optimizer.step()
         row |= {name: term.loss.item() for name, term in terms.items()}
         rows.append(row | dict(threshold_after=margin.value))

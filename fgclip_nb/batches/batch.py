@@ -201,6 +201,11 @@ class Batch:
         return self.texts.caption_ids[self.n_captions : self.n_captions + self.n_regions]
 
     @property
+    def hard_caption_ids(self):
+        "Identities of the sentences of all hard groups."
+        return self.texts.caption_ids[self.n_captions + self.n_regions :]
+
+    @property
     def region_sample_ids(self):
         "(R,) identities of the samples that the regions belong to."
         return self.sample_ids[self.region_clip]

@@ -186,6 +186,13 @@ def term_levels(term, facts):
         yield f"{term.name} chance level" + (f", {what}" if what else ""), level, why
 
 
+def loss_kind(cfg) -> str:
+    "Softmax or sigmoid, as a configuration says; where it leaves that to the model, by its name."
+    kind = getattr(cfg, "losses", "softmax")
+    second = str(getattr(cfg, "model", "")).startswith("fgclip2-")
+    return kind if kind != "auto" else ("sigmoid" if second else "softmax")
+
+
 def _chance_rows(cfg, counts, p: Plan):
     "Chance levels of the terms that take part, and the duplicate floor."
     from fgclip_nb.losses.objective import TERMS  # needs torch: read where a run is planned
@@ -195,6 +202,8 @@ def _chance_rows(cfg, counts, p: Plan):
         regions=p.regions,
         bank=cfg.memory_bank_size,
         hard_candidates=counts.get("hard_candidates") or 0,
+        losses=loss_kind(cfg),
+        bias=getattr(cfg, "logit_bias_init", None),
     )
     for term in TERMS.values():
         if term.takes_part(cfg):
@@ -205,6 +214,8 @@ def _chance_rows(cfg, counts, p: Plan):
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #226aac28
 # presets: no weight file behind them
 RANDOM_MODELS = (None, "", "tiny", "ViT-B/32", "ViT-B/16", "ViT-L/14@336")
+SECOND_MODELS = ("fgclip2-tiny", "fgclip2-base", "fgclip2-large", "fgclip2-so400m")
+RANDOM_MODELS += SECOND_MODELS
 
 
 def configured_scale(cfg) -> float | None:
@@ -215,10 +226,12 @@ def configured_scale(cfg) -> float | None:
     def value(name):
         return cfg.get(name) if isinstance(cfg, dict) else getattr(cfg, name, None)
 
-    scale = value("logit_scale_init")
+    scale, second = value("logit_scale_init"), value("model") in SECOND_MODELS
+    if scale is None and second:
+        return math.log(10)
     if scale is None:
         return 2.6592 if value("model") in RANDOM_MODELS else None
-    return min(float(scale), MAX_STORED_SCALE)
+    return float(scale) if second else min(float(scale), MAX_STORED_SCALE)
 
 
 def _scale_rows(cfg):
@@ -228,6 +241,8 @@ def _scale_rows(cfg):
         yield "logit_scale", "from the weights", "at most ln 100 = 4.605170"
         return
     why = "random weights start at ln(1/0.07) = 2.6592"
+    if getattr(cfg, "model", None) in SECOND_MODELS:
+        why = "random weights start at ln 10 = 2.3026, as SigLIP's"
     if scale == MAX_STORED_SCALE:
         why = "clamped to ln 100"
     yield "logit_scale prints as", f"{scale:.6f} (exp={math.exp(scale):.4f})", why

@@ -16,6 +16,9 @@ from fgclip_nb.losses.contrast import check_groups, everybodys, group_measures
 from fgclip_nb.losses.contrast import kept_groups, owners
 
 # %% ../../nbs/5_losses/05c_hard_groups.ipynb #79d9d3df
+LARGEST_MARGIN = 10.0  # of the ranking loss, in units of logits
+
+
 def unit_groups(regions: Tensor, texts: Tensor, sizes: Tensor, ids, gather: bool) -> tuple:
     """Usable groups of all processes: unit regions (R, D), unit texts (T, D), sizes (R,), ids (T,)
     or None as they came, and how many groups were dropped.
@@ -114,7 +117,7 @@ def ranking_loss(
     """By how much each altered copy comes nearer to its region than the right text less `margin`.
 
     Mean over altered copies; units of logits, as the margin. Arguments as `hard_contrast_loss`.
-    `more` holds the `margin` and the `lead`: mean logit of the right texts less that of the
+    `details` holds the `margin` and the `lead`: mean logit of the right texts less that of the
     altered copies (those of exactly 0 left out, as the reference does), from which
     `AdaptiveMargin` makes the next margin. Source: FG-CLIP 2."""
     r, t, sizes, _, dropped = unit_groups(
@@ -132,9 +135,9 @@ def ranking_loss(
     lead = right.detach().mean() - told.sum() / (told != 0).sum().clamp(min=1)
     measures = group_measures(cosines, owner, first, sizes)
     measures[:2] = float(margin)
-    more = dict(margin=torch.as_tensor(float(margin)), lead=lead)
+    details = dict(margin=torch.as_tensor(float(margin)), lead=lead)
     size = len(t) / len(r)
-    return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped, more)
+    return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped, details)
 
 # %% ../../nbs/5_losses/05c_hard_groups.ipynb #132f6476
 class AdaptiveMargin:
@@ -143,7 +146,7 @@ class AdaptiveMargin:
     `update(lead)` after each training step; None on a process without groups. Every process must
     call. It is the same everywhere afterwards."""
 
-    def __init__(self, value: float = 0.0, most: float = 10.0):
+    def __init__(self, value: float = 0.0, most: float = LARGEST_MARGIN):
         self.value = value
         self.most = most
 

@@ -16,6 +16,9 @@ from fgclip_nb.losses.bank import VECTORS, MemoryBank, Pushed
 from fgclip_nb.losses.terms import LossTerm
 from fgclip_nb.losses.table import TERMS, loss_term, row_names, term_of
 from fgclip_nb.losses.contrast import global_loss, hard_negative_loss, region_loss
+from fgclip_nb.losses.sigmoid import fitting_bias, sigmoid_chance, sigmoid_loss
+from fgclip_nb.losses.spread import NEIGHBOURS, spread_loss
+from fgclip_nb.losses.hard_groups import LARGEST_MARGIN, hard_contrast_loss, ranking_loss
 
 # %% ../../nbs/5_losses/06_objective.ipynb #2cebb48f
 POINTS_AT = dict(
@@ -30,7 +33,8 @@ class BatchIds:
     sample_ids: (B,). caption_ids: (T,) of the short captions, caption_rows: (T,) the image of each;
     long_caption_ids, long_caption_rows: the same of the long captions. region_ids,
     region_caption_ids, region_sample_ids: (R,). group_sizes: number of texts of each group of hard
-    negatives, hard_regions: the region of each group."""
+    negatives, hard_regions: the region of each group, hard_caption_ids: of the texts of all groups
+    (or none, where they are unknown)."""
 
     sample_ids: Tensor
     caption_ids: Tensor
@@ -42,6 +46,7 @@ class BatchIds:
     region_sample_ids: Tensor
     group_sizes: Tensor
     hard_regions: Tensor
+    hard_caption_ids: Tensor
 
 
 ID_FIELDS = tuple(f.name for f in dataclasses.fields(BatchIds))
@@ -78,8 +83,14 @@ def merge_ids(parts: list) -> BatchIds:
 
 # %% ../../nbs/5_losses/06_objective.ipynb #1bbce968
 def expected_global(facts):
-    "Chance of the global loss: the samples of a forward."
-    return [("", math.log(max(facts.batch, 1)), f"ln {facts.batch}")]
+    "Chance of the global loss: the samples of a forward, and for the sigmoid loss its bias."
+    n = max(facts.batch, 1)
+    if getattr(facts, "losses", "softmax") != "sigmoid":
+        return [("", math.log(n), f"ln {facts.batch}")]
+    asked = getattr(facts, "bias", None)
+    bias = fitting_bias(n) if asked is None else asked
+    why = f"softplus(-b) + {n - 1} softplus(b) at zero cosine, b = {bias:.2f}"
+    return [("", sigmoid_chance(bias, n), why)]
 
 
 def expected_region(facts):
@@ -114,8 +125,13 @@ CAPTIONS = dict(
     rows=("image_features", "text_features", "long_text_features"),
     expected=expected_global,
 )
-def global_term(features: dict, batch: BatchIds, duplicates: str) -> dict:
-    "The global loss of the short and of the long captions, where there are features of them."
+def global_term(features: dict, batch: BatchIds, duplicates: str, cfg) -> dict:
+    """The global loss of the short and of the long captions, where there are features of them.
+
+    Softmax or sigmoid, as cfg.losses says; "auto" (or nothing): sigmoid where there is a bias."""
+    kind_of_loss = getattr(cfg, "losses", "auto")
+    if kind_of_loss == "auto":
+        kind_of_loss = "sigmoid" if "logit_bias" in features else "softmax"
     parts = {}
     for kind, (text, caption_ids, caption_rows) in CAPTIONS.items():
         if text not in features:
@@ -127,10 +143,12 @@ def global_term(features: dict, batch: BatchIds, duplicates: str) -> dict:
                 f"but {len(captions)} caption ids in the batch"
             )
         images, samples = features["image_features"][rows], batch.sample_ids[rows]
-        scale = features["logit_scale"]
-        parts[kind] = global_loss(
-            images, features[text], scale, captions, samples, duplicates, gather=False
-        )
+        same = (captions, samples, duplicates, False)
+        scale, bias = features["logit_scale"], features.get("logit_bias")
+        if kind_of_loss == "sigmoid":
+            parts[kind] = sigmoid_loss(images, features[text], scale, bias, *same)
+        else:
+            parts[kind] = global_loss(images, features[text], scale, *same)
     return parts
 
 # %% ../../nbs/5_losses/06_objective.ipynb #0ac4c702
@@ -170,6 +188,67 @@ def hard_term(features: dict, batch: BatchIds) -> LossTerm | None:
     regions = features["region_features"][batch.hard_regions]
     texts, scale = features["hard_text_features"], features["logit_scale_hardneg"]
     return hard_negative_loss(regions, texts, batch.group_sizes, scale, gather=False)
+
+# %% ../../nbs/5_losses/06_objective.ipynb #49084088
+def expected_spread(facts):
+    "Chance of the spread: the neighbours of a phrase."
+    n = min(NEIGHBOURS, facts.regions)
+    return [("", math.log(max(n, 1)), f"ln {n:.3g}")] if facts.regions else []
+
+
+@loss_term(
+    "spread", weight="spread_weight", rows=("region_text_features",), expected=expected_spread
+)
+def spread_term(features: dict) -> LossTerm | None:
+    "How near the phrases of regions lie to each other, where there are some."
+    if "region_text_features" not in features:
+        return None
+    return spread_loss(features["region_text_features"], gather=False)
+
+
+def hard_groups_of(features: dict, batch: BatchIds) -> tuple:
+    "Regions, texts, sizes and scale of the hard groups, as their losses take them."
+    regions = features["region_features"][batch.hard_regions]
+    return (
+        regions,
+        features["hard_text_features"],
+        batch.group_sizes,
+        features["logit_scale_hardneg"],
+    )
+
+
+@loss_term(
+    "hard_contrast", weight="hard_contrast_weight", rows=("region_features", "hard_text_features")
+)
+def hard_contrast_term(features: dict, batch: BatchIds, duplicates: str) -> LossTerm | None:
+    "Regions with hard negatives among the texts of all groups, where there are some."
+    if "hard_text_features" not in features:
+        return None
+    known = len(batch.hard_caption_ids) == len(features["hard_text_features"])
+    ids = batch.hard_caption_ids if known else None
+    return hard_contrast_loss(*hard_groups_of(features, batch), ids, duplicates, gather=False)
+
+
+def expected_ranking(facts):
+    "Chance of the ranking term: its margin."
+    return [("", 0.0, "the margin, 0 at first; it grows")] if facts.hard_candidates else []
+
+
+@loss_term(
+    "ranking",
+    weight="ranking_weight",
+    rows=("region_features", "hard_text_features"),
+    expected=expected_ranking,
+)
+def ranking_term(features: dict, batch: BatchIds, state: dict) -> LossTerm | None:
+    "The lead of right texts over altered copies, where there are some; keeps the margin."
+    if "hard_text_features" not in features:
+        return None
+    margin = state.get("margin", torch.zeros(()))
+    term = ranking_loss(*hard_groups_of(features, batch), margin, gather=False)
+    if term.rows:
+        state["margin"] = term.details["lead"].detach().clamp(0, LARGEST_MARGIN)
+    return term
 
 # %% ../../nbs/5_losses/06_objective.ipynb #c51031db
 def by_process(whole: Tensor, table: list, names: list) -> list:

@@ -101,7 +101,7 @@ def sigmoid_loss(
     Sum over all pairs divided by the number of rows. image_features, text_features: (N, D), any
     norm. logit_scale: stored log value; logit_bias: as it is; 0-dim or (1,) both, not clamped.
     caption_ids, sample_ids, duplicates, gather: as in `global_loss`; the reference has "ignore".
-    `more` holds `expected_matches`, how many texts a row is expected to match: 1 where the bias
+    `details` holds `expected_matches`, how many texts a row is expected to match: 1 where the bias
     fits, see `bias_advice`. Raises `ValueError` for other shapes or words."""
     check_pairs(image_features, text_features, duplicates, ("image_features", "text_features"))
     ids = [i.to(image_features.device) for i in (caption_ids, sample_ids) if i is not None]
@@ -116,8 +116,8 @@ def sigmoid_loss(
         cost, expected = judge(p, logit_bias, tile)
         measures = sigmoid_measures(p, logit_bias.detach(), tile)
     loss = cost / n
-    more = dict(expected_matches=expected / n)
-    return LossTerm(loss, loss.detach(), n, n, n, measures, 0, more)
+    details = dict(expected_matches=expected / n)
+    return LossTerm(loss, loss.detach(), n, n, n, measures, 0, details)
 
 # %% ../../nbs/5_losses/05a_sigmoid.ipynb #bc26c7d6
 MATCHES_WITHIN = 3.0  # factor by which the expected matches may differ from one

@@ -39,7 +39,7 @@ def spread_loss(region_text_features: Tensor, gather: bool = True) -> LossTerm:
 
     Mean over rows of the log-sum-exp of the 10 largest cosines with others, fewer where there are
     fewer. region_text_features: (R, D), any norm; rows without direction are dropped. gather: in
-    several processes among the rows of all. `more` holds `same_text_share`, the share of other
+    several processes among the rows of all. `details` holds `same_text_share`, the share of other
     phrases left out because their cosine is above 0.95."""
     (rows,) = everybodys([region_text_features], gather)
     keep = usable_rows(rows)
@@ -59,5 +59,5 @@ def spread_loss(region_text_features: Tensor, gather: bool = True) -> LossTerm:
     measures = torch.full((len(MEASURES),), torch.nan, dtype=torch.float64)
     measures[:2] = math.log(min(NEIGHBOURS, n))
     measures[list(MEASURES).index("hardest_negative_cosine")] = torch.cat(nearest).mean()
-    more = dict(same_text_share=same / max(n * (n - 1), 1))
-    return LossTerm(loss, loss.detach(), n, n, n, measures, dropped, more)
+    details = dict(same_text_share=same / max(n * (n - 1), 1))
+    return LossTerm(loss, loss.detach(), n, n, n, measures, dropped, details)

@@ -67,7 +67,10 @@ def prepare(cfg: TrainConfig, accelerator, path, log, data=None) -> TrainState:
     recorder = Recorder(path, cfg, log, board) if accelerator.is_main_process else None
     data = data or prepare_data(cfg)
     check_best_by(cfg, data.val)
-    return new_state(cfg, data, accelerator, path, log, recorder)
+    s = new_state(cfg, data, accelerator, path, log, recorder)
+    if recorder:
+        recorder.cfg = s.cfg  # with what was left to the model
+    return s
 
 # %% ../../nbs/8_training/10_preparation.ipynb #468c4884
 def source_check(model, cfg) -> dict:
