@@ -18,9 +18,10 @@ from fgclip_nb.diagnostics.rules import Evidence, FAIL, LATER, PASS, RULES
 from fgclip_nb.diagnostics.loss_rules import added_kinds, term_rules
 from fgclip_nb.diagnostics.criteria import CRITERIA
 from fgclip_nb.diagnostics import bank_rules, criteria, loss_rules, plain_rules, weight_rules
+from fgclip_nb.diagnostics import second_rules
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #c0b57a60
-RULE_ROOMS = (weight_rules, plain_rules, bank_rules, loss_rules, criteria)
+RULE_ROOMS = (weight_rules, second_rules, plain_rules, bank_rules, loss_rules, criteria)
 
 
 def sort_by_cause(rules: dict, rooms=RULE_ROOMS):

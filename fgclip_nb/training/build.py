@@ -16,7 +16,7 @@ from fgclip_nb.model.loading import log_scales
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.fgclip2 import FGCLIP2
 from fgclip_nb.model.opening import NAMES, open_model, preset_model
-from fgclip_nb.losses.sigmoid import fitting_bias
+from fgclip_nb.losses.sigmoid import bias_advice, fitting_bias
 
 # %% ../../nbs/8_training/01_build.ipynb #f828af78
 SIGLIP_START = math.log(10)  # the log scale from scratch (Zhai et al. 2023); FG-CLIP 2's code has 0
@@ -28,12 +28,12 @@ def random_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
 
     `logit_scale_init` sets all three temperatures; the log says what they are."""
     torch.manual_seed(cfg.seed)
-    model = preset_model(cfg.model)
-    if isinstance(model, FGCLIP2):
-        model.logit_scale.fill_(SIGLIP_START)
+    model, start = preset_model(cfg.model), cfg.logit_scale_init
+    if isinstance(model, FGCLIP2) and start is None:
+        start = SIGLIP_START
     for p in (model.logit_scale, model.logit_scale_finegraind, model.logit_scale_hardneg):
-        if cfg.logit_scale_init is not None:
-            p.fill_(cfg.logit_scale_init)
+        if start is not None:
+            p.fill_(start)
     model.clamp_scales_()
     count = sum(p.numel() for p in model.parameters())
     log.info(f"model {cfg.model}: random weights from seed {cfg.seed}, {count:,} parameters")
@@ -69,7 +69,11 @@ def settle_bias(model, cfg: TrainConfig, log):
     if value is not None:
         model.add_logit_bias(value)
         model.logit_bias.fill_(value)
-    log.info(f"sigmoid loss: logit_bias = {model.logit_bias.item():.4f}")
+    bias, candidates = model.logit_bias.item(), cfg.batch_size * max(cfg.processes, 1)
+    log.info(f"sigmoid loss: logit_bias = {bias:.4f}")
+    advice = bias_advice(bias, candidates / (1 + math.exp(-bias)), candidates) if fresh else ""
+    if advice:
+        log.warning(advice)
 
 # %% ../../nbs/8_training/01_build.ipynb #46bdc453
 def resize_positions_(model, size: int):

@@ -53,8 +53,9 @@ def validation_losses(s: TrainState, examples) -> tuple:
         )
         known = {n: t.chance for n, t in terms.items() if not math.isnan(t.chance)}
         chances = {f"val_{n.replace('loss', 'chance')}": x for n, x in known.items()}
-        top1 = {f"val_{n.replace('loss', 'top1')}": float(t.top1) for n, t in terms.items()}
-        signs = sign_values([features], [batch])
+        ranked = {n: t.top1 for n, t in terms.items() if not math.isnan(t.top1)}
+        top1 = {f"val_{n.replace('loss', 'top1')}": float(x) for n, x in ranked.items()}
+        signs = sign_values([features], [batch], s.cfg.losses)
         signs = {f"val_{n}": float(signs[n]) for n in VAL_SIGNS if n in signs}
         rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances | top1 | signs)
         images.append(features["image_features"].float().cpu())
