@@ -95,7 +95,8 @@ def finish(s: TrainState, val_samples):
     captioned = [v for v in val_samples if v.captions or v.short_caption]
     if len(captioned) > 1:
         s.model.eval()
-        encoder = Encoder(s.model, s.cfg.image_size or None, frames=clip_frames(s.cfg))
+        size, budget = s.cfg.image_size or None, s.cfg.patch_budget
+        encoder = Encoder(s.model, size, frames=clip_frames(s.cfg), budget=budget)
         # as the validations before it: one caption, one photo
         score = caption_retrieval(encoder, captioned, captions=1)
         if all(v.caption for v in captioned):
