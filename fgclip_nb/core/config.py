@@ -93,7 +93,7 @@ class ModelParams:
         None, "stored log temperature (4.6052: x100); none: as is", -5, 4.6052
     )
     logit_bias_init: float | None = param(
-        None, "bias of the sigmoid loss; none: stored, or fit to the batch", -30, 30
+        None, "bias of the sigmoid loss; none: stored, or by the batch", -30, 30
     )
     override_logit_scale: bool = param(False, "replace a differing stored temperature, not refuse")
     precision: str = param(
@@ -127,7 +127,7 @@ class LossParams:
         None, "loss among phrases; none: 0.1 with FG-CLIP 2, else 0", 0, 1000
     )
     hard_contrast_weight: float | None = param(
-        None, "hard groups together; none: 0.3 with FG-CLIP 2, else 0", 0, 1000
+        None, "hard groups; none: 0.3 with FG-CLIP 2, else 0", 0, 1000
     )
     ranking_weight: float | None = param(
         None, "growing margin; none: 0.2 with FG-CLIP 2, else 0", 0, 1000
