@@ -273,6 +273,20 @@ def test_a_door_can_be_converted(tmp_path, name):
     samples, _ = load_samples(path, tmp_path / "data")
     convert(path, tmp_path / "shards", tmp_path / "data")
     assert essence(load_samples(tmp_path / "shards")[0]) == essence(samples)
+    convert(path, tmp_path / "own.jsonl", tmp_path / "data")
+    again, rejects = load_samples(tmp_path / "own.jsonl", tmp_path / "data")
+    assert rejects == [] and len(again) == len(samples)
+    for a, b in zip(samples, again):
+        fields = ("id", "kind", "media", "caption", "captions", "split", "label", "span")
+        assert [getattr(a, f) for f in fields] == [getattr(b, f) for f in fields]
+        assert [(r.phrase, r.source) for r in a.regions] == [
+            (r.phrase, r.source) for r in b.regions
+        ]
+        for r, t in zip(a.regions, b.regions):
+            assert (r.box or ()) == pytest.approx(t.box or ())
+            assert [(k.frame, k.enabled) for k in r.keyframes] == [
+                (k.frame, k.enabled) for k in t.keyframes
+            ]
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -61,6 +61,9 @@ class DataParams:
     make_negatives: int = param(
         0, "hard negatives made by swapping words where there are none", 0, 1000
     )
+    outside_negatives: str = param(
+        "", "JSON {phrase: [wrong sentences]} from outside, checked and merged with the data's own"
+    )
     class_negatives: str = param(
         "", "`ucf_crime`, or JSON {class: [captions]}: sentences taken first"
     )
