@@ -297,7 +297,9 @@ FAULTS = dict(
     grey=Case("grey photos", ("photos_coloured",), world=repainted(grey)),
     missing=Case("every third photo is missing", ("media_found",), world=dict(change=missing)),
     leak=Case("held-out photos are trained on", ("no_leak",), world=dict(change=leaking)),
-    duplicates=Case("twenty photos twelve times", ("photos_repeat",), world=dict(change=duplicated)),
+    duplicates=Case(
+        "twenty photos twelve times", ("photos_repeat",), world=dict(change=duplicated)
+    ),
     cut=Case("captions longer than 77 tokens", ("texts_whole",), world=all_rows(long_texts)),
     small=Case("boxes under min_area", ("boxes_rejected",), world=all_rows(small_things)),
     lr_zero=Case("learning rate 0", ("learning_rate_used",), dict(learning_rate=0.0)),
@@ -326,7 +328,11 @@ FAULTS = dict(
         ("logits_in_range", "scale_too_high"),
         dict(logit_scale_init=4.6052),
     ),
-    decay=Case("weight decay 1", ("weights_kept",), dict(weight_decay=1.0, max_steps=160, learning_rate=1e-2)),
+    decay=Case(
+        "weight decay 1",
+        ("weights_kept",),
+        dict(weight_decay=1.0, max_steps=160, learning_rate=1e-2),
+    ),
     frozen_vision=Case("vision tower frozen", ("modules_train",), plant=frozen_vision),
     bf16_scale=Case(
         "temperatures in bf16",
@@ -339,14 +345,12 @@ FAULTS = dict(
         plant=lambda: planted.on_scales(lambda p: p.requires_grad_(False)),
     ),
     bad_photo=Case("one photo gives NaN", ("finite_numbers",), plant=one_bad_photo),
-    half_optimiser=Case("optimiser holds the vision tower only", ("modules_train",), plant=half_the_parameters),
+    half_optimiser=Case(
+        "optimiser holds the vision tower only", ("modules_train",), plant=half_the_parameters
+    ),
     not_normalised=Case("features not normalised", ("loss_as_defined",), plant=not_normalised),
     inverse=Case("divided by the temperature", ("loss_as_defined",), plant=inverse_temperature),
-    labels=Case(
-        "labels one off",
-        ("loss_as_defined", "global_above_chance"),
-        plant=wrong_labels,
-    ),
+    labels=Case("labels one off", ("loss_as_defined", "global_above_chance"), plant=wrong_labels),
     pixels=Case("pixels divided by 255 twice", ("pixels_normalised",), plant=no_normalisation),
     unshuffled=Case("never shuffled", ("batches_differ",), plant=same_order),
     same_batch=Case("one batch again and again", ("batches_differ",), plant=same_batch),
