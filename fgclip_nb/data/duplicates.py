@@ -69,7 +69,7 @@ def alike(hashes) -> list:
             k = group[k]
         return k
 
-    bits = np.unpackbits(hashes, axis=1).reshape(len(hashes), SAME + 1, -1)
+    bits = np.unpackbits(hashes, axis=1).reshape(len(hashes), SAME + 1, 144 // (SAME + 1))
     pieces = bits @ (1 << np.arange(bits.shape[2]))
     for piece in pieces.T:
         sharing = defaultdict(list)
