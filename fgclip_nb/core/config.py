@@ -30,7 +30,7 @@ class DataParams:
         "sample", "`sample`, `video_sample`, `world`, file, list, folder, tars, s3://…, hub:…"
     )
     media_root: str = param("", "folder that media paths start from; empty: that of the data file")
-    columns: str = param("", "of tables: what is in which column, such as image=img, caption=text")
+    columns: str = param("", "of tables: our key, an equals sign, their column; more after commas")
     test_data: str = param("", "media never trained on: a data set, or a .txt list of names")
     split: str = param(
         "auto",

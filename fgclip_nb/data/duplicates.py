@@ -69,7 +69,7 @@ def alike(hashes) -> list:
             k = group[k]
         return k
 
-    bits = np.unpackbits(hashes, axis=1).reshape(len(hashes), SAME + 1, -1)
+    bits = np.unpackbits(hashes, axis=1).reshape(len(hashes), SAME + 1, 144 // (SAME + 1))
     pieces = bits @ (1 << np.arange(bits.shape[2]))
     for piece in pieces.T:
         sharing = defaultdict(list)
@@ -100,7 +100,8 @@ def photo_hashes(samples, most=MOST) -> dict:
 def same_photos(hashes) -> list:
     "Groups of media that show the same, each a list of paths; `hashes`: medium -> hash."
     media = list(hashes)
-    return [[media[k] for k in g] for g in alike(np.array(list(hashes.values())).reshape(-1, 18))]
+    stacked = np.stack(list(hashes.values())) if media else np.zeros((0, 18), np.uint8)
+    return [[media[k] for k in g] for g in alike(stacked)]
 
 # %% ../../nbs/2_data/22b_duplicates.ipynb #edba3f9f
 def _told(groups, most=3, name=str) -> str:
@@ -146,7 +147,8 @@ def _said(sample) -> tuple:
     "What an entry says of its photo, in a form that compares."
     regions = sorted((folded(r.phrase), r.box or (), r.keyframes) for r in sample.regions)
     captions = tuple(sorted(map(folded, sample.captions)))
-    return sample.media, sample.span, folded(sample.caption), captions, repr(regions)
+    place = sample.media, sample.span, sample.split
+    return *place, folded(sample.caption), captions, repr(regions)
 
 
 def same_entries(samples) -> list:
