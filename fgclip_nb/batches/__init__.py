@@ -6,9 +6,7 @@ import importlib
 ROOMS = {
     "Batch": ".batch",
     "Examples": ".loading",
-    "Form": ".batch",
     "collate": ".batch",
-    "patch_fields": ".batch",
     "plot_samples": ".loading",
 }
 __all__ = sorted(ROOMS)

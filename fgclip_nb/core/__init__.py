@@ -9,7 +9,6 @@ ROOMS = {
     "Run": ".folder",
     "TrainConfig": ".config",
     "get_logger": ".folder",
-    "meant_for": ".folder",
     "run_folder": ".config",
 }
 __all__ = sorted(ROOMS)
