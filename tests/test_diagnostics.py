@@ -29,7 +29,9 @@ def test_no_prefix_of_a_healthy_run_names_a_cause(healthy):
     ev = judgement.run_evidence(healthy)
     for step in range(1, 101, 9):
         assert not [
-            v for v in dx.verdicts(ev.until(step)) if v.tripped and judgement.rank_of(v) < rules.SYMPTOM
+            v
+            for v in dx.verdicts(ev.until(step))
+            if v.tripped and judgement.rank_of(v) < rules.SYMPTOM
         ], step
 
 

@@ -1,12 +1,10 @@
-"""The development set: faults and controls that the rules were made with. It proves nothing about the
-rules (see catalogue.py for the set that was written without reading them)."""
+"""The development set: faults and controls that the rules were made with.
 
-import contextlib
-from pathlib import Path
-from unittest.mock import patch
+What it gives is no proof of the rules; a set written without reading them is."""
+
 import numpy as np, torch
 from PIL import Image
-import planted, world
+import planted
 from bench import Case
 from rebind import rebound
 
@@ -184,11 +182,9 @@ def one_bad_photo():
 
 
 def same_order():
-    from fgclip_nb.data import order
-
     def wrapper(whole):
-        def training_order(cfg, samples, world):
-            made = whole(cfg, samples, world)
+        def training_order(cfg, samples, processes):
+            made = whole(cfg, samples, processes)
             first = made.indices
             made.indices = lambda k, rank=0: [
                 (k // made.per_epoch, i) for _, i in first(k % made.per_epoch, rank)
@@ -202,8 +198,8 @@ def same_order():
 
 def same_batch():
     def wrapper(whole):
-        def training_order(cfg, samples, world):
-            made = whole(cfg, samples, world)
+        def training_order(cfg, samples, processes):
+            made = whole(cfg, samples, processes)
             first = made.indices
             made.indices = lambda k, rank=0: first(0, rank)
             return made
@@ -281,11 +277,15 @@ FAULTS = dict(
     one_box=Case("one box for all", ("boxes_constant",), world=boxes(one_box)),
     whole_photo=Case("the whole photo for all", ("boxes_constant",), world=boxes(whole)),
     rotated=Case(
-        "phrases one further in each photo", ("phrases_mispaired", "region_above_chance",), world=all_rows(rotated_phrases)
+        "phrases one further in each photo",
+        ("phrases_mispaired", "region_above_chance"),
+        world=all_rows(rotated_phrases),
     ),
     class_names=Case("three class names for all", ("texts_few",), world=all_rows(class_names)),
     mispaired=Case(
-        "captions dealt anew", ("held_out_above_chance", "global_above_chance"), world=dict(change=mispaired)
+        "captions dealt anew",
+        ("held_out_above_chance", "global_above_chance"),
+        world=dict(change=mispaired),
     ),
     mispaired_long=Case(
         "captions of the training photos dealt anew, long enough to learn them by heart",
@@ -297,7 +297,9 @@ FAULTS = dict(
     grey=Case("grey photos", ("photos_grey",), world=repainted(grey)),
     missing=Case("every third photo is missing", ("media_missing",), world=dict(change=missing)),
     leak=Case("held-out photos are trained on", ("leak",), world=dict(change=leaking)),
-    duplicates=Case("twenty photos twelve times", ("photos_repeated",), world=dict(change=duplicated)),
+    duplicates=Case(
+        "twenty photos twelve times", ("photos_repeated",), world=dict(change=duplicated)
+    ),
     cut=Case("captions longer than 77 tokens", ("texts_cut",), world=all_rows(long_texts)),
     small=Case("boxes under min_area", ("boxes_rejected",), world=all_rows(small_things)),
     lr_zero=Case("learning rate 0", ("learning_rate_zero",), dict(learning_rate=0.0)),
@@ -322,11 +324,13 @@ FAULTS = dict(
         "temperature -2.66 stored", ("scale_too_low",), dict(logit_scale_init=-2.66)
     ),
     scale_hundred=Case(
-        "temperature 100 from random weights",
-        ("logits_in_range",),
-        dict(logit_scale_init=4.6052),
+        "temperature 100 from random weights", ("logits_in_range",), dict(logit_scale_init=4.6052)
     ),
-    decay=Case("weight decay 1", ("decay_eats_weights",), dict(weight_decay=1.0, max_steps=160, learning_rate=1e-2)),
+    decay=Case(
+        "weight decay 1",
+        ("decay_eats_weights",),
+        dict(weight_decay=1.0, max_steps=160, learning_rate=1e-2),
+    ),
     frozen_vision=Case("vision tower frozen", ("modules_train",), plant=frozen_vision),
     bf16_scale=Case(
         "temperatures in bf16",
@@ -339,14 +343,12 @@ FAULTS = dict(
         plant=lambda: planted.on_scales(lambda p: p.requires_grad_(False)),
     ),
     bad_photo=Case("one photo gives NaN", ("finite_numbers",), plant=one_bad_photo),
-    half_optimiser=Case("optimiser holds the vision tower only", ("modules_train",), plant=half_the_parameters),
+    half_optimiser=Case(
+        "optimiser holds the vision tower only", ("modules_train",), plant=half_the_parameters
+    ),
     not_normalised=Case("features not normalised", ("loss_miscomputed",), plant=not_normalised),
     inverse=Case("divided by the temperature", ("loss_miscomputed",), plant=inverse_temperature),
-    labels=Case(
-        "labels one off",
-        ("loss_miscomputed", "global_above_chance"),
-        plant=wrong_labels,
-    ),
+    labels=Case("labels one off", ("loss_miscomputed", "global_above_chance"), plant=wrong_labels),
     pixels=Case("pixels divided by 255 twice", ("pixels_not_normalised",), plant=no_normalisation),
     unshuffled=Case("never shuffled", ("batches_repeat",), plant=same_order),
     same_batch=Case("one batch again and again", ("batches_repeat",), plant=same_batch),
