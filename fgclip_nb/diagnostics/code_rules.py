@@ -29,17 +29,17 @@ def loss_gap(ev, column: str, check: str) -> tuple:
     recorded = recorded[recorded.index.isin(ev.series(check).index)]
 
     def apart(name):
-        return float(((recorded - ev.series(name)).abs() / recorded.abs().clip(lower=0.3)).median())
+        return (recorded - ev.series(name)).abs() / recorded.abs().clip(lower=0.3)
 
-    if not len(recorded) or apart(check) < 0.05:
+    if not len(recorded) or not apart(check).max() > 0.02:
         return None, None, ""
-    near = {m: apart(f"{check}_{m}") for m in MISTAKES if ev.has(f"{check}_{m}")}
+    near = {m: apart(f"{check}_{m}").median() for m in MISTAKES if ev.has(f"{check}_{m}")}
     best = min(near, key=near.get, default="")
     named = best if best and near[best] < 0.05 else ""
     return float(recorded.median()), float(ev.series(check).median()), named
 
 
-@rule(threshold="within 5 %", source="check_<term>, one process, duplicates=mask", rank=CAUSE + 3)
+@rule(threshold="within 2 %", source="check_<term>, one process, duplicates=mask", rank=CAUSE + 3)
 def loss_miscomputed(ev):
     "The recorded loss is not the one of these features: not normalised, labels, temperature."
     alone = ev.params.get("processes", 1) == 1 and ev.params.get("duplicates", "mask") == "mask"

@@ -151,7 +151,9 @@ def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None, losses="softm
     if not features:
         return {}
     columns = similarity_values(features) | norm_values(features) | probe.measure()
-    columns |= sign_values(features, [n["batch"] for n in looked], losses)
+    # with the temperatures of the forward: those of the features may have been updated in place
+    used = [n["features"] | n["scales"] for n in looked]
+    columns |= sign_values(used, [n["batch"] for n in looked], losses)
     if bank is not None:
         ids = getattr(notes[-1]["batch"], "region_ids", None)
         columns |= bank_health(bank, features[-1].get("region_features"), ids)

@@ -1,9 +1,16 @@
-"""Runs a catalogue of faults and healthy controls, packs what each run left behind, and judges the
-packed runs in seconds: `python tests/faultbench/bench.py run|judge CATALOGUE [NAME…]`.
+"""A catalogue of faults and healthy controls: sealed, run, packed, and judged in seconds.
+
+    python tests/faultbench/bench.py seal NAME          before the first run: predictions and hash
+    python tests/faultbench/bench.py run NAME [CASE…]   train all cases (or some) and pack them
+    python tests/faultbench/bench.py judge NAME         the first line of each packed run
+
+A catalogue is a module of this folder with a dict CASES of `Case`. Its author names the rules that
+answer each fault from the public list (`fgclip_nb.diagnostics.judgement.causes()`), without reading
+how they judge; `NAME.predictions.json` and its hash are committed before any run.
 
 It is no cell: runs take minutes, and broken trainings are no example of how to train."""
 
-import contextlib, gzip, importlib, io, json, logging, sys, tempfile, traceback
+import contextlib, gzip, hashlib, importlib, io, json, logging, sys, tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +18,8 @@ from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import world  # noqa: E402
-from rebind import rebound  # noqa: E402
+world = importlib.import_module("world")
+rebound = importlib.import_module("rebind").rebound
 
 SMALL = dict(
     model="tiny",
@@ -35,6 +42,10 @@ SMALL = dict(
 )
 
 
+SEED = 0
+HARM = "val_mean_rank / val_mean_rank_chance at the last validation, beside the case `healthy`"
+
+
 @dataclass
 class Case:
     """A training as a user may run it.
@@ -50,7 +61,6 @@ class Case:
     world: dict = field(default_factory=dict)
     plant: object = contextlib.nullcontext
     before: object = None
-    harmless: bool = False
 
 
 def train_case(case: Case, folder: Path, seed: int = 0) -> Path:
@@ -80,8 +90,6 @@ def train_case(case: Case, folder: Path, seed: int = 0) -> Path:
         except Exception as e:
             (folder / "run").mkdir(exist_ok=True)
             (folder / "run" / "error.txt").write_text(f"{type(e).__name__}: {e}")
-            if "-v" in sys.argv:
-                traceback.print_exc()
     return folder / "run"
 
 
@@ -136,18 +144,56 @@ def save(name: str, runs: dict):
     store_of(name).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
-def run(name: str, cases=(), processes=2, seed=0):
+# ---- predictions ----------------------------------------------------------------------------
+def predictions_of(name: str) -> dict:
+    """What the author of a catalogue says before any run: name of each case -> what was done, the
+    accepted rules (none: a healthy control), how its harm is measured, and the seed."""
+    return {
+        case: dict(told=c.told, accepted=list(c.accepted), harm=HARM, seed=SEED)
+        for case, c in catalogue(name).items()
+    }
+
+
+def sealed_file(name: str) -> Path:
+    return HERE / f"{name}.predictions.json"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def seal(name: str):
+    "Write the predictions of a catalogue and their hash, which are committed before the first run."
+    text = json.dumps(predictions_of(name), indent=1, sort_keys=True) + "\n"
+    sealed_file(name).write_text(text)
+    sealed_file(name).with_suffix(".sha256").write_text(digest(sealed_file(name)) + "\n")
+    print(f"{digest(sealed_file(name))}  {sealed_file(name).name}")
+
+
+def predictions(name: str) -> dict:
+    "The sealed predictions of a catalogue; AssertionError when they are not those of the hash."
+    file = sealed_file(name)
+    assert file.exists(), f"{name}: `bench.py seal {name}` comes before the first run"
+    kept = file.with_suffix(".sha256").read_text().strip()
+    assert digest(file) == kept, f"{file.name} was changed after it was sealed"
+    return json.loads(file.read_text())
+
+
+def run(name: str, cases=(), processes=2):
     "Train cases of a catalogue (all when none is named) and store what they left behind."
-    chosen = list(cases) or list(catalogue(name))
+    sealed = predictions(name)
+    chosen = list(cases) or list(sealed)
     importlib.import_module("fgclip_nb.training.loop")  # once, before the processes part
     with ProcessPoolExecutor(processes) as pool:
-        for _, files, case in pool.map(run_one, [(name, case, seed) for case in chosen]):
+        jobs = [(name, case, sealed[case]["seed"]) for case in chosen]
+        for _, files, case in pool.map(run_one, jobs):
             runs = load(name)
             runs[case] = files
             save(name, runs)
             print(case, files.get("error.txt", ""), flush=True)
 
 
+# ---- judging --------------------------------------------------------------------------------
 def judged(files: dict) -> list:
     "The verdicts of a packed run."
     from fgclip_nb.diagnostics.judgement import verdicts
@@ -157,13 +203,11 @@ def judged(files: dict) -> list:
 
 
 def first_line(verdicts: list) -> tuple:
-    "(rule that leads, the sentence) of verdicts; the name is empty when nothing tripped."
-    from fgclip_nb.diagnostics.judgement import headline
+    "(rule that leads, the sentence) of verdicts; the name is empty when nothing failed."
+    from fgclip_nb.diagnostics.judgement import headline, leading
 
-    line = headline(verdicts)
-    names = {v.name for v in verdicts}
-    name = line.split(":", 1)[0]
-    return (name if name in names else ""), line
+    first = leading(verdicts)
+    return (first.name if first else ""), headline(verdicts)
 
 
 def harm(files: dict) -> float:
@@ -173,32 +217,52 @@ def harm(files: dict) -> float:
     return rows[-1]["val_mean_rank"] / rows[-1]["val_mean_rank_chance"] if rows else float("nan")
 
 
-def judge(name: str, cases=(), every=False):
-    "Print a line per packed run, faults first; returns (right, faults, alarms, controls)."
-    runs = load(name)
-    right = alarms = faults = controls = 0
-    for case, c in catalogue(name).items():
-        if case not in runs or (cases and case not in cases):
+def outcomes(name: str) -> list:
+    """A dict per packed run, faults first: case, told, accepted, leads (the rule), line, right,
+    harm, harmful (a fifth worse than the healthy run, or not measured)."""
+    runs, sealed = load(name), predictions(name)
+    healthy = harm(runs["healthy"]) if "healthy" in runs else float("nan")
+    table = []
+    for case in sorted(sealed, key=lambda c: not sealed[c]["accepted"]):
+        if case not in runs:
             continue
-        found = judged(runs[case])
-        leads, line = first_line(found)
-        ok = leads in c.accepted if c.accepted else leads == ""
-        faults += bool(c.accepted)
-        controls += not c.accepted
-        right += bool(c.accepted) and ok
-        alarms += not c.accepted and not ok
-        print(f"{'ok ' if ok else 'NO '} {case:24} {harm(runs[case]):.2f} {line[:230]}")
-        if every:
-            for v in found:
-                if v.tripped:
-                    print(f"        {v.result:15} {v.name:28} {v.why[:150]}")
-    print(f"{right} of {faults} faults named, {alarms} false alarms in {controls} controls")
-    return right, faults, alarms, controls
+        accepted = sealed[case]["accepted"]
+        leads, line = first_line(judged(runs[case]))
+        measured = harm(runs[case])
+        table.append(
+            dict(
+                case=case,
+                told=sealed[case]["told"],
+                accepted=accepted,
+                leads=leads,
+                line=line,
+                right=leads in accepted if accepted else leads == "",
+                harm=measured,
+                harmful=not measured < 1.2 * healthy,
+            )
+        )
+    return table
 
+
+def judge(name: str):
+    "Print a line per packed run, and how many were right."
+    table = outcomes(name)
+    for row in table:
+        mark = "ok" if row["right"] else "NO"
+        print(f"{mark:3} {row['case']:20} {row['harm']:.2f} {row['line'][:230]}")
+    faults = [r for r in table if r["accepted"]]
+    controls = [r for r in table if not r["accepted"]]
+    alarms = sum(not r["right"] for r in controls)
+    print(
+        f"{sum(r['right'] for r in faults)} of {len(faults)} faults named "
+        f"({sum(r['right'] for r in faults if r['harmful'])} of "
+        f"{sum(r['harmful'] for r in faults)} harmful ones), "
+        f"{alarms} false alarms in {len(controls)} controls"
+    )
+
+
+COMMANDS = dict(seal=seal, run=run, judge=judge)
 
 if __name__ == "__main__":
-    command, catalogue_name, *names = [a for a in sys.argv[1:] if not a.startswith("-")]
-    if command == "run":
-        run(catalogue_name, names)
-    else:
-        judge(catalogue_name, names, "-a" in sys.argv)
+    command, catalogue_name, *names = sys.argv[1:]
+    COMMANDS[command](catalogue_name, *([names] if names else []))

@@ -1,5 +1,6 @@
-"""The development set: faults and controls that the rules were made with. It proves nothing
-about the rules (see catalogue.py for the set that was written without reading them)."""
+"""The development set: faults and controls that the rules were made with.
+
+What it gives is no proof of the rules; a set written without reading them is."""
 
 import numpy as np, torch
 from PIL import Image
@@ -181,10 +182,9 @@ def one_bad_photo():
 
 
 def same_order():
-
     def wrapper(whole):
-        def training_order(cfg, samples, world):
-            made = whole(cfg, samples, world)
+        def training_order(cfg, samples, processes):
+            made = whole(cfg, samples, processes)
             first = made.indices
             made.indices = lambda k, rank=0: [
                 (k // made.per_epoch, i) for _, i in first(k % made.per_epoch, rank)
@@ -198,8 +198,8 @@ def same_order():
 
 def same_batch():
     def wrapper(whole):
-        def training_order(cfg, samples, world):
-            made = whole(cfg, samples, world)
+        def training_order(cfg, samples, processes):
+            made = whole(cfg, samples, processes)
             first = made.indices
             made.indices = lambda k, rank=0: first(0, rank)
             return made

@@ -1,0 +1,48 @@
+"""Packed runs of the fault bench, judged anew: the first line of each fault names a cause that its
+author accepts, and no healthy control is accused. It is no cell: the runs took minutes.
+
+`python tests/faultbench/bench.py run dev` makes them anew."""
+
+import hashlib, importlib, json, sys
+from pathlib import Path
+import pytest
+
+BENCH = Path(__file__).parent / "faultbench"
+sys.path.insert(0, str(BENCH))
+bench = importlib.import_module("bench")
+SETS = sorted(p.name.removesuffix(".json.gz") for p in BENCH.glob("*.json.gz"))
+
+
+@pytest.fixture(scope="module", params=SETS)
+def table(request):
+    return bench.outcomes(request.param)
+
+
+def test_faults_are_named_on_the_first_line(table):
+    faults = [r for r in table if r["accepted"]]
+    missed = {r["case"]: r["line"] for r in faults if not r["right"]}
+    assert len(missed) <= 0.1 * len(faults), missed
+
+
+def test_no_healthy_control_is_accused(table):
+    controls = [r for r in table if not r["accepted"]]
+    assert controls and not {r["case"]: r["line"] for r in controls if not r["right"]}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_predictions_are_those_that_were_sealed(name):
+    sealed = bench.predictions(name)
+    known = importlib.import_module("fgclip_nb.diagnostics.judgement").causes()
+    for case, said in sealed.items():
+        assert set(said["accepted"]) <= set(known), case
+
+
+def test_a_changed_prediction_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    file = bench.sealed_file("some")
+    file.write_text(json.dumps(dict(a=dict(accepted=["leak"]))))
+    file.with_suffix(".sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest() + "\n")
+    assert bench.predictions("some")["a"]["accepted"] == ["leak"]
+    file.write_text(json.dumps(dict(a=dict(accepted=["leak", "texts_few"]))))
+    with pytest.raises(AssertionError, match="changed after it was sealed"):
+        bench.predictions("some")
