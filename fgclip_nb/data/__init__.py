@@ -19,7 +19,6 @@ ROOMS = {
     "filter_regions": ".filters",
     "leave_out": ".splits",
     "load_samples": ".load",
-    "merge_negatives": ".outside_negatives",
     "normalize": ".photos",
     "open_shards": ".shards",
     "patch_batch": ".patches",

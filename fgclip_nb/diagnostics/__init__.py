@@ -4,7 +4,6 @@
 import importlib
 
 ROOMS = {
-    "ENOUGH_PASSED": ".judgement",
     "Evidence": ".rules",
     "Expectations": ".expectations",
     "Recorder": ".recorder",
