@@ -210,6 +210,9 @@ def counted(judged: list) -> str:
     counts = {result: sum(v.result == result for v in judged) for result in results}
     return ", ".join(f"{n} {result}" for result, n in counts.items() if n)
 
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #73d1b78e
+ENOUGH_PASSED = 16  # fewer say little: most rules lack what they look at
+
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #1d6ada2e
 def headline(judged: list) -> str:
     "The most likely cause among verdicts, in a sentence."
