@@ -351,7 +351,8 @@ def declare_parameter(name: str, default: float, help: str, low=None, high=None)
 # %% ../../nbs/0_core/03_config.ipynb #6fe7b95d
 def epochs_of(cfg) -> int:
     "Passes over the training samples: `epochs`, or where that is 0 what the shipped data take."
-    return cfg.epochs or (520 if cfg.data == "video_sample" else 120)
+    shipped = dict(video_sample=520, world=20, world_video=10)
+    return cfg.epochs or shipped.get(cfg.data.partition(":")[0], 120)
 
 # %% ../../nbs/0_core/03_config.ipynb #ca53b531
 NOT_IDENTITY = (

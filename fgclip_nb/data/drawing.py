@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/2_data/02b_drawing.ipynb #a05e9715
+# %% ../../nbs/2_data/02b_drawing.ipynb #42c5b434
 from functools import cache
 import numpy as np
 from fgclip_nb.data.scenes import COLOURS, GROUNDS, copies, scene_at
 
-# %% ../../nbs/2_data/02b_drawing.ipynb #2fecd629
+# %% ../../nbs/2_data/02b_drawing.ipynb #adafe226
 def _corners(n, inner=1.0, turn=-0.25):
     "Outline of a star or polygon: `n` points outside, and where `inner` < 1 as many inside."
     steps = n if inner == 1.0 else 2 * n
@@ -54,7 +54,7 @@ def shape_mask(shape, width, height):
         draw.polygon([tuple(p) for p in (0.5 * OUTLINES["ring"] + 1) * scale], fill=0)
     return big.reduce(4)
 
-# %% ../../nbs/2_data/02b_drawing.ipynb #c6de3b7f
+# %% ../../nbs/2_data/02b_drawing.ipynb #0cffe9b9
 SHEET = 128  # pixels of a sheet and of the largest thing
 
 
@@ -62,11 +62,11 @@ def _marks(pattern):
     "Where a pattern has its second colour, bool (SHEET,SHEET)."
     y, x = np.mgrid[:SHEET, :SHEET]
     if pattern == "striped":
-        return (x + y) % 9 < 4
+        return (x + y) % 10 < 5
     if pattern == "dotted":
         return (x % 10 - 4.5) ** 2 + (y % 10 - 4.5) ** 2 < 8
     if pattern == "checked":
-        return (x // 5 + y // 5) % 2 == 1
+        return (x // 6 + y // 6) % 2 == 1
     return np.zeros((SHEET, SHEET), bool)
 
 
@@ -76,11 +76,11 @@ def sheet(colour, pattern):
     from PIL import Image
 
     first = np.array(COLOURS[colour], float)
-    second = first * 0.55 if first.mean() > 100 else first * 0.45 + 255 * 0.55
+    second = first * 0.65 if first.mean() > 100 else first * 0.6 + 255 * 0.4
     pixels = np.where(_marks(pattern)[..., None], second, first)
     return Image.fromarray(pixels.astype(np.uint8))
 
-# %% ../../nbs/2_data/02b_drawing.ipynb #1193b2f8
+# %% ../../nbs/2_data/02b_drawing.ipynb #cd0d736d
 GROUND = 320  # pixels of a texture; a picture shows a part of it
 
 
@@ -119,7 +119,7 @@ def ground(name):
     pixels = np.array(colour) + 20 * bright[..., None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
-# %% ../../nbs/2_data/02b_drawing.ipynb #792c5677
+# %% ../../nbs/2_data/02b_drawing.ipynb #9cec08b0
 PIXELS = 112  # width and height of a made picture
 
 
@@ -146,7 +146,7 @@ def draw_scene(scene):
     red, green, blue = scene.light
     return picture.convert("RGB", (red, 0, 0, 0, 0, green, 0, 0, 0, 0, blue, 0))
 
-# %% ../../nbs/2_data/02b_drawing.ipynb #7abc8485
+# %% ../../nbs/2_data/02b_drawing.ipynb #c79a5a99
 def drawn_photo(address):
     "The Pillow picture of a made photo's address, or None for any other path."
     here = scene_at(address) if isinstance(address, str) else None

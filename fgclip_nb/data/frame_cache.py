@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import sample_reject
+from fgclip_nb.data.motion import FRAMES, clip_at, draw_frame
 from fgclip_nb.data.photos import existing_file
 from fgclip_nb.data.video_index import VideoInfo, frame_times, video_info
 from fgclip_nb.data.video import checked_numbers, decode_frames
@@ -31,7 +32,13 @@ def _fingerprint_of(path, size, changed):
 
 
 def fingerprint(path) -> str:
-    "Hash of a file's size and of 33 blocks of 64 KiB spread from its first to its last byte."
+    """Hash of a file's size and of 33 blocks of 64 KiB spread from its first to its last byte.
+
+    Of a made clip: of its address and its middle frame."""
+    clip = clip_at(str(path))
+    if clip:
+        drawn = draw_frame(clip, FRAMES // 2).tobytes()
+        return hashlib.blake2b(str(path).encode() + drawn, digest_size=16).hexdigest()
     path = existing_file(path)
     stat = path.stat()
     return _fingerprint_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)

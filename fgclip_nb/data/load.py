@@ -22,6 +22,7 @@ from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.shards import is_sharded, open_shards
 from fgclip_nb.data.stream import open_stream
 from fgclip_nb.data.world import is_world, world_options, world_samples
+from fgclip_nb.data.world_video import is_world_video, world_video_options, world_video_samples
 
 # %% ../../nbs/2_data/11_load.ipynb #bc7f1c44
 def _as_dict(pairs) -> dict:
@@ -185,7 +186,7 @@ def data_files(path) -> list:
         return [pair for p in path for pair in data_files(p)]
     if isinstance(path, str) and path in ("sample", "video_sample"):
         return [(sample_path(path), "")]
-    if is_world(path):
+    if is_world(path) or is_world_video(path):
         return [(path, "")]
     path = Path(path).expanduser()
     if path.is_dir():
@@ -206,9 +207,13 @@ def id_folders(files, media_root=None) -> dict:
 
 # %% ../../nbs/2_data/11_load.ipynb #11b1002c
 def _made_samples(address, tally):
-    "The samples of a made world, counted."
-    tally.formats[address] = "world"
-    for sample in world_samples(world_options(address)):
+    "The samples of a made world of photos or clips, counted."
+    tally.formats[address] = address.partition(":")[0]
+    if is_world(address):
+        samples = world_samples(world_options(address))
+    else:
+        samples = world_video_samples(world_video_options(address))
+    for sample in samples:
         tally.entries += 1
         tally.kept += 1
         tally.regions += len(sample.regions)
@@ -233,7 +238,7 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
         own = before_ids[os.path.realpath(Path(file).parent)]
         src = Source(file, root, tally, split, own)
         src.entry, src.coco, src.crepe = where, images, crepe
-        if is_world(file):
+        if is_world(file) or is_world_video(file):
             yield from _made_samples(file, tally)
         elif os.path.isfile(file):
             yield from read_file(file, src)
@@ -314,14 +319,14 @@ def load_samples(path, media_root=None, missing="auto", split="auto", columns=""
 
     `path`: a file, a list of files, a .txt that lists files, a folder, a folder of Parquet shards
     (then `samples` is a memory-mapped sequence), `"sample"` (151 shipped photos), `"video_sample"`
-    (23 shipped clips), or `"world"` (made scenes, `world_options`). `media_root`: where media paths
-    start; default each data file's own folder. Nothing under it is opened but clips of Label
-    Studio, which numbers frames in its own way. `samples` is a list with `.formats` and `.counts`;
-    entries and regions kept plus those rejected are what was read. `missing`: what becomes of
-    samples without their media: reject, keep, or auto = keep when not a single one exists. `split`:
-    part of entries that name none: by the file's name (auto, which is told), none, train, val or
-    test. Keys that no reader asks for are rejects without a loss, rule `unread_content` or
-    `unread_key`. Raises `DataError` when path or media root does not exist.
+    (23 shipped clips), `"world"` (made scenes) or `"world_video"` (made clips). `media_root`: where
+    media paths start; default each data file's own folder. Nothing under it is opened but clips of
+    Label Studio, which numbers frames in its own way. `samples` is a list with `.formats` and
+    `.counts`; entries and regions kept plus those rejected are what was read. `missing`: what
+    becomes of samples without their media: reject, keep, or auto = keep when not a single one
+    exists. `split`: part of entries that name none: by the file's name (auto, which is told), none,
+    train, val or test. Keys that no reader asks for are rejects without a loss, rule
+    `unread_content` or `unread_key`. Raises `DataError` when path or media root does not exist.
 
     Tars (WebDataset), Parquet, addresses (`s3://…`), `hub:owner/name` and `datasets` are streamed:
     then `samples` is a `Stream`, and `columns` says which column is what (`image=img`)."""

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #e2ed741c
+# %% ../../nbs/2_data/02a_scenes.ipynb #93297756
 import math, random, re
 from dataclasses import dataclass, replace
 from functools import cache
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #775facbd
+# %% ../../nbs/2_data/02a_scenes.ipynb #bf34f945
 COLOURS = {
     "red": (205, 35, 40),
     "green": (40, 165, 70),
@@ -28,7 +28,7 @@ COUNTS = (2, 3, 4, 5)  # of a group of equal things
 RELATIONS = ("left of", "right of", "above", "below")
 GROUNDS = ("grass", "sand", "water", "brick", "wood", "gravel")
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #d6ebbef6
+# %% ../../nbs/2_data/02a_scenes.ipynb #38ee023c
 PARTS = ("train", "val", "test")
 
 
@@ -53,7 +53,7 @@ def relation_part(shape, relation, other) -> str:
     cell = (SHAPES.index(shape) + 3 * SHAPES.index(other) + upright) % 8
     return {2: "val", 5: "test"}.get(cell, "train")
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #94e4e94f
+# %% ../../nbs/2_data/02a_scenes.ipynb #7e95d52e
 @dataclass(frozen=True)
 class Thing:
     "One thing, or several equal ones, of a scene."
@@ -85,8 +85,9 @@ def _rows_of(count, lying) -> tuple:
     short = math.ceil(count / long)
     return (long, short) if lying else (short, long)
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #da14858a
-SIDES = {"small": (0.16, 0.21), "large": (0.32, 0.42), "": (0.14, 0.18)}  # shares of the picture
+# %% ../../nbs/2_data/02a_scenes.ipynb #5c52bc0e
+CELLS = 7  # of a picture, in each direction
+SIDES = {"small": 2, "large": 3, "": 1}  # cells that one thing is wide and high
 MOST_COVERED = 0.25
 
 
@@ -108,17 +109,16 @@ def covered(a, b) -> float:
 
 def placed(rng, thing, others, tries=20):
     "The thing with a box that covers little of the others, or None where there is no room."
-    side = rng.uniform(*SIDES[thing.size])
     columns, rows = _rows_of(thing.count, rng.random() < 0.5)
-    wide, high = side * columns, side * rows
+    wide, high = SIDES[thing.size] * columns, SIDES[thing.size] * rows
     for _ in range(tries):
-        x, y = rng.uniform(0.01, 0.99 - wide), rng.uniform(0.01, 0.99 - high)
-        box = (x, y, x + wide, y + high)
+        x, y = rng.randint(0, CELLS - wide), rng.randint(0, CELLS - high)
+        box = tuple(v / CELLS for v in (x, y, x + wide, y + high))
         if all(covered(box, other.box) <= MOST_COVERED for other in others):
-            return replace(thing, box=tuple(round(v, 4) for v in box))
+            return replace(thing, box=box)
     return None
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #8776c035
+# %% ../../nbs/2_data/02a_scenes.ipynb #37ccc6e6
 @dataclass(frozen=True)
 class Scene:
     "What one made picture shows; later things cover earlier ones."
@@ -142,14 +142,14 @@ def scene(seed, part, index) -> Scene:
     "The scene of this number, the same everywhere. `part`: train, val or test."
     rng = random.Random(f"{seed}/{part}/{index}")
     things = []
-    for colour, shape in rng.sample(pairs_of(part), rng.choice((3, 4, 4, 5))):
+    for colour, shape in rng.sample(pairs_of(part), rng.choice((2, 3, 3, 4))):
         thing = placed(rng, looks(rng, part, colour, shape), things)
         things += [thing] if thing else []
-    light = tuple(rng.uniform(0.8, 1.1) for _ in range(3))
+    light = tuple(rng.uniform(0.88, 1.06) for _ in range(3))
     offset = rng.random(), rng.random()
     return Scene(seed, part, index, rng.choice(GROUNDS), tuple(things), light, offset)
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #b1fb2d8e
+# %% ../../nbs/2_data/02a_scenes.ipynb #4cb04ad9
 CLEARLY = 0.2  # of the picture, and twice as far as in the other direction
 
 
@@ -163,7 +163,7 @@ def relation(a, b) -> str:
         return "above" if dy > 0 else "below"
     return ""
 
-# %% ../../nbs/2_data/02a_scenes.ipynb #d5519f12
+# %% ../../nbs/2_data/02a_scenes.ipynb #1ccce0b7
 _ADDRESS = re.compile(r"world:(\d+)/(train|val|test)-(\d+)")
 
 

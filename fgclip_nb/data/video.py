@@ -8,6 +8,7 @@ __all__ = ['read_frames']
 # %% ../../nbs/2_data/15_video.ipynb #732e2746
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.motion import clip_at, draw_frame
 from fgclip_nb.data.video_index import clip_index, distrust, opened_video, packets_from
 
 # %% ../../nbs/2_data/15_video.ipynb #a65a34ef
@@ -164,6 +165,25 @@ def _read_in_order(path, index, missing):
             if number == last:
                 break
 
+# %% ../../nbs/2_data/15_video.ipynb #2131d335
+def _draw_made(path, index, missing):
+    "Draw what is missing of a made clip."
+    clip, size = clip_at(str(path)), missing.sink.size
+    for number in sorted(missing.numbers):
+        picture = draw_frame(clip, number)
+        if size is not None:
+            picture = picture.resize((size, size))
+        missing.sink.keep(number, np.asarray(picture))
+        missing.decoded += 1
+    missing.numbers.clear()
+
+
+def _reader_for(path, index):
+    "Which of the three ways reads the frames of a clip."
+    if clip_at(str(path)):
+        return _draw_made
+    return _read_by_groups if index.info.seekable else _read_in_order
+
 # %% ../../nbs/2_data/15_video.ipynb #147972a8
 def decode_frames(path, make_sink):
     """Decode the frames that a sink wants -> (sink, number of frames decoded for it).
@@ -178,8 +198,7 @@ def decode_frames(path, make_sink):
         missing = _Missing(sink)
         try:
             if missing.numbers:
-                read = _read_by_groups if index.info.seekable else _read_in_order
-                read(path, index, missing)
+                _reader_for(path, index)(path, index, missing)
         except _Untrusted:
             distrust(path)
             continue

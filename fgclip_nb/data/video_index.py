@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.drawing import PIXELS
+from fgclip_nb.data.motion import FRAMES, RATE, clip_at
 from fgclip_nb.data.photos import existing_file
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #304b28cd
@@ -215,8 +217,17 @@ def index_of_file(path, size, changed, trusted):
         return _index_by_decoding(container, stream)
 
 
+@lru_cache(maxsize=1)
+def index_of_made_clip() -> ClipIndex:
+    "ClipIndex of any clip of the made world: all are of one length, drawn and not decoded."
+    info = VideoInfo(FRAMES, RATE, PIXELS, PIXELS, FRAMES / RATE, "drawn", FRAMES, False)
+    return ClipIndex(info, np.arange(FRAMES) / RATE, np.zeros(0, np.int64), ())
+
+
 def clip_index(path) -> ClipIndex:
-    "ClipIndex of a file as it is now. Raises DataError as video_info does."
+    "ClipIndex of a file as it is now, or of a made clip. Raises DataError as video_info does."
+    if clip_at(str(path)):
+        return index_of_made_clip()
     key = _file_state(path)
     return index_of_file(*key, key not in _untrusted)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/2_data/10b_world.ipynb #f9cf69aa
+# %% ../../nbs/2_data/10b_world.ipynb #323ee243
 import dataclasses, random
 from dataclasses import dataclass, replace
 from fgclip_nb.core.identity import ConfigError
@@ -23,7 +23,7 @@ from fgclip_nb.data.world_texts import (
     ten_changes,
 )
 
-# %% ../../nbs/2_data/10b_world.ipynb #a9fc846d
+# %% ../../nbs/2_data/10b_world.ipynb #a5f72640
 @dataclass
 class WorldOptions:
     "What a made world is like. Raises `ConfigError` for an impossible value."
@@ -31,6 +31,7 @@ class WorldOptions:
     size: int = param(2000, "training scenes; 250 more validate and 250 more test", 1, 10_000_000)
     seed: int = param(0, "another seed is another world with the same rules", 0, 2**31 - 1)
     language: str = param("en", "of all texts; both: of every second", choices=("en", "zh", "both"))
+    hard: float = param(0.25, "share of training regions with ten hard negatives", 0, 1)
     noise: float = param(0.0, "share of training regions whose phrase is false", 0, 1)
     duplicates: float = param(0.0, "share of training regions called by their shape only", 0, 1)
     bad_boxes: float = param(0.0, "share of training boxes too small to show their thing", 0, 1)
@@ -54,7 +55,7 @@ def address_options(address, name, options):
     except ConfigError as e:
         raise ConfigError(f"data {address!r}: {e}") from e
 
-# %% ../../nbs/2_data/10b_world.ipynb #eac60878
+# %% ../../nbs/2_data/10b_world.ipynb #13abb2ff
 def _false_facts(said, rng) -> Said:
     "Another colour and another shape than the thing's."
     colour = rng.choice([c for c in COLOURS if c != said.colour])
@@ -71,10 +72,10 @@ def faulty(said, box, options, rng) -> tuple:
         said, faults = Said(said.shape, count=said.count), faults + ["duplicate"]
     if rng.random() < options.bad_boxes:
         x, y = box[:2]
-        box, faults = (x, y, round(x + 0.05, 4), round(y + 0.05, 4)), faults + ["bad box"]
+        box, faults = (x, y, x + 0.05, y + 0.05), faults + ["bad box"]
     return said, box, faults
 
-# %% ../../nbs/2_data/10b_world.ipynb #0a4e54cc
+# %% ../../nbs/2_data/10b_world.ipynb #e80ad4bb
 def _negatives(said, language, rng) -> tuple:
     words = WORDS[language]
     return tuple(words(facts) for facts in ten_changes(said, rng)) if said.colour else ()
@@ -92,17 +93,18 @@ def region_of(thing, scene, options, language, rng) -> Region:
     if scene.part == "train":
         said, box, faults = faulty(said, box, options, rng)
     number = scene.things.index(thing)
+    wrong = scene.part != "train" or rng.random() < options.hard
     return Region(
         WORDS[language](said),
         box=box,
-        negatives=_negatives(said, language, rng),
+        negatives=_negatives(said, language, rng) if wrong else (),
         source="expression",
         id=", ".join([str(number), *faults]),
         negatives_level="hard",
         other_negatives=_by_kind(said, language) if scene.part != "train" else (),
     )
 
-# %% ../../nbs/2_data/10b_world.ipynb #ada3b3cc
+# %% ../../nbs/2_data/10b_world.ipynb #1314ca58
 HELD_OUT = 250  # scenes of the validation, and as many of the test
 
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #25b9bd03
+# %% ../../nbs/2_data/10a_world_texts.ipynb #defd83bc
 from dataclasses import dataclass, replace
 from fgclip_nb.data.scenes import COLOURS, COUNTS, PATTERNS, RELATIONS, SHAPES, SIZES
 from fgclip_nb.data.scenes import relation, relation_part
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #58c99046
+# %% ../../nbs/2_data/10a_world_texts.ipynb #f5285bf8
 @dataclass(frozen=True)
 class Said:
     "The facts of one phrase; what is empty is not said."
@@ -23,7 +23,7 @@ class Said:
     relation: str = ""
     other: object = None  # Said: what the thing stands in relation to
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #f3c235f7
+# %% ../../nbs/2_data/10a_world_texts.ipynb #27eb7168
 NUMBERS = ("no", "a", "two", "three", "four", "five")
 
 
@@ -44,7 +44,7 @@ def english(said) -> str:
         words = " ".join(filter(None, [NUMBERS[said.count], *looks, _plural(said.shape)]))
     return f"{words} {said.relation} {english(said.other)}" if said.relation else words
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #eb1b801b
+# %% ../../nbs/2_data/10a_world_texts.ipynb #5aa3f86a
 CHINESE = {
     **dict(zip(COLOURS, ("红色", "绿色", "蓝色", "黄色", "紫色", "橙色", "黑色", "白色"))),
     **dict(zip(SHAPES, ("圆形", "正方形", "三角形", "星形", "十字", "圆环", "菱形", "心形"))),
@@ -68,7 +68,7 @@ def chinese(said) -> str:
 
 WORDS = {"en": english, "zh": chinese}
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #c01a1a12
+# %% ../../nbs/2_data/10a_world_texts.ipynb #2216b4d2
 OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above")))
 
 
@@ -97,7 +97,7 @@ def changes(said) -> dict:
     )
     return {kind: facts for kind, facts in every.items() if facts}
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #d720dbbd
+# %% ../../nbs/2_data/10a_world_texts.ipynb #dce70798
 NEGATIVES = 10
 
 
@@ -107,7 +107,7 @@ def ten_changes(said, rng) -> list:
     rounds = [kind[i] for i in range(NEGATIVES) for kind in kinds if i < len(kind)]
     return rounds[:NEGATIVES]
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #3328231c
+# %% ../../nbs/2_data/10a_world_texts.ipynb #ea0931ab
 def _in_short(thing):
     "Colour and shape of a thing, which name it in its scene."
     return Said(thing.shape, thing.colour, count=thing.count)
@@ -130,7 +130,7 @@ def facts_of(thing, scene, rng) -> Said:
     name, other = rng.choice(beside)
     return replace(said, relation=name, other=_in_short(other))
 
-# %% ../../nbs/2_data/10a_world_texts.ipynb #3971fd84
+# %% ../../nbs/2_data/10a_world_texts.ipynb #ef1bcf53
 _ROWS = ("top", "", "bottom")
 _COLUMNS = ("left", "", "right")
 _IN = dict(left="on the left", right="on the right")

@@ -14,6 +14,7 @@ from fgclip_nb.core.folder import Run, get_logger, read_json, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.drawing import drawn_photo
 from fgclip_nb.data.photos import limit_pixels
+from fgclip_nb.data.motion import FRAMES, clip_at, draw_frame
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
@@ -50,8 +51,9 @@ def has_clips(samples) -> bool:
 
 
 def clip_frames(cfg: TrainConfig) -> int:
-    "Frames per clip: as asked for, or 256, or 8 for the shipped video sample."
-    return cfg.num_frames or (8 if cfg.data == "video_sample" else 256)
+    "Frames per clip: as asked for, or 256, or 8 for the shipped and made short clips."
+    few = cfg.data.partition(":")[0] in ("video_sample", "world_video")
+    return cfg.num_frames or (8 if few else 256)
 
 
 def planned_frames(sample, cfg: TrainConfig):
@@ -66,8 +68,9 @@ def planned_frames(sample, cfg: TrainConfig):
 
 # %% ../../nbs/8_training/00_rundata.ipynb #6bb9a58e
 def media_state(media) -> int:
-    "Size of a file in bytes, -1 where there is none; of a made picture a checksum of its pixels."
-    drawn = drawn_photo(media)
+    "Size of a file in bytes, -1 where there is none; of what is drawn a checksum of pixels."
+    clip = clip_at(media)
+    drawn = draw_frame(clip, FRAMES // 2) if clip else drawn_photo(media)
     if drawn is not None:
         return zlib.crc32(drawn.tobytes())
     return os.path.getsize(media) if os.path.exists(media) else -1

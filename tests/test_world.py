@@ -1,0 +1,136 @@
+"""The made world wherever data are named: training, resume, conversion, commands, cache, files.
+
+No cell can show this, since it takes whole runs, processes and folders."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fgclip_nb import ConfigError, TrainConfig, load_samples, train
+from fgclip_nb.data import world_video as wv
+from fgclip_nb.data.conversion import convert
+from fgclip_nb.data.frame_cache import FrameCache, build_cache
+from fgclip_nb.data.motion import EVENTS, clip_at
+from fgclip_nb.data.photos import read_image
+from fgclip_nb.data.scenes import pair_part, relation_part, scene_at
+from fgclip_nb.data.video import read_frames
+from fgclip_nb.training.rundata import prepare_data
+
+SMALL = dict(
+    batch_size=4,
+    max_regions=2,
+    max_steps=4,
+    eval_every=0,
+    device="cpu",
+    tracker="none",
+    augment="none",
+)
+
+
+def steps_of(run):
+    "What was computed at each step, without the clock."
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if "time" not in k} for x in lines]
+
+
+@pytest.mark.parametrize("data", ["world:size=12", "world_video:size=10"])
+def test_a_run_on_what_is_made_can_be_interrupted(data, tmp_path):
+    whole = train(TrainConfig(data=data, output=str(tmp_path / "whole"), save_every=2, **SMALL))
+    begun = dict(SMALL, max_steps=2)
+    train(TrainConfig(data=data, output=str(tmp_path / "part"), save_every=2, **begun))
+    (tmp_path / "part/finished.json").unlink(missing_ok=True)
+    again = train(
+        TrainConfig(
+            data=data,
+            output=str(tmp_path / "part"),
+            allow_changed="max_steps",
+            save_every=2,
+            **SMALL,
+        )
+    )
+    assert len(steps_of(whole)) == len(steps_of(again)) == 4
+    assert steps_of(whole)[0] == steps_of(again)[0]
+    assert again.manifest()["data_fingerprint"] == whole.manifest()["data_fingerprint"]
+
+
+def test_a_word_that_the_address_does_not_know_is_refused_by_name():
+    with pytest.raises(ConfigError, match="did you mean `noise`"):
+        load_samples("world:nois=0.1")
+    with pytest.raises(ConfigError, match="outside its range"):
+        load_samples("world_video:size=1")
+
+
+@pytest.mark.ci
+def test_what_is_made_can_be_converted_with_and_without_its_pictures(tmp_path):
+    made = load_samples("world:size=3")[0]
+    for embed in (False, True):
+        convert("world:size=3", tmp_path / str(embed), embed=embed)
+        shards = load_samples(tmp_path / str(embed))[0]
+        assert len(shards) == len(made)
+        for i in (0, 2, -1):
+            assert shards[i].regions == made[i].regions
+            assert (read_image(shards[i].encoded) == read_image(made[i].media)).all()
+
+
+def test_held_out_scenes_hold_nothing_that_was_trained():
+    said = {"train": set(), "val": set(), "test": set()}
+    for s in load_samples("world:size=300")[0]:
+        things = scene_at(s.media).things
+        said[s.split] |= {(t.colour, t.shape) for t in things}
+        assert {pair_part(t.colour, t.shape) for t in things} == {s.split}
+    assert not said["train"] & (said["val"] | said["test"])
+    assert relation_part("star", "above", "ring") == relation_part("ring", "below", "star")
+
+
+def test_a_fault_that_is_dialled_in_is_found_by_the_filter():
+    data = prepare_data(TrainConfig(data="world:size=200:bad_boxes=0.3"))
+    lost = sum("bad box" in r.field for r in data.rejects)
+    trained = sum(len(s.regions) for s in data.train)
+    assert 0.2 < lost / (lost + trained) < 0.4
+
+
+def test_made_clips_are_cached_as_they_are_drawn(tmp_path):
+    samples = load_samples("world_video:size=10")[0][:3]
+    cache = FrameCache(tmp_path / "frames", size=112, encoding="raw")
+    assert not build_cache(cache, samples, 4, say=lambda line: None)
+    clip = cache.get(samples[1].media)
+    assert (clip.read(clip.frames) == read_frames(samples[1].media, clip.frames, 112)).all()
+
+
+def test_files_of_made_clips_say_what_the_clips_are(tmp_path, monkeypatch):
+    few = (
+        list(wv.world_video_samples(wv.WorldVideoOptions(size=10)))[:4]
+        + [s for s in wv.world_video_samples(wv.WorldVideoOptions(size=10)) if s.split == "test"][
+            :2
+        ]
+    )
+    monkeypatch.setattr(wv, "world_video_samples", lambda options: few)
+    folder = wv.write_world_video(wv.WorldVideoOptions(size=10), tmp_path / "clips")
+    forms = [
+        load_samples(folder / name, folder / "Videos")[0]
+        for name in ("by_name.json", "listed.json", "timed.json")
+    ]
+    for samples in forms:
+        assert [s.id for s in samples] == [s.id for s in few]
+        for s, made in zip(samples, few):
+            assert [r.phrase for r in s.regions] == [r.phrase for r in made.regions]
+            assert [r.keyframes for r in s.regions] == [r.keyframes for r in made.regions]
+            assert s.split == made.split
+    off = np.abs(read_frames(forms[0][1].media, [40]).astype(int) - read_frames(few[1].media, [40]))
+    assert off.mean() < 6  # H.264 halves the colours' resolution
+    lines = (folder / "temporal.txt").read_text().splitlines()
+    assert (
+        lines[1].split()[1] in EVENTS and int(lines[1].split()[2]) == clip_at(few[5].media).span[0]
+    )
+
+
+@pytest.mark.ci
+def test_several_processes_draw_the_same_world(tmp_path):
+    runs = [
+        train(
+            TrainConfig(data="world:size=12", output=str(tmp_path / str(n)), num_workers=n, **SMALL)
+        )
+        for n in (0, 2)
+    ]
+    assert steps_of(runs[0]) == steps_of(runs[1])
