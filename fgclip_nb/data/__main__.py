@@ -12,7 +12,7 @@ import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.conversion import convert
 from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_share
-from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.load import SPLITS, load_samples
 from fgclip_nb.data.filters import Limits, filter_part
 from fgclip_nb.data.findings import ReportConfig
 from fgclip_nb.data.mending import media_folder, mend, write_mended
@@ -25,12 +25,14 @@ from fgclip_nb.data.throughput import bench, bench_part
 
 # %% ../../nbs/2_data/99_command.ipynb #d0613da2
 def _add_convert(commands):
-    c = commands.add_parser("convert", help="any format to Parquet shards")
+    c = commands.add_parser("convert", help="any format to Parquet shards or JSON lines")
     c.add_argument("path", help="file, .txt list of files or folder")
-    c.add_argument("out", help="folder for the shards")
+    c.add_argument("out", help="folder for the shards, or a file NAME.jsonl")
     root = "folder that image and video paths start from; default the data file's own"
     c.add_argument("--media-root", help=root)
     c.add_argument("--embed", action="store_true", help="put the images' bytes into the shards")
+    split = "part of entries that name none: by the file's name (auto), none, train, val or test"
+    c.add_argument("--split", choices=SPLITS, default="auto", help=split)
 
 
 def _add_cache(commands):
@@ -141,7 +143,13 @@ def main(argv=None) -> int:
     arguments = data_parser().parse_args(argv)
     try:
         if arguments.command == "convert":
-            convert(arguments.path, arguments.out, arguments.media_root, arguments.embed)
+            convert(
+                arguments.path,
+                arguments.out,
+                arguments.media_root,
+                arguments.embed,
+                arguments.split,
+            )
         if arguments.command == "bench":
             bench(arguments.folder, arguments.entries)
         if arguments.command == "bench-part":

@@ -8,11 +8,11 @@ __all__ = []
 # %% ../../nbs/2_data/22a_audit.ipynb #641529a6
 import ast, collections
 import numpy as np
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.text.tokenizer import encode
 from fgclip_nb.data.samples import Region, Reject, Sample
 from fgclip_nb.data.photos import read_image
-from fgclip_nb.data.filters import area, folded
+from fgclip_nb.data.filters import area
 
 # %% ../../nbs/2_data/22a_audit.ipynb #11580cd5
 def rejected_boxes(rejects) -> list:
@@ -55,35 +55,45 @@ def box_facts(kept: list, rejected: list) -> dict:
     return facts
 
 # %% ../../nbs/2_data/22a_audit.ipynb #53d9fa56
-def region_means(pixels, boxes):
-    """Mean colour (n,3) inside boxes (n,4) of whole pixel numbers, of a photo (S,S,3) float.
+def summed(pixels):
+    "Table (S+1,S+1,3) of a photo (S,S,3): its sums over all rows above and columns left."
+    table = np.zeros((len(pixels) + 1, len(pixels) + 1, 3))
+    table[1:, 1:] = np.asarray(pixels, float).cumsum(0).cumsum(1)
+    return table
+
+
+def region_means(table, boxes):
+    """Mean colour (n,3) inside boxes (n,4) of whole pixel numbers, of a `summed` photo.
 
     NaN for a box without pixels."""
-    table = np.zeros((len(pixels) + 1, len(pixels) + 1, 3))
-    table[1:, 1:] = pixels.cumsum(0).cumsum(1)
-    x1, y1, x2, y2 = np.clip(boxes, 0, len(pixels)).T
+    x1, y1, x2, y2 = np.clip(boxes, 0, len(table) - 1).T
     total = table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]
     count = np.maximum(x2 - x1, 0) * np.maximum(y2 - y1, 0)
     return np.where(count > 0, 1.0, np.nan)[:, None] * total / np.maximum(count, 1)[:, None]
 
 
-def border_contrast(pixels, boxes, strip=2):
+def border_contrast(table, boxes, strip=2):
     """How much the colour changes across the borders of boxes (n,4) fractions: (n,) grey levels.
 
-    Mean over the four sides, each two strips of `strip` pixels; a side at the edge of the photo
-    (S,S,3) does not count, NaN where none counts or the box leaves the photo."""
-    size = len(pixels)
+    table: a `summed` photo. Mean over the four sides, each two strips of `strip` pixels; a side at
+    the photo's edge does not count, NaN where none counts or the box leaves the photo."""
+    size = len(table) - 1
     x1, y1, x2, y2 = np.round(np.asarray(boxes, float) * size).astype(int).T
-    sides = (
-        ((x1, y1, x1 + strip, y2), (x1 - strip, y1, x1, y2)),
-        ((x2 - strip, y1, x2, y2), (x2, y1, x2 + strip, y2)),
-        ((x1, y1, x2, y1 + strip), (x1, y1 - strip, x2, y1)),
-        ((x1, y2 - strip, x2, y2), (x1, y2, x2, y2 + strip)),
-    )
-    change = [
-        np.abs(region_means(pixels, np.stack(a, 1)) - region_means(pixels, np.stack(b, 1))).mean(1)
-        for a, b in sides
+    inside = [
+        (x1, y1, x1 + strip, y2),
+        (x2 - strip, y1, x2, y2),
+        (x1, y1, x2, y1 + strip),
+        (x1, y2 - strip, x2, y2),
     ]
+    outside = [
+        (x1 - strip, y1, x1, y2),
+        (x2, y1, x2 + strip, y2),
+        (x1, y1 - strip, x2, y1),
+        (x1, y2, x2, y2 + strip),
+    ]
+    strips = np.concatenate([np.stack(side, 1) for side in inside + outside])
+    within, beyond = region_means(table, strips).reshape(2, 4, len(x1), 3)
+    change = np.abs(within - beyond).mean(2)
     good = (np.minimum(x1, y1) >= 0) & (np.maximum(x2, y2) <= size) & (x2 - x1 > 3) & (y2 - y1 > 3)
     counted = np.isfinite(change).sum(0)
     mean = np.nansum(change, axis=0) / np.maximum(counted, 1)
@@ -127,12 +137,12 @@ def fit_of(photos: list, boxes: list) -> dict:
     own, other = [], []
     read = collections.defaultdict(list)
     for k, (photo, given) in enumerate(zip(photos, boxes)):
-        pixels = np.asarray(photo, float)
-        own.append(border_contrast(pixels, given))
+        table = summed(photo)
+        own.append(border_contrast(table, given))
         next_boxes = np.resize(boxes[(k + 1) % len(boxes)], given.shape)
-        other.append(border_contrast(pixels, next_boxes))
+        other.append(border_contrast(table, next_boxes))
         for name, way in readings(given).items():
-            read[name].append(border_contrast(pixels, way))
+            read[name].append(border_contrast(table, way))
     own, other = np.concatenate(own), np.concatenate(other)
     ways = {name: paired(np.concatenate(values), own) for name, values in read.items()}
     best = max(ways, key=lambda name: ways[name][0])
@@ -303,13 +313,14 @@ def leaked_clips(train, val) -> list:
 def audit(train, val, rejects, context_length=248, most=2000) -> dict:
     """What can be counted of the samples of both splits and of what was rejected.
 
-    train, val: how many; regions: kept for training; rejected_regions, rejected_entries: by rule;
+    train, val: how many; regions: kept in both, train_regions: in training; rejected_regions,
+    rejected_entries: by rule;
     boxes, captions, long_captions, phrases, photos: see the functions above. Of more than `most`
     samples an even part is looked at."""
     seen, seen_val = looked_at(train, most), looked_at(val, most)
     captions = [c for s in seen for c in (s.captions or (s.short_caption,)) if c]
     regions = [r for s in seen for r in s.regions]
-    kept = [tuple(r.box) for r in regions if r.box]
+    kept = [tuple(r.box) for s in seen if s.kind == "image" for r in s.regions if r.box]
     photos = photo_facts(seen, seen_val)
     clips = leaked_clips(seen, seen_val)
     if clips:
@@ -317,7 +328,8 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
     return dict(
         train=len(train),
         val=len(val),
-        regions=sum(len(s.regions) for s in seen),
+        regions=sum(len(s.regions) for s in [*seen, *seen_val]),
+        train_regions=sum(len(s.regions) for s in seen),
         rejected_regions=lost_by_rule(rejects),
         rejected_entries=entries_by_rule(rejects),
         boxes=box_facts(kept, rejected_boxes(rejects)),

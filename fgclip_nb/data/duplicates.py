@@ -10,7 +10,7 @@ import io, os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from fgclip_nb.data.filters import folded
+from fgclip_nb.core.identity import folded
 from fgclip_nb.data.findings import Finding
 
 # %% ../../nbs/2_data/22b_duplicates.ipynb #9b5d2b9a

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.identity import ConfigError, DataError, folded
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import (
     Fault,
@@ -179,11 +179,6 @@ def check_visible(sample, region, limits):
         raise Fault(where, span, reason, "never_visible")
 
 # %% ../../nbs/2_data/19_filters.ipynb #cd2feb59
-def folded(text) -> str:
-    "Lower case, words separated by one space."
-    return " ".join(text.lower().split())
-
-
 def check_phrases(region):
     "Raise the Fault of a region's texts."
     if not region.phrase.strip():
@@ -402,7 +397,7 @@ def media_fault(sample) -> Fault | None:
         if sample.kind == "video":
             video_info(sample.media)
         else:
-            read_image(sample.encoded)
+            read_image(sample.encoded, 224)
     except DataError as e:
         return Fault("media", sample.media, str(e), "unreadable_media")
 

@@ -10,10 +10,10 @@ import os, re
 from collections import Counter
 from dataclasses import dataclass
 from fgclip_nb.core.params import param
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.data.filters import READING, RULES, a_few, folded
+from fgclip_nb.data.filters import READING, RULES, a_few
 from fgclip_nb.data.media_lists import listed_media
 from fgclip_nb.data.splits import overlap
 
@@ -68,6 +68,7 @@ class Finding:
 
     @property
     def share(self) -> float:
+        "How much of what was looked at it concerns (0-1)."
         return self.count / self.of if self.of else 0.0
 
     def __str__(self):
@@ -211,25 +212,38 @@ def contrast_findings(samples) -> list:
 
 # %% ../../nbs/2_data/22_findings.ipynb #1c4e02e8
 MOST_LOOKED_AT = 5_000  # samples of shards that are decoded to see whether they differ
+ONE_SAMPLE = (
+    "`batch_size` 1 in one process: a caption has no other to be contrasted with, a region only "
+    "those of its photo and of the bank. Raise `batch_size`; `gradient_caching` saves its memory."
+)
+
+
+def can_contrast(samples, cfg, in_step=2, bank=0) -> bool:
+    """Whether any loss of a run has something to contrast in `samples`.
+
+    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`. `in_step`: samples that
+    a loss sees together; one alone has only its own regions, and those of a bank of size `bank`."""
+    texts = distinct_texts(a_few(samples, MOST_LOOKED_AT))
+    captions = max(len(texts["captions"]), len(texts["long captions"]))
+    by_captions = cfg.global_weight and captions > 1 and in_step > 1
+    together = in_step > 1 or bank or any(len(distinct_texts([s])["phrases"]) > 1 for s in samples)
+    by_regions = cfg.region_weight and len(texts["phrases"]) > 1 and together
+    return bool(by_captions or by_regions or cfg.hard_weight and texts["hard negatives"])
 
 
 def check_contrast(samples, cfg):
     """Raise DataError when no loss of a run has anything to contrast; warn of each that has not.
 
-    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`."""
-    samples = a_few(samples, MOST_LOOKED_AT)
-    texts = distinct_texts(samples)
-    captions = max(len(texts["captions"]), len(texts["long captions"]))
-    by_captions = cfg.global_weight and captions > 1
-    by_regions = cfg.region_weight and len(texts["phrases"]) > 1
-    by_negatives = cfg.hard_weight and texts["hard negatives"]
-    findings = contrast_findings(samples)
-    if not (by_captions or by_regions or by_negatives):
-        why = "; ".join(f"{f.count} {f.what}. {f.do}" for f in findings)
-        why = why or "the weights of the losses that could learn are 0"
+    `cfg`: anything with the three weights, `batch_size`, `processes` and `memory_bank_size`."""
+    samples, in_step = a_few(samples, MOST_LOOKED_AT), cfg.batch_size * cfg.processes
+    said = [f"{f.count} {f.what}. {f.do}" for f in contrast_findings(samples)]
+    if in_step == 1:
+        said.append(ONE_SAMPLE)
+    if not can_contrast(samples, cfg, in_step, cfg.memory_bank_size):
+        why = "; ".join(said) or "the weights of the losses that could learn are 0"
         raise DataError(f"nothing to contrast, no loss could learn anything: {why}")
-    for f in findings:
-        get_logger().warning(f"{f.count} {f.what}. {f.do}")
+    for line in said:
+        get_logger().warning(line)
 
 # %% ../../nbs/2_data/22_findings.ipynb #e7e75b70
 def negative_findings(samples) -> list:

@@ -10,10 +10,11 @@ import dataclasses, json, random, re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Samples
-from fgclip_nb.data.filters import ChangedSamples, folded
+from fgclip_nb.data.source import takes_an
+from fgclip_nb.data.filters import ChangedSamples
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #6b3a951d
 @dataclass(frozen=True)
@@ -92,13 +93,9 @@ def like_case(word, model) -> str:
     return word[:1].upper() + word[1:] if model[:1].isupper() else word
 
 
-def _starts_with_vowel(word) -> bool:
-    return bool(re.match(r"[aeiou]", word, re.I)) and not re.match(r"uni|use|eu|one", word, re.I)
-
-
 def _article(word, model, shouting) -> str:
     "`a` or `an` as the word needs it, in the casing of the article that stood there."
-    fitting = "an" if _starts_with_vowel(word) else "a"
+    fitting = "an" if takes_an(word) else "a"
     if shouting:
         return fitting.upper()
     return fitting.capitalize() if model[0].isupper() else fitting
@@ -108,7 +105,7 @@ def swap(phrase, match, word) -> str:
     "The phrase with one match replaced; an article right before it is made to fit."
     before, after = phrase[: match.start()], phrase[match.end() :]
     article = re.search(r"(?<!\w)(an?)\s+$", before, re.I)
-    if article and _starts_with_vowel(word) != _starts_with_vowel(match[0]):
+    if article and takes_an(word) != takes_an(match[0]):
         fitting = _article(word, article[1], phrase.isupper())
         before = before[: article.start(1)] + fitting + before[article.end(1) :]
     return before + like_case(word, match[0]) + after

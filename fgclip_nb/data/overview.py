@@ -9,9 +9,9 @@ __all__ = []
 from collections import Counter
 from dataclasses import dataclass, field
 import numpy as np
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.text.tokenizer import encode
-from fgclip_nb.data.filters import area, check_media, filter_regions, folded, places
+from fgclip_nb.data.filters import area, check_media, filter_regions, places
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.duplicates import entry_findings, photo_findings, photo_hashes
 from fgclip_nb.data.findings import (

@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10d_parts.ipynb #a1773e75
-import fcntl, hashlib, json, os, subprocess, sys
+import hashlib, json, os, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
+from filelock import FileLock
 from fgclip_nb.core.identity import DataError, python_files_hash
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.readers import READERS
@@ -44,8 +45,7 @@ def part_file(folder, number) -> Path:
 @contextmanager
 def alone_in(folder):
     "One process at a time works in `folder`; others wait, and then find what it did."
-    with open(Path(folder) / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(Path(folder) / ".lock"):
         yield
 
 # %% ../../nbs/2_data/10d_parts.ipynb #176f7273

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import read_json, shown
 from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.samples import CaptionNegative, Keyframe, Negatives, Region, Sample
 
@@ -188,6 +189,17 @@ class ArrowRows:
 PART_ROWS = 20_000  # samples
 
 
+def read_about(folder) -> dict:
+    "shards.json of a folder; DataError, which names the entry, where it is of another shape."
+    about = read_json(folder / "shards.json")
+    for key, kind in (("media_root", str), ("formats", dict), ("counts", dict)):
+        if not isinstance(about.get(key), kind):
+            raise DataError(f"{folder / 'shards.json'}: `{key}` is {shown(about.get(key))}")
+    if type(about["counts"].get("samples")) is not int:
+        raise DataError(f"{folder / 'shards.json'}: `counts` has no number of samples")
+    return about
+
+
 class ShardedSequence:
     """Samples of a folder of shards by integer index, memory-mapped.
 
@@ -196,7 +208,7 @@ class ShardedSequence:
 
     def __init__(self, folder, media_root=None):
         folder = Path(folder)
-        about = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+        about = read_about(folder)
         self.folder, self.root = folder, os.path.realpath(media_root or about["media_root"])
         self.formats, self.counts, self.changes = about["formats"], about["counts"], []
         self.rows = ArrowRows(folder)

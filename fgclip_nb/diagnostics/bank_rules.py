@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #5f31b792
 import math
-from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, rule
+from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, rule
 
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #f7354788
 def bank_timetable(ev):
@@ -21,7 +21,13 @@ def bank_timetable(ev):
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #0de0252c
 def _never_on(ev, looks, step, expected):
     if ev.last_step is not None and ev.last_step < step:
-        return LATER, None, expected
+        if not (ev.params and ev.finished):
+            return LATER, None, expected
+        why = (
+            f"the bank never comes on: its warm-up ends at step {step}, the run of {ev.last_step} "
+            "steps before"
+        )
+        return FAIL, "off", why, "Lower `memory_bank_warmup_steps`, or set `memory_bank_size` to 0."
     span = f"{ev.last_step} steps" if ev.last_step else f"the {looks} looks of this log"
     return (
         FAIL,
@@ -31,13 +37,15 @@ def _never_on(ev, looks, step, expected):
     )
 
 
-@rule("bank_enabled", threshold="on at memory_bank_warmup_steps")
+@rule("bank_enabled", threshold="on at memory_bank_warmup_steps", rank=CAUSE + 50)
 def bank_comes_on(ev):
-    "The bank turns itself on at its region forward."
+    "The memory bank never comes on, or at another forward than asked."
     plan = bank_timetable(ev)
     on = ev.series("bank_enabled")
     if plan is None and not ev.facts.get("bank_expected"):
         return None
+    if ev.params and ev.series("regions").max() == 0:
+        return None  # without a region there is no region forward to count
     forward, step = plan or (50, 50)
     expected = f"expected at region forward {forward}, optimiser step {step}"
     if not (on > 0).any():
@@ -53,9 +61,9 @@ def bank_comes_on(ev):
     )
 
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #2e469b4d
-@rule(("bank_enabled", "bank_len"), threshold="grows from 0, full in the end")
+@rule(("bank_enabled", "bank_len"), threshold="grows from 0, full in the end", rank=CAUSE + 51)
 def bank_fills(ev):
-    "Once on, the pointer moves and the bank becomes full."
+    "The memory bank is on and does not fill."
     on = ev.series("bank_enabled")
     on = on[on > 0]
     size = ev.params.get("memory_bank_size", 0)
@@ -79,9 +87,9 @@ def bank_fills(ev):
     )
 
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #fb6565fd
-@rule("bank_zero_share", threshold="no zero, few equal entries")
+@rule("bank_zero_share", threshold="no zero, few equal entries", rank=CAUSE + 52)
 def bank_clean(ev):
-    "No zero vectors and no heap of equal vectors in the bank."
+    "The memory bank is filled with zero or equal vectors."
     zero = float(ev.series("bank_zero_share").max())
     equal = float(ev.series("bank_equal_share").tail(10).median())
     if zero == 0 and not equal > ev.limit("equal_share_limit"):
@@ -96,9 +104,9 @@ def bank_clean(ev):
     )
 
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #40bfae98
-@rule("bank_age_max", threshold="age ≤ 2 K / regions per forward")
+@rule("bank_age_max", threshold="age ≤ 2 K / regions per forward", rank=CAUSE + 53)
 def bank_fresh(ev):
-    "Entries are as young as first in, first out makes them, and still resemble their regions."
+    "Entries of the memory bank are too old, or no longer resemble their regions."
     age = float(ev.series("bank_age_max").iloc[-1])
     size = ev.params.get("memory_bank_size") or ev.series("bank_len").max()
     accumulation = max(int(ev.params.get("gradient_accumulation_steps", 1)), 1)

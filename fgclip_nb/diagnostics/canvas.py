@@ -9,7 +9,7 @@ __all__ = []
 from functools import lru_cache
 import numpy as np
 from fgclip_nb.core.plain import literal
-from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNLIKE
+from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNKNOWN, UNLIKE
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #9ea4406d
 BLUE = "#0072B2"
@@ -18,7 +18,7 @@ GREEN = "#009E73"
 RED = "#D55E00"
 PURPLE = "#CC79A7"
 GREY = "#6B6B6B"
-RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY}
+RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY, UNKNOWN: GREY}
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #fe00cf25
 @lru_cache

@@ -8,6 +8,8 @@ __all__ = ['chance_level']
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #ed298566
 import json, math, os, struct
 from pathlib import Path
+import numpy as np
+from fgclip_nb.core.folder import table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -112,16 +114,24 @@ def _number(value) -> float:
         return math.nan
 
 
+def _floats(column):
+    "A column (pandas) as float64: as it is where it holds numbers, else value by value."
+    if column.dtype.kind in "fiub":
+        return column.to_numpy(dtype="float64")
+    return np.fromiter(map(_number, column), float, len(column))
+
+
 def metrics_frame(rows):
     """A table of floats (pandas), one row per step in order, from dicts or a DataFrame.
 
     Texts such as `inf` become the number, other texts nan; only `nonfinite` stays text."""
     import pandas as pd
 
-    raw = rows if hasattr(rows, "columns") else pd.DataFrame([jsonable(r) for r in rows])
-    frame = pd.DataFrame({c: [_number(v) for v in raw[c]] for c in raw.columns if c != "nonfinite"})
+    raw = rows if hasattr(rows, "columns") else table_of(map(jsonable, rows))
+    columns = {c: _floats(raw[c]) for c in raw.columns if c != "nonfinite"}
+    frame = pd.DataFrame(columns, copy=False)
     if "nonfinite" in raw:
         frame["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
-    if "step" not in frame:
+    if "step" not in frame or frame["step"].is_monotonic_increasing:
         return frame
     return frame.sort_values("step", kind="stable").reset_index(drop=True)

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #d895b6c7
 import math
-from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, interval, rule
+from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, interval, rule
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #a23db37c
 def is_plain(ev) -> bool:
@@ -16,9 +16,9 @@ def is_plain(ev) -> bool:
     return not ev.params and not ev.has("forwards") and not any(ev.has(c) for c in finer)
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #5bb3171c
-@rule("overflows", threshold="share of skipped steps < 0.2")
+@rule("overflows", threshold="share of skipped steps < 0.2", rank=CAUSE + 14)
 def steps_skipped(ev):
-    "The loss scaler does not skip the run away."
+    "The loss scaler skips steps away: they overflow in half precision."
     overflows = ev.series("overflows")
     count, share = int((overflows > 0).sum()), float((overflows > 0).mean())
     late = float((overflows.tail(len(overflows) // 2 + 1) > 0).mean())
@@ -33,29 +33,10 @@ def steps_skipped(ev):
         "a division, a norm in half precision).",
     )
 
-# %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #27fe1ccf
-@rule("lr", threshold="over 1 % of its peak for half the run")
-def learning_rate_zero(ev):
-    "The learning rate is there, and not only for a moment."
-    lr = ev.series("lr")
-    if not is_plain(ev):
-        return None
-    if len(lr) < 5:
-        return LATER, None, "fewer than five learning rates so far"
-    peak = float(lr.max())
-    action = "Look at the schedule: its total steps, its warm-up, and what calls it how often."
-    if peak == 0:
-        return FAIL, 0.0, "the learning rate is 0 at every logged step: nothing is trained", action
-    idle = float((lr < 0.01 * peak).mean())
-    if idle <= 0.5:
-        return PASS, peak, f"at most {peak:.3g}"
-    why = f"the learning rate is under 1 % of its peak {peak:.3g} at {idle:.0%} of the steps"
-    return FAIL, peak, why, action
-
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #487edf4c
-@rule("grad_norm", threshold="> 0, under 1,000 times its usual size")
+@rule("grad_norm", threshold="> 0, under 1,000 times its usual size", rank=CAUSE + 60)
 def gradient_size(ev):
-    "Gradients reach the weights, and do not explode."
+    "Gradients are 0, or explode."
     norm = ev.series("grad_norm")
     norm = norm[norm.abs() < math.inf]
     if not is_plain(ev) or not len(norm):
@@ -86,9 +67,9 @@ def loss_shape(loss):
     return float(smooth.iloc[0]), float(smooth.min()), float(smooth.iloc[-1]), noise
 
 
-@rule("loss", threshold="last mean not above the lowest")
+@rule("loss", threshold="last mean not above the lowest", rank=CAUSE + 61)
 def loss_diverges(ev):
-    "The loss does not climb after having been lower."
+    "The loss climbs after having been lower: it diverges."
     if not is_plain(ev):
         return None
     shape = loss_shape(ev.series("loss"))
@@ -139,9 +120,9 @@ AT_CHANCE_ACTION = (
 )
 
 
-@rule("loss", "chance_ratio_limit", "loss / ln(batch) < {:g}")
+@rule("loss", "chance_ratio_limit", "loss / ln(batch) < {:g}", rank=CAUSE + 62)
 def loss_at_chance(ev):
-    "The loss is under the chance level of its batch."
+    "The loss is at the chance level of its batch."
     shape = loss_shape(ev.series("loss"))
     if not is_plain(ev):
         return None
@@ -165,9 +146,9 @@ def loss_at_chance(ev):
     return None
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #a8e01036
-@rule("loss", threshold="falls")
+@rule("loss", threshold="falls", rank=CAUSE + 63)
 def loss_stuck(ev):
-    "The loss falls at all."
+    "The loss does not fall at all."
     shape = loss_shape(ev.series("loss"))
     if not is_plain(ev):
         return None

@@ -10,8 +10,9 @@ __all__ = ['plot_losses', 'plot_similarities', 'plot_positives', 'plot_temperatu
 import numpy as np
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE
 from fgclip_nb.diagnostics.measures import PAIRS
-from fgclip_nb.diagnostics.rules import candidates, chance, in_batch
-from fgclip_nb.diagnostics.loss_rules import val_loss
+from fgclip_nb.diagnostics.rules import candidates, chance, in_batch, loss_kinds
+from fgclip_nb.diagnostics.loss_rules import added_kinds
+from fgclip_nb.diagnostics.held_out_rules import val_loss
 from fgclip_nb.diagnostics.judgement import as_evidence
 from fgclip_nb.diagnostics.canvas import (
     BLUE,
@@ -57,7 +58,7 @@ def _plot_loss(ax, ev, kind):
 def plot_losses(source):
     "Each loss with its moving mean and its chance level."
     ev = as_evidence(source)
-    kinds = [k for k in ("global", "region", "hard") if ev.has(f"loss_{k}")]
+    kinds = loss_kinds(ev)
     fig, axes = new_figure("Losses against chance", max(len(kinds), 1))
     for ax, kind in zip(axes, kinds):
         _plot_loss(ax, ev, kind)
@@ -86,7 +87,7 @@ def plot_similarities(source):
 def plot_positives(source):
     "Cosine of the matching pair against the hardest wrong candidate: learning is the gap."
     ev = as_evidence(source)
-    kinds = [k for k in ("global", "region", "hard") if ev.has(f"positive_cosine_{k}")]
+    kinds = [k for k in loss_kinds(ev) if ev.has(f"positive_cosine_{k}")]
     fig, axes = new_figure("Positive against hardest negative", max(len(kinds), 1))
     for ax, kind in zip(axes, kinds):
         draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "positive", GREEN)
@@ -196,15 +197,16 @@ def plot_bank(source):
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #1637a2e0
 def _plot_held_out_loss(ax, ev):
-    for kind, colour in (("global", BLUE), ("region", GREEN)):
-        train = in_batch(ev) if kind == "region" else ev.series("loss_global")
+    added = [(kind, PURPLE) for kind in added_kinds(ev)]
+    for kind, colour in (("global", BLUE), ("region", GREEN), *added):
+        train = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
         val = thinned(val_loss(ev, kind))
         if not len(val):
             continue
         ax.plot(val.index, val, "o-", color=colour, lw=1.8, ms=4, label=f"held-out {kind}")
         mean = thinned(train.rolling(20, min_periods=1).mean())
         label = f"training {kind}, 20-step mean"
-        ax.plot(train.index, mean, "--", color=colour, lw=1.2, label=label)
+        ax.plot(mean.index, mean, "--", color=colour, lw=1.2, label=label)
 
 
 def _plot_retrieval(ax, ev):
@@ -242,8 +244,7 @@ def plot_updates(source):
     fig, axes = new_figure("Does everything move?", 4, width=14)
     whole, *each = axes
     limit = ev.params.get("max_grad_norm")
-    if draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9) and limit:
-        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    measured = draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9)
     label_axes(whole, "gradient norm, whole model", "norm")
     for ax, (key, title, unit) in zip(each, UPDATE_AXES):
         for m, colour in MODULE_COLOURS.items():
@@ -252,6 +253,9 @@ def plot_updates(source):
     for ax in axes:
         if ax is not axes[3] and any(np.greater(line.get_ydata(), 0).any() for line in ax.lines):
             ax.set_yscale("log")
+    if measured and limit:
+        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    for ax in axes:
         add_legend(ax, "not recorded")
     if axes[3].lines:
         axes[3].set_ylim(-0.03, 1.05)

@@ -8,17 +8,22 @@ __all__ = ['Verdict', 'Evidence', 'rule']
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #22dfc643
 import dataclasses, math
 from dataclasses import dataclass, field
+from fgclip_nb.core.config import known_parameters
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #5924c9cc
 PASS, FAIL, UNLIKE, LATER = "pass", "fail", "not comparable", "not reached"
+UNKNOWN = "cannot be judged"
+
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #773c3dc4
+CAUSE, SYMPTOM, REMARK, TARGET = 0, 100, 200, 300
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #3f49a9fb
 @dataclass(frozen=True)
 class Verdict:
     """One judgement.
 
-    result: pass, fail, not comparable or not reached; why: the cause, in words; next_action: what
-    to do about it; threshold: what the value was held against."""
+    result: pass, fail, not comparable, not reached or cannot be judged; why: the cause, in words;
+    next_action: what to do about it; threshold: what the value was held against."""
 
     name: str
     value: object
@@ -35,26 +40,6 @@ class Verdict:
     def as_dict(self) -> dict:
         "As it is kept in verdicts.json."
         return dataclasses.asdict(self)
-
-# %% ../../nbs/6_diagnostics/07_rules.ipynb #fce21cb0
-LIMITS = dict(
-    region_loss_target_50=1.0,
-    region_loss_target_200=0.7,
-    region_loss_target_500=0.5,
-    zero_norm_limit=0.10,
-    logits_low=-10.0,
-    logits_high=20.0,
-    scale_tolerance=1e-4,
-    chance_ratio_limit=0.97,
-    equal_share_limit=0.25,
-    effective_rank_limit=1.01,
-    changed_share_limit=0.5,
-    noise_limit=0.25,
-    oscillation_limit=0.5,
-    data_share_limit=0.3,
-    overfit_limit=0.10,
-    bank_drift_limit=0.5,
-)
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #9a3d45c1
 @dataclass
@@ -77,7 +62,7 @@ class Evidence:
 
     def limit(self, name) -> float:
         "A threshold: the run's own, else the default."
-        return float(self.params.get(name, LIMITS[name]))
+        return float(self.params.get(name, known_parameters()[name].default))
 
     def series(self, column):
         "A column without gaps, indexed by step (empty when unknown)."
@@ -95,10 +80,10 @@ class Evidence:
 
     def until(self, step):
         "The same evidence as it stood at that step."
-        timing = self.timing
-        if timing is not None:
-            timing = timing[timing["step"] <= step]
-        frame = self.frame[self.frame["step"] <= step]
+        frame, timing = (
+            table if table is None else table.iloc[: int((table["step"] <= step).sum())]
+            for table in (self.frame, self.timing)  # both are in the order of their steps
+        )
         return dataclasses.replace(self, frame=frame, timing=timing, finished=False)
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #b1896116
@@ -146,14 +131,42 @@ def in_batch(ev: Evidence):
     named = ev.series("loss_region_in_batch")
     return named if len(named) or ev.series("bank_enabled").any() else ev.series("loss_region")
 
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #e6dab9b9
+SHIPPED_KINDS = ("global", "region", "hard")
+
+
+def is_kind(ev: Evidence, name: str, names: list) -> bool:
+    "Whether `loss_<name>` is a whole term and not a part of another; `names`: of all such columns."
+    if name.endswith("_in_batch"):
+        return False
+    beside = ev.has(f"chance_{name}") or ev.has(f"candidates_{name}")
+    part = any(name.startswith(f"{other}_") for other in names)
+    return name in SHIPPED_KINDS or beside or bool(ev.params) and not part
+
+
+def loss_kinds(ev: Evidence) -> list:
+    "Names of the loss terms in the evidence, FG-CLIP's first."
+    columns = [c for c in ev.frame if c.startswith("loss_") and ev.has(c)]
+    names = [c.removeprefix("loss_") for c in columns]
+    kinds = [n for n in names if is_kind(ev, n, names)]
+    return [k for k in SHIPPED_KINDS if k in kinds] + [k for k in kinds if k not in SHIPPED_KINDS]
+
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #aa9290ad
+def luck_of(ev: Evidence, kind: str, n: int) -> float:
+    """Top-1 that features reach which know nothing, over the last `n` steps.
+
+    As logged (the share of the commonest text of a batch), else 1 over the candidates."""
+    named = ev.series(f"luck_{kind}").tail(n)
+    return float(named.mean()) if len(named) else float((1 / candidates(ev, kind).tail(n)).mean())
+
+
 def above_luck(ev: Evidence, kind: str, n: int) -> bool:
     "Whether top-1 accuracy is above 1/N beyond its sampling error over the last `n` steps."
     top1 = ev.series(f"top1_{kind}").tail(n)
     size = candidates(ev, kind).tail(n)
     if not len(top1):
         return False
-    luck = float((1 / size).mean())
+    luck = luck_of(ev, kind, n)
     rows = float(size.min()) * len(top1)
     return float(top1.mean()) > luck + 3 * math.sqrt(luck * (1 - luck) / max(rows, 1))
 
@@ -162,7 +175,7 @@ def above_luck(ev: Evidence, kind: str, n: int) -> bool:
 class Rule:
     """A rule of the verdict table.
 
-    source: what the rule looks at beyond its columns, in words;
+    source: what the rule looks at beyond its columns, in words; rank: its place, see `CAUSE`;
     judge: evidence -> (result, value, why) or (result, value, why, next action) or None; needs:
     columns without which it stays silent; limit: name of its threshold; threshold: how it reads."""
 
@@ -172,6 +185,7 @@ class Rule:
     limit: str = ""
     threshold: str = ""
     source: str = ""
+    rank: int = SYMPTOM
 
     def lacks(self, ev: Evidence) -> str:
         "What the evidence lacks for this rule, in words."
@@ -190,18 +204,47 @@ class Rule:
         return Verdict(self.name, value, threshold, result, why, action[0] if action else "")
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #70f3df7c
-RULES = {}  # in the order of causes: the first tripped rule is the headline
+RULES = {}
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #0a1602e0
-def rule(needs=(), limit="", threshold="", source=""):
+def rule(needs=(), limit="", threshold="", source="", rank=SYMPTOM):
     """Register a function as the rule of its name; see `Rule`.
 
-    `needs`: a column or several; `limit`: an entry of `LIMITS`, for the `{:g}` of `threshold`;
-    `source`: what else it looks at, in words."""
+    `needs`: a column or several; `limit`: a parameter of a run, for the `{:g}` of `threshold`;
+    `source`: what else it looks at, in words; `rank`: its place among those that trip, the lowest
+    leads (see `CAUSE`); the docstring is its sentence in the catalogue."""
 
     def register(judge):
         columns = (needs,) if isinstance(needs, str) else tuple(needs)
-        RULES[judge.__name__] = Rule(judge.__name__, judge, columns, limit, threshold, source)
+        name = judge.__name__
+        RULES[name] = Rule(name, judge, columns, limit, threshold, source, rank)
         return judge
 
     return register
+
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #ac2b82bb
+def by_rank(rules: dict) -> list:
+    "The rules of a table, those that lead first."
+    return sorted(rules.values(), key=lambda r: r.rank)
+
+
+def catalogue(rules: dict) -> dict:
+    "Name of each rule -> its sentence, those that lead first."
+    return {r.name: " ".join((r.judge.__doc__ or "").split()) for r in by_rank(rules)}
+
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #9084e32c
+def chance_share(ev: Evidence, kind: str, n: int = 20) -> float:
+    """Mean of the last `n` steps' loss over its chance level; nan where unknown.
+
+    `kind` = global, region (its in-batch part) or hard."""
+    loss = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
+    level = chance(ev, "region_in_batch" if kind == "region" else kind)
+    ratio = (loss / level).dropna()
+    ratio = ratio[ratio.abs() < math.inf].tail(n)
+    return float(ratio.mean()) if len(ratio) else math.nan
+
+
+def started(ev: Evidence, kind: str, n: int = 5) -> float:
+    "The same of the first `n` steps."
+    early = ev if ev.last_step is None else ev.until(int(ev.frame["step"].min()) + n - 1)
+    return chance_share(early, kind, n)

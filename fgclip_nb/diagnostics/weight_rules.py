@@ -10,12 +10,19 @@ import math
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, bf16_spacing, round_bf16
 from fgclip_nb.diagnostics.measures import MODULES
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS, configured_scale
-from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, above_luck, chance, rule
+from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, SYMPTOM, above_luck, chance, rule
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #d56e2a7a
-@rule("loss", threshold="none")
+def common_sample(rows: list) -> tuple:
+    "(name of the one sample that all bad steps have in common, how many steps) or ('', 0)."
+    groups = [set(row.get("samples") or ()) for row in rows]
+    shared = set.intersection(*groups) if len(groups) >= 2 else set()
+    return (shared.pop(), len(groups)) if len(shared) == 1 else ("", 0)
+
+
+@rule("loss", threshold="none", rank=CAUSE + 1)
 def finite_numbers(ev):
-    "No NaN, no infinity, no skipped step."
+    "NaN, infinity or skipped steps; a sample that all of them share is named."
     bad = ev.frame["loss"].abs() == math.inf
     if "nonfinite" in ev.frame:
         bad = bad | (ev.frame["nonfinite"] != "")
@@ -25,13 +32,16 @@ def finite_numbers(ev):
         return PASS, 0, f"all {len(ev.frame)} steps are finite"
     first = broken.iloc[0] if len(broken) else ev.frame[ev.frame["skipped"] > 0].iloc[0]
     named = first.get("nonfinite") or "loss or gradient"
-    return (
-        FAIL,
-        max(len(broken), skipped),
-        f"NaN or infinity from step {first.get('step', 0):g} on, first in {named}",
+    why = f"NaN or infinity from step {first.get('step', 0):g} on, first in {named}"
+    advice = (
         "Lower the learning rate or lengthen the warm-up; "
-        "look for zero-norm regions and for half precision.",
+        "look for zero-norm regions and for half precision."
     )
+    sample, times = common_sample(ev.facts.get("bad_steps") or [])
+    if sample:
+        why = f"the sample {sample!r} is in all {times} bad steps, and no other is: {why}"
+        advice = "Open that file; leave it out (`test_data` can name it) and see whether it stops."
+    return FAIL, max(len(broken), skipped), why, advice
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #7bab0980
 def starts_at_chance(ev) -> bool:
@@ -69,30 +79,55 @@ LOADING_ADVICE = (
 )
 
 
+def differs_from_file(ev) -> str:
+    """How the weights at the start are not those of their file, in words, or an empty text.
+
+    By the comparison in the manifest, by LayerNorms that nobody trained, or, where a run knows
+    neither, by first steps at chance."""
+    model, source = ev.params["model"], ev.facts.get("source") or {}
+    fresh = [m for m, share in (ev.facts.get("fresh_norms") or {}).items() if share > 0.99]
+    if names := source.get("differ"):
+        count = f"{len(names)} of {source['compared']} tensors"
+        return f"{count} are not those of {model}: {', '.join(names[:3])} …"
+    if fresh and not source:
+        where = " and ".join(fresh)
+        return (
+            f"all LayerNorms of the {where} tower are exactly 1: what was loaded from {model} was "
+            "never trained, or never got into the model"
+        )
+    unknown = not source and "fresh_norms" not in ev.facts
+    if unknown and starts_at_chance(ev):
+        return (
+            f"weights were loaded from {model}, yet the first steps are at chance: "
+            "they are not this model's, or were never trained"
+        )
+    return ""
+
+
 @rule(
-    threshold="every key matched, first steps not at chance",
+    threshold="every key matched, as in the file",
     source="the loader's report or the name of a weight file",
+    rank=CAUSE + 2,
 )
 def weights_loaded(ev):
-    "The weight file filled every tensor, and the model knows something from the first step on."
+    "Weights were not loaded, or not all of them: tensors kept their random start."
     report = ev.facts.get("load_report")
     from_file = ev.params.get("model") not in RANDOM_MODELS
     matched, names, lost = lost_keys(report or {})
     if lost:
         why = f"{lost} tensors kept their random start ({', '.join(names[:3])} …)"
         return FAIL, f"{matched} of {matched + lost}", why, LOADING_ADVICE
-    if from_file and starts_at_chance(ev):
-        why = (
-            f"weights were loaded from {ev.params['model']}, yet the first steps are at chance: "
-            "they are not this model's, or were never trained"
-        )
+    if not from_file:
+        return (PASS, matched, "every tensor came from the weight file") if report else None
+    if why := differs_from_file(ev):
         return FAIL, f"{matched} matched", why, LOADING_ADVICE
-    if report or from_file:
-        return PASS, f"{matched} of {matched}", "every tensor came from the weight file"
-    return None
+    why = "every tensor came from the weight file"
+    if starts_at_chance(ev):
+        why += "; the first steps are at chance, so these data are another domain to it"
+    return PASS, f"{matched} of {matched}", why
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #ba3b6d8a
-@rule("zero_share_region", "zero_norm_limit", "share < {:g}")
+@rule("zero_share_region", "zero_norm_limit", "share < {:g}", rank=CAUSE + 13)
 def zero_regions(ev):
     "Region features of length zero."
     shares = ev.series("zero_share_region")
@@ -118,10 +153,11 @@ def _collapse(ev, kind, rank, spread):
         return (
             FAIL,
             rank,
-            f"{kind} embeddings have collapsed into one direction: {spread}; "
-            f"at the first step the rank was {start:.2f}",
-            "Lower the learning rate; a tower also collapses when its pairs cannot be learnt "
-            "(shuffled or wrong captions).",
+            f"{kind} embeddings have collapsed into one direction ({spread}; at the first step the "
+            f"rank was {start:.2f}): pairs or labels cannot be learnt, or the "
+            "learning rate is too high",
+            "Look at the pairs first (shuffled captions, labels that are off), then lower the "
+            "learning rate.",
         )
     return (
         FAIL,
@@ -142,16 +178,28 @@ def _differ(ev, kind):
     return _collapse(ev, kind, rank, spread)
 
 
-@rule("effective_rank_image", "effective_rank_limit", "rank ≥ {:g}")
+@rule("effective_rank_image", "effective_rank_limit", "rank ≥ {:g}", rank=SYMPTOM + 1)
 def image_embeddings_differ(ev):
-    "Image embeddings of a batch do not all point the same way."
+    "Image embeddings of a batch all point the same way."
     return _differ(ev, "image")
 
 
-@rule("effective_rank_region", "effective_rank_limit", "rank ≥ {:g}")
+@rule("effective_rank_region", "effective_rank_limit", "rank ≥ {:g}", rank=SYMPTOM + 2)
 def region_embeddings_differ(ev):
-    "Region embeddings of a batch do not all point the same way."
+    "Region embeddings of a batch all point the same way."
     return _differ(ev, "region")
+
+
+@rule("alike_text", threshold="mean cosine < 0.99", rank=SYMPTOM + 3)
+def text_embeddings_differ(ev):
+    "Text embeddings of a batch all point the same way."
+    alike = float(ev.series("alike_text").tail(5).median())
+    if (ev.last_step or 0) < 20:
+        return LATER, alike, "judged from step 20 on"
+    if alike < 0.99:
+        return PASS, alike, f"mean cosine between texts {alike:.2f}"
+    why = f"text embeddings have become one: mean cosine {alike:.3f} between different texts"
+    return FAIL, alike, why, "Look at the texts (equal ones, cut ones) and at the learning rate."
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #aeebbc23
 def first_scale(ev):
@@ -201,7 +249,12 @@ def _scale_fault(value, room, configured, tolerance):
     return None
 
 
-@rule(limit="scale_tolerance", threshold="asked ± {:g}", source="a printed temperature")
+@rule(
+    limit="scale_tolerance",
+    threshold="asked ± {:g}",
+    source="a printed temperature",
+    rank=CAUSE + 6,
+)
 def scale_as_asked(ev):
     """The stored region temperature is the one asked for, after the clamp, within the tolerance.
 
@@ -236,14 +289,17 @@ def stuck_steps(ev, column) -> int:
 SCALE_LOSSES = dict(logit_scale="loss_global", logit_scale_finegraind="loss_region")
 
 
-@rule(("logit_scale_finegraind", "lr"), threshold="moves while lr > 0")
+@rule("lr", threshold="moves while lr > 0", source="logit_scale", rank=CAUSE + 27)
 def scale_can_move(ev):
     "The temperatures move; one that cannot is frozen or rounded away."
     stuck = [c for c, loss in SCALE_LOSSES.items() if ev.has(c, loss) and stuck_steps(ev, c)]
+    known = [c for c in SCALE_LOSSES if ev.has(c)]
+    if not known or not (ev.series("lr") > 0).any():
+        return None
     if ev.frame.shape[0] < 20:
         return LATER, None, "fewer than 20 steps so far"
     if not stuck:
-        last = float(ev.series("logit_scale_finegraind").iloc[-1])
+        last = float(ev.series(known[-1]).iloc[-1])
         return PASS, last, "temperatures move, or rest at the clamp ln 100"
     value, lr = float(ev.series(stuck[0]).iloc[0]), float(ev.series("lr").max())
     spacing = bf16_spacing(value)
@@ -272,8 +328,13 @@ def module_fault(ev, module: str) -> str:
 
     if not len(last("grad_norm")):
         return ""
-    if len(last("trainable_share")) and last("trainable_share").max() == 0:
+    trainable, held = last("trainable_share").max(), last("held_share").max()
+    if trainable == 0:
         return "frozen (requires_grad is off)"
+    if held < 0.999 and held < trainable - 0.001:
+        return f"the optimiser holds only {held:.0%} of its elements"
+    if trainable < 0.5:
+        return f"{1 - trainable:.0%} of its elements are frozen (requires_grad is off)"
     if last("grad_norm").max() == 0:
         return "no gradient reaches it"
     if len(last("update_norm")) and last("update_norm").max() == 0:
@@ -287,16 +348,21 @@ def module_fault(ev, module: str) -> str:
     return f"rounded away: only {changed:.0%} of its elements with a gradient changed in a step"
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #982dda39
-@rule(limit="changed_share_limit", threshold="changed share ≥ {:g}", source="grad_norm/<module>")
+@rule(
+    limit="changed_share_limit",
+    threshold="changed share ≥ {:g}",
+    source="grad_norm/<module>",
+    rank=CAUSE + 26,
+)
 def modules_train(ev):
-    "Every module gets gradients and really changes."
+    "A module is frozen, gets no gradient, is not in the optimiser, or is rounded away."
     known = [m for m in MODULES if m != "scales" and ev.has(f"grad_norm/{m}")]
     if not known:
         return None
     if ev.has("lr") and not (ev.series("lr") > 0).any():
         if len(ev.frame) < 5:
             return LATER, None, "the learning rate is still 0"
-        return FAIL, 0, "the learning rate is 0 at every step", "Set `learning_rate`."
+        return None  # the learning rate has a rule of its own
     faults = {m: module_fault(ev, m) for m in known}
     faults = {m: fault for m, fault in faults.items() if fault}
     value = f"{len(known) - len(faults)} of {len(known)}"

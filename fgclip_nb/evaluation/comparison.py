@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.plain import literal
-from fgclip_nb.evaluation.ranking import bootstrap_means, interval
+from fgclip_nb.evaluation.ranking import bootstrap_means, percentile_interval
 from fgclip_nb.evaluation.results import load_evaluation
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #ded7c26a
@@ -35,7 +35,7 @@ def paired_rows(task, name, a, b, repeats, seed):
         if metric == "mean_rank" and (a.options == 2).all():
             continue
         va, vb = va[ia], b.values()[metric][ib]
-        low, high = interval(bootstrap_means(vb - va, groups, repeats, seed))
+        low, high = percentile_interval(bootstrap_means(vb - va, groups, repeats, seed))
         out.append(
             {
                 "task": task,

@@ -12,6 +12,7 @@ ROOMS = {
     "gradient_cached_backward": ".gradient_caching",
     "hard_contrast_loss": ".hard_groups",
     "hard_negative_loss": ".contrast",
+    "loss_term": ".table",
     "push_regions": ".objective",
     "ranking_loss": ".hard_groups",
     "region_loss": ".contrast",

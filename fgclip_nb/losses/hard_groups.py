@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['hard_contrast_loss', 'ranking_loss', 'AdaptiveMargin']
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #254e5f03
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #3730e42c
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fgclip_nb.losses.processes import world_size
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
-from fgclip_nb.losses.pairs import Pairs, Tally, count_block, measure, own_mask, row_losses
+from fgclip_nb.losses.pairs import Pairs, RowTally, count_block, measure, own_mask, row_losses
 from fgclip_nb.losses.pairs import same_in_batch, transposed, equal_ids
 from fgclip_nb.losses.contrast import check_groups, everybodys, group_measures
 from fgclip_nb.losses.contrast import kept_groups, owners
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #d794d33e
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #79d9d3df
+LARGEST_MARGIN = 10.0  # of the ranking loss, in units of logits
+
+
 def unit_groups(regions: Tensor, texts: Tensor, sizes: Tensor, ids, gather: bool) -> tuple:
     """Usable groups of all processes: unit regions (R, D), unit texts (T, D), sizes (R,), ids (T,)
     or None as they came, and how many groups were dropped.
@@ -36,7 +39,7 @@ def first_rows(sizes: Tensor) -> Tensor:
     "Row (R,) of the right text of each group, from the sizes (R,)."
     return sizes.cumsum(0) - sizes
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #2ac18284
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #655843cd
 def group_pairs(r: Tensor, t: Tensor, sizes: Tensor, text_ids, scale, duplicates) -> tuple:
     """Groups as `Pairs` of regions with their right texts, and what stands beside them.
 
@@ -60,7 +63,7 @@ def group_contrast(p: Pairs, altered: Tensor, same_altered: Tensor | None) -> tu
         same_in_batch(p, everything, everything),
         own_mask(everything, everything, p.a.device),
     )
-    tallies = (Tally(p), Tally(p))
+    tallies = (RowTally(p), RowTally(p))
     count_block(tallies[0], everything, cosines.detach(), same, own)
     count_block(tallies[0], everything, others.detach(), same_altered, bank=True)
     count_block(tallies[1], everything, cosines.detach().T, transposed(same), transposed(own))
@@ -75,7 +78,7 @@ def group_contrast(p: Pairs, altered: Tensor, same_altered: Tensor | None) -> tu
     measures[:2] = torch.cat(left).double().log().mean()
     return (to_text.mean() + to_region.mean()) / 2, measures
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #03ec6b25
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #cd146f6e
 def hard_contrast_loss(
     region_features: Tensor,
     hard_text_features: Tensor,
@@ -102,7 +105,7 @@ def hard_contrast_loss(
     candidates = (len(r) + len(t)) / 2
     return LossTerm(loss, loss.detach(), candidates, candidates, len(r), measures, dropped)
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #215e6c0e
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #13263b36
 def ranking_loss(
     region_features: Tensor,
     hard_text_features: Tensor,
@@ -136,18 +139,19 @@ def ranking_loss(
     size = len(t) / len(r)
     return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped, details)
 
-# %% ../../nbs/5_losses/05c_hard_groups.ipynb #d832075f
+# %% ../../nbs/5_losses/05c_hard_groups.ipynb #132f6476
 class AdaptiveMargin:
     """The margin of `ranking_loss`: `value` in units of logits, from 0 to `most`.
 
     `update(lead)` after each training step; None on a process without groups. Every process must
     call. It is the same everywhere afterwards."""
 
-    def __init__(self, value: float = 0.0, most: float = 10.0):
+    def __init__(self, value: float = 0.0, most: float = LARGEST_MARGIN):
         self.value = value
         self.most = most
 
     def update(self, lead: Tensor | float | None):
+        "Take the lead of a step (None: it had no hard negatives); every process must call."
         mine = self.value if lead is None else float(lead)
         if world_size() > 1:
             device = lead.device if isinstance(lead, Tensor) else "cpu"

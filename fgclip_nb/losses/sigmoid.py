@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['sigmoid_loss']
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #83296c24
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #8442614d
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
-from fgclip_nb.losses.pairs import Pairs, Tally, count_block, measure, own_mask, same_in_batch
+from fgclip_nb.losses.pairs import Pairs, RowTally, count_block, measure, own_mask, same_in_batch
 from fgclip_nb.losses.pairs import transposed
 from fgclip_nb.losses.contrast import check_pairs, everybodys, tile_for
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #16ec4e74
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #a016116d
 def softplus(x) -> float:
     "ln(1 + exp x) of a number, without overflow."
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
@@ -30,13 +30,13 @@ def fitting_bias(candidates: float) -> float:
     "The bias at which a model that knows nothing expects one match among `candidates` (2 or more)."
     return -math.log(max(candidates - 1, 1))
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #177d305e
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #f65033fe
 def equals_floor(equals: Tensor) -> Tensor:
     "Least loss (N,) of rows with `equals` (N,) further candidates that equal the right one."
     k = equals.double() + 1
     return torch.where(equals > 0, k.log() + equals * (k / (k - 1).clamp(min=1)).log(), 0.0)
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #c19fc73f
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #f5b8e78f
 def judge_block(p: Pairs, bias: Tensor, i: slice, j: slice) -> tuple:
     """Rows i against columns j of `p`: (sum of the losses of all pairs, expected matches), 0-dim.
 
@@ -52,7 +52,7 @@ def judge_block(p: Pairs, bias: Tensor, i: slice, j: slice) -> tuple:
         costs, expected = costs.masked_fill(same, 0), expected.masked_fill(same, 0)
     return costs.sum(), expected.sum()
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #d1cd9445
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #3ed93d22
 def judge(p: Pairs, bias: Tensor, tile: tuple | None) -> tuple:
     "`judge_block` of all pairs; with a tile, band by band of tile[0] rows."
     n = len(p)
@@ -65,12 +65,12 @@ def judge(p: Pairs, bias: Tensor, tile: tuple | None) -> tuple:
         total, expected = total + cost, expected + matches
     return total, expected
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #18ae6f8e
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #d53d46d4
 @torch.no_grad()
 def sigmoid_measures(p: Pairs, bias: Tensor, tile: tuple | None) -> Tensor:
     "The measures of a sigmoid term, in the order of `fgclip_nb.losses.terms.MEASURES`."
     n, step = len(p), tile[0] if tile else len(p)
-    tallies = (Tally(p), Tally(p))
+    tallies = (RowTally(p), RowTally(p))
     for start in range(0, n, step):
         i, j = slice(start, min(start + step, n)), slice(0, n)
         cosines, same = p.a[i] @ p.b.T, same_in_batch(p, i, j)
@@ -85,7 +85,7 @@ def sigmoid_measures(p: Pairs, bias: Tensor, tile: tuple | None) -> Tensor:
     measures[-1] = equals_floor(equals).mean()
     return measures
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #2ca8a88e
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #48f4b374
 def sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -119,7 +119,7 @@ def sigmoid_loss(
     details = dict(expected_matches=expected / n)
     return LossTerm(loss, loss.detach(), n, n, n, measures, 0, details)
 
-# %% ../../nbs/5_losses/05a_sigmoid.ipynb #62d602c5
+# %% ../../nbs/5_losses/05a_sigmoid.ipynb #bc26c7d6
 MATCHES_WITHIN = 3.0  # factor by which the expected matches may differ from one
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['spread_loss']
 
-# %% ../../nbs/5_losses/05b_spread.ipynb #89792a4a
+# %% ../../nbs/5_losses/05b_spread.ipynb #30181a63
 import math
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fgclip_nb.losses.processes import usable_rows
 from fgclip_nb.losses.terms import MEASURES, LossTerm, empty_term, full_precision, unit_rows
 from fgclip_nb.losses.contrast import everybodys, tile_for
 
-# %% ../../nbs/5_losses/05b_spread.ipynb #575f5027
+# %% ../../nbs/5_losses/05b_spread.ipynb #5dd9dae0
 NEIGHBOURS = 10
 SAME_TEXT = 0.95  # cosine above which two phrases are the same thing said twice
 
@@ -33,7 +33,7 @@ def spread_of_rows(texts: Tensor, rows: slice) -> Tensor:
     nearest = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1).values
     return nearest.logsumexp(1).sum()
 
-# %% ../../nbs/5_losses/05b_spread.ipynb #fecc777d
+# %% ../../nbs/5_losses/05b_spread.ipynb #73d3ad64
 def spread_loss(region_text_features: Tensor, gather: bool = True) -> LossTerm:
     """How near phrases lie to each other (FG-CLIP 2's text intra-modal contrast), no temperature.
 

@@ -60,6 +60,14 @@ def measure_property(name: str) -> property:
     "Read-only property that returns `self.values[name]`, documented as in MEASURES."
     return property(lambda self: self.values[name], doc=MEASURES[name])
 
+# %% ../../nbs/5_losses/02_terms.ipynb #d3929479
+def stacked_measures(known: dict, device) -> Tensor:
+    "Known measures (numbers or 0-dim tensors) by name as (len(MEASURES),) float64; others NaN."
+    values = [known.get(name, math.nan) for name in MEASURES]
+    return torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in values]
+    )
+
 # %% ../../nbs/5_losses/02_terms.ipynb #1533e2fb
 @dataclass
 class LossTerm:
@@ -69,7 +77,7 @@ class LossTerm:
     candidates: offered to each row, masked ones included (hard negatives: mean over groups);
     candidates_in_batch: those of the batch. measures: (len(MEASURES),), detached.
     dropped: left out, rows without direction or groups with such a row or without a negative.
-    details: what only this kind of loss has, name -> 0-dim, detached."""
+    details: measures that this loss alone has, by name."""
 
     loss: Tensor
     in_batch: Tensor
@@ -88,6 +96,16 @@ class LossTerm:
     masked_share = measure_property("masked_share")
     floor = measure_property("floor")
 
+    @classmethod
+    def of(cls, loss: Tensor, rows: int = 1, candidates: float = math.nan, **known):
+        """A term from its loss (0-dim) and what is known: measures of MEASURES, `chance` and
+        `floor` (nats) above all, and others by names of your own (numbers or 0-dim tensors).
+
+        rows: what the loss is a mean over; a term of no rows is left out."""
+        measures = stacked_measures(known, loss.device)
+        details = {name: x for name, x in known.items() if name not in MEASURES}
+        return cls(loss, loss.detach(), candidates, candidates, rows, measures, details=details)
+
     @cached_property
     def values(self) -> dict:
         "MEASURES by name as floats, fetched from the device when first read."
@@ -96,12 +114,12 @@ class LossTerm:
     def as_dict(self) -> dict:
         "Everything by name as floats, for logging; measures that do not exist here are left out."
         counts = {
-            f.name: float(torch.as_tensor(getattr(self, f.name)).detach())
+            f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.name not in ("measures", "details")
         }
-        details = {name: float(x) for name, x in self.details.items()}
-        return counts | details | {k: v for k, v in self.values.items() if not math.isnan(v)}
+        values = {k: float(torch.as_tensor(v).detach()) for k, v in (counts | self.details).items()}
+        return {k: v for k, v in (values | self.values).items() if not math.isnan(v)}
 
 # %% ../../nbs/5_losses/02_terms.ipynb #91611f21
 def empty_term(zero: Tensor, dropped: int = 0) -> LossTerm:

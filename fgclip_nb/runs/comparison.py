@@ -15,7 +15,8 @@ from fgclip_nb.core.plain import literal
 from fgclip_nb.core.folder import Run
 from fgclip_nb.core.config import NOT_IDENTITY, known_parameters
 from fgclip_nb.diagnostics.expectations import show
-from fgclip_nb.diagnostics.rules import FAIL, chance, in_batch
+from fgclip_nb.diagnostics.rules import FAIL, SHIPPED_KINDS, chance, in_batch
+from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.judgement import headline, run_evidence, verdicts
 from fgclip_nb.diagnostics.canvas import (
     BLUE,
@@ -165,6 +166,7 @@ def run_row(run) -> dict:
         region_over_chance=_last_over_chance(ev, "region"),
         global_over_chance=_last_over_chance(ev, "global"),
         hard_over_chance=_last_over_chance(ev, "hard"),
+        **{f"{kind}_over_chance": _last_over_chance(ev, kind) for kind in added_kinds(ev)},
     )
     for k in ("val_r10", "val_mean_rank", "val_loss_region"):
         if ev.has(k):
@@ -216,7 +218,7 @@ def comparability(runs) -> list:
         notes.append(
             "Different code: a difference may come from the code and not from a parameter."
         )
-    if any("versions." in k or "device" in k for k in names):
+    if any(word in k for k in names for word in ("versions.", "hardware.", "device")):
         notes.append(
             "Different versions or device: equal parameters and seeds give nearly, not bitwise, "
             "equal numbers."
@@ -329,11 +331,15 @@ def _overlay(ax, grouped, column):
     label_axes(ax, column, "loss / chance" if over_chance else column)
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #cfe34424
-def plot_runs(runs, columns=("global/chance", "region/chance", "hard/chance", "val_r10")):
+def plot_runs(runs, columns=()):
     """Overlay of columns for groups of runs; columns that no run has are left out.
 
-    `region/chance` is the in-batch region loss over its chance level."""
+    `region/chance` is the in-batch region loss over its chance level. Without columns: every loss
+    over its chance level, and held-out retrieval."""
     grouped = groups(runs)
+    added = dict.fromkeys(k for r in runs for k in added_kinds(run_evidence(r)))
+    kinds = (*SHIPPED_KINDS, *added)
+    columns = columns or (*(f"{kind}/chance" for kind in kinds), "val_r10")
     known = [c for c in columns if any(len(_series(r, c)) for r in runs)]
     fig, axes = new_figure("Runs side by side (mean, lowest and highest seed)", max(len(known), 1))
     for ax, column in zip(axes, known):

@@ -15,6 +15,7 @@ from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import a_few, write_rejects
 from fgclip_nb.data.audit import audit
+from fgclip_nb.data.roles import write_roles
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
@@ -108,9 +109,12 @@ def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = Non
     return expected
 
 # %% ../../nbs/8_training/12_announcement.ipynb #6a772344
-def announce(s: TrainState):
-    "Before the first step: write rejects and manifest, and say what is to be expected."
+def announce(s: TrainState, shown: bool = False):
+    """Before the first step: write rejects, roles and manifest, and say what is to be expected.
+
+    shown: whether a table of it was shown already; then only `training.log` gets the lines."""
     write_rejects(s.data.rejects, s.path / "rejects.jsonl")
+    write_roles(s.path, s.data.train, s.data.val)
     rules = collections.Counter(r.rule for r in s.data.rejects).most_common()
     rejected = ", ".join(f"{rule} {count}" for rule, count in rules) or "nothing"
     s.log.info(
@@ -127,4 +131,5 @@ def announce(s: TrainState):
     expected = what_to_expect(s.cfg, s.data, sum(p.numel() for p in s.model.parameters()))
     write_atomic(s.path / "expectations.json", json.dumps(expected.as_dicts(), indent=1))
     for row in expected.as_dicts():
-        s.log.info(f"expected: {row['name']} = {show(row['value'])} ({row['explanation']})")
+        line = f"expected: {row['name']} = {show(row['value'])} ({row['explanation']})"
+        s.log.info(line, extra=dict(only="file") if shown else None)

@@ -44,6 +44,24 @@ def load_optimizer_tensors(model, optimizer, tensors: dict):
                 k: v.clone() if k == "step" else v.clone().to(p.device) for k, v in state.items()
             }
 
+# %% ../../nbs/8_training/03_checkpoints.ipynb #e8d86015
+def term_tensors(states: dict) -> dict:
+    "What loss terms keep, {term: {name: tensor}}, as `term/name` -> tensor on the CPU."
+    return {
+        f"{term}/{name}": torch.as_tensor(x).detach().cpu().contiguous()
+        for term, kept in states.items()
+        for name, x in kept.items()
+    }
+
+
+def load_term_tensors(tensors: dict, device) -> dict:
+    "`term_tensors` by term and name again, on `device`."
+    states = {}
+    for key, x in tensors.items():
+        term, _, name = key.partition("/")
+        states.setdefault(term, {})[name] = x.to(device)
+    return states
+
 # %% ../../nbs/8_training/03_checkpoints.ipynb #372ac208
 def sync(path):
     "Flush a file, or the names in a folder, to the disk."
@@ -97,8 +115,12 @@ def is_sound(folder) -> bool:
     return not _faults[stamps]
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #d83f0831
-def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) -> Path:
+def save_checkpoint(
+    run_path, step: int, model, optimizer, bank, state: dict, term_states: dict | None = None
+) -> Path:
     """Write `checkpoints/step_########` aside and rename it; `bank` may be None.
+
+    term_states: tensors that loss terms keep, by term and name.
 
     On an error (`OSError` for a full disk) the half-written folder is removed and the last good
     one stays. What a killed run has left aside is removed too."""
@@ -114,6 +136,8 @@ def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) ->
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in held.items()}, aside / "bank.safetensors"
         )
+        if term_states:
+            save_file(term_tensors(term_states), aside / "terms.safetensors")
         _seal(aside, dict(state, step=step))
         _sync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)

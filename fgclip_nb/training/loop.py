@@ -8,9 +8,9 @@ __all__ = ['train']
 # %% ../../nbs/8_training/13_loop.ipynb #20002ce2
 import atexit, json, signal, time
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
-from fgclip_nb.core.config import TrainConfig, check_params, run_folder
+from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
 from fgclip_nb.diagnostics.report import conclude
-from fgclip_nb.training.rundata import clip_frames
+from fgclip_nb.training.rundata import RunData, clip_frames
 from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
 from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
@@ -18,6 +18,7 @@ from fgclip_nb.training.step import record_step, run_step, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
 from fgclip_nb.training.preparation import file_logger, open_folder, prepare
+from fgclip_nb.training.progress import Progress
 from fgclip_nb.training.parent import end_with_parent, under_launcher
 from fgclip_nb.training.launcher import launch, leave_group, settle_processes, wait_for_the_first
 from fgclip_nb.training.announcement import announce
@@ -62,6 +63,7 @@ def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate = s.cfg.gradient_accumulation_steps
     batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
+    progress = Progress(s.log, s.total_steps)
     while s.step < s.total_steps and not s.done:
         with in_company(s):
             norm, culprit, times = timed_step(s, batches)
@@ -71,6 +73,7 @@ def train_loop(s: TrainState, examples, val_examples):
                     validation = validate(s, val_examples)
             s.done = note_validation(s, validation)
             record_step(s, norm, culprit, times, validation)
+            progress.note(s.step, times[1], s.optimizer.param_groups[0]["lr"])
             agree_to_stop(s)
         improved = s.best.get("step") == s.step
         if s.done or improved or s.stop_signal or due(s, s.cfg.save_every):
@@ -92,16 +95,24 @@ def finish(s: TrainState, val_samples):
     captioned = [v for v in val_samples if v.captions or v.short_caption]
     if len(captioned) > 1:
         s.model.eval()
-        encoder = Encoder(s.model, s.cfg.image_size or None, frames=clip_frames(s.cfg))
+        size, budget = s.cfg.image_size or None, s.cfg.patch_budget
+        encoder = Encoder(s.model, size, frames=clip_frames(s.cfg), budget=budget)
         # as the validations before it: one caption, one photo
         score = caption_retrieval(encoder, captioned, captions=1)
         if all(v.caption for v in captioned):
             score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
+    if s.textless:
+        s.log.info(f"batches without text, passed over: {s.textless}")
     for v in conclude(Ended(s.path)):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
     summary = dict(
-        steps=s.step, of=s.total_steps, skipped=s.skipped, load_rejects=s.load_rejects, best=s.best
+        steps=s.step,
+        of=s.total_steps,
+        skipped=s.skipped,
+        textless=s.textless,
+        load_rejects=s.load_rejects,
+        best=s.best,
     )
     write_atomic(s.path / "finished.json", json.dumps(summary))
 
@@ -112,17 +123,38 @@ def conclude_late(run: Run):
         get_logger().info(f"{run.path} has no report: it is written now")
         conclude(run)
 
+# %% ../../nbs/8_training/13_loop.ipynb #92794b25
+def settled(run: Run, cfg: TrainConfig) -> bool:
+    """Whether a run is finished and `cfg` asks for nothing more of it, which is said.
+
+    Raises `ConfigError` for other parameters than the run's. A finished run of which more steps are
+    asked is opened again."""
+    if not run.finished:
+        return False
+    check_params(run.path, cfg)
+    if goes_on(run.path, cfg):
+        (run.path / "finished.json").unlink(missing_ok=True)  # several processes come here
+        return False
+    conclude_late(run)
+    done = run.summary()
+    get_logger().info(
+        f"{run.path} is finished ({done['steps']} of {done['of']} steps): nothing is trained, what "
+        f"follows shows that run. Another `output` with `-p model {run.path}` starts from its "
+        "weights"
+    )
+    return True
+
 # %% ../../nbs/8_training/13_loop.ipynb #05d443aa
-def _train(cfg, accelerator, path, log):
+def _train(cfg, accelerator, path, log, data):
     "A run in this process, its folder being open."
     log.info(f"run folder {path}")
     if accelerator.num_processes > 1:
         wait = group_timeout().total_seconds()
         log.info(f"processes: a wait of more than {wait:.0f} s for another one ends the run")
-    s = prepare(cfg, accelerator, path, log)
+    s = prepare(cfg, accelerator, path, log, data)
     restore(s)
     if s.is_main:
-        announce(s)
+        announce(s, shown=data is not None)
     if s.is_main and s.recorder.board:
         s.recorder.board.start()
     with stop_signals(s):
@@ -133,21 +165,19 @@ def _train(cfg, accelerator, path, log):
     wait_for_the_first(accelerator)
 
 
-def train(cfg: TrainConfig) -> Run:
+def train(cfg: TrainConfig, data: RunData | None = None) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run.
 
-    A finished one (explicit `output`) stays as it is. Raises `ConfigError` / `DataError` before the
-    first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
-    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to
-    lower, `OSError` when a checkpoint cannot be written.
-    With `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
+    data: what `prepare_data(cfg)` gave, where that was looked at before; else it is read here.
+    A finished one (explicit `output`) stays as it is, or goes on (`settled`). Raises `ConfigError`,
+    `DataError` before the first step, `Interrupted` after a signal (state saved),
+    `FloatingPointError` after `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the
+    batch and the parameter to lower, `OSError` when a checkpoint cannot be written. With
+    `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
     if under_launcher():
         end_with_parent()
     cfg = settle_processes(cfg)
-    if cfg.output and Run(run_folder(cfg)).finished:
-        check_params(run_folder(cfg), cfg)
-        conclude_late(Run(run_folder(cfg)))
-        get_logger().info(f"{run_folder(cfg)} is finished: nothing to do")
+    if cfg.output and settled(Run(run_folder(cfg)), cfg):
         return Run(run_folder(cfg))
     if cfg.processes > 1 and not under_launcher():
         return launch(cfg)
@@ -156,7 +186,7 @@ def train(cfg: TrainConfig) -> Run:
     path, lock = open_folder(cfg, accelerator.is_main_process)
     log, handler = file_logger(path, accelerator.is_main_process)
     try:
-        _train(cfg, accelerator, path, log)
+        _train(cfg, accelerator, path, log, data)
     finally:
         log.removeHandler(handler)
         handler.close()

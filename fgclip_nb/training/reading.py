@@ -10,7 +10,9 @@ import dataclasses, re, signal, threading
 from dataclasses import dataclass
 import torch
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.photos import limit_pixels
 from fgclip_nb.data.filters import reject_lines
+from fgclip_nb.batches.batch import Form
 from fgclip_nb.batches.examples import Drawing
 from fgclip_nb.batches.loading import Examples, collate_loaded
 from fgclip_nb.training.rundata import clip_frames
@@ -40,6 +42,8 @@ def examples_of(s: TrainState) -> tuple:
         num_frames=clip_frames(cfg),
         region_source=cfg.region_source,
         frame_cache=cfg.frame_cache,
+        patch=s.form.patch if s.form else 0,
+        budget=cfg.patch_budget,
     )
     fixed = dataclasses.replace(drawing, train=False)
     return Examples(s.data.train, drawing, cfg.seed), Examples(s.data.val, fixed, cfg.seed)
@@ -63,9 +67,20 @@ class Collate:
     "Collates in the worker process (picklable): items -> (batch or None, rejects, how many items)."
 
     context_length: int
+    form: Form | None = None  # of FG-CLIP 2
 
     def __call__(self, items):
-        return (*collate_loaded(items, self.context_length), len(items))
+        return (*collate_loaded(items, self.context_length, self.form), len(items))
+
+
+@dataclass
+class Limited:
+    "Tells a worker process (picklable) how many million pixels a photo may have."
+
+    megapixels: float
+
+    def __call__(self, worker):
+        limit_pixels(self.megapixels)
 
 
 def make_loader(s: TrainState, examples, first: int, last: int):
@@ -74,8 +89,9 @@ def make_loader(s: TrainState, examples, first: int, last: int):
         examples,
         batch_sampler=_BatchNumbers(s.order, s.accelerator.process_index, first, last),
         num_workers=s.cfg.num_workers,
-        collate_fn=Collate(s.cfg.context_length),
+        collate_fn=Collate(s.cfg.context_length, s.form),
         pin_memory=s.accelerator.device.type == "cuda",
+        worker_init_fn=Limited(s.cfg.max_megapixels),
     )
 
 # %% ../../nbs/8_training/05_reading.ipynb #1fe2e92f

@@ -14,6 +14,7 @@ from fgclip_nb.diagnostics.numbers import whole_steps
 from fgclip_nb.training.checkpoints import (
     is_sound,
     load_optimizer_tensors,
+    load_term_tensors,
     misfit,
     name_best,
     newest_checkpoint,
@@ -25,7 +26,7 @@ from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.preparation import note_trained
 
 # %% ../../nbs/8_training/12a_resuming.ipynb #68fc960d
-COUNTERS = ("forwards", "bad_in_a_row", "skipped", "loads", "load_rejects", "best")
+COUNTERS = ("forwards", "bad_in_a_row", "skipped", "textless", "loads", "load_rejects", "best")
 
 
 def checkpoint(s: TrainState):
@@ -45,7 +46,7 @@ def checkpoint(s: TrainState):
         if (s.path / name).exists():
             sync(s.path / name)
     sync(s.path)
-    save_checkpoint(s.path, s.step, s.model, s.optimizer, s.bank, state)
+    save_checkpoint(s.path, s.step, s.model, s.optimizer, s.bank, state, s.term_states)
     name_best(s.path, s.best)
     prune_checkpoints(s.path, s.cfg.keep_checkpoints, s.best.get("step"))
     note_trained(s.path)
@@ -115,8 +116,11 @@ def restore(s: TrainState):
         load_optimizer_tensors(s.model, s.optimizer, load_file(folder / "optimizer.safetensors"))
         if s.bank is not None:
             s.bank.load_state_dict(load_file(folder / "bank.safetensors"))
+        kept = folder / "terms.safetensors"
+        if kept.exists():
+            s.term_states = load_term_tensors(load_file(kept), s.accelerator.device)
         for k in COUNTERS:
-            setattr(s, k, state[k])
+            setattr(s, k, state.get(k, getattr(s, k)))
         s.step = step
         s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
         s.log.info(

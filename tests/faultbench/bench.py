@@ -3,7 +3,7 @@ packed runs in seconds: `python tests/faultbench/bench.py run|judge CATALOGUE [N
 
 It is no cell: runs take minutes, and broken trainings are no example of how to train."""
 
-import contextlib, gzip, hashlib, importlib, io, json, logging, sys, tempfile, traceback
+import contextlib, gzip, importlib, io, json, logging, sys, tempfile, traceback
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import world
-from rebind import rebound
+import world  # noqa: E402
+from rebind import rebound  # noqa: E402
 
 SMALL = dict(
     model="tiny",
@@ -139,6 +139,7 @@ def save(name: str, runs: dict):
 def run(name: str, cases=(), processes=2, seed=0):
     "Train cases of a catalogue (all when none is named) and store what they left behind."
     chosen = list(cases) or list(catalogue(name))
+    importlib.import_module("fgclip_nb.training.loop")  # once, before the processes part
     with ProcessPoolExecutor(processes) as pool:
         for _, files, case in pool.map(run_one, [(name, case, seed) for case in chosen]):
             runs = load(name)

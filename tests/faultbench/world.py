@@ -1,5 +1,5 @@
-"""A made world of coloured shapes: about 300 photos with boxes, phrases, captions and hard negatives
-in the package's own JSON, on which a healthy training of a hundred steps generalises.
+"""A made world of coloured shapes: about 300 photos with boxes, phrases, captions and hard
+negatives in the package's own JSON, on which a healthy training of a hundred steps generalises.
 
 It is no cell: it exists to be broken by tests/faultbench/cases.py."""
 
