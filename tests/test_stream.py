@@ -97,6 +97,16 @@ def test_every_kind_gives_what_the_files_give(world, tmp_path, kind):
     assert sum(half.block_sizes()) == len(half)
 
 
+def test_tars_become_shards(world, tmp_path):
+    from fgclip_nb.data.conversion import convert
+
+    counts = convert(write_tars(world["data"], tmp_path / "tars"), tmp_path / "shards")
+    whole, _ = load_samples(world["data"])
+    shards, _ = load_samples(tmp_path / "shards")
+    assert contents(shards) == contents(whole) and counts["entries"] == len(whole)
+    assert [s.data for s in shards] == [pixels for _, pixels in rows_of(world["data"])]
+
+
 def killed_and_resumed(params, tmp_path, event="step:7"):
     """A training killed and gone on with two loader processes is that of one process without."""
     assert micro.run(dict(params, output=str(tmp_path / "whole"))) == 0

@@ -15,9 +15,10 @@ from fgclip_nb.data.samples import Fault, Sample, sample_reject
 from fgclip_nb.data.drawing import drawn_photo
 from fgclip_nb.data.source import Tally
 from fgclip_nb.data.declared_size import fit_to_file
-from fgclip_nb.data.shards import no_bars, shard_features, to_row
-from fgclip_nb.data.load import data_files, iter_samples, sums
+from fgclip_nb.data.shards import is_sharded, no_bars, shard_features, to_row
+from fgclip_nb.data.load import data_files, has_reader, iter_samples, sums
 from fgclip_nb.data.own_json import own_row
+from fgclip_nb.data.stream import open_stream
 
 # %% ../../nbs/2_data/12_conversion.ipynb #9a7206f9
 CHUNK_ENTRIES, CHUNK_BYTES = 20_000, 256_000_000
@@ -154,7 +155,7 @@ def _media_bytes(media) -> bytes:
 
 def _embedded(sample) -> Sample:
     "The sample with its image's bytes; a Fault when they cannot be read. Videos stay references."
-    if sample.kind == "video":
+    if sample.kind == "video" or sample.data is not None:
         return sample
     try:
         data = _media_bytes(sample.media)
@@ -186,6 +187,12 @@ def _add(writer, sample, embed, tally):
         tally.rejects.append(sample_reject(sample, f))
 
 # %% ../../nbs/2_data/12_conversion.ipynb #28cf41d7
+def _stream_of(path, media_root):
+    "(Stream, rejects) of tars, Parquet or an address, whose pixels are in its rows; else None."
+    whole = isinstance(path, (str, Path)) and (is_sharded(path) or has_reader(path))
+    return None if whole else open_stream(path, media_root)
+
+# %% ../../nbs/2_data/12_conversion.ipynb #2bd95616
 def convert(path, out, media_root=None, embed=False, split="auto") -> dict:
     """Write any data set as Parquet shards to the folder `out`, or to JSON lines; returns counts.
 
@@ -194,14 +201,20 @@ def convert(path, out, media_root=None, embed=False, split="auto") -> dict:
     package's own format. `embed` puts the images' bytes into the shards. Media that are not there
     are rejected when they should be embedded and only counted (`no_media`) otherwise. Raises
     `DataError` when `out` holds a finished conversion."""
-    files = data_files(path)
+    tally, stream = Tally(), _stream_of(path, media_root)
+    files = data_files(path) if stream is None else [(path, "")]
     root = os.path.realpath(media_root or Path(files[0][0]).parent)
     as_json = str(out).lower().endswith(".jsonl")
-    if as_json and embed:
+    if as_json and (embed or stream is not None):
         raise DataError(f"{out}: JSON holds no images: give a folder, or leave `embed` out")
-    tally, writer = Tally(), JsonWriter(out, root) if as_json else ShardWriter(out, root)
+    writer = JsonWriter(out, root) if as_json else ShardWriter(out, root)
     start = media_root or (root if len(files) == 1 else None)
-    for sample in iter_samples(path, start, tally, "" if split == "none" else split):
+    if stream is not None:
+        tally.rejects, tally.formats = stream[1], dict(stream[0].formats)
+        every = stream[0]
+    else:
+        every = iter_samples(path, start, tally, "" if split == "none" else split)
+    for sample in every:
         writer.totals["no_media"] += sample.media in tally.missing
         _add(writer, sample, embed, tally)
         writer.note(tally.rejects)

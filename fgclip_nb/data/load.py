@@ -270,7 +270,7 @@ def drop_missing(samples, tally, missing="auto") -> list:
     return [s for s in samples if s.media not in tally.missing]
 
 # %% ../../nbs/2_data/11_load.ipynb #479f34d3
-def _has_reader(path) -> bool:
+def has_reader(path) -> bool:
     "Whether a path is a file that a reader of whole files takes."
     return isinstance(path, (str, Path)) and os.path.isfile(path) and bool(file_reader(path))
 
@@ -334,7 +334,7 @@ def load_samples(path, media_root=None, missing="auto", split="auto", columns=""
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     if is_sharded(path):
         return open_shards(path, media_root), []
-    streamed = None if _has_reader(path) else open_stream(path, media_root, columns, split)
+    streamed = None if has_reader(path) else open_stream(path, media_root, columns, split)
     if streamed:
         return streamed
     tally = Tally()

@@ -14,6 +14,7 @@ from fgclip_nb.data.samples import Fault
 from fgclip_nb.data.filters import Limits, check_phrases, check_places, check_visible
 from fgclip_nb.data.duplicates import same_entries
 from fgclip_nb.data.load import data_files
+from fgclip_nb.data.own_json import own_row
 
 # %% ../../nbs/2_data/22d_mending.ipynb #241ef8cf
 def _good_negatives(region) -> tuple:
@@ -90,52 +91,6 @@ def mend(samples, rejects=()) -> tuple:
     return mended, lines
 
 # %% ../../nbs/2_data/22d_mending.ipynb #1a5289f8
-def _own_place(region) -> dict:
-    out = {}
-    if region.box is not None:
-        out["bbox"] = list(region.box)
-    if region.keyframes:
-        out["keyframes"] = [
-            dict(frame=k.frame, bbox=list(k.bbox), enabled=k.enabled) for k in region.keyframes
-        ]
-    if region.span is not None:
-        out["span"] = list(region.span)
-    return out
-
-
-def _own_region(region) -> dict:
-    "A region as `regions` of the package's own rows has it."
-    levels = {n.level: list(n.texts) for n in region.other_negatives}
-    out = dict(
-        caption=region.phrase,
-        long_caption=region.long_phrase,
-        negatives=list(region.negatives),
-        negatives_level=region.negatives_level,
-        negatives_by_level=levels,
-    )
-    return {k: v for k, v in out.items() if v} | _own_place(region)
-
-
-def own_row(sample, root) -> dict:
-    "A sample as a row of the package's own format; empty fields are left away."
-    objects = [r for r in sample.regions if r.source == "category" and not r.negatives]
-    regions = [r for r in sample.regions if r not in objects]
-    row = {
-        sample.kind: os.path.relpath(sample.media, root),
-        "id": sample.id,
-        "caption": sample.caption,
-        "short_caption": sample.short_caption,
-        "captions": list(sample.captions),
-        "regions": [_own_region(r) for r in regions],
-        "objects": [dict(category=r.phrase, **_own_place(r)) for r in objects],
-        "span": list(sample.span) if sample.span else None,
-        "split": sample.split,
-        "label": sample.label,
-        "caption_negatives": [n._asdict() for n in sample.caption_negatives],
-    }
-    return {k: v for k, v in row.items() if v}
-
-
 def media_folder(data, media_root=None) -> str:
     "The folder that a data set's media start from: `media_root`, else the data file's own."
     return os.path.realpath(media_root or os.path.dirname(str(data_files(data)[0][0])) or ".")

@@ -15,6 +15,7 @@ from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import Fault, Reject
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.parts import do_parts, own_readers, part_file, part_results, pass_folder
+from fgclip_nb.data.known import REGISTERED  # noqa: F401 (registers the readers)
 from fgclip_nb.data.reading import format_of, read_row
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shard_sources import (
