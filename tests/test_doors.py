@@ -211,12 +211,36 @@ def yolo(folder):
     return folder / "data.yaml"
 
 
+def captions_in_a_text_file(folder):
+    photos(folder, "a.jpg")
+    text = "image_name| comment_number| comment\na.jpg| 0| A mug .\na.jpg| 1| A red mug .\n"
+    put(folder, **{"captions.txt": text})
+    return folder / "captions.txt"
+
+
+def numbered_captions(folder):
+    photos(folder, "a.jpg")
+    put(folder, **{"results.token": "a.jpg#0\tA mug .\na.jpg#1\tA red mug .\n"})
+    return folder / "results.token"
+
+
+def karpathy(folder):
+    photos(folder, "val2014/a.jpg")
+    said = [dict(raw="A mug.", tokens=["a", "mug"]), dict(raw="A red mug.", tokens=[])]
+    image = dict(filename="a.jpg", filepath="val2014", split="restval", sentences=said, imgid=0)
+    put(folder, **{"dataset_coco.json": dict(images=[image], dataset="coco")})
+    return folder / "dataset_coco.json"
+
+
 # door -> (what makes it, captions, phrases, splits)
 DOORS = {
     "table": (table, ["a mug, red", "a jug"], [], ["train", "val"]),
     "boxes in a table": (boxes_in_a_table, [""], ["a mug", "a traffic light"], [""]),
     "image folder": (image_folder, ["a mug", "a jug"], ["a mug"], ["", ""]),
     "image folder, csv": (image_folder_csv, ["a mug", "a jug"], [], ["", ""]),
+    "captions": (captions_in_a_text_file, ["A mug ."], [], [""]),
+    "numbered": (numbered_captions, ["A mug ."], [], [""]),
+    "karpathy": (karpathy, ["A mug."], [], ["train"]),
     "refcoco": (refcoco, [""], ["The grey woman", "left one"], ["test"]),
     "refcoco, json": (lambda f: refcoco(f, False), [""], ["The grey woman", "left one"], ["test"]),
     "flickr": (flickr, ["A man reads."], ["A man", "The reader"], ["test"]),
@@ -277,7 +301,7 @@ def test_a_door_can_be_converted(tmp_path, name):
     again, rejects = load_samples(tmp_path / "own.jsonl", tmp_path / "data")
     assert rejects == [] and len(again) == len(samples)
     for a, b in zip(samples, again):
-        fields = ("id", "kind", "media", "caption", "captions", "split", "label", "span")
+        fields = ("id", "kind", "media", "captions", "split", "label", "span")
         assert [getattr(a, f) for f in fields] == [getattr(b, f) for f in fields]
         assert [(r.phrase, r.source) for r in a.regions] == [
             (r.phrase, r.source) for r in b.regions
@@ -332,6 +356,15 @@ def test_paths_that_lead_out_of_the_root_are_rejected(tmp_path):
     assert "leads out of the media root" in rejected(xml)[0][1]
 
 
+def test_a_path_of_another_machine_is_looked_for_with_its_folder(tmp_path):
+    photos(tmp_path, "sub/a.jpg", "b.jpg")
+    rows = [dict(image=f"/home/me/data/{n}", caption="A mug.") for n in ("sub/a.jpg", "b.jpg")]
+    put(tmp_path, **{"d.json": rows})
+    samples, rejects = load_samples(tmp_path / "d.json")
+    assert [s.media for s in samples] == [str(tmp_path / "sub/a.jpg")]
+    assert [r.rule for r in rejects] == ["outside_media_root"]  # b.jpg may be another b.jpg
+
+
 def test_an_address_is_not_fetched(tmp_path):
     put(tmp_path, **{"t.csv": "filepath,title\nhttp://127.0.0.1:9/a.jpg,a mug\n"})
     assert "an address, not a file" in rejected(tmp_path / "t.csv")[0][1]
@@ -383,7 +416,7 @@ def damaged(data, rng):
     return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
 
 
-DATA = (".tsv", ".csv", ".jsonl", ".json", ".p", ".xml", ".txt", ".parquet", ".yaml")
+DATA = (".token", ".tsv", ".csv", ".jsonl", ".json", ".p", ".xml", ".txt", ".parquet", ".yaml")
 
 
 @pytest.mark.parametrize("name", DOORS)

@@ -77,6 +77,8 @@ def other_names(name) -> list:
         return []
     if "://" in name or re.match(r"[A-Za-z]:[\\/]|/data/(upload|local-files)/", name):
         return address_names(name)
+    if name.startswith("/"):  # of another machine; the name alone may be that of another file
+        return [end for end in path_ends(name) if "/" in end]
     slashes = name.replace("\\", "/")
     forms = [slashes, unquote(name), unquote(slashes)]
     if not name.isascii():

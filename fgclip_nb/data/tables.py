@@ -20,7 +20,7 @@ from fgclip_nb.data.reading import format_of, read_row
 # %% ../../nbs/2_data/09b_tables.ipynb #9b000006
 MEDIA_COLUMNS = (
     *("filepath", "file_path", "file_name", "filename", "image_path", "img_path", "image_file"),
-    *("image", "img", "photo", "path", "video_path", "video", "clip"),
+    *("image", "img", "photo", "path", "image_name", "video_path", "video", "clip"),
 )
 TEXT_COLUMNS = (
     *("title", "text", "sentence", "description", "caption", "short_caption", "alt_text", "prompt"),
@@ -152,7 +152,18 @@ def _row_regions(row, src, sample, texts, label):
     is_table_row,
     rank=55,
     marks=("filepath", "title"),
-    ignored=("url", "id", "index", "similarity", "image_id", "sha256", "md5", "license"),
+    ignored=(
+        "url",
+        "id",
+        "index",
+        "comment_number",
+        "caption_number",
+        "similarity",
+        "image_id",
+        "sha256",
+        "md5",
+        "license",
+    ),
 )
 def read_table_row(row, src):
     """One row: a medium, captions, a class, boxes, `split`.
@@ -211,7 +222,7 @@ def table_rows(path):
     head = head_of(path)
     with open_text(path) as f:
         mark = _delimiter(f.readline(100_000))
-        lines, number = csv.reader(f, delimiter=mark), 0
+        lines, number = csv.reader(f, delimiter=mark, skipinitialspace=True), 0
         while True:
             number += 1
             try:
@@ -234,8 +245,8 @@ TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 
 def is_table(path) -> bool:
-    "Whether a file's columns name media and what is said of them."
-    if not str(path).lower().endswith(TABLES):
+    "Whether a file's columns name media and what is said of them; a .txt may be a table too."
+    if not str(path).lower().endswith((*TABLES, ".txt")):
         return False
     columns = dict.fromkeys(head_of(path), "")
     return is_table_row(columns) or bool(format_of(columns))
@@ -258,3 +269,31 @@ def read_unknown_table(path, src):
     )
     src.entry = "row 1"
     raise Fault("columns", ", ".join(head_of(path)), reason, "unknown_format")
+
+# %% ../../nbs/2_data/09b_tables.ipynb #9b000025
+NUMBERED = re.compile(r"(?P<name>[^\t]+\.\w{2,5})#(?P<number>\d+)\t(?P<text>.*)")
+
+
+def is_numbered_list(path) -> bool:
+    "Whether a text file's first line is `name.jpg#0`, a tab, and a caption."
+    if not str(path).lower().endswith((".token", ".txt")):
+        return False
+    try:
+        with open_text(path) as f:
+            return bool(NUMBERED.fullmatch(f.readline(100_000).lstrip("\ufeff").rstrip("\r\n")))
+    except (OSError, EOFError, ValueError):
+        return False
+
+
+@reader("flickr_captions", is_numbered_list, of="file", rank=20, suffixes=(".token",))
+def read_numbered_list(path, src):
+    "No sample at once: the captions of each photo, read as rows of a table."
+    with open_text(path) as f:
+        for number, line in enumerate(f, 1):
+            line, src.entry = line.lstrip("\ufeff").rstrip("\r\n"), f"line {number}"
+            found = NUMBERED.fullmatch(line)
+            value = Fault("line", line, "not `name.jpg#0`, a tab, and a caption")
+            if found:
+                value = dict(file_name=found["name"], caption=found["text"])
+            if line.strip():
+                yield from read_row(value, src, "table")

@@ -10,7 +10,7 @@ from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row, check_text
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.readers import reader
-from fgclip_nb.data.source import with_article
+from fgclip_nb.data.source import paragraph, split_named, with_article
 
 # %% ../../nbs/2_data/08a_web_formats.ipynb #eebcdd39
 SPEAKS, ANSWERS = ("from", "role"), ("gpt", "assistant", "model", "bot")
@@ -138,3 +138,37 @@ def read_odvg(row, src) -> Sample:
         width=size[0],
         height=size[1],
     )
+
+# %% ../../nbs/2_data/08a_web_formats.ipynb #8a000092
+def _is_karpathy(document) -> bool:
+    images = document.get("images")
+    if not isinstance(images, list) or "annotations" in document:
+        return False
+    return any(isinstance(i, dict) and "sentences" in i and "filename" in i for i in images[:3])
+
+
+def _karpathy_sample(row, src) -> Sample:
+    "The sample of one photo and its sentences."
+    name, place = row.text("filename"), row.text("filepath", "")
+    said = [Row(item, field) for field, item in row.items("sentences")]
+    captions = tuple(r.text("raw").strip() for r in said)
+    media = src.media([f"{place}/{name}" if place else name, name], "filename")
+    return src.sample(
+        id=name,
+        media=media,
+        captions=captions,
+        short_caption="".join(captions[:1]),
+        caption=paragraph(captions),
+        split=split_named(row.text("split", "")) or src.split,
+    )
+
+
+@reader("karpathy", _is_karpathy, of="document", rank=5, marks=("filename", "sentences"))
+def read_karpathy(document, src):
+    "Samples of a file with `images`, each with filename, split and sentences."
+    for i, image in enumerate(document["images"]):
+        src.entry, src.tally.entries = f"images[{i}]", src.tally.entries + 1
+        try:
+            yield _karpathy_sample(Row(image), src)
+        except Fault as f:
+            src.reject(f, entries=1)
