@@ -76,3 +76,19 @@ def test_a_table_in_parts_is_the_table(tmp_path, monkeypatch):
         plain.astype(object).fillna(-1).astype(str)
     )
     assert [ours[c].dtype.kind for c in ours] == [plain[c].dtype.kind for c in plain]
+
+
+def test_embedded_photos_of_an_evaluation_stay_in_their_shards(tmp_path):
+    from PIL import Image
+    from fgclip_nb.data.conversion import convert
+    from fgclip_nb.data.photos import read_image
+    from fgclip_nb.evaluation.held_out import read_evaluation_samples
+
+    rows = [dict(image=f"{k}.png", width=9, height=9, captions=[f"photo {k}"]) for k in range(4)]
+    for k, row in enumerate(rows):
+        Image.new("RGB", (9, 9), (k, 0, 0)).save(tmp_path / row["image"])
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    convert(tmp_path / "d.jsonl", tmp_path / "shards", embed=True)
+    samples = read_evaluation_samples(tmp_path / "shards")[0]
+    assert len(samples) == 4 and not any(isinstance(s.data, bytes) for s in samples)
+    assert [int(read_image(s.encoded)[0, 0, 0]) for s in samples] == [0, 1, 2, 3]

@@ -123,7 +123,7 @@ def test_a_hang_ends_with_process_and_step(world, tmp_path):
 def killed_before_the_report():
     from rebind import rebind
 
-    rebind("report_html", lambda whole: lambda run: micro.die())
+    rebind("report_html", lambda whole: lambda *args: micro.die())
 
 
 @pytest.mark.ci
@@ -328,7 +328,7 @@ def test_ranks_end_with_their_launcher_and_the_notebook_notices(world, tmp_path,
             wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
         launcher = int(Path(f"/proc/{found[0]}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(launcher, signal.SIGKILL)
-        assert notebook.wait(90) != 0
+        assert notebook.wait(200) != 0
         assert not [p for p in found if alive(p)]
     finally:
         for p in [*descendants(notebook.pid), notebook.pid]:
@@ -427,3 +427,21 @@ def test_help_is_help(capsys):
     assert main(["--help"]) == 0 and main(["seed=1", "-h"]) == 0
     said = capsys.readouterr().out
     assert "name=value" in said and "learning_rate (float" in said
+
+
+def test_a_name_that_is_code_ends_the_notebook(tmp_path):
+    "papermill pastes names as they are; what it ran is told, and values stay values."
+    from fgclip_nb.core.identity import ConfigError
+    from fgclip_nb.core.notebook import notebook_params, refuse_unknown
+    from papermill.translators import PythonTranslator
+
+    own = "# Parameters of this run:\nseed: int = 0"
+    for names in ({'print("ran"); seed': 3}, {"import os; seed": 3}):
+        cell = PythonTranslator.codify(names)
+        for read in (notebook_params, refuse_unknown):
+            with pytest.raises(ConfigError, match="papermill ran"):
+                read(dict(In=[own, cell], seed=3))
+    text = 'x"; import os; os.system("true") #\n\''
+    space = {}
+    exec(PythonTranslator.codify(dict(data=text)), space)
+    assert space["data"] == text

@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/0_core/04_notebook.ipynb #0aa59230
 import ast, dataclasses, json, os, types
-from fgclip_nb.core.params import check_names, plain_types
+from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.params import check_names, plain_types, short
 from fgclip_nb.core.config import TrainConfig
 
 # %% ../../nbs/0_core/04_notebook.ipynb #1e30dd28
@@ -33,6 +34,17 @@ def _names_of(source: str) -> list | None:
         return None
 
 
+def _refuse_code(source: str):
+    "`ConfigError` for a cell of papermill's that did more than assign."
+    body = ast.parse(source).body
+    others = [node for node in body if not isinstance(node, (ast.Assign, ast.AnnAssign))]
+    if others:
+        raise ConfigError(
+            f"the parameters given to papermill ran {short(ast.unparse(others[0]))}: it pastes the "
+            "name behind -p as it is. Give names of parameters only"
+        )
+
+
 def _parameter_cells(namespace: dict) -> list:
     """Names that the parameters cells assign, each cell by its last execution.
 
@@ -46,8 +58,10 @@ def _parameter_cells(namespace: dict) -> list:
         injected = source.strip().splitlines()[0].strip() == "# Parameters"
         if not injected:
             cells = {}
-        cells[injected] = names
-    return [cells[k] for k in (False, True) if k in cells]
+        cells[injected] = names, source
+    if True in cells:
+        _refuse_code(cells[True][1])
+    return [cells[k][0] for k in (False, True) if k in cells]
 
 # %% ../../nbs/0_core/04_notebook.ipynb #2b4775ef
 def notebook_params(namespace: dict) -> dict:

@@ -90,12 +90,14 @@ class Sample:
     file: str = ""  # where it was read
     entry: str = ""
     entries: int = 1  # entries of the file it was made of
-    data: bytes | None = field(default=None, repr=False)  # the image itself, encoded, from a shard
+    data: object = field(default=None, repr=False)  # the photo itself, encoded: bytes, or its place
 
     @property
     def encoded(self):
-        "What `read_image` is given: the embedded bytes, or the path."
-        return self.media if self.data is None else self.data
+        "What `read_image` is given: the embedded bytes, read now where they lie, or the path."
+        if self.data is None:
+            return self.media
+        return self.data if isinstance(self.data, bytes) else self.data.read()
 
 # %% ../../nbs/2_data/00_samples.ipynb #7a602f92
 _short = reprlib.Repr()

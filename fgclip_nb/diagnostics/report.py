@@ -7,7 +7,7 @@ __all__ = ['Verdicts', 'judge', 'report_html', 'conclude']
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #846e322d
 import functools, json
-from fgclip_nb.core.plain import escape_html, plain_line
+from fgclip_nb.core.plain import escape_html, literal, plain_line
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
@@ -279,7 +279,7 @@ def drawn(name, plot, ev):
         get_logger().error(why)
         figure, (ax,) = new_figure(name, 1)
         ax.set_axis_off()
-        ax.text(0, 0.5, why[:200], wrap=True)
+        ax.text(0, 0.5, literal(why[:200]), wrap=True)
         return figure
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #dd67c667
@@ -315,10 +315,12 @@ def page_facts(run: Run, ev: Evidence, judged: list) -> dict:
     )
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #aff4ac91
-def report_html(run) -> str:
-    "The whole report of a run folder (a Run or its path) as text; self-contained."
+def report_html(run, ev=None) -> str:
+    """The whole report of a run folder (a Run or its path) as text; self-contained.
+
+    ev: its evidence where that was read already."""
     run = run if isinstance(run, Run) else Run(run)
-    ev = run_evidence(run)
+    ev = ev or run_evidence(run)
     return page_template().render(page_facts(run, ev, verdicts(ev)))
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #317a2375
@@ -331,7 +333,7 @@ def conclude(run, figures=True) -> list:
     judged = verdicts(ev)
     rows = [jsonable(v.as_dict()) for v in judged]
     write_atomic(run.path / "verdicts.json", json.dumps(rows, indent=1) + "\n")
-    write_atomic(run.path / "report.html", report_html(run))
+    write_atomic(run.path / "report.html", report_html(run, ev))
     if figures and (run.path / "tensorboard").exists():
         board = Board(run.path / "tensorboard")
         for name, plot in PLOTS.items():

@@ -107,7 +107,8 @@ def read_evaluation_samples(data, media_root=None, split=None, model=""):
         data, rejects = load_samples(data, media_root or None, missing="keep")
         if rejects:
             get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
-    samples, part = list(data), "everything there is"
+    # embedded photos stay in their shards until one is looked at
+    samples, part = list(data.light() if hasattr(data, "light") else data), "everything there is"
     if split == "auto":
         samples, part = held_out(samples, model)
     elif split not in (None, "", "all"):
