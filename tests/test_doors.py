@@ -370,6 +370,18 @@ def test_an_address_is_not_fetched(tmp_path):
     assert "an address, not a file" in rejected(tmp_path / "t.csv")[0][1]
 
 
+def test_a_task_with_predictions_alone_says_so(tmp_path):
+    box = dict(x=10, y=10, width=40, height=40, rectanglelabels=["mug"])
+    drawn = dict(result=[dict(id="r", type="rectanglelabels", value=box)])
+    task = dict(data=dict(image="a.jpg"), annotations=[], predictions=[drawn])
+    put(tmp_path, **{"export.json": [task]})
+    samples, rejects = load_samples(tmp_path / "export.json", missing="keep")
+    assert [(r.field, r.rule) for r in rejects] == [("predictions", "unread_content")]
+    put(tmp_path, **{"t.csv": "url,caption\nhttps://a.org/x/a.jpg,A mug.\n"})
+    photos(tmp_path, "a.jpg")
+    assert load_samples(tmp_path / "t.csv")[0][0].media == str(tmp_path / "a.jpg")
+
+
 def test_a_table_without_known_columns_says_which(tmp_path):
     put(tmp_path, **{"t.csv": "nr,loss\n1,2\n"})
     ((field, reason),) = rejected(tmp_path / "t.csv")

@@ -291,6 +291,21 @@ def studio_names(address, video) -> list:
     names = [n for e in ends for n in (video_names(e) if video else [e])]
     return list(dict.fromkeys(names + [address] * ("://" in address or not names)))
 
+# %% ../../nbs/2_data/08a_label_studio.ipynb #8a5d0002
+def note_left_out(row, results, src):
+    "A reject, without a loss, for a task whose only results are predictions or cancelled."
+    if results or "annotations" not in row:
+        return
+    for key, why in (
+        ("predictions", "a model's predictions: accept them in Label Studio, then export again"),
+        ("annotations", "all of its annotations are cancelled"),
+    ):
+        lists = [a.get("result") for _, a in row.items(key) if isinstance(a, dict)]
+        drawn = [r for found in lists if isinstance(found, list) for r in found]
+        if drawn:
+            reason = f"{len(drawn)} results are not read: {why}"
+            src.reject(Fault(key, drawn[0], reason, "unread_content"))
+
 # %% ../../nbs/2_data/08a_label_studio.ipynb #3f46be68
 def _spoken_of_whole(row, drawn, texts) -> str:
     "The caption: what was typed for no region, or a caption beside the results of JSON_MIN."
@@ -308,6 +323,7 @@ def read_label_studio(row, src) -> Sample:
     "One task of a Label Studio export, JSON or JSON_MIN: rectangles in a photo or a clip."
     data = Row(row.value.get("data"), "data") if "annotations" in row else row
     results = studio_results(row)
+    note_left_out(row, results, src)
     key, address, video = medium_of(data.value)
     field = f"{data.field}.{key}".lstrip(".")
     if address is None:

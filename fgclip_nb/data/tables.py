@@ -21,6 +21,7 @@ from fgclip_nb.data.reading import format_of, read_row
 MEDIA_COLUMNS = (
     *("filepath", "file_path", "file_name", "filename", "image_path", "img_path", "image_file"),
     *("image", "img", "photo", "path", "image_name", "video_path", "video", "clip"),
+    *("url", "image_url", "coco_url"),
 )
 TEXT_COLUMNS = (
     *("title", "text", "sentence", "description", "caption", "short_caption", "alt_text", "prompt"),
