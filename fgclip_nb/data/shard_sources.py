@@ -235,6 +235,8 @@ class ParquetSource:
                     entry, picture, _ = self._entry(_without_pixels(row, pictures), shard, number)
                     yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
                     number += 1
+        except DataError:  # a column that is not there
+            raise
         except (ValueError, OSError) as e:  # of pyarrow, for what is damaged
             lost = file.metadata.num_rows - number
             fault = Fault("", f"{lost} rows", f"not readable from here on: {e}", "broken_parquet")
