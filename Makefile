@@ -21,7 +21,7 @@ setup: .venv/installed
 	touch $@
 
 train: setup
-	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p logit_scale_init 4.6052 --log-output
+	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p logit_scale_init 4.6052 --stdout-file - --no-progress-bar
 
 test: setup
 	$(BIN)/python tests/check.py

@@ -6,8 +6,8 @@ import json
 
 import house
 
-REPORT = """data media_root model image_size context_length min_area out_of_range max_regions
-batch_size num_frames test_data split check_files pages output strict"""
+REPORT = """data media_root columns model image_size context_length min_area out_of_range
+max_regions batch_size num_frames test_data split check_files pages fix output strict"""
 
 
 def written_cells() -> dict:

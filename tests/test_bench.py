@@ -7,7 +7,7 @@ import torch
 import planted
 from fgclip_nb import bench
 from fgclip_nb.bench import __main__, batch as batch_room, plain, step, table
-from fgclip_nb.losses.objective import ROWS
+from fgclip_nb.losses.table import row_names
 from fgclip_nb.model.config import FGCLIPConfig
 from fgclip_nb.model.fgclip import FGCLIP
 
@@ -45,7 +45,8 @@ def test_the_parts_make_the_step_of_the_model(model):
     "Features and gradients of the parts are those of `model(batch)` and one backward."
     batch = batch_of(model, "absent slots")
     loss, parts = step.gradients(step.Step("fast", model, batch))
-    total = step.fast_loss(model, {k: v for k, v in model(batch).items() if k in ROWS}, batch)
+    rows = {k: v for k, v in model(batch).items() if k in row_names()}
+    total = step.fast_loss(model, rows, batch)
     total.backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from fgclip_nb.data.findings import contrast_findings, rule_findings, unread_fin
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.readers import READERS, reader
 from fgclip_nb.data.splits import leave_out, overlap, read_names
+from fgclip_nb.training.loop import train
 from fgclip_nb.training.rundata import prepare_data
 
 
@@ -435,3 +436,79 @@ def test_negatives_captions_and_made_negatives_are_something_to_contrast(tmp_pat
     assert len(prepare_data(config(data)).train)
     with pytest.raises(DataError, match="nothing to contrast"):
         prepare_data(config(data, global_weight=0.0))
+
+
+def test_a_single_sample_in_each_step_has_nothing_to_contrast(tmp_path):
+    rows = [dict(image=f"{i}.jpg", caption=f"Photo {i}.", split="train") for i in range(4)]
+    photos(tmp_path, 4)
+    load(tmp_path, rows)
+    data = tmp_path / "data.json"
+    with pytest.raises(DataError, match="Raise `batch_size`"):
+        prepare_data(config(data, batch_size=1))
+    assert len(prepare_data(config(data, batch_size=1, processes=2)).train) == 4
+
+
+def captioned(folder, texts, splits):
+    "The package's own file about photos, with or without a caption."
+    photos(folder, len(texts))
+    rows = [dict(image=f"{i}.jpg", split=s) for i, s in enumerate(splits)]
+    for row, text in zip(rows, texts):
+        row |= dict(short_caption=text) if text else {}
+    load(folder, rows)
+    return folder / "data.json"
+
+
+SPARSE = ["a mug", "a jug"] + [None] * 30  # most batches of two hold no text
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("caching", [0, 1])
+def test_a_batch_without_text_is_passed_over_and_counted(tmp_path, caching):
+    data = captioned(tmp_path, SPARSE, ["train"] * 32)
+    run = train(config(data, batch_size=2, max_steps=3, gradient_caching=caching))
+    losses = run.metrics().reindex(columns=["loss"])["loss"]
+    finished = json.loads((run.path / "finished.json").read_text())
+    assert finished["steps"] == len(losses) == 3 and finished["skipped"] == 0
+    assert finished["textless"] == losses.isna().sum() > 0  # no loss, which is not a loss of 0
+    assert (run.path / "report.html").exists()
+
+
+@pytest.mark.ci
+def test_two_processes_agree_on_a_batch_without_text(tmp_path):
+    "One of them has text and the other has none, or none has any."
+    data = captioned(tmp_path, SPARSE[:12], ["train"] * 12)
+    run = train(config(data, batch_size=2, max_steps=6, processes=2))
+    finished = json.loads((run.path / "finished.json").read_text())
+    assert finished["steps"] == 6 and 0 < finished["textless"] < 6
+
+
+@pytest.mark.ci
+def test_a_validation_with_nothing_to_contrast_names_no_best(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="fgclip_nb")
+    texts = [f"mug {i}" for i in range(6)] + ["a jug", None]
+    data = captioned(tmp_path, texts, ["train"] * 6 + ["val"] * 2)
+    run = train(config(data, batch_size=2, max_steps=3, eval_every=1, early_stop=1))
+    finished = json.loads((run.path / "finished.json").read_text())
+    assert finished["steps"] == 3 and finished["best"] == {}
+    assert "2 held-out samples hold nothing to contrast" in caplog.text
+
+
+@pytest.mark.ci
+def test_a_report_is_written_whatever_a_run_measured(tmp_path):
+    "Zeros everywhere, no loss at all, one step, numbers that are not finite."
+    from fgclip_nb.core.folder import Run
+    from fgclip_nb.diagnostics.plots import plot_updates
+    from fgclip_nb.diagnostics.report import conclude
+
+    zeros = dict(loss=0.0, loss_region=0.0, grad_norm=0.0, lr=0.0)
+    rows = dict(zeros=zeros, silent={}, infinite=dict(zeros, loss=float("inf")))
+    for name, row in rows.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        steps = 1 if name == "silent" else 3
+        lines = [json.dumps(dict(step=i + 1, **row)) for i in range(steps)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "params.yaml").write_text("max_grad_norm: 1.0\nmax_steps: 3\n")
+        assert plot_updates(folder)
+        conclude(Run(folder))
+        assert "could not be drawn" not in (folder / "report.html").read_text()

@@ -449,3 +449,79 @@ def test_damaged_pictures(tmp_path):
 def test_there_were_enough():
     "Runs last: the number of damaged inputs that were judged."
     assert DONE["inputs"] >= 2000, DONE
+
+
+# ---- little files that unpack to much, and lists without an end
+
+
+def packed(*chunks):
+    "A gzip file of chunks (bytes, how many times)."
+    packer = zlib.compressobj(9, wbits=31)
+    return b"".join(packer.compress(c) for c, n in chunks for _ in range(n)) + packer.flush()
+
+
+MUCH = 10_000_000
+BOMBS = {
+    "newlines": packed((b'{"image": "a.jpg"}\n', 1), (b"\n" * MUCH, 100), (b"{}\n", 1)),
+    "newlines alone": packed((b"\n" * MUCH, 100)),
+    "spaces": packed((b" " * MUCH, 100), (b"[]", 1)),
+    "spaces in a list": packed((b"[", 1), (b" " * MUCH, 100), (b"]", 1)),
+    "spaces in an object": packed((b'{"a" ', 1), (b" " * MUCH, 100), (b": 1}", 1)),
+    "spaces in lines": packed((b'{"image": "a.jpg"}\n', 1), (b" " * MUCH, 100), (b"\n{}\n", 1)),
+    "empty objects": packed((b"{}\n" * (MUCH // 3), 30)),
+    "zeros": packed((b"[", 1), (b"0," * (MUCH // 2), 30), (b"0]", 1)),
+    "one text": packed((b'["', 1), (b"a" * MUCH, 100), (b'"]', 1)),
+    "brackets": packed((b"[" * MUCH, 100)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_little_file_takes_no_long_time(name, root, tmp_path, monkeypatch):
+    from fgclip_nb.data import load
+
+    monkeypatch.setattr(load, "MOST_LOST", 5000)
+    (tmp_path / "d.jsonl.gz").write_bytes(BOMBS[name])
+    begun = time.process_time()
+    samples, rejects = load_samples(tmp_path / "d.jsonl.gz", root)
+    assert time.process_time() - begun < 20
+    assert not samples and 1 <= len(rejects) < 5100
+
+
+def test_an_object_of_many_keys_with_one_twice(root, tmp_path):
+    keys = ", ".join(f'"k{i}": {i}' for i in range(60_000))
+    for text in ('[{"f_path": "a.jpg", %s, "k7": 1}]', '{"f_path": "a.jpg", %s, "k7": 1}'):
+        (tmp_path / "d.json").write_text(text % keys)
+        judge(tmp_path / "d.json", root, "many keys")
+
+
+@pytest.mark.ci
+def test_large_pictures_take_little_memory(tmp_path):
+    "81 megapixels in a file of some kilobytes, read at 224 pixels by a process of its own."
+    import subprocess, sys
+    from PIL import Image
+
+    file = tmp_path / "large.png"
+    Image.new("RGBA", (9000, 9000), (10, 200, 30, 128)).save(file, compress_level=1)
+    code = (
+        "from fgclip_nb.data.photos import read_image\n"
+        f"assert read_image({str(file)!r}, 224).shape == (224, 224, 3)\n"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) < 500_000, f"{done.stdout} KiB {done.stderr}"
+
+
+def test_how_many_pixels_a_photo_may_have_is_a_parameter(tmp_path):
+    from PIL import Image
+    from fgclip_nb.data.photos import limit_pixels
+
+    usual = Image.MAX_IMAGE_PIXELS
+    try:
+        for limit in (0.0015, 0.001):  # under twice the limit Pillow only warns
+            limit_pixels(limit)
+            (tmp_path / "a.png").write_bytes(picture())
+            reason = str(check_media([Sample("s", str(tmp_path / "a.png"))])[1][0])
+            assert "max_megapixels" in reason, reason
+        assert not judge_media(picture(), tmp_path, "a.png", "limited")
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual

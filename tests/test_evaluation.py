@@ -12,7 +12,7 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.evaluation.scores import retrieval
 from fgclip_nb.evaluation.encoder import Encoder
 from fgclip_nb.evaluation.captions import caption_retrieval
-from fgclip_nb.evaluation.classification import read_labels
+from fgclip_nb.evaluation.label_files import read_labels
 from fgclip_nb.evaluation.tasks import TASKS
 from fgclip_nb.evaluation.features import CachedFeatures, load_model, save_features
 from fgclip_nb.evaluation.results import evaluate, load_evaluation, rows, save_evaluation
@@ -78,7 +78,7 @@ class Fake:
             .astype(np.float32)
         )
 
-    def texts(self, texts, long=False):
+    def texts(self, texts, long=False, phrase=False):
         return np.stack([self.vector(t) for t in texts])
 
     def images(self, items):
@@ -504,7 +504,7 @@ def sources(tmp_path_factory, photos):
     "Every kind of weights that somebody may have; the same FG-CLIP or the same CLIP each time."
     from official import GOLDENS
     from safetensors.torch import save_file
-    from test_loading import as_openai, torchscript
+    from test_loading import as_openai, counts, torchscript
     from transformers import CLIPConfig, CLIPModel
     from fgclip_nb.model.config import FGCLIPConfig
     from fgclip_nb.model.fgclip import FGCLIP
@@ -527,7 +527,7 @@ def sources(tmp_path_factory, photos):
     save_file(
         {k: v.clone() for k, v in fine.state_dict().items()}, at / "official/model.safetensors"
     )
-    torch.save(as_openai(clip.state_dict()), at / "state_dict.pt")
+    torch.save(as_openai(clip.state_dict()) | counts(), at / "state_dict.pt")
     torchscript(as_openai(clip.state_dict()), at / "archive.pt")
     save_features(fine, photos[:8], at / "features")
     return at, fine, clip
@@ -603,7 +603,7 @@ def test_checkpoint_folders_and_run_folders(model, photos, tmp_path):
 
 
 def test_what_a_run_was_trained_on_is_known(model, photos, coco, tmp_path):
-    from fgclip_nb.evaluation.results import seen_in_training
+    from fgclip_nb.evaluation.held_out import seen_in_training
     from fgclip_nb.evaluation.comparison import evaluation_notes
     from fgclip_nb.data.load import load_samples as load
 
@@ -876,3 +876,22 @@ def test_the_whole_fgovd_text_side_with_the_photos_at_hand(model, coco):
         0,
         0,
     ]
+
+
+def test_own_data_without_a_split_is_scored_by_what_the_run_held_out(model, photos, tmp_path):
+    import dataclasses
+    from fgclip_nb.data.roles import split_samples, write_roles
+    from fgclip_nb.data.load import load_samples as load
+    from fgclip_nb.evaluation.held_out import read_evaluation_samples, seen_in_training
+
+    own = [dataclasses.replace(s, split="") for s in load("sample")[0]]
+    train, val = split_samples(own)
+    (tmp_path / "params.yaml").write_text("data: my.json\n")
+    write_roles(tmp_path, train, val)
+    scored, _, part = read_evaluation_samples(own, split="auto", model=tmp_path)
+    assert {s.id for s in scored} == {s.id for s in val} and not seen_in_training(tmp_path, scored)
+    assert part.startswith(f"the {len(val)} of {len(own)} samples that this run held out")
+    namesake = tmp_path / Path(own[0].media).name
+    namesake.write_bytes(b"another photo of that name")
+    other = dataclasses.replace(own[0], media=str(namesake), id="other")
+    assert not seen_in_training(tmp_path, [other]), "equal names are not equal photos"

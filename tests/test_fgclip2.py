@@ -14,16 +14,16 @@ from torch import nn
 
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.model.fgclip2 import FGCLIP2
-from fgclip_nb.model.patches import (
+from fgclip_nb.data.patches import (
     cut_patches,
     own_budget,
     patch_batch,
     patch_grid,
     photo_budgets,
     resize_photo,
-    resize_positions,
 )
-from fgclip_nb.model.pieces import Pieces
+from fgclip_nb.model.patch_positions import resize_positions
+from fgclip_nb.text.pieces import Pieces
 from fgclip_nb.model.siglip import FINE_SCALES, FGCLIP2Config, origin_of
 from fgclip_nb.text.positions import stretch_positions
 

@@ -10,7 +10,8 @@ import pytest
 from data_formats import DOCUMENTS, FINEHARD, media_root, write
 from fgclip_nb.data import filters as filters_room, findings, hard_negatives, splits
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.data.filters import check_media, filter_regions, folded
+from fgclip_nb.core.identity import folded
+from fgclip_nb.data.filters import check_media, filter_regions
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
 from fgclip_nb.data.samples import Keyframe, Region, Sample
 from fgclip_nb.data.media import UCF_CLASSES

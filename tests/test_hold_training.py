@@ -1,6 +1,6 @@
 """What broke runs before: processes that lose each other, ends that are cut off, full disks."""
 
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -242,7 +242,7 @@ def test_a_board_without_a_disk_is_told_once(tmp_path):
 
 def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
     from types import SimpleNamespace
-    from fgclip_nb.training import loop
+    from fgclip_nb.training import resuming
 
     order, fsync = [], os.fsync
 
@@ -251,13 +251,179 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: order.append("checkpoint"))
+    monkeypatch.setattr(resuming, "save_checkpoint", lambda *args: order.append("checkpoint"))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     cfg = SimpleNamespace(as_dict=dict, keep_checkpoints=1)
-    counters = {k: 0 for k in loop.COUNTERS} | dict(best={})
+    counters = {k: 0 for k in resuming.COUNTERS} | dict(best={})
     data = SimpleNamespace(fingerprint="f")
     s = SimpleNamespace(is_main=True, cfg=cfg, data=data, path=tmp_path, step=1, **counters)
     s.model = torch.nn.Linear(1, 1)  # its weights are named by their fingerprint
     s.optimizer = s.bank = None
-    loop.checkpoint(s)
+    s.term_states = {}
+    resuming.checkpoint(s)
     assert order.index("metrics.jsonl") < order.index("checkpoint")
+
+
+# Processes whose launcher is killed
+
+
+def descendants(pid):
+    "Numbers of a process's children and theirs."
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found.append((int(stat.parent.name), int(fields[1])))
+    below = {pid}
+    while more := {p for p, parent in found if parent in below} - below:
+        below |= more
+    return below - {pid}
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def alive(pid):
+    "Whether a process is there and has not ended unfetched."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+    return value
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("when", ["at once", "while it imports", "in training"])
+def test_ranks_end_with_their_launcher_and_the_notebook_notices(world, tmp_path, when):
+    "The launcher between notebook and ranks is killed, as a full memory would do it."
+    params = dict(world, processes=2, batch_size=2, max_steps=500, output=str(tmp_path / "run"))
+    words = [f"{k}={json.dumps(v)}" for k, v in params.items()]
+    command = [sys.executable, "-m", "fgclip_nb.training", *words]
+    with open(tmp_path / "said.txt", "w") as said:
+        notebook = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+
+    def ranks():
+        below = [p for p in descendants(notebook.pid) if "-m fgclip_nb.training" in command_of(p)]
+        return [p for p in below if "torch.distributed.run" not in command_of(p)]
+
+    try:
+        found = wait_until(lambda: len(ranks()) == 2 and ranks())
+        if when == "while it imports":
+            time.sleep(1)
+        if when == "in training":
+            metrics = tmp_path / "run/metrics.jsonl"
+            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+        launcher = int(Path(f"/proc/{found[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(launcher, signal.SIGKILL)
+        assert notebook.wait(90) != 0
+        assert not [p for p in found if alive(p)]
+    finally:
+        for p in [*descendants(notebook.pid), notebook.pid]:
+            os.kill(p, signal.SIGKILL) if alive(p) else None
+    assert "LaunchFailed: the run in" in (tmp_path / "said.txt").read_text()
+
+
+# Loader processes that die, and errors inside of them
+
+
+def killing_a_loader():
+    import torch.multiprocessing as mp
+    from rebind import rebind
+
+    def wrapped(run_step):
+        def step(s, batches):
+            if s.step == 3:
+                for child in mp.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+                time.sleep(1)  # here torch's signal handler would raise
+                sum(range(100_000))
+            return run_step(s, batches)
+
+        return step
+
+    rebind("run_step", wrapped)
+
+
+def failing_in_a_loader():
+    from fgclip_nb.batches.loading import Examples
+
+    whole = Examples.__getitem__
+
+    def broken(self, where):
+        if self.drawing.train:
+            raise RuntimeError("a mistake in somebody's code")
+        return whole(self, where)
+
+    Examples.__getitem__ = broken
+
+
+@pytest.mark.ci
+def test_a_loader_that_dies_during_a_step_costs_nothing(world, tmp_path):
+    params = dict(world, num_workers=1, max_steps=6, eval_every=0)
+    assert micro.run(dict(params, output=str(tmp_path / "killed")), change=killing_a_loader) == 0
+    assert "a loader process died" in (tmp_path / "killed/training.log").read_text()
+    assert micro.run(dict(params, output=str(tmp_path / "whole"))) == 0
+    assert micro.outcome(tmp_path / "killed") == micro.outcome(tmp_path / "whole")
+
+
+@pytest.mark.ci
+def test_an_error_inside_a_loader_is_no_death(world, tmp_path):
+    params = dict(world, num_workers=1, max_steps=6, output=str(tmp_path / "run"))
+    assert micro.run(params, change=failing_in_a_loader) == 1
+    assert "a loader process died" not in (tmp_path / "run/training.log").read_text()
+    said = next(tmp_path.glob("run.*.txt")).read_text()
+    assert "RuntimeError: Caught RuntimeError in DataLoader worker" in said
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "batch_size=[1",
+        "seed=" + "[" * 100_000,
+        "seed=" + "9" * 5000,
+        f"learning_rate={10**400}",
+        "seed=2001-99-99",
+        "seed=*a",
+        "output=\0",
+        "output=\udcff",
+        "x" * 5000,
+        "seed",
+        "=3",
+        "seed: 3",
+        "params.yaml",
+    ],
+    ids=lambda word: ascii(word)[:30],
+)
+def test_a_broken_word_on_the_command_line_is_status_2(tmp_path, monkeypatch, capsys, word):
+    from fgclip_nb.training import __main__
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes(b"a: [\xff\n")
+    monkeypatch.setattr(__main__, "train", lambda cfg: None)
+    assert __main__.main([word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(("ConfigError: ", "DataError: ")) and len(said) < 1000
+
+
+def test_help_is_help(capsys):
+    from fgclip_nb.training.__main__ import main
+
+    assert main(["--help"]) == 0 and main(["seed=1", "-h"]) == 0
+    said = capsys.readouterr().out
+    assert "name=value" in said and "learning_rate (float" in said

@@ -337,6 +337,12 @@ def as_openai(sd):
     return {k: v.clone().contiguous() for k, v in out.items()}
 
 
+def counts():
+    "Three numbers that OpenAI's own files have among their tensors, and nobody else's."
+    numbers = dict(input_resolution=32, context_length=77, vocab_size=100)
+    return {k: torch.tensor(v) for k, v in numbers.items()}
+
+
 def torchscript(tensors, path):
     "An archive like OpenAI's: a module tree with code whose method would be noticed."
 
@@ -345,18 +351,14 @@ def torchscript(tensors, path):
             raise RuntimeError("a method of the archive was called")
 
     root = Node()
-    counts = {
-        k: torch.tensor(v)
-        for k, v in dict(input_resolution=32, context_length=77, vocab_size=100).items()
-    }
-    for name, t in {**tensors, **counts}.items():
+    for name, t in {**tensors, **counts()}.items():
         *parents, leaf = name.split(".")
         node = root
         for p in parents:
             if p not in node._modules:
                 node.add_module(p, Node())
             node = node._modules[p]
-        if name in counts:
+        if name in counts():
             node.register_buffer(leaf, t)
         else:
             node.register_parameter(leaf, torch.nn.Parameter(t.half(), requires_grad=False))
@@ -368,7 +370,7 @@ def torchscript(tensors, path):
 def test_from_openai(clip, tmp_path, form):
     _, source = clip
     tensors, path = as_openai(source.state_dict()), tmp_path / "ViT-small.pt"
-    torchscript(tensors, path) if form == "archive" else torch.save(tensors, path)
+    torchscript(tensors, path) if form == "archive" else torch.save(tensors | counts(), path)
     model = FGCLIP.from_openai(path, prove=True)
     expected = {
         k: v.half().float() if form == "archive" else v for k, v in source.state_dict().items()
@@ -388,7 +390,7 @@ def test_from_openai(clip, tmp_path, form):
 def test_openai_files_that_are_not(clip, tmp_path):
     tensors = as_openai(clip[1].state_dict())
     tensors.pop("transformer.resblocks.1.attn.in_proj_weight")
-    torch.save(tensors, tmp_path / "a.pt")
+    torch.save(tensors | counts(), tmp_path / "a.pt")
     with pytest.raises(
         DataError, match="missing text_model.encoder.layers.1.self_attn.q_proj.weight"
     ):
@@ -491,7 +493,7 @@ def test_hub_names_and_revisions(official, clip, monkeypatch, tmp_path):
         "config.json",
         "abc",
     ) in requests
-    torch.save(as_openai(clip[1].state_dict()), clip[0] / "ViT.pt")
+    torch.save(as_openai(clip[1].state_dict()) | counts(), clip[0] / "ViT.pt")
     assert (
         FGCLIP.from_openai("org/clip", filename="ViT.pt", revision="r").load_report.initialised
         and ("org/clip", "ViT.pt", "r") in requests

@@ -2,6 +2,7 @@
 
 import json, math, random, struct
 import pytest
+from fgclip_nb.core.config import TrainConfig
 from fgclip_nb import diagnostics as dx
 from fgclip_nb.diagnostics import __main__, expectations, judgement, synthetic
 from fgclip_nb.diagnostics.board import Board
@@ -294,7 +295,7 @@ def test_failures_lead_and_targets_in_nats_come_last():
 
 
 def test_no_logarithm_of_less_than_one_region():
-    assert (
-        expectations.region_chance(0.944)[0] == 0
-        and "ln" not in expectations.region_chance(0.944)[1]
-    )
+    counts = dict(samples=59, regions_per_sample=0.059, hard_candidates=0)
+    rows = expectations.expect(TrainConfig(batch_size=16, memory_bank_size=0), counts).rows
+    ((_, level, why),) = [row for row in rows if row[0] == "region chance level, in batch"]
+    assert level == 0 and "ln" not in why

@@ -91,3 +91,28 @@ def test_a_polite_signal_saves_and_ends_with_its_own_status(world, tmp_path, nam
     assert micro.run(params) == 0
     assert micro.run(dict(params, output=str(tmp_path / "whole"))) == 0
     assert micro.outcome(tmp_path / "run") == micro.outcome(tmp_path / "whole")
+
+
+@pytest.mark.ci
+def test_a_finished_run_of_constant_rate_goes_on_as_one(tmp_path):
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.core.identity import ConfigError
+    from fgclip_nb.training.loop import train
+
+    def config(name, steps, **kw):
+        kw = dict(lr_schedule="constant") | kw
+        kw |= dict(batch_size=4, memory_bank_warmup_steps=2, diag_every=2, tracker="none")
+        return TrainConfig(output=str(tmp_path / name), max_steps=steps, device="cpu", **kw)
+
+    def losses(run):
+        metrics = run.metrics()
+        return metrics[["step", "loss", "lr"]].values.tolist()
+
+    whole = train(config("whole", 6))
+    train(config("parts", 3))
+    parts = train(config("parts", 6))
+    assert parts.finished and parts.summary()["of"] == 6
+    assert losses(parts) == losses(whole)
+    train(config("cosine", 3, lr_schedule="cosine"))
+    with pytest.raises(ConfigError, match="starts one from its weights"):
+        train(config("cosine", 6, lr_schedule="cosine"))

@@ -5,7 +5,6 @@ import importlib
 
 ROOMS = {
     "Batch": ".batch",
-    "Drawing": ".examples",
     "Examples": ".loading",
     "collate": ".batch",
     "plot_samples": ".loading",

@@ -10,22 +10,49 @@ from dataclasses import dataclass, fields
 import numpy as np, torch
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.packing import TextBatch, tokenize
+from fgclip_nb.text.pieces import Pieces
+from fgclip_nb.data.patches import cut_patches
 
 # %% ../../nbs/3_batches/01_batch.ipynb #f28cc5a6
 def _ints(values) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-def frame_fields(examples) -> dict:
-    "Pixels, clip and time of every frame, and the identity of every sample."
+def square_fields(examples) -> dict:
+    "Pixels (F,3,size,size) uint8 of every frame."
     pixels = np.concatenate([e.pixels for e in examples]).transpose(0, 3, 1, 2)
+    return dict(pixel_values=torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def frame_fields(examples) -> dict:
+    "Clip and time of every frame, and the identity of every sample."
     return dict(
-        pixel_values=torch.from_numpy(np.ascontiguousarray(pixels)),
         frame_times=torch.from_numpy(np.concatenate([e.times for e in examples])),
         in_clip=torch.from_numpy(np.concatenate([e.in_clip for e in examples])),
         frame_clip=_ints(i for i, e in enumerate(examples) for _ in e.pixels),
         sample_ids=_ints(e.id for e in examples),
     )
+
+# %% ../../nbs/3_batches/01_batch.ipynb #b3787b82
+@dataclass(frozen=True)
+class Form:
+    "How photos and texts are written for FG-CLIP 2."
+
+    pieces: Pieces
+    patch: int = 16  # side of a patch in pixels
+    short: int = 64  # pieces of captions and phrases, padding included
+    long: int = 196  # pieces of long captions
+
+
+def patch_fields(examples, patch: int) -> dict:
+    "Patches (F,M,3p²) uint8 of every frame, zero rows behind them, and grids (F,2)."
+    frames = [frame for e in examples for frame in e.pixels]
+    rows = [cut_patches(frame, patch) for frame in frames]
+    values = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.uint8)
+    for value, row in zip(values, rows):
+        value[: len(row)] = row
+    grids = [[side // patch for side in frame.shape[:2]] for frame in frames]
+    return dict(pixel_values=torch.from_numpy(values), spatial_shapes=torch.tensor(grids))
 
 # %% ../../nbs/3_batches/01_batch.ipynb #e010cd58
 def box_fields(examples) -> dict:
@@ -43,19 +70,21 @@ def box_fields(examples) -> dict:
     )
 
 # %% ../../nbs/3_batches/01_batch.ipynb #59b7c0bc
-def text_fields(examples, context_length: int) -> dict:
+def text_fields(examples, context_length: int, form: Form | None = None) -> dict:
     """All texts of the examples, with rows that say what each belongs to.
 
-    Short ones are cut to 77 tokens, long captions to `context_length`."""
+    Short ones are cut to 77 tokens, long captions to `context_length`, or as `form` says."""
     regions = [r for e in examples for r in e.regions]
     groups = [(k, (r.positive, *r.negatives)) for k, r in enumerate(regions) if r.negatives]
     captions = [e.caption for e in examples if e.caption]
     phrases = [r.phrase for r in regions]
     hard = [text for _, group in groups for text in group]
     long = [e.long_caption for e in examples if e.long_caption]
+    lengths = (77, context_length) if form is None else (form.short, form.long)
+    spell = tokenize if form is None else form.pieces.batch
     return dict(
-        texts=tokenize(captions + phrases + hard, 77),
-        long_texts=tokenize(long, context_length) if long else None,
+        texts=spell(captions + phrases + hard, lengths[0]),
+        long_texts=spell(long, lengths[1]) if long else None,
         caption_rows=_ints(i for i, e in enumerate(examples) if e.caption),
         long_caption_rows=_ints(i for i, e in enumerate(examples) if e.long_caption),
         group_sizes=_ints(len(group) for _, group in groups),
@@ -93,8 +122,10 @@ def chunk_fields(batch, lo: int, hi: int) -> dict:
     long = _rows_in(batch.long_caption_rows, lo, hi)
     first_frame = int(frames[0]) if len(frames) else 0
     first_region = int(regions[0]) if len(regions) else 0
+    grids = getattr(batch, "spatial_shapes", None)
     return dict(
         pixel_values=batch.pixel_values[frames],
+        spatial_shapes=None if grids is None else grids[frames],
         frame_times=batch.frame_times[frames],
         in_clip=batch.in_clip[frames],
         frame_clip=batch.frame_clip[frames] - lo,
@@ -125,7 +156,7 @@ class Batch:
     Shapes: B samples, F pictures, C short captions, R regions, V boxes, G hard groups. Rows and
     identities are int64."""
 
-    pixel_values: torch.Tensor  # (F,3,size,size) uint8
+    pixel_values: torch.Tensor  # (F,3,size,size) uint8, or with grids patches (F,M,3p²) uint8
     texts: TextBatch  # C short captions, then R phrases, then the sentences of G groups
     long_texts: TextBatch | None
     caption_rows: torch.Tensor  # (C,) sample of each short caption
@@ -141,16 +172,19 @@ class Batch:
     sample_ids: torch.Tensor  # (B,)
     region_ids: torch.Tensor  # (R,)
     region_clip: torch.Tensor  # (R,) sample of each region
+    spatial_shapes: torch.Tensor | None = None  # (F,2) rows and columns of each picture's patches
 
     def __len__(self):
         return len(self.sample_ids)
 
     @property
     def n_captions(self):
+        "Number of short captions, C."
         return len(self.caption_rows)
 
     @property
     def n_regions(self):
+        "Number of regions, R."
         return len(self.region_ids)
 
     @property
@@ -169,6 +203,11 @@ class Batch:
         return self.texts.caption_ids[self.n_captions : self.n_captions + self.n_regions]
 
     @property
+    def hard_caption_ids(self):
+        "Identities of the sentences of all hard groups."
+        return self.texts.caption_ids[self.n_captions + self.n_regions :]
+
+    @property
     def region_sample_ids(self):
         "(R,) identities of the samples that the regions belong to."
         return self.sample_ids[self.region_clip]
@@ -184,17 +223,12 @@ class Batch:
         return [type(self)(**chunk_fields(self, lo, min(lo + clips, len(self)))) for lo in starts]
 
 # %% ../../nbs/3_batches/01_batch.ipynb #6bbf97e0
-def collate(examples, context_length: int = 248) -> Batch:
+def collate(examples, context_length: int = 248, form: Form | None = None) -> Batch:
     """Examples -> Batch; raises `DataError` on an empty list.
 
-    Long captions are cut to `context_length` tokens."""
+    Long captions are cut to `context_length` tokens. form: for FG-CLIP 2, patches and pieces."""
     if not examples:
         raise DataError("a batch without a single loadable sample: see the rejects above")
-    return Batch(
-        **frame_fields(examples), **box_fields(examples), **text_fields(examples, context_length)
-    )
-
-# %% ../../nbs/3_batches/01_batch.ipynb #b54e271c
-def split_batch(batch: Batch, clips: int) -> list:
-    "The chunks of `batch.split(clips)`."
-    return batch.split(clips)
+    pictures = square_fields(examples) if form is None else patch_fields(examples, form.patch)
+    texts = text_fields(examples, context_length, form)
+    return Batch(**pictures, **frame_fields(examples), **box_fields(examples), **texts)

@@ -10,18 +10,21 @@ import textwrap
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.plain import literal
-from fgclip_nb.data.samples import Reject, boxes_at
+from fgclip_nb.data.samples import Reject, Sample, boxes_at
+from fgclip_nb.data.patches import BUDGETS
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.memory_cache import MemoryCache
-from fgclip_nb.batches.examples import Drawing, Example, clip_example, image_example
+from fgclip_nb.batches.examples import Drawing, Example, clip_example, image_example, photo_for
 from fgclip_nb.batches.batch import collate
 
 # %% ../../nbs/3_batches/02_loading.ipynb #f4626709
 def memory_for_clips(samples, drawing: Drawing, most_bytes: int, most_clips: int = 16):
     """A MemoryCache where all clips of the samples fit into `most_bytes`, else None.
 
-    More than `most_clips` clips are not even measured."""
+    More than `most_clips` clips are not even measured, and a stream is not read for it."""
+    if hasattr(samples, "block_sizes"):
+        return None
     paths = {s.media for s in samples if s.kind == "video"}
     if not paths or len(paths) > most_clips or drawing.frame_cache:
         return None
@@ -52,7 +55,8 @@ class Examples:
 
     def __init__(self, samples, drawing: Drawing, seed: int = 0):
         self.samples, self.drawing, self.seed = samples, drawing, seed
-        fits = len(samples) * drawing.size**2 * 3 <= self.cache_bytes
+        most = drawing.patch**2 * (drawing.budget or BUDGETS[-1]) if drawing.patch else 0
+        fits = len(samples) * max(most, drawing.size**2) * 3 <= self.cache_bytes
         self.cache = {} if fits else None
         self.clips = None
         if fits:
@@ -64,13 +68,12 @@ class Examples:
     def _pixels(self, sample, index):
         "A photo's pixels, read once where they fit in memory."
         if self.cache is None:
-            return read_image(sample.encoded, self.drawing.size)
+            return photo_for(sample, self.drawing)
         if index not in self.cache:
-            self.cache[index] = read_image(sample.encoded, self.drawing.size)
+            self.cache[index] = photo_for(sample, self.drawing)
         return self.cache[index]
 
-    def _read(self, epoch, index):
-        sample = self.samples[index]
+    def _read(self, sample, epoch, index):
         rng = np.random.default_rng([self.seed, epoch, index])
         if sample.kind == "video":
             return clip_example(sample, self.drawing, rng, self.clips)
@@ -78,21 +81,23 @@ class Examples:
 
     def __getitem__(self, where):
         epoch, index = where
+        sample = Sample(f"sample {index}", "")  # where not even the sample can be read
         for attempt in range(self.retries + 1):
             try:
-                return self._read(epoch, index)
+                sample = self.samples[index]
+                return self._read(sample, epoch, index)
             except (OSError, DataError) as e:
                 error = e
-        return unreadable(self.samples[index], error, self.retries + 1)
+        return unreadable(sample, error, self.retries + 1)
 
 # %% ../../nbs/3_batches/02_loading.ipynb #b4e80c86
-def collate_loaded(items, context_length: int = 248):
+def collate_loaded(items, context_length: int = 248, form=None):
     """A list of examples and rejects -> (Batch or None, rejects).
 
-    The batch is None where not a single example is left."""
+    The batch is None where not a single example is left. form: see `collate`."""
     examples = [e for e in items if isinstance(e, Example)]
     rejects = [e for e in items if not isinstance(e, Example)]
-    return (collate(examples, context_length) if examples else None), rejects
+    return (collate(examples, context_length, form) if examples else None), rejects
 
 # %% ../../nbs/3_batches/02_loading.ipynb #15dcf272
 def _picture_of(sample) -> tuple:

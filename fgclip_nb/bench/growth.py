@@ -18,7 +18,7 @@ from fgclip_nb.training.preparation import open_folder, prepare
 from fgclip_nb.training.loop import examples_of, train_loop
 from fgclip_nb.bench.batch import BenchConfig, bench_batch
 from fgclip_nb.bench.step import Step, bench_model
-from fgclip_nb.bench.table import in_turns, precision_of, spread
+from fgclip_nb.bench.table import in_turns, low_to_high, precision_of
 
 # %% ../../nbs/9a_bench/04_growth.ipynb #8f9479d8
 def spread_boxes(n: int, photos: int) -> list:
@@ -65,7 +65,7 @@ def growth(cfg: BenchConfig, axis: str, largest: int = 512) -> list:
     }
     turns = in_turns(steps, cfg.repeats, cfg.warmup)
     return [
-        dict(axis=axis, amount=n, **spread([t.parts["step"] for t in measured]))
+        dict(axis=axis, amount=n, **low_to_high([t.parts["step"] for t in measured]))
         for n, measured in turns.items()
     ]
 

@@ -49,15 +49,17 @@ def in_turns(steps: dict, repeats: int, warmup: int) -> dict:
     return turns
 
 # %% ../../nbs/9a_bench/03_table.ipynb #ed3f2c1f
-def spread(values) -> dict:
+def low_to_high(values) -> dict:
     "Median, lowest and highest of some numbers."
     return dict(median=statistics.median(values), low=min(values), high=max(values))
 
 
-def time_rows(turns: dict, setting: str) -> list:
+def turn_rows(turns: dict, setting: str) -> list:
     "One row per kind and part: median, lowest, highest seconds."
     return [
-        dict(setting=setting, kind=kind, part=part, **spread([t.parts[part] for t in measured]))
+        dict(
+            setting=setting, kind=kind, part=part, **low_to_high([t.parts[part] for t in measured])
+        )
         for kind, measured in turns.items()
         for part in measured[0].parts
     ]
@@ -72,7 +74,7 @@ def ratio_rows(turns: dict, setting: str) -> list:
         processor=[p.processor / f.processor for p, f in pairs],
         memory=[f.peak / p.peak for p, f in pairs],
     )
-    return [dict(setting=setting, of=of, **spread(values)) for of, values in rows.items()]
+    return [dict(setting=setting, of=of, **low_to_high(values)) for of, values in rows.items()]
 
 # %% ../../nbs/9a_bench/03_table.ipynb #422ffbb7
 def multiplications(step: Step) -> int:
@@ -159,7 +161,7 @@ def add_setting(out: BenchResult, cfg: BenchConfig, model, optimizer, setting: s
     batch, precision = setting_batch(cfg, setting), precision_of(cfg)
     steps = {kind: Step(kind, model, batch, optimizer, precision) for kind in KINDS}
     turns = in_turns(steps, cfg.repeats, cfg.warmup)
-    out.times += time_rows(turns, setting)
+    out.times += turn_rows(turns, setting)
     out.positions += [dict(setting=setting, **row) for row in positions(batch)]
     for kind, measured in turns.items():
         before, peak = max(t.before for t in measured), max(t.peak for t in measured)

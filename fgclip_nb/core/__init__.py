@@ -9,13 +9,7 @@ ROOMS = {
     "Run": ".folder",
     "TrainConfig": ".config",
     "get_logger": ".folder",
-    "note_notebook": ".notebook",
-    "notebook_params": ".notebook",
-    "param": ".params",
-    "refuse_unknown": ".notebook",
-    "resolve_path": ".folder",
     "run_folder": ".config",
-    "stable_id": ".identity",
 }
 __all__ = sorted(ROOMS)
 

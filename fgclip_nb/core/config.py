@@ -6,12 +6,13 @@
 __all__ = ['TrainConfig', 'run_folder']
 
 # %% ../../nbs/0_core/03_config.ipynb #3a3a3caa
-import dataclasses, hashlib, json, types
+import dataclasses, hashlib, importlib, json, types
 from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
 from fgclip_nb.core.folder import Run, resolve_path
 from fgclip_nb.core.params import (
+    add_param,
     check_names,
     check_values,
     nearest,
@@ -26,9 +27,10 @@ class DataParams:
     "What is read and what is rejected."
 
     data: str = param(
-        "sample", "`sample`, `video_sample`, or a file, list or folder in any known format"
+        "sample", "`sample`, `video_sample`, `world`, file, list, folder, tars, s3://…, hub:…"
     )
     media_root: str = param("", "folder that media paths start from; empty: that of the data file")
+    columns: str = param("", "of tables: our key, an equals sign, their column; more after commas")
     test_data: str = param("", "media never trained on: a data set, or a .txt list of names")
     split: str = param(
         "auto",
@@ -49,12 +51,18 @@ class DataParams:
         "photos in the global loss: whole, or a mirrored random part",
         choices=("none", "crop"),
     )
+    stream_lanes: int = param(
+        4, "places of a stream read at once: best processes x num_workers", 1, 4096
+    )
     num_frames: int = param(
         0, "frames per clip; 0: 256, or 8 for the shipped video sample", 0, 100000
     )
     frame_cache: str = param("", "folder filled by `python -m fgclip_nb.data cache`; empty: decode")
     make_negatives: int = param(
         0, "hard negatives made by swapping words where there are none", 0, 1000
+    )
+    outside_negatives: str = param(
+        "", "JSON {phrase: [wrong sentences]} from outside, checked and merged with the data's own"
     )
     class_negatives: str = param(
         "", "`ucf_crime`, or JSON {class: [captions]}: sentences taken first"
@@ -64,22 +72,31 @@ class DataParams:
     )
     abnormal_share: float = param(0.5, "share of abnormal clips in a batch of labelled data", 0, 1)
     max_reject_share: float = param(0.05, "largest share of samples that may fail to load", 0, 1)
+    max_megapixels: float = param(89.0, "photos of more million pixels are rejected", 0.01, 10_000)
 
 # %% ../../nbs/0_core/03_config.ipynb #50652017
+SECOND = ("fgclip2-tiny", "fgclip2-base", "fgclip2-large", "fgclip2-so400m")
+PRESET_NAMES = ("tiny", "ViT-B/32", "ViT-B/16", "ViT-L/14@336", *SECOND)
+
+
 @dataclass
 class ModelParams:
     "Which model, at which size and precision."
 
-    model: str = param(
-        "tiny", "preset (tiny, ViT-B/32, ViT-B/16, ViT-L/14@336), folder, file or hub id"
-    )
+    model: str = param("tiny", "preset (tiny, ViT-B/16, fgclip2-base, …), folder, file or hub id")
     revision: str = param("", "branch, tag or commit of a hub id; empty: its default")
     image_size: int = param(
         0, "pixels of the square model input; 0: as the model was made for", 0, 4096
     )
+    patch_budget: int = param(
+        0, "patches of a photo (FG-CLIP 2); 0: by the official rule", 0, 16384
+    )
     context_length: int = param(248, "tokens of a long caption, counted with start and end", 3, 248)
     logit_scale_init: float | None = param(
         None, "stored log temperature (4.6052: x100); none: as is", -5, 4.6052
+    )
+    logit_bias_init: float | None = param(
+        None, "bias of the sigmoid loss; none: stored, or by the batch", -30, 30
     )
     override_logit_scale: bool = param(False, "replace a differing stored temperature, not refuse")
     precision: str = param(
@@ -97,12 +114,26 @@ class ModelParams:
 class LossParams:
     "What is minimised."
 
+    losses: str = param(
+        "auto",
+        "kind of global loss; auto: as the model was made",
+        choices=("auto", "softmax", "sigmoid"),
+    )
     global_weight: float = param(
         1.0, "weight of the image-caption loss, long and short each", 0, 1000
     )
     region_weight: float = param(10.0, "weight of the region loss (the reference: 0.1)", 0, 1000)
     hard_weight: float = param(
         0.5, "weight of the hard-negative loss (the reference: 0.5)", 0, 1000
+    )
+    spread_weight: float | None = param(
+        None, "loss among phrases; none: 0.1 with FG-CLIP 2, else 0", 0, 1000
+    )
+    hard_contrast_weight: float | None = param(
+        None, "hard groups; none: 0.3 with FG-CLIP 2, else 0", 0, 1000
+    )
+    ranking_weight: float | None = param(
+        None, "growing margin; none: 0.2 with FG-CLIP 2, else 0", 0, 1000
     )
     duplicates: str = param(
         "mask", "what equal captions are as candidates", choices=("mask", "positive", "ignore")
@@ -129,8 +160,9 @@ class OptimParams:
         0.98, "second-moment decay of AdamW (official script: 0.999)", 0, 0.999999
     )
     weight_decay: float = param(0.001, "weight decay of AdamW, not on biases and LayerNorms", 0, 1)
-    lr_warmup_steps: int = param(
-        20, "optimiser steps of linear warm-up, then cosine to zero", 0, 10_000_000
+    lr_warmup_steps: int = param(20, "optimiser steps of linear warm-up", 0, 10_000_000)
+    lr_schedule: str = param(
+        "cosine", "down to zero, or constant: can go on later", choices=("cosine", "constant")
     )
     max_grad_norm: float = param(1.0, "gradients are scaled down to this norm; 0: none", 0, 1e9)
     max_steps: int = param(
@@ -173,6 +205,7 @@ class RunParams:
     tracker: str = param(
         "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"
     )
+    extensions: str = param("", "your modules with loss terms, readers or rules, by commas")
     allow_changed: str = param("", "parameters, or `data`, that may differ on resume, by commas")
 
 # %% ../../nbs/0_core/03_config.ipynb #c50a6173
@@ -192,6 +225,32 @@ class VerdictParams:
     )
     logits_low: float = param(-10.0, "lowest i2t logit that passes in the first steps", -1000, 0)
     logits_high: float = param(20.0, "highest i2t logit that passes in the first steps", 0, 1000)
+    scale_tolerance: float = param(
+        0.0001, "largest distance of a loaded temperature from the asked", 0, 1
+    )
+    chance_ratio_limit: float = param(
+        0.95, "loss over its chance level that counts as learning", 0, 10
+    )
+    equal_share_limit: float = param(0.25, "largest share of rows that may equal another", 0, 1)
+    effective_rank_limit: float = param(
+        1.01, "fewest directions that a batch's embeddings span", 1, 10000.0
+    )
+    changed_share_limit: float = param(
+        0.5, "smallest share of elements that an update must change", 0, 1
+    )
+    noise_limit: float = param(
+        0.25, "half interval of a 20-step mean that allows a verdict", 0, 100
+    )
+    oscillation_limit: float = param(
+        0.5, "largest swing of the in-batch region loss late in a run", 0, 100
+    )
+    data_share_limit: float = param(
+        0.3, "largest share of the time that may be spent waiting for data", 0, 1
+    )
+    overfit_limit: float = param(
+        0.1, "rise of a held-out loss, in chance levels, that fails", 0, 100
+    )
+    bank_drift_limit: float = param(0.5, "lowest cosine of a region with itself in the bank", -1, 1)
 
 # %% ../../nbs/0_core/03_config.ipynb #c977ee0c
 GROUPS = (DataParams, ModelParams, LossParams, OptimParams, RunParams, VerdictParams)
@@ -231,6 +290,23 @@ def check_together(cfg):
                 f"{nearest(name, known_parameters())}"
             )
 
+# %% ../../nbs/0_core/03_config.ipynb #3d418de2
+DECLARING_ROOMS = "fgclip_nb.losses.objective"  # further down, asked by name: it needs torch
+
+
+def load_extensions(names: str):
+    "Import the modules named in `names`, by commas; `ConfigError` for one that is not found."
+    for name in filter(None, map(str.strip, names.split(","))):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if not f"{name}.".startswith(f"{e.name}."):
+                raise  # found, and it needs something else that is not there
+            raise ConfigError(
+                f"parameter `extensions` names the module {name!r}, which Python does not find: "
+                "give its name without `.py`, and put its folder into PYTHONPATH"
+            ) from e
+
 # %% ../../nbs/0_core/03_config.ipynb #0ead8fe1
 @with_params(*GROUPS)
 class TrainConfig:
@@ -240,19 +316,37 @@ class TrainConfig:
 
     def __post_init__(self):
         check_values(self)
+        load_extensions(self.extensions)
         check_together(self)
 
     @classmethod
     def from_params(cls, params: dict):
-        """From a dict of parameters.
+        """From a dict of parameters; modules that `extensions` names are imported first.
 
         An unknown name raises `ConfigError` with the nearest known one."""
+        load_extensions(str(params.get("extensions") or ""))
+        if not set(params) <= {f.name for f in dataclasses.fields(cls)}:
+            load_extensions(DECLARING_ROOMS)
         check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 
     def as_dict(self) -> dict:
         "Every parameter by name, in the order of declaration."
         return dataclasses.asdict(self)
+
+# %% ../../nbs/0_core/03_config.ipynb #e5cf7a10
+OWN_NAMES = frozenset(known_parameters())
+
+
+def declare_parameter(name: str, default: float, help: str, low=None, high=None):
+    """Make a number known as a parameter of every run, in `TrainConfig` and `known_parameters`.
+
+    low, high: its range. A name that is declared again is replaced; one that core has itself, or
+    that cannot be written as an argument, raises `ConfigError`."""
+    if name in OWN_NAMES or not name.isidentifier():
+        raise ConfigError(f"parameter `{name}` cannot be declared: choose a name that is free")
+    for group in (LossParams, TrainConfig):
+        add_param(group, name, float, param(float(default), help, low, high))
 
 # %% ../../nbs/0_core/03_config.ipynb #6fe7b95d
 def epochs_of(cfg) -> int:
@@ -309,12 +403,39 @@ def changed_params(folder, cfg: TrainConfig) -> dict:
         if k in old and k not in NOT_IDENTITY and old[k] != new[k]
     }
 
+# %% ../../nbs/0_core/03_config.ipynb #55a0a345
+LENGTH = ("max_steps", "epochs")  # parameters that only say when a run ends
+
+
+def goes_on(folder, cfg: TrainConfig) -> bool:
+    """Whether `cfg` asks for another length of the run in `folder`, and for nothing else.
+
+    Raises `ConfigError` where its learning rate follows a cosine, unless `allow_changed` names the
+    parameter."""
+    changed = changed_params(folder, cfg)
+    allowed = cfg.allow_changed.split(",")
+    longer = [k for k in changed if k in LENGTH]
+    if not longer or any(k not in LENGTH and k not in allowed for k in changed):
+        return False
+    schedules = {Run(folder).params().get("lr_schedule", "cosine"), cfg.lr_schedule}
+    if schedules != {"constant"} and any(k not in allowed for k in longer):
+        before, now = changed[longer[0]]
+        raise ConfigError(
+            f"`{longer[0]}` is {before} in {folder} and now {now}: its learning rate follows a "
+            f"cosine that ends with the run, so more steps are another run. `-p model {folder}` "
+            "with another `output` starts one from its weights; a run with `lr_schedule constant` "
+            "can always go on"
+        )
+    return True
+
 # %% ../../nbs/0_core/03_config.ipynb #341c3dd4
 def check_params(folder, cfg: TrainConfig):
     """Raise `ConfigError` when the folder was made with other parameters.
 
     Those that `allow_changed` names may differ; of the others both values are shown."""
     allowed = cfg.allow_changed.split(",")
+    if goes_on(folder, cfg):
+        allowed += LENGTH
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}
     if refused:
         reasons = "; ".join(

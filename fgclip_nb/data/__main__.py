@@ -6,21 +6,33 @@
 __all__ = []
 
 # %% ../../nbs/2_data/99_command.ipynb #072c52a9
-import argparse, sys
+import argparse, json, sys
+from pathlib import Path
+import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.conversion import convert
 from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_share
-from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.load import SPLITS, load_samples
+from fgclip_nb.data.filters import Limits, filter_part
+from fgclip_nb.data.findings import ReportConfig
+from fgclip_nb.data.mending import media_folder, mend, write_mended
+from fgclip_nb.data.overview import all_findings, look_at, test_media
+from fgclip_nb.data.parts import do_part
+from fgclip_nb.data.samples import Samples
+from fgclip_nb.data.splits import read_names
+from fgclip_nb.data.stream import index_work
 from fgclip_nb.data.throughput import bench, bench_part
 
 # %% ../../nbs/2_data/99_command.ipynb #d0613da2
 def _add_convert(commands):
-    c = commands.add_parser("convert", help="any format to Parquet shards")
+    c = commands.add_parser("convert", help="any format to Parquet shards or JSON lines")
     c.add_argument("path", help="file, .txt list of files or folder")
-    c.add_argument("out", help="folder for the shards")
+    c.add_argument("out", help="folder for the shards, or a file NAME.jsonl")
     root = "folder that image and video paths start from; default the data file's own"
     c.add_argument("--media-root", help=root)
     c.add_argument("--embed", action="store_true", help="put the images' bytes into the shards")
+    split = "part of entries that name none: by the file's name (auto), none, train, val or test"
+    c.add_argument("--split", choices=SPLITS, default="auto", help=split)
 
 
 def _add_cache(commands):
@@ -48,6 +60,19 @@ def _add_bench(commands):
     for name in ("part", "folder"):
         part.add_argument(name)
     part.add_argument("entries", type=int)
+    part = commands.add_parser("part")  # started by `data.parts`, nobody types it
+    for name in ("kind", "folder", "numbers"):
+        part.add_argument(name)
+
+
+def _add_report(commands):
+    about = "what is wrong with a data set, what must be fixed first"
+    r = commands.add_parser("report", help=about)
+    r.add_argument("data", help="data set as for training")
+    r.add_argument("--media-root", default=None, help="folder that media paths start from")
+    r.add_argument("--test-data", default="", help="media never to be trained on")
+    fix = "write a mended copy (JSON lines), and beside it a line for every change"
+    r.add_argument("--fix", default="", metavar="OUT", help=fix)
 
 
 def data_parser():
@@ -59,6 +84,7 @@ def data_parser():
     _add_convert(commands)
     _add_cache(commands)
     _add_bench(commands)
+    _add_report(commands)
     return parser
 
 # %% ../../nbs/2_data/99_command.ipynb #ade027e9
@@ -72,17 +98,66 @@ def fill_cache(arguments) -> int:
     print(held, flush=True)
     return 1 if held.startswith("0 of") else 0
 
+# %% ../../nbs/2_data/99_command.ipynb #40a2867a
+def part_work(kind, folder):
+    "number of a part -> its result, for a pass of `kind` index or filter, by its `spec.json`."
+    if kind == "index":
+        return index_work(folder)
+    spec = json.loads((Path(folder) / "spec.json").read_text())
+    samples, _ = load_samples(spec["path"], spec["media_root"] or None, **spec.get("how", {}))
+    limits = Limits(spec["min_area"], spec["out_of_range"])
+    return lambda number: filter_part(samples, number, limits)
+
+
+def help_with(kind, folder, numbers):
+    "Do the parts `numbers`, such as `3,5`, of the pass in `folder`."
+    work = part_work(kind, folder)
+    for number in map(int, numbers.split(",")):
+        do_part(folder, number, work)
+
+# %% ../../nbs/2_data/99_command.ipynb #de07ce14
+LOOKED_AT = 5_000  # samples of shards or a stream
+GRID = 14  # patches per side of ViT-B/16 at 224 pixels
+
+
+def report(arguments) -> int:
+    "Status of `report`: 1 when something must be fixed, else 0."
+    cfg = ReportConfig(data=arguments.data, test_data=arguments.test_data)
+    samples, rejects = load_samples(arguments.data, arguments.media_root)
+    names = read_names(arguments.test_data, None) if arguments.test_data else None
+    tested = test_media(arguments.test_data)
+    if hasattr(samples, "part") and len(samples) > LOOKED_AT:
+        some = np.linspace(0, len(samples) - 1, LOOKED_AT).astype(int)
+        samples = Samples([samples[i] for i in some], samples.formats, samples.counts)
+    looked = look_at(samples, rejects, cfg)
+    findings = all_findings(looked, cfg, GRID, names, tested)
+    print(*findings, sep="\n")
+    if arguments.fix:
+        root = media_folder(arguments.data, arguments.media_root)
+        write_mended(*mend(looked.readable, rejects + looked.unreadable), arguments.fix, root)
+    return 1 if any(f.level == "fix" for f in findings) else 0
+
 # %% ../../nbs/2_data/99_command.ipynb #e537bbcd
 def main(argv=None) -> int:
     "The command line: 0 done, 1 wrong data or nothing could be cached."
     arguments = data_parser().parse_args(argv)
     try:
         if arguments.command == "convert":
-            convert(arguments.path, arguments.out, arguments.media_root, arguments.embed)
+            convert(
+                arguments.path,
+                arguments.out,
+                arguments.media_root,
+                arguments.embed,
+                arguments.split,
+            )
         if arguments.command == "bench":
             bench(arguments.folder, arguments.entries)
         if arguments.command == "bench-part":
             print(bench_part(arguments.part, arguments.folder, arguments.entries))
+        if arguments.command == "report":
+            return report(arguments)
+        if arguments.command == "part":
+            help_with(arguments.kind, arguments.folder, arguments.numbers)
         return fill_cache(arguments) if arguments.command == "cache" else 0
     except (ConfigError, DataError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -8,11 +8,11 @@ __all__ = []
 # %% ../../nbs/2_data/22a_audit.ipynb #641529a6
 import ast, collections
 import numpy as np
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.text.tokenizer import encode
 from fgclip_nb.data.samples import Region, Reject, Sample
 from fgclip_nb.data.photos import read_image
-from fgclip_nb.data.filters import area, folded
+from fgclip_nb.data.filters import area
 
 # %% ../../nbs/2_data/22a_audit.ipynb #11580cd5
 def rejected_boxes(rejects) -> list:

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/2_data/04_entries.ipynb #b4537303
-import gzip, io, json, re, zlib
+import io, json, re, zlib
 from typing import NamedTuple
+from fgclip_nb.core.folder import open_packed
 from fgclip_nb.data.samples import Fault
 from fgclip_nb.data.rows import DECODER
 
@@ -15,10 +16,9 @@ from fgclip_nb.data.rows import DECODER
 def open_text(path):
     """A text stream over a plain or gzipped file.
 
-    UTF-8 by default, UTF-16/32 when the first bytes say so; bad bytes become lone surrogates."""
-    with open(path, "rb") as f:
-        zipped = f.read(2) == b"\x1f\x8b"
-    raw = gzip.open(path, "rb") if zipped else open(path, "rb")
+    UTF-8 by default, UTF-16/32 when the first bytes say so; bad bytes become lone surrogates. A
+    gzipped one that unpacks to a hundred times its size and more is a DataError there."""
+    raw = open_packed(path)
     encoding = json.detect_encoding(raw.read(4))
     raw.seek(0)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
@@ -26,6 +26,7 @@ def open_text(path):
 
 # %% ../../nbs/2_data/04_entries.ipynb #44d5fa0e
 MAX_ENTRY = 64_000_000  # characters of one entry
+MAX_BLANKS = 4_000_000  # blanks and line ends in a row
 BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -49,10 +50,15 @@ class JsonReader:
 
     def peek(self) -> str:
         "The next character that is no white space, or '' at the end."
+        blanks = 0
         while True:
-            self.at = BLANKS.match(self.text, self.at).end()
+            end = BLANKS.match(self.text, self.at).end()
+            blanks += end - self.at
+            self.at = end
             if self.at < len(self.text):
                 return self.text[self.at]
+            if blanks > MAX_BLANKS:
+                raise ValueError(f"more than {MAX_BLANKS:,} blanks in a row")
             if not self.more():
                 return ""
 
@@ -115,6 +121,19 @@ def object_pairs(reader):
             return
 
 # %% ../../nbs/2_data/04_entries.ipynb #6b713892
+def filled_lines(stream):
+    "(number, line) of the lines that are not blank; ValueError where too many are blank in a row."
+    blanks = 0
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_ENTRY), ""), 1):
+        if line.strip():
+            blanks = 0
+            yield number, line
+            continue
+        blanks += len(line)
+        if blanks > MAX_BLANKS:
+            raise ValueError(f"more than {MAX_BLANKS:,} blanks in a row")
+
+
 def _is_object(line) -> bool:
     "Whether a line is one complete JSON object."
     try:
@@ -126,8 +145,7 @@ def _is_object(line) -> bool:
 def is_json_lines(path) -> bool:
     "Whether a file that starts with { is a file of JSON lines."
     with open_text(path) as f:
-        lines = (line.strip() for line in iter(lambda: f.readline(MAX_ENTRY), ""))
-        filled = (line for line in lines if line)
+        filled = (line.strip() for _, line in filled_lines(f))
         first = next(filled, "")
         second = next(filled, "")
     return bool(second) and (_is_object(first) or _is_object(second))
@@ -160,30 +178,28 @@ def _line_fault(error, line) -> Fault:
 
 def _lines(stream):
     "Entries of a file of JSON lines; a broken line is one Fault, reading goes on."
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_ENTRY), ""), 1):
-        if not line.strip():
-            continue
+    for number, line in filled_lines(stream):
         try:
             yield Entry(f"line {number}", DECODER.decode(line.strip()))
         except (ValueError, RecursionError) as e:
             yield Entry(f"line {number}", _line_fault(e, line))
 
 # %% ../../nbs/2_data/04_entries.ipynb #62af7a22
-class Pairs(list):
+class ObjectPairs(list):
     "The (key, value) pairs of a file that is one JSON object; `fault` when it breaks off."
 
     fault = None
 
 
 def _document(stream):
-    "Entries of a file that is one JSON value: the elements of an array, or one Pairs."
+    "Entries of a file that is one JSON value: the elements of an array, or one ObjectPairs."
     reader = JsonReader(stream)
     first = reader.peek()
     if first == "[":
         for number, value in enumerate(array_items(reader)):
             yield Entry(f"[{number}]", value)
     elif first == "{":
-        pairs = Pairs()
+        pairs = ObjectPairs()
         try:
             pairs.extend(object_pairs(reader))
         except BROKEN as e:

@@ -6,12 +6,13 @@
 __all__ = ['filter_regions']
 
 # %% ../../nbs/2_data/19_filters.ipynb #53767a13
-import dataclasses, json, math
+import dataclasses, itertools, json, math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.identity import ConfigError, DataError, folded
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import (
     Fault,
@@ -23,7 +24,8 @@ from fgclip_nb.data.samples import (
     shorten,
     visible_spans,
 )
-from fgclip_nb.data.shards import ShardedSequence
+from fgclip_nb.data.scenes import is_made
+from fgclip_nb.data.parts import do_parts, part_results, pass_folder
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video_index import video_info
 from fgclip_nb.data.declared_size import file_size, fit_to_file
@@ -54,6 +56,8 @@ READING = dict(
     missing_field="a field is missing",
     unknown_format="no known format has these keys",
     broken_json="not JSON from some place on",
+    broken_archive="a tar that breaks off or is damaged",
+    broken_parquet="a Parquet file that is damaged from some row on",
     too_deep="nested too deeply",
     too_long="a text of more than 100,000 characters",
     encoding="bytes that are not UTF-8",
@@ -175,11 +179,6 @@ def check_visible(sample, region, limits):
         raise Fault(where, span, reason, "never_visible")
 
 # %% ../../nbs/2_data/19_filters.ipynb #cd2feb59
-def folded(text) -> str:
-    "Lower case, words separated by one space."
-    return " ".join(text.lower().split())
-
-
 def check_phrases(region):
     "Raise the Fault of a region's texts."
     if not region.phrase.strip():
@@ -278,34 +277,94 @@ def _log_regions(total, rules, clipped):
 MAX_REJECTS = 100_000
 
 
-class FilteredShards(ShardedSequence):
-    "Shards whose samples hold only the regions that pass."
+class ChangedSamples:
+    "Samples of shards or of a stream, each changed by `change(sample)` when it is asked for."
 
-    def __init__(self, shards, limits):
-        self.__dict__.update(vars(shards), limits=limits)
+    def __init__(self, samples, change):
+        self.samples, self.change = samples, change
+
+    def __len__(self):
+        return len(self.samples)
 
     def __getitem__(self, i):
-        sample = super().__getitem__(i)
-        return sample if isinstance(sample, list) else filter_sample(sample, self.limits)[0]
+        return (
+            list(map(self.change, self.samples[i]))
+            if isinstance(i, slice)
+            else self.change(self.samples[i])
+        )
 
     def __iter__(self):
-        for sample in super().__iter__():
-            yield filter_sample(sample, self.limits)[0]
+        return map(self.change, self.samples)
+
+    def part(self, number):
+        "The samples of a part, changed."
+        return map(self.change, self.samples.part(number))
+
+    def subset(self, indices):
+        "The samples at these indices, changed in the same way."
+        return ChangedSamples(self.samples.subset(indices), self.change)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or "samples" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.samples, name)
 
 
-def filter_shards(shards, limits) -> tuple:
-    "`filter_regions` for memory-mapped samples."
-    rules, rejects, clipped, total = Counter(), [], 0, 0
-    for sample in shards:
-        _, sample_rejects, changes = filter_sample(sample, limits)
-        rules.update(r.rule for r in sample_rejects)
-        rejects += sample_rejects[: MAX_REJECTS - len(rejects)]
+def _only_good(sample, limits):
+    return filter_sample(sample, limits)[0]
+
+
+def filter_part(samples, number, limits) -> dict:
+    "What the filters say of one part of shards or of a stream, as JSON."
+    rules, rejects, clipped, regions = Counter(), [], 0, 0
+    for sample in samples.part(number):
+        _, found, changes = filter_sample(sample, limits)
+        rules.update(r.rule for r in found)
+        rejects += found[: 1_000 - len(rejects)]
         clipped += len(changes)
-        total += len(sample.regions)
+        regions += len(sample.regions)
+    listed = [r.as_dict() for r in rejects]
+    return dict(rules=rules, rejects=listed, clipped=clipped, regions=regions)
+
+
+def _filter_results(samples, limits):
+    "The results of all parts; of more than one they lie in a folder, where a pass is taken up."
+    if samples.parts == 1:
+        return [filter_part(samples, 0, limits)]
+    spec = dict(samples.spec, min_area=limits.min_area, out_of_range=limits.out_of_range)
+    beside = samples.folder if samples.spec["path"] else ""
+    folder = pass_folder(beside, "filter", dict(spec, of=repr(samples.identity())))
+    processes = 0 if samples.spec["path"] else 1
+
+    def work(number):
+        return filter_part(samples, number, limits)
+
+    do_parts(folder, "filter", samples.parts, work, processes)
+    return part_results(folder, samples.parts)
+
+
+def filter_shards(samples, limits) -> tuple:
+    "`filter_regions` for shards and streams."
+    rules, rejects, clipped, total = Counter(), [], 0, 0
+    for part in _filter_results(samples, limits):
+        rules.update(part["rules"])
+        listed = part["rejects"][: MAX_REJECTS - len(rejects)]
+        rejects += [Reject(**r) for r in listed]
+        clipped += part["clipped"]
+        total += part["regions"]
     _log_regions(total, dict(rules.most_common()), clipped)
     if sum(rules.values()) > len(rejects):
         get_logger().info(f"the first {len(rejects)} rejects are listed")
-    return FilteredShards(shards, limits), rejects
+    return ChangedSamples(samples, partial(_only_good, limits=limits)), rejects
+
+# %% ../../nbs/2_data/19_filters.ipynb #16121fbf
+def a_few(samples, most=1_000) -> list:
+    "The samples; of shards or a stream up to `most`, without pixels, from parts spread over it."
+    if not hasattr(samples, "part"):
+        return samples
+    parts = sorted({int(n) for n in np.linspace(0, samples.parts - 1, min(8, samples.parts))})
+    each = -(-most // max(1, len(parts)))
+    return [s for n in parts for s in itertools.islice(samples.part(n), each)][:most]
 
 # %% ../../nbs/2_data/19_filters.ipynb #44bd094c
 def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) -> tuple:
@@ -317,7 +376,7 @@ def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) 
     ConfigError for a limit outside its range."""
     limits, kept, rejects, changes = Limits(min_area, out_of_range, frames), [], [], []
     before = list(getattr(samples, "changes", ()))
-    if isinstance(samples, ShardedSequence):
+    if hasattr(samples, "part"):
         return filter_shards(samples, limits)
     for sample in samples:
         filtered, sample_rejects, sample_changes = filter_sample(sample, limits)
@@ -332,20 +391,20 @@ def filter_regions(samples, min_area=0.005, out_of_range="reject", frames=None) 
 # %% ../../nbs/2_data/19_filters.ipynb #892959f9
 def media_fault(sample) -> Fault | None:
     "Why a sample's photo or video cannot be used, or None."
-    if sample.data is None and not Path(sample.media).is_file():
+    if sample.data is None and not is_made(sample.media) and not Path(sample.media).is_file():
         return Fault("media", sample.media, "no such file", "missing_media")
     try:
         if sample.kind == "video":
             video_info(sample.media)
         else:
-            read_image(sample.encoded)
+            read_image(sample.encoded, 224)
     except DataError as e:
         return Fault("media", sample.media, str(e), "unreadable_media")
 
 # %% ../../nbs/2_data/19_filters.ipynb #d97e6434
 def _leave_media(samples) -> list:
     get_logger().info(
-        f"media: {len(samples)} samples of {samples.folder} are not opened one by one; "
+        f"media: {len(samples)} samples of a large set are not opened one by one; "
         "training counts what cannot be read"
     )
     return []
@@ -388,7 +447,7 @@ def check_media(samples) -> tuple:
     Sentences beyond the end of their clip are rejected too, and the boxes of another size than the
     file's (`fit_to_file`); boxes that were turned with a photo are listed in `samples.changes`.
     Shards are left to training, which counts what it cannot read."""
-    if isinstance(samples, ShardedSequence):
+    if hasattr(samples, "part"):
         return samples, _leave_media(samples)
     check, kept, rejects = MediaCheck(), [], []
     changes = list(getattr(samples, "changes", ()))

@@ -10,10 +10,10 @@ import os, re
 from collections import Counter
 from dataclasses import dataclass
 from fgclip_nb.core.params import param
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.data.filters import READING, RULES, folded
+from fgclip_nb.data.filters import READING, RULES, a_few
 from fgclip_nb.data.media_lists import listed_media
 from fgclip_nb.data.splits import overlap
 
@@ -64,9 +64,11 @@ class Finding:
     count: int
     of: int  # out of so many
     do: str
+    urgent: bool = False  # what else is found may follow from it
 
     @property
     def share(self) -> float:
+        "How much of what was looked at it concerns (0-1)."
         return self.count / self.of if self.of else 0.0
 
     def __str__(self):
@@ -75,10 +77,12 @@ class Finding:
 
 # %% ../../nbs/2_data/22_findings.ipynb #d8f6283d
 def sort_findings(findings) -> list:
-    "Those with a count, fix before look before know, the largest share first."
+    """Those with a count, fix before look before know, the urgent and the largest share first.
+
+    A file that breaks off has one broken entry and perhaps thousands behind it."""
     return sorted(
         (f for f in findings if f.count),
-        key=lambda f: (("fix", "look", "know").index(f.level), -f.share),
+        key=lambda f: (("fix", "look", "know").index(f.level), not f.urgent, -f.share),
     )
 
 # %% ../../nbs/2_data/22_findings.ipynb #b9904118
@@ -109,20 +113,36 @@ ADVICE = dict(
     unreadable_media=("fix", "Fetch or convert these files again."),
 )
 _OTHER = ("fix", "See the first of them in the table of rejects and mend the file.")
+URGENT = ("broken_json", "broken_archive", "broken_parquet", "too_deep", "missing_file")
+
+
+def _examples(rejects, most=2) -> str:
+    "The first of some rejects: the media that are missing, else file and entry."
+    names = []
+    for r in rejects:
+        lost = r.rule in ("missing_media", "unreadable_media")
+        name = r.value.strip("'\"") if lost else f"{os.path.basename(r.file)} {r.entry}"
+        names.append(os.path.basename(name) if lost else name)
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def rule_findings(rejects, counts, of) -> list:
-    "A finding per rule; `counts` is `entries` or `regions`, `of` how many went in."
-    lost = Counter()
-    for r in (
-        r for r in rejects if not r.rule.startswith("unread_")
-    ):  # a lost value loses neither entry nor region
-        lost[r.rule] += getattr(r, counts) if r.entries or r.regions else counts == "entries"
+    """A finding per rule; `counts` is `entries` or `regions`, `of` how many went in.
+
+    Regions that went with their whole entry are told by the entry alone: one missing photo, one
+    row. A value that nobody reads loses neither."""
+    by_rule = {}
+    for r in rejects:
+        if not r.rule.startswith("unread_") and (counts == "entries" or not r.entries):
+            by_rule.setdefault(r.rule, []).append(r)
     findings = []
-    for rule, n in lost.items():
+    for rule, own in by_rule.items():
+        sized = [getattr(r, counts) if r.entries or r.regions else counts == "entries" for r in own]
         level, do = ADVICE.get(rule, _OTHER)
-        reason = (RULES | READING).get(rule, rule)
-        findings.append(Finding(level, f"{counts} rejected, {rule}: {reason}", n, of, do))
+        lost = [r for r, n in zip(own, sized) if n]
+        what = f"{counts} rejected, {rule}: {(RULES | READING).get(rule, rule)} ({_examples(lost)})"
+        findings.append(Finding(level, what, sum(sized), of, do, rule in URGENT))
     return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #7880b331
@@ -192,27 +212,38 @@ def contrast_findings(samples) -> list:
 
 # %% ../../nbs/2_data/22_findings.ipynb #1c4e02e8
 MOST_LOOKED_AT = 5_000  # samples of shards that are decoded to see whether they differ
+ONE_SAMPLE = (
+    "`batch_size` 1 in one process: a caption has no other to be contrasted with, a region only "
+    "those of its photo and of the bank. Raise `batch_size`; `gradient_caching` saves its memory."
+)
+
+
+def can_contrast(samples, cfg, in_step=2, bank=0) -> bool:
+    """Whether any loss of a run has something to contrast in `samples`.
+
+    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`. `in_step`: samples that
+    a loss sees together; one alone has only its own regions, and those of a bank of size `bank`."""
+    texts = distinct_texts(a_few(samples, MOST_LOOKED_AT))
+    captions = max(len(texts["captions"]), len(texts["long captions"]))
+    by_captions = cfg.global_weight and captions > 1 and in_step > 1
+    together = in_step > 1 or bank or any(len(distinct_texts([s])["phrases"]) > 1 for s in samples)
+    by_regions = cfg.region_weight and len(texts["phrases"]) > 1 and together
+    return bool(by_captions or by_regions or cfg.hard_weight and texts["hard negatives"])
 
 
 def check_contrast(samples, cfg):
     """Raise DataError when no loss of a run has anything to contrast; warn of each that has not.
 
-    `cfg`: anything with `global_weight`, `region_weight` and `hard_weight`."""
-    if hasattr(samples, "subset"):
-        step = max(1, len(samples) // MOST_LOOKED_AT)
-        samples = [samples[i] for i in range(0, len(samples), step)]
-    texts = distinct_texts(samples)
-    captions = max(len(texts["captions"]), len(texts["long captions"]))
-    by_captions = cfg.global_weight and captions > 1
-    by_regions = cfg.region_weight and len(texts["phrases"]) > 1
-    by_negatives = cfg.hard_weight and texts["hard negatives"]
-    findings = contrast_findings(samples)
-    if not (by_captions or by_regions or by_negatives):
-        why = "; ".join(f"{f.count} {f.what}. {f.do}" for f in findings)
-        why = why or "the weights of the losses that could learn are 0"
+    `cfg`: anything with the three weights, `batch_size`, `processes` and `memory_bank_size`."""
+    samples, in_step = a_few(samples, MOST_LOOKED_AT), cfg.batch_size * cfg.processes
+    said = [f"{f.count} {f.what}. {f.do}" for f in contrast_findings(samples)]
+    if in_step == 1:
+        said.append(ONE_SAMPLE)
+    if not can_contrast(samples, cfg, in_step, cfg.memory_bank_size):
+        why = "; ".join(said) or "the weights of the losses that could learn are 0"
         raise DataError(f"nothing to contrast, no loss could learn anything: {why}")
-    for f in findings:
-        get_logger().warning(f"{f.count} {f.what}. {f.do}")
+    for line in said:
+        get_logger().warning(line)
 
 # %% ../../nbs/2_data/22_findings.ipynb #e7e75b70
 def negative_findings(samples) -> list:
@@ -324,5 +355,6 @@ class ReportConfig(TrainConfig):
     "Parameters of data_report.ipynb: training's, and these."
 
     check_files: bool = param(True, "open every photo and video once (about 5 ms each)")
-    pages: int = param(2, "pages of 12 photos with their boxes", 0, 100)
+    pages: int = param(2, "pages of 6 photos with their boxes, captions and reasons", 0, 100)
+    fix: str = param("", "write a mended copy of the data to this file (JSON lines)")
     strict: bool = param(False, "end non-zero when something must be fixed")

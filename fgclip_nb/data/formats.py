@@ -142,7 +142,7 @@ def _own_region(r, id, size, video) -> Region:
         box,
         keyframes,
         span=span,
-        source="expression",
+        source=r.text("source", "") or "expression",
         id=id,
         **_own_levels(r),
     )

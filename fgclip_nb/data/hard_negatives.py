@@ -10,10 +10,11 @@ import dataclasses, json, random, re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import DataError, folded
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Samples
-from fgclip_nb.data.filters import folded
+from fgclip_nb.data.source import takes_an
+from fgclip_nb.data.filters import ChangedSamples
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #6b3a951d
 @dataclass(frozen=True)
@@ -92,13 +93,9 @@ def like_case(word, model) -> str:
     return word[:1].upper() + word[1:] if model[:1].isupper() else word
 
 
-def _starts_with_vowel(word) -> bool:
-    return bool(re.match(r"[aeiou]", word, re.I)) and not re.match(r"uni|use|eu|one", word, re.I)
-
-
 def _article(word, model, shouting) -> str:
     "`a` or `an` as the word needs it, in the casing of the article that stood there."
-    fitting = "an" if _starts_with_vowel(word) else "a"
+    fitting = "an" if takes_an(word) else "a"
     if shouting:
         return fitting.upper()
     return fitting.capitalize() if model[0].isupper() else fitting
@@ -108,7 +105,7 @@ def swap(phrase, match, word) -> str:
     "The phrase with one match replaced; an article right before it is made to fit."
     before, after = phrase[: match.start()], phrase[match.end() :]
     article = re.search(r"(?<!\w)(an?)\s+$", before, re.I)
-    if article and _starts_with_vowel(word) != _starts_with_vowel(match[0]):
+    if article and takes_an(word) != takes_an(match[0]):
         fitting = _article(word, article[1], phrase.isupper())
         before = before[: article.start(1)] + fitting + before[article.end(1) :]
     return before + like_case(word, match[0]) + after
@@ -214,7 +211,7 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
     Regions that have some keep theirs. `n`: at most so many per region. `class_sentences`: as
     `load_class_sentences` gives, used for samples with a `label`. `words`: Words, default the
     shipped lists. The same seed gives the same negatives whatever else is in the data set."""
-    swapper, out = Swapper(words or shipped_words()), []
+    swapper = Swapper(words or shipped_words())
 
     def with_negatives(sample, region):
         if region.negatives:
@@ -222,9 +219,13 @@ def add_negatives(samples, n=10, seed=0, class_sentences=None, words=None) -> Sa
         negatives = negatives_for(sample, region, n, seed, swapper, class_sentences)
         return dataclasses.replace(region, negatives=negatives)
 
-    for s in samples:
-        regions = [with_negatives(s, r) for r in s.regions]
-        out.append(dataclasses.replace(s, regions=regions))
+    def changed(sample):
+        regions = [with_negatives(sample, r) for r in sample.regions]
+        return dataclasses.replace(sample, regions=regions)
+
+    if hasattr(samples, "part"):  # made when a sample is asked for
+        return ChangedSamples(samples, changed)
+    out = list(map(changed, samples))
     had, have = (
         sum(bool(r.negatives) for s in group for r in s.regions) for group in (samples, out)
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import VIDEO_SUFFIXES
 from fgclip_nb.data.media import ucf_label
-from fgclip_nb.data.entries import Pairs, open_text, read_entries
+from fgclip_nb.data.entries import ObjectPairs, open_text, read_entries
 from fgclip_nb.data.shards import is_sharded
-from fgclip_nb.data.load import format_of, load_samples
+from fgclip_nb.data.reading import format_of
+from fgclip_nb.data.load import load_samples
 
 # %% ../../nbs/2_data/20a_media_lists.ipynb #110dca39
 def media_name(path) -> str:
@@ -104,8 +105,8 @@ def _names_in(value) -> list:
 
 
 def _is_data(value) -> bool:
-    "Whether a decoded entry or file is one that a reader knows."
-    if format_of(value, "document") or format_of(value):
+    "Whether a decoded entry or file is one that a reader knows; a table of names is a list."
+    if format_of(value, "document") or format_of(value) not in ("", "table"):
         return True
     return isinstance(value, dict) and any(format_of(v, "value") for v in value.values())
 
@@ -114,7 +115,7 @@ def json_names(path) -> list:
     "Names in a JSON or JSON-lines file that is no data set; [] when it is one."
     names = []
     for entry in read_entries(path):
-        value = dict(entry.value) if isinstance(entry.value, Pairs) else entry.value
+        value = dict(entry.value) if isinstance(entry.value, ObjectPairs) else entry.value
         if _is_data(value):
             return []
         names += _names_in(value)

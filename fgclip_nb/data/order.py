@@ -50,6 +50,36 @@ def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
             order[where] = _stream(members, epoch * count, count, seed)
     return order
 
+# %% ../../nbs/2_data/01_order.ipynb #a6551eb9
+MIX, WINDOW = 2, 1_024  # places that a lane reads at once; samples it shuffles
+
+
+def _lane_rows(row, lanes, seed) -> np.ndarray:
+    "(lanes, k): each lane's part of a row of numbers, `MIX` places in turn, shuffled in windows."
+    row = row.reshape(lanes, MIX, -1).transpose(0, 2, 1).reshape(lanes, -1)
+    window = np.arange(row.shape[1]) // WINDOW
+    mixed = _mix(row.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(0x9E3779B97F4A7C15))
+    keys = (window.astype(np.uint64) << np.uint64(40)) + (mixed >> np.uint64(24))
+    return np.take_along_axis(row, np.argsort(keys, axis=1, kind="stable"), 1)
+
+
+def block_order(sizes, batch, lanes=4, seed=0, epoch=0) -> np.ndarray:
+    """Order of an epoch, int64 (n,), in which samples that stand in one file come near each other.
+
+    `sizes`: samples of each file, in their order; `batch`: of one process; `lanes`: places that are
+    read side by side. Every sample once; what fills no lane comes last."""
+    sizes = np.asarray(sizes, dtype=np.int64)
+    firsts, n = np.cumsum(sizes) - sizes, int(sizes.sum())
+    files = epoch_order(len(sizes), seed, epoch)
+    row = np.concatenate([np.arange(firsts[f], firsts[f] + sizes[f]) for f in files] or [sizes])
+    lanes = max(1, min(lanes, n // (8 * MIX * batch)))
+    whole = n // (lanes * MIX) * lanes * MIX
+    by_lane = _lane_rows(row[:whole], lanes, seed * 1_000_003 + epoch)
+    full = by_lane.shape[1] // batch * batch
+    dealt = by_lane[:, :full].reshape(lanes, -1, batch).transpose(1, 0, 2).reshape(-1)
+    rest = np.concatenate([by_lane[:, full:].reshape(-1), row[whole:]])
+    return np.concatenate([dealt, rest[epoch_order(len(rest), seed, epoch)]])
+
 # %% ../../nbs/2_data/01_order.ipynb #792e5a27
 @dataclass
 class TrainingOrder:

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.drawing import drawn_photo
 
 # %% ../../nbs/2_data/03a_photos.ipynb #a32402ef
 def _to_rgb(image):
@@ -19,14 +20,14 @@ def _to_rgb(image):
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("integer pixels outside 0..65535")
         return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         top = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", top.size, "white"), top).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../../nbs/2_data/03a_photos.ipynb #02d22302
 def existing_file(path) -> Path:
@@ -39,26 +40,83 @@ def existing_file(path) -> Path:
     return path
 
 # %% ../../nbs/2_data/03a_photos.ipynb #0f6dea2c
+PHOTO_FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF MPO JPEG2000 AVIF PPM TGA ICO PCX SGI QOI".split()
+
+
+def limit_pixels(megapixels: float):
+    "Set how many million pixels a photo may have, for this process and those it forks."
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6)
+
+
+def _known_image(path, limit):
+    "A PIL image of one of PHOTO_FORMATS, opened; ValueError for one beyond any limit (pixels)."
+    from PIL import Image
+
+    Image.init()
+    known = [f for f in PHOTO_FORMATS if f in Image.OPEN]
+    try:
+        return Image.open(path, formats=known)
+    except Image.DecompressionBombError as e:
+        raise ValueError(f"{e} The parameter `max_megapixels` is {limit / 1e6:g}") from e
+
+
 def _open_image(path):
     "An opened, not yet decoded PIL image whose size is within PIL.Image.MAX_IMAGE_PIXELS."
     from PIL import Image
 
-    image, limit = Image.open(path), Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
+    image = path if isinstance(path, Image.Image) else _known_image(path, limit)
     if limit and image.width * image.height > limit:
         raise ValueError(
-            f"{image.width} x {image.height} pixels are more than "
-            f"PIL.Image.MAX_IMAGE_PIXELS = {limit}"
+            f"{image.width} x {image.height} pixels are more than {limit / 1e6:g} million, "
+            "the parameter `max_megapixels` (PIL.Image.MAX_IMAGE_PIXELS)"
         )
     return image
 
 # %% ../../nbs/2_data/03a_photos.ipynb #acfb2a3a
 def _picture_source(path):
-    "(what Pillow opens, name for messages) of a path, or of a picture file's bytes as in shards."
+    """(what Pillow opens, name for messages) of a path or of a picture file's bytes.
+
+    A made picture is drawn, its address is its name."""
+    drawn = drawn_photo(path)
+    if drawn is not None:
+        return drawn, path
     if not isinstance(path, bytes):
         return (existing_file(path),) * 2
     if not path:
         raise DataError("embedded picture: 0 bytes; convert the data set again")
     return BytesIO(path), f"embedded picture of {len(path)} bytes"
+
+# %% ../../nbs/2_data/03a_photos.ipynb #cfff36b8
+LARGE = 24_000_000  # pixels from which on a picture is made smaller before it is converted
+
+
+def _smaller(image, x, y):
+    "A PIL image as RGB, each x * y of its pixels one, with no second copy of the whole."
+    from PIL import Image
+
+    small = Image.new("RGB", (-(-image.width // x), -(-image.height // y)))
+    for top in range(0, image.height, 64 * y):
+        band = image.crop((0, top, image.width, min(top + 64 * y, image.height)))
+        small.paste(_to_rgb(band).reduce((x, y)), (0, top // y))
+    return small
+
+
+def upright(image, size=None):
+    """A PIL image turned as its EXIF orientation says.
+
+    A large one becomes RGB at a whole part of its sides, each at least four times `size` pixels."""
+    from PIL import ImageOps
+
+    large = size is not None and image.width * image.height > LARGE
+    if large:
+        image.draft("RGB", (4 * size, 4 * size))  # of a JPEG: decoded at a half, quarter or eighth
+    ImageOps.exif_transpose(image, in_place=True)
+    if not large:
+        return image
+    return _smaller(image, max(1, image.width // (4 * size)), max(1, image.height // (4 * size)))
 
 # %% ../../nbs/2_data/03a_photos.ipynb #e2f60a26
 def read_image(path, size=None):
@@ -66,14 +124,16 @@ def read_image(path, size=None):
 
     `size` (pixels) squashes it to (size,size,3) with Pillow's bicubic filter, as the reference
     does. Any mode is accepted: palette, CMYK, 16-bit grey, alpha (laid on white). `path` may also
-    be the bytes of such a file. Raises DataError naming the file when it is missing, empty, no
-    image, cut off, or above PIL.Image.MAX_IMAGE_PIXELS."""
-    from PIL import Image, ImageOps
+    be the bytes of such a file, or the address of a made picture. One of more than 24 million
+    pixels is made smaller by whole numbers before it is squashed. Raises DataError naming the file
+    when it is missing, empty, no photo, cut off, or above PIL.Image.MAX_IMAGE_PIXELS (the parameter
+    `max_megapixels`)."""
+    from PIL import Image
 
     source, path = _picture_source(path)
     try:
         with _open_image(source) as image:
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            rgb = _to_rgb(upright(image, size))
             if size is not None:
                 rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
             return np.array(rgb)

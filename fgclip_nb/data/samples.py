@@ -128,6 +128,7 @@ class Reject:
     regions: int = 0  # regions lost with it
 
     def as_dict(self) -> dict:
+        "As it stands in rejects.jsonl."
         return dataclasses.asdict(self)
 
     def __str__(self):

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import read_json, shown
+from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.samples import CaptionNegative, Keyframe, Negatives, Region, Sample
 
 # %% ../../nbs/2_data/10_shards.ipynb #344653da
@@ -109,7 +111,7 @@ def from_row(row, root) -> Sample:
         captions=tuple(row["captions"]),
         span=_tuple(row["span"]),
         caption_negatives=tuple(CaptionNegative(**n) for n in row["caption_negatives"]),
-        media=os.path.join(root, row["media"]),
+        media=row["media"] if is_made(row["media"]) else os.path.join(root, row["media"]),
     )
     return Sample(**{**row, **changed})
 
@@ -175,10 +177,29 @@ class ArrowRows:
             self.reads = 0
         return rows
 
+    def without(self, name, first, last) -> dict:
+        "Columns of the rows first..last-1 but for one, which is not read."
+        columns = [c for c in self.rows.column_names if c != name]
+        return self.rows.select_columns(columns)[first:last]
+
     def column(self, name) -> list:
         return self.rows.select_columns([name])[:][name]
 
 # %% ../../nbs/2_data/10_shards.ipynb #b15c0e93
+PART_ROWS = 20_000  # samples
+
+
+def read_about(folder) -> dict:
+    "shards.json of a folder; DataError, which names the entry, where it is of another shape."
+    about = read_json(folder / "shards.json")
+    for key, kind in (("media_root", str), ("formats", dict), ("counts", dict)):
+        if not isinstance(about.get(key), kind):
+            raise DataError(f"{folder / 'shards.json'}: `{key}` is {shown(about.get(key))}")
+    if type(about["counts"].get("samples")) is not int:
+        raise DataError(f"{folder / 'shards.json'}: `counts` has no number of samples")
+    return about
+
+
 class ShardedSequence:
     """Samples of a folder of shards by integer index, memory-mapped.
 
@@ -187,7 +208,7 @@ class ShardedSequence:
 
     def __init__(self, folder, media_root=None):
         folder = Path(folder)
-        about = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+        about = read_about(folder)
         self.folder, self.root = folder, os.path.realpath(media_root or about["media_root"])
         self.formats, self.counts, self.changes = about["formats"], about["counts"], []
         self.rows = ArrowRows(folder)
@@ -215,6 +236,29 @@ class ShardedSequence:
                 chunk = self.rows[at : min(at + 256, len(self))]
                 for k in range(len(chunk["id"])):
                     yield from_row({c: v[k] for c, v in chunk.items()}, self.root)
+
+    def identity(self) -> bytes:
+        "What a fingerprint is taken over: the list of contents, names and sizes of the shards."
+        sizes = sorted((p.name, p.stat().st_size) for p in self.folder.glob("*.parquet"))
+        return (self.folder / "shards.json").read_bytes() + repr(sizes).encode()
+
+    @property
+    def spec(self) -> dict:
+        "What another process needs to open the same samples with `load_samples`."
+        return dict(path=str(self.folder), media_root=self.root)
+
+    @property
+    def parts(self) -> int:
+        "How many pieces a pass over the texts is cut into."
+        return -(-len(self.rows) // PART_ROWS)
+
+    def part(self, number):
+        "Yield the samples of a piece without embedded pixels, those of other subsets too."
+        first, last = number * PART_ROWS, min((number + 1) * PART_ROWS, len(self.rows))
+        for at in range(first, last, 256):
+            chunk = self.rows.without("data", at, min(at + 256, last))
+            for k in range(len(chunk["id"])):
+                yield from_row({c: v[k] for c, v in chunk.items()} | {"data": None}, self.root)
 
     def column(self, name) -> list:
         "One column of all samples, such as `split`, without decoding the rest."

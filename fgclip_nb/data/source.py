@@ -193,6 +193,12 @@ def is_phrase(name) -> bool:
     return determined or len(words) > 4 or name.rstrip().endswith(".")
 
 
+def takes_an(word) -> bool:
+    "Whether `an` stands before a word: an apple, an hour, an x-ray, but a uniform."
+    consonant = re.match(r"uni|use|usual|eu|one|ute", word, re.I)
+    return bool(re.match(r"[aeiou]|hour|honest|x-ray", word, re.I)) and not consonant
+
+
 def with_article(noun) -> str:
     """`a bowl`, `an apple`, `a pair of scissors`, `broccoli`: a category's name as a phrase.
 
@@ -206,9 +212,7 @@ def with_article(noun) -> str:
         return f"a pair of {noun}"
     if last.endswith("s") and not last.endswith(("ss", "us", "is")):
         return noun
-    sounds_consonant = re.match(r"uni|use|usual|eu|one|ute", noun, re.I)
-    vowel = re.match(r"[aeiou]|hour|honest|x-ray", noun, re.I) and not sounds_consonant
-    return f"{'an' if vowel else 'a'} {noun}"
+    return f"{'an' if takes_an(noun) else 'a'} {noun}"
 
 # %% ../../nbs/2_data/05_source.ipynb #b51a3ce7
 def _sentence(text) -> str:

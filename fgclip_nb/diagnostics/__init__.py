@@ -4,15 +4,18 @@
 import importlib
 
 ROOMS = {
+    "ENOUGH_PASSED": ".judgement",
     "Evidence": ".rules",
     "Expectations": ".expectations",
     "Recorder": ".recorder",
     "Verdict": ".rules",
+    "Verdicts": ".report",
     "chance_level": ".numbers",
     "conclude": ".report",
     "evidence": ".judgement",
     "expect": ".expectations",
     "headline": ".judgement",
+    "judge": ".report",
     "plot_bank": ".plots",
     "plot_losses": ".plots",
     "plot_norms": ".plots",
@@ -25,7 +28,6 @@ ROOMS = {
     "report_html": ".report",
     "rule": ".rules",
     "show": ".expectations",
-    "verdict_table": ".report",
     "verdicts": ".judgement",
 }
 __all__ = sorted(ROOMS)

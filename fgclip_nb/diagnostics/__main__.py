@@ -10,7 +10,7 @@ import sys
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.diagnostics.rules import RULES
 from fgclip_nb.diagnostics.judgement import evidence, verdicts
-from fgclip_nb.diagnostics.report import VerdictTable, phase_lines
+from fgclip_nb.diagnostics.report import Verdicts, phase_lines
 
 # %% ../../nbs/6_diagnostics/99_command.ipynb #4b6ba005
 def verdict_text(source) -> str:
@@ -19,7 +19,7 @@ def verdict_text(source) -> str:
     judged = verdicts(ev)
     names = {v.name for v in judged}
     silent = {n: rule.lacks(ev) for n, rule in RULES.items() if n not in names}
-    lines = [f"{source}", repr(VerdictTable(judged))]
+    lines = [f"{source}", repr(Verdicts(judged))]
     if not ev.finished:
         lines += ["by phase:", *phase_lines(ev)]
     if silent:

@@ -9,11 +9,12 @@ __all__ = []
 import contextlib
 from pathlib import Path
 from fgclip_nb.core.folder import get_logger
+from fgclip_nb.losses.table import TERMS
 
 # %% ../../nbs/6_diagnostics/02_board.ipynb #301ce417
 def board_tag(key: str) -> str:
     "TensorBoard's name of a column."
-    if key in ("loss", "loss_global", "loss_region", "loss_hard"):
+    if key == "loss" or key.startswith("loss_") and key.removeprefix("loss_") in TERMS:
         return f"train/{key}"
     return f"memory_bank/{key[5:]}" if key.startswith("bank_") else f"diagnostics/{key}"
 

@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #056a3117
 from functools import lru_cache
-from fgclip_nb.diagnostics.measures import QUANTILES
+import numpy as np
+from fgclip_nb.core.plain import literal
 from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNKNOWN, UNLIKE
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #9ea4406d
@@ -45,16 +46,15 @@ def new_figure(title, columns=1, rows=1, width=None, height=2.9):
         layout="constrained",
         squeeze=False,
     )
-    fig.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    fig.suptitle(literal(title), fontsize=12, fontweight="bold", x=0.01, ha="left")
     plt.close(fig)
     return fig, list(axes.flat)
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #8b559e48
 def empty_axes(ax, reason: str):
     "Say in the middle of the axes why nothing is drawn."
-    ax.text(
-        0.5, 0.5, reason, ha="center", va="center", color=GREY, transform=ax.transAxes, wrap=True
-    )
+    words = dict(ha="center", va="center", color=GREY, transform=ax.transAxes, wrap=True)
+    ax.text(0.5, 0.5, literal(reason), **words)
     ax.set(xticks=[], yticks=[])
 
 
@@ -68,25 +68,48 @@ def add_legend(ax, reason: str, **options):
 
 def label_axes(ax, title: str, ylabel: str, **limits):
     "Title and units of axes over optimiser steps."
-    ax.set(title=title, xlabel="optimiser step", ylabel=ylabel, **limits)
+    words = dict(title=literal(title), ylabel=literal(ylabel))
+    ax.set(xlabel="optimiser step", **words, **limits)
+
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #1fe08793
+POINTS = 2000  # of a line: more than a screen has columns
+
+
+def finite(series):
+    "The finite numbers of a series."
+    return series[np.isfinite(series)]
+
+
+def thinned(series):
+    "A series of any length as a few thousand points: of each stretch the lowest and the highest."
+    series = finite(series)
+    stretch = len(series) // POINTS
+    if stretch < 4:
+        return series
+    whole = len(series) // stretch * stretch
+    parts = series.to_numpy()[:whole].reshape(-1, stretch)
+    first = np.arange(0, whole, stretch)
+    rows = {*(first + parts.argmin(1)), *(first + parts.argmax(1)), *range(whole, len(series))}
+    return series.iloc[sorted(rows)]
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #ff51bbaf
 def draw_line(ax, ev, column, label, colour=BLUE, style="-", width=1.6) -> bool:
     "Draw a column of the evidence over steps; whether there was something to draw."
-    s = ev.series(column)
+    s = thinned(ev.series(column))
     if not len(s):
         return False
     marker = "o" if len(s) == 1 else None
-    ax.plot(s.index, s, style, color=colour, lw=width, label=label, marker=marker)
+    ax.plot(s.index, s, style, color=colour, lw=width, label=literal(label), marker=marker)
     return True
 
 
 def draw_smooth(ax, series, label, colour):
     "A loss as it is (thin) and its 20-step mean (bold)."
-    ax.plot(series.index, series, color=colour, lw=0.7, alpha=0.35)
+    each = thinned(series)
+    ax.plot(each.index, each, color=colour, lw=0.7, alpha=0.35)
     n = min(20, max(1, len(series) // 3))
-    mean = series.rolling(n, min_periods=1).mean()
-    ax.plot(series.index, mean, color=colour, lw=2, label=f"{label}, {n}-step mean")
+    mean = thinned(series.rolling(n, min_periods=1).mean())
+    ax.plot(mean.index, mean, color=colour, lw=2, label=literal(f"{label}, {n}-step mean"))
 
 
 def mark_bank(ax, ev):
@@ -103,15 +126,17 @@ BANDS = (
 )
 
 
+def draw_between(ax, ev, low, high, colour, alpha, label):
+    "Fill between two columns, at the steps at which both were recorded."
+    if not ev.has(low, high):
+        return
+    both = ev.frame.set_index("step")[[low, high]].dropna()
+    both = both.iloc[:: max(1, len(both) // POINTS)]
+    ax.fill_between(both.index, both[low], both[high], color=colour, alpha=alpha, lw=0, label=label)
+
+
 def draw_band(ax, ev, name, colour):
     "Percentiles of `name` as bands around the median; the range alone where a log knows no more."
-    q = {k: ev.series(f"{name}_{k}") for k in QUANTILES}
     for (low, high), alpha, label in BANDS:
-        if len(q[low]):
-            ax.fill_between(
-                q[low].index, q[low], q[high], color=colour, alpha=alpha, lw=0, label=label
-            )
-    if len(q["p50"]):
-        ax.plot(q["p50"].index, q["p50"], color=colour, lw=2, label="median")
-    elif len(q["min"]):
-        ax.fill_between(q["min"].index, q["min"], q["max"], color=colour, alpha=0.12)
+        draw_between(ax, ev, f"{name}_{low}", f"{name}_{high}", colour, alpha, label)
+    draw_line(ax, ev, f"{name}_p50", "median", colour, width=2)

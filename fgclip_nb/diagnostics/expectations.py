@@ -8,8 +8,10 @@ __all__ = ['show', 'Expectations', 'expect']
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #644d5ed7
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from fgclip_nb.core.identity import stable_id
-from fgclip_nb.core.config import epochs_of
+from fgclip_nb.core.plain import escape_html
+from fgclip_nb.core.config import PRESET_NAMES, epochs_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #05512b0e
@@ -57,11 +59,6 @@ def show(value) -> str:
     return f"{value:,}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #5b8988c1
-def escape_html(text) -> str:
-    "Any value as text inside an HTML element."
-    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 def html_table(head, rows, styles=None) -> str:
     "A plain HTML table of values; `styles` maps (row, column) to a CSS declaration."
     styles = styles or {}
@@ -98,6 +95,9 @@ class Expectations:
         rows = [(n, show(v), e) for n, v, e in self.rows]
         return pd.DataFrame(rows, columns=["expected", "value", "why"]).set_index("expected")
 
+    def __repr__(self):
+        return "\n".join(f"{name} = {show(value)}" for name, value, _ in self.rows)
+
     def _repr_html_(self):
         return html_table(["expected", "value", "why"], [(n, show(v), e) for n, v, e in self.rows])
 
@@ -125,12 +125,17 @@ class Plan:
 
 def plan_of(cfg, counts: dict, processes=1) -> Plan:
     "The plan of a run from its configuration and `count_samples` of its training samples."
+    from fgclip_nb.losses.bank import bank_schedule  # needs torch: read where a run is planned
+
     images = cfg.batch_size * cfg.gradient_accumulation_steps * processes
     per_epoch = counts.get("steps_per_epoch") or max(1, counts["samples"] // images)
     batch = min(cfg.batch_size * processes, max(counts["samples"], 1))
     regions = batch * counts["regions_per_sample"]
     on = max(cfg.memory_bank_warmup_steps, 1)
-    filling = max(math.ceil(cfg.memory_bank_size / regions), 1) if regions else math.inf
+    full = math.inf
+    if regions:
+        known = bank_schedule(cfg.memory_bank_size, cfg.memory_bank_warmup_steps, regions)
+        full = known["full_forward"]
     return Plan(
         accumulation=cfg.gradient_accumulation_steps,
         per_epoch=per_epoch,
@@ -138,7 +143,7 @@ def plan_of(cfg, counts: dict, processes=1) -> Plan:
         batch=batch,
         regions=regions,
         on=on,
-        full=on + filling - 1,
+        full=full,
     )
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #598227f5
@@ -177,31 +182,43 @@ DUPLICATE_EFFECTS = {
 }
 
 
-def region_chance(regions: float) -> tuple:
-    "(chance level, explanation) of that many regions per forward, which is a mean."
-    if regions <= 1:
-        return 0.0, f"{regions:.3g} regions per forward: most often there is no choice"
-    return chance_level(regions), f"ln {regions:.3g}"
+def term_levels(term, facts):
+    "Rows of a loss term: the levels that it expects by itself, or where the level will be found."
+    if term.expected is None:
+        yield f"{term.name} chance level", None, f"as recorded, in the column chance_{term.name}"
+        return
+    for what, level, why in term.expected(facts):
+        yield f"{term.name} chance level" + (f", {what}" if what else ""), level, why
+
+
+def loss_kind(cfg) -> str:
+    "Softmax or sigmoid, as a configuration says; where it leaves that to the model, by its name."
+    kind = getattr(cfg, "losses", "softmax")
+    second = str(getattr(cfg, "model", "")).startswith("fgclip2-")
+    return kind if kind != "auto" else ("sigmoid" if second else "softmax")
 
 
 def _chance_rows(cfg, counts, p: Plan):
-    "Chance levels and the duplicate floor."
-    bank = cfg.memory_bank_size
-    hard = counts.get("hard_candidates")
-    yield "global chance level", chance_level(p.batch), f"ln {p.batch}"
-    if p.regions:
-        yield "region chance level, in batch", *region_chance(p.regions)
-    if p.regions and bank:
-        level = chance_level(p.regions + bank)
-        yield "region chance level, full bank", level, f"ln ({p.regions:.3g} + {bank})"
-    if hard:
-        yield "hard chance level", chance_level(hard), f"ln {hard:.3g}"
+    "Chance levels of the terms that take part, and the duplicate floor."
+    from fgclip_nb.losses.objective import TERMS  # needs torch: read where a run is planned
+
+    facts = SimpleNamespace(
+        batch=p.batch,
+        regions=p.regions,
+        bank=cfg.memory_bank_size,
+        hard_candidates=counts.get("hard_candidates") or 0,
+        losses=loss_kind(cfg),
+        bias=getattr(cfg, "logit_bias_init", None),
+    )
+    for term in TERMS.values():
+        if term.takes_part(cfg):
+            yield from term_levels(term, facts)
     floor = duplicate_floor(counts.get("phrases", []), p.batch)
     yield "duplicate floor", floor, DUPLICATE_EFFECTS[cfg.duplicates]
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #226aac28
-# presets: no weight file behind them
-RANDOM_MODELS = (None, "", "tiny", "ViT-B/32", "ViT-B/16", "ViT-L/14@336")
+SECOND_MODELS = tuple(name for name in PRESET_NAMES if name.startswith("fgclip2"))
+RANDOM_MODELS = (None, "", *PRESET_NAMES)  # no weight file behind them
 
 
 def configured_scale(cfg) -> float | None:
@@ -212,10 +229,12 @@ def configured_scale(cfg) -> float | None:
     def value(name):
         return cfg.get(name) if isinstance(cfg, dict) else getattr(cfg, name, None)
 
-    scale = value("logit_scale_init")
+    scale, second = value("logit_scale_init"), value("model") in SECOND_MODELS
+    if scale is None and second:
+        return math.log(10)
     if scale is None:
         return 2.6592 if value("model") in RANDOM_MODELS else None
-    return min(float(scale), MAX_STORED_SCALE)
+    return float(scale) if second else min(float(scale), MAX_STORED_SCALE)
 
 
 def _scale_rows(cfg):
@@ -225,6 +244,8 @@ def _scale_rows(cfg):
         yield "logit_scale", "from the weights", "at most ln 100 = 4.605170"
         return
     why = "random weights start at ln(1/0.07) = 2.6592"
+    if getattr(cfg, "model", None) in SECOND_MODELS:
+        why = "random weights start at ln 10 = 2.3026, as SigLIP's"
     if scale == MAX_STORED_SCALE:
         why = "clamped to ln 100"
     yield "logit_scale prints as", f"{scale:.6f} (exp={math.exp(scale):.4f})", why

@@ -18,6 +18,7 @@ from fgclip_nb.diagnostics.rules import (
     in_batch,
     rule,
 )
+from fgclip_nb.diagnostics.loss_rules import added_kinds
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
 RANK_COLUMNS = dict(
@@ -164,7 +165,9 @@ def overfit(ev, kind: str):
 
 def rises_of(ev) -> dict:
     "Kind of held-out loss -> what `overfit` says of it, where it says something."
-    kinds = ("plain",) if ev.has("val_loss") and not ev.params else ("global", "region")
+    kinds = ("global", "region", *added_kinds(ev))
+    if ev.has("val_loss") and not ev.params:
+        kinds = ("plain",)
     rises = {k: overfit(ev, k) for k in kinds}
     return {k: rise for k, rise in rises.items() if rise}
 

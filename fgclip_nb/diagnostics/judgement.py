@@ -26,6 +26,7 @@ from fgclip_nb.diagnostics.rules import (
     by_rank,
     catalogue,
 )
+from fgclip_nb.diagnostics.loss_rules import added_kinds, term_rules
 from fgclip_nb.diagnostics import (
     bank_rules,
     code_rules,
@@ -34,6 +35,7 @@ from fgclip_nb.diagnostics import (
     held_out_rules,
     loss_rules,
     plain_rules,
+    second_rules,
     setting_rules,
     weight_rules,
 )
@@ -44,6 +46,7 @@ RULE_ROOMS = (
     setting_rules,
     weight_rules,
     code_rules,
+    second_rules,
     bank_rules,
     loss_rules,
     plain_rules,
@@ -145,7 +148,12 @@ def evidence(source) -> Evidence:
         return run_evidence(folder)
     if path.name == "metrics.jsonl":
         return Evidence(metrics_frame(read_jsonl(path)), source=str(path))
-    return foreign_evidence(path)
+    try:
+        return foreign_evidence(path)
+    except DataError:
+        raise
+    except Exception as e:  # somebody's file: what its reader trips over is what is wrong with it
+        raise DataError(f"{path}: not readable as a log ({type(e).__name__}: {e})") from e
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #85ba8a53
 def as_evidence(source) -> Evidence:
@@ -158,7 +166,8 @@ def verdicts(source) -> list:
 
     `source`: Run, path of a folder or log, DataFrame, or Evidence."""
     ev = as_evidence(source)
-    judged = [r(ev) for r in by_rank(RULES)] if len(ev.frame) or ev.facts else []
+    added = {r.name: r for kind in added_kinds(ev) for r in term_rules(kind)}
+    judged = [r(ev) for r in by_rank(RULES | added)] if len(ev.frame) or ev.facts else []
     return [v for v in judged if v is not None]
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #ae71e7fa

@@ -6,20 +6,23 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #788e68c8
-import math
+import functools, math
 from fgclip_nb.diagnostics.rules import (
     CAUSE,
     FAIL,
     LATER,
     PASS,
+    SHIPPED_KINDS,
     UNLIKE,
     SYMPTOM,
+    Rule,
     above_luck,
     candidates,
     chance,
     chance_share,
     in_batch,
     interval,
+    loss_kinds,
     luck_of,
     rule,
 )
@@ -198,6 +201,29 @@ def global_above_chance(ev):
 def hard_above_chance(ev):
     "The hard-negative loss is at chance."
     return _judge_chance(ev, "hard")
+
+# %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #d01398ec
+def added_kinds(ev) -> list:
+    "Loss terms in the evidence beside those of FG-CLIP."
+    return [k for k in loss_kinds(ev) if k not in SHIPPED_KINDS]
+
+
+NO_HURDLE = ("spread", "ranking")  # near chance where phrases are right; rises with its margin
+
+
+def term_rules(kind: str) -> list:
+    """The rules of an added loss term: it does not rise, and it gets under its chance level.
+
+    None for FG-CLIP 2's two terms whose level is no hurdle."""
+    if kind in NO_HURDLE:
+        return []
+    needs = (f"loss_{kind}",)
+    rise = functools.partial(_judge_rise, kind=kind)
+    under = functools.partial(_judge_chance, kind=kind)
+    return [
+        Rule(f"{kind}_loss_rise", rise, needs, "", "no rise, first to last 20 steps"),
+        Rule(f"{kind}_above_chance", under, needs, "chance_ratio_limit", "loss / chance < {:g}"),
+    ]
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #c53ebb5b
 @rule("loss_region", "noise_limit", "interval ± {:g}", rank=SYMPTOM + 30)

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #c2736181
+from fgclip_nb.losses.table import TERMS, by_term
 from fgclip_nb.diagnostics.numbers import mean_of
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #ccc1f8d8
@@ -40,21 +41,29 @@ def _known(terms: list, attr: str) -> list:
     return [v for v in values if v is not None and v == v]
 
 
+def _columns_of(name: str, members: list) -> dict:
+    "Columns of the term `name`: means over its parts of the loss and of what else is known."
+    columns = {f"loss_{name}": mean_of([t.loss for t in members])}
+    for attr, column in TERM_FIELDS.items():
+        values = _known(members, attr)
+        # in-batch parts say something only where a term may look beyond the batch
+        if values and ("bank" in TERMS[name].asks or not attr.endswith("in_batch")):
+            columns[column.format(name)] = mean_of(values)
+    for attr in dict.fromkeys(k for t in members for k in getattr(t, "details", {})):
+        columns[f"{attr}_{name}"] = mean_of([t.details[attr] for t in members if attr in t.details])
+    return columns
+
+
 def term_values(terms: dict) -> dict:
     """Flat columns of named loss terms: `loss_region`, `candidates_region`, `top1_region`, …
 
-    `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device."""
-    columns = {n: t.loss for n, t in terms.items() if n.startswith("loss_global_")}
-    for kind in ("global", "region", "hard"):
-        name = f"loss_{kind}"
-        members = [t for n, t in terms.items() if n == name or n.startswith(f"{name}_")]
-        if not members:
-            continue
-        columns[name] = mean_of([t.loss for t in members])
-        for attr, column in TERM_FIELDS.items():
-            values = _known(members, attr)
-            if values and (kind == "region" or not attr.endswith("in_batch")):
-                columns[column.format(kind)] = mean_of(values)
+    `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device. A
+    term with parts has a column of each beside their mean. A name that is in no table of terms
+    raises `ConfigError`."""
+    owned = by_term(terms)
+    columns = {n: t.loss for name, x in owned.items() for n, t in x.items() if n != f"loss_{name}"}
+    for name, members in owned.items():
+        columns |= _columns_of(name, list(members.values()))
     return columns
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #4822cf82

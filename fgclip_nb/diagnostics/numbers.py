@@ -6,9 +6,10 @@
 __all__ = ['chance_level']
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #ed298566
-import json, math, struct
+import json, math, os, struct
 from pathlib import Path
-from fgclip_nb.core.folder import read_jsonl, write_atomic
+import numpy as np
+from fgclip_nb.core.folder import table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -47,6 +48,34 @@ def jsonable(row: dict) -> dict:
         return row
     return {k: str(v) if k in bad else v for k, v in row.items()} | {"nonfinite": ",".join(bad)}
 
+# %% ../../nbs/6_diagnostics/00_numbers.ipynb #81186b7e
+def rows_until(path, last_step: int):
+    """Yield (bytes up to the end of its line, row) of a metrics file up to `last_step`.
+
+    It ends at the first line that is no row of a later step than the one before it."""
+    end = before = 0
+    for line in open(path, "rb") if Path(path).exists() else ():
+        end += len(line)
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return
+        if type(step) is not int or not before < step <= last_step or line[-1:] != b"\n":
+            return
+        before = step
+        yield end, row
+
+
+def whole_steps(path) -> int:
+    "The step up to which a metrics file has a row for every step from 1; 0 where it has none."
+    whole = 0
+    for _, row in rows_until(path, 2**53):
+        if row["step"] != whole + 1:
+            break
+        whole += 1
+    return whole
+
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #e9bc71cb
 class JsonLines:
     "An append-only JSON-lines file, flushed line by line."
@@ -62,13 +91,15 @@ class JsonLines:
         self.file.write(json.dumps(jsonable(row)) + "\n")
         self.file.flush()
 
-    def truncate(self, step: int):
-        "Keep the lines up to `step`, and drop a torn last line."
+    def truncate(self, step: int) -> dict:
+        "Cut the file behind `step`, or behind its last sound line; returns that row, {} for none."
         self.close()
-        if not self.path.exists():
-            return
-        kept = [json.dumps(r) + "\n" for r in read_jsonl(self.path) if r["step"] <= step]
-        write_atomic(self.path, "".join(kept))
+        end, last = 0, {}
+        for end, last in rows_until(self.path, step):
+            pass
+        if self.path.exists() and end < self.path.stat().st_size:
+            os.truncate(self.path, end)
+        return last
 
     def close(self):
         if self.file is not None:
@@ -83,16 +114,24 @@ def _number(value) -> float:
         return math.nan
 
 
+def _floats(column):
+    "A column (pandas) as float64: as it is where it holds numbers, else value by value."
+    if column.dtype.kind in "fiub":
+        return column.to_numpy(dtype="float64")
+    return np.fromiter(map(_number, column), float, len(column))
+
+
 def metrics_frame(rows):
     """A table of floats (pandas), one row per step in order, from dicts or a DataFrame.
 
     Texts such as `inf` become the number, other texts nan; only `nonfinite` stays text."""
     import pandas as pd
 
-    raw = rows if hasattr(rows, "columns") else pd.DataFrame([jsonable(r) for r in rows])
-    frame = pd.DataFrame({c: [_number(v) for v in raw[c]] for c in raw.columns if c != "nonfinite"})
+    raw = rows if hasattr(rows, "columns") else table_of(map(jsonable, rows))
+    columns = {c: _floats(raw[c]) for c in raw.columns if c != "nonfinite"}
+    frame = pd.DataFrame(columns, copy=False)
     if "nonfinite" in raw:
         frame["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
-    if "step" not in frame:
+    if "step" not in frame or frame["step"].is_monotonic_increasing:
         return frame
     return frame.sort_values("step", kind="stable").reset_index(drop=True)

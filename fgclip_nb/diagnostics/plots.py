@@ -7,9 +7,11 @@ __all__ = ['plot_losses', 'plot_similarities', 'plot_positives', 'plot_temperatu
            'plot_validation', 'plot_updates', 'plot_time']
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #8fcc3e7b
+import numpy as np
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE
 from fgclip_nb.diagnostics.measures import PAIRS
-from fgclip_nb.diagnostics.rules import candidates, chance, in_batch
+from fgclip_nb.diagnostics.rules import candidates, chance, in_batch, loss_kinds
+from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.held_out_rules import val_loss
 from fgclip_nb.diagnostics.judgement import as_evidence
 from fgclip_nb.diagnostics.canvas import (
@@ -21,12 +23,15 @@ from fgclip_nb.diagnostics.canvas import (
     RED,
     add_legend,
     draw_band,
+    draw_between,
     draw_line,
     draw_smooth,
     empty_axes,
+    finite,
     label_axes,
     mark_bank,
     new_figure,
+    thinned,
 )
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #ebe29bf1
@@ -40,7 +45,7 @@ def _plot_loss(ax, ev, kind):
         if not ev.has(column):
             continue
         draw_smooth(ax, ev.series(column), label, colour)
-        known = chance(ev, level)
+        known = thinned(chance(ev, level))
         if len(known):
             ax.plot(known.index, known, "--", color=colour, lw=1.2, label=chance_label)
     mark_bank(ax, ev)
@@ -53,7 +58,7 @@ def _plot_loss(ax, ev, kind):
 def plot_losses(source):
     "Each loss with its moving mean and its chance level."
     ev = as_evidence(source)
-    kinds = [k for k in ("global", "region", "hard") if ev.has(f"loss_{k}")]
+    kinds = loss_kinds(ev)
     fig, axes = new_figure("Losses against chance", max(len(kinds), 1))
     for ax, kind in zip(axes, kinds):
         _plot_loss(ax, ev, kind)
@@ -82,7 +87,7 @@ def plot_similarities(source):
 def plot_positives(source):
     "Cosine of the matching pair against the hardest wrong candidate: learning is the gap."
     ev = as_evidence(source)
-    kinds = [k for k in ("global", "region", "hard") if ev.has(f"positive_cosine_{k}")]
+    kinds = [k for k in loss_kinds(ev) if ev.has(f"positive_cosine_{k}")]
     fig, axes = new_figure("Positive against hardest negative", max(len(kinds), 1))
     for ax, kind in zip(axes, kinds):
         draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "positive", GREEN)
@@ -104,12 +109,10 @@ SCALES = (
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #aac0bfb7
 def plot_temperatures(source):
     "The stored temperatures and what they multiply by."
-    import numpy as np
-
     ev = as_evidence(source)
     fig, axes = new_figure("Temperatures", 2)
     for column, label, colour in SCALES:
-        s = ev.series(column)
+        s = thinned(ev.series(column))
         if not len(s):
             continue
         axes[0].plot(s.index, s, color=colour, lw=1.8, label=label)
@@ -129,7 +132,7 @@ def _plot_zero_share(ax, ev):
         empty_axes(ax, "no region norms recorded")
         return
     ax.axhline(ev.limit("zero_norm_limit"), color=GREY, ls="--", lw=1.2, label="limit")
-    ax.set(ylim=(-0.02, max(0.25, float(ev.series("zero_share_region").max()) * 1.1)))
+    ax.set(ylim=(-0.02, max(0.25, float(finite(ev.series("zero_share_region")).max()) * 1.1)))
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #6644dde9
 def plot_norms(source):
@@ -171,7 +174,8 @@ def _plot_age(ax, ev):
         return
     other = ax.twinx()
     draw_line(other, ev, "bank_drift_cosine", "same region, now and then (right)", GREEN, "--")
-    other.set(ylabel="cosine", ylim=(min(0, float(ev.series("bank_drift_cosine").min())), 1.02))
+    lowest = min(0, float(finite(ev.series("bank_drift_cosine")).min()))
+    other.set(ylabel="cosine", ylim=(lowest, 1.02))
     other.grid(False)
     ax.plot([], [], "--", color=GREEN, label="same region then and now (right)")
 
@@ -193,15 +197,16 @@ def plot_bank(source):
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #1637a2e0
 def _plot_held_out_loss(ax, ev):
-    for kind, colour in (("global", BLUE), ("region", GREEN)):
-        train = in_batch(ev) if kind == "region" else ev.series("loss_global")
-        val = val_loss(ev, kind)
+    added = [(kind, PURPLE) for kind in added_kinds(ev)]
+    for kind, colour in (("global", BLUE), ("region", GREEN), *added):
+        train = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
+        val = thinned(val_loss(ev, kind))
         if not len(val):
             continue
         ax.plot(val.index, val, "o-", color=colour, lw=1.8, ms=4, label=f"held-out {kind}")
-        mean = train.rolling(20, min_periods=1).mean()
+        mean = thinned(train.rolling(20, min_periods=1).mean())
         label = f"training {kind}, 20-step mean"
-        ax.plot(train.index, mean, "--", color=colour, lw=1.2, label=label)
+        ax.plot(mean.index, mean, "--", color=colour, lw=1.2, label=label)
 
 
 def _plot_retrieval(ax, ev):
@@ -209,9 +214,7 @@ def _plot_retrieval(ax, ev):
     draw_line(ax, ev, "val_r10", "R@10", BLUE)
     if ev.has("val_r10_chance", "val_r10_chance_high"):
         draw_line(ax, ev, "val_r10_chance", "chance", GREY, "--")
-        low, high = ev.series("val_r10_chance"), ev.series("val_r10_chance_high")
-        luck = dict(color=GREY, alpha=0.2, lw=0, label="luck, up to 95 %")
-        ax.fill_between(low.index, low, high, **luck)
+        draw_between(ax, ev, "val_r10_chance", "val_r10_chance_high", GREY, 0.2, "luck, up to 95 %")
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #5287b5a1
 def plot_validation(source):
@@ -241,16 +244,18 @@ def plot_updates(source):
     fig, axes = new_figure("Does everything move?", 4, width=14)
     whole, *each = axes
     limit = ev.params.get("max_grad_norm")
-    if draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9) and limit:
-        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    measured = draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9)
     label_axes(whole, "gradient norm, whole model", "norm")
     for ax, (key, title, unit) in zip(each, UPDATE_AXES):
         for m, colour in MODULE_COLOURS.items():
             draw_line(ax, ev, f"{key}/{m}", m, colour)
         label_axes(ax, title, unit)
     for ax in axes:
-        if ax is not axes[3] and any((line.get_ydata() > 0).any() for line in ax.lines):
+        if ax is not axes[3] and any(np.greater(line.get_ydata(), 0).any() for line in ax.lines):
             ax.set_yscale("log")
+    if measured and limit:
+        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    for ax in axes:
         add_legend(ax, "not recorded")
     if axes[3].lines:
         axes[3].set_ylim(-0.03, 1.05)
@@ -261,15 +266,19 @@ def plot_time(source):
     "Step time and the part of it spent waiting for data."
     ev = as_evidence(source)
     fig, (ax,) = new_figure("Where the time goes", 1, width=7)
-    if ev.timing is None:
+    if ev.timing is None or not {"step_time_s", "data_time_s"} <= set(ev.timing):
         empty_axes(ax, "no wall-clock figures")
         return fig
     t = ev.timing.set_index("step")
-    whole, waiting = t["step_time_s"], t["data_time_s"]
-    ax.fill_between(t.index, whole, color=BLUE, alpha=0.3, lw=0, label="whole step")
-    ax.fill_between(t.index, waiting, color=ORANGE, alpha=0.8, lw=0, label="waiting for data")
-    top = float(whole.quantile(0.98)) * 1.3
-    ax.set(xlabel="optimiser step", ylabel="seconds", ylim=(0, top))
+    whole, waiting = finite(t["step_time_s"]), finite(t["data_time_s"])
+    for seconds, colour, alpha, label in (
+        (thinned(whole), BLUE, 0.3, "whole step"),
+        (thinned(waiting), ORANGE, 0.8, "waiting for data"),
+    ):
+        ax.fill_between(seconds.index, seconds, color=colour, alpha=alpha, lw=0, label=label)
+    label_axes(ax, "", "seconds")
+    if (top := float(whole.quantile(0.98)) * 1.3) > 0:
+        ax.set_ylim(0, top)
     ax.legend(fontsize=8)
     return fig
 

@@ -8,11 +8,12 @@ __all__ = ['Recorder']
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fbda01ca
 import os
 from pathlib import Path
-from fgclip_nb.core.folder import get_logger, read_jsonl
+from fgclip_nb.core.folder import get_logger
+from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
-from fgclip_nb.diagnostics.signs import batch_mark, sign_values, weight_values
+from fgclip_nb.diagnostics.signs import batch_mark, form_values, sign_values, weight_values
 from fgclip_nb.diagnostics.measures import (
     PAIRS,
     UpdateProbe,
@@ -44,8 +45,12 @@ def _figure(value, digits=4):
 
 
 def loss_line(row: dict) -> str:
-    "The `[LOSS]` line of a metrics row; a term that the step did not have reads n/a."
-    losses = " ".join(f"{n}={_figure(row.get(k))}" for n, k in LOSS_NAMES.items())
+    """The `[LOSS]` line of a metrics row; a term that the step did not have reads n/a.
+
+    Terms of FG-CLIP by short names, others by their columns, as logs are read back."""
+    added = [f"loss_{n}" for n in TERMS if f"loss_{n}" not in LOSS_NAMES.values()]
+    names = LOSS_NAMES | {column: column for column in added if column in row}
+    losses = " ".join(f"{n}={_figure(row.get(k))}" for n, k in names.items())
     levels = " ".join(f"{n}={_figure(row[k])}" for n, k in CHANCE_NAMES.items() if k in row)
     return (
         f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {losses} {levels} "
@@ -91,7 +96,7 @@ def forward_note(terms: dict, features: dict, batch, diagnostic: bool) -> dict:
     """What is kept of a region forward until its step is written.
 
     Features and batch are kept for a diagnostic step only, features without their graph."""
-    scales = {k: v.detach().clone() for k, v in features.items() if k.startswith("logit_scale")}
+    scales = {k: v.detach().clone() for k, v in features.items() if k.startswith("logit_")}
     ids = getattr(batch, "sample_ids", None)
     return dict(
         terms=terms,
@@ -109,7 +114,8 @@ def mean_columns(notes: list, cfg, loss=None) -> dict:
 
     `cfg` holds the weights of the sum `loss`; a `loss` that is given replaces it."""
     # read only now: no wait for the device between forwards
-    rows = [{"loss": total_loss(n["terms"], cfg)} | term_values(n["terms"]) for n in notes]
+    taught = [n["terms"] for n in notes if n["terms"]]
+    rows = [{"loss": total_loss(terms, cfg)} | term_values(terms) for terms in taught]
     names = dict.fromkeys(k for r in rows for k in r)
     columns = {k: mean_of([r[k] for r in rows if k in r]) for k in names}
     return columns if loss is None else columns | {"loss": loss}
@@ -121,7 +127,7 @@ def step_scales(notes: list, model=None) -> dict:
         return notes[-1]["scales"] if notes else {}
     # read on every step: a walk through all names would take long
     own = model.named_parameters(recurse=False)
-    return {n: p for n, p in own if "logit_scale" in n}
+    return {n: p for n, p in own if n.startswith("logit_")}
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #f083b97d
 def step_mark(notes: list) -> dict:
@@ -136,8 +142,10 @@ def held_parameters(optimizer) -> set:
     return {id(p) for group in groups for p in group["params"]}
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #c4c4d951
-def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None) -> dict:
-    "Columns of a diagnostic step; empty when no forward kept its features."
+def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None, losses="softmax") -> dict:
+    """Columns of a diagnostic step; empty when no forward kept its features.
+
+    losses: kind of the global loss."""
     looked = [n for n in notes if n["features"]]
     features = [n["features"] for n in looked]
     if not features:
@@ -145,7 +153,7 @@ def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None) -> dict:
     columns = similarity_values(features) | norm_values(features) | probe.measure()
     # with the temperatures of the forward: those of the features may have been updated in place
     used = [n["features"] | n["scales"] for n in looked]
-    columns |= sign_values(used, [n["batch"] for n in looked])
+    columns |= sign_values(used, [n["batch"] for n in looked], losses)
     if bank is not None:
         ids = getattr(notes[-1]["batch"], "region_ids", None)
         columns |= bank_health(bank, features[-1].get("region_features"), ids)
@@ -179,12 +187,6 @@ def finished_row(columns: dict, max_grad_norm: float) -> dict:
         row["clipped"] = 0 < max_grad_norm < row["grad_norm"]
     return row
 
-# %% ../../nbs/6_diagnostics/03_recorder.ipynb #a591cb1e
-def forwards_so_far(metrics: JsonLines) -> int:
-    "Region forwards up to the last line of the file; 0 without a file or without lines."
-    last = list(read_jsonl(metrics.path))[-1:] if metrics.path.exists() else []
-    return int(last[0].get("forwards", 0)) if last else 0
-
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #bae281fe
 class Recorder:
     """Writes a run folder's metrics.jsonl, timing.jsonl, TensorBoard events and log lines.
@@ -208,16 +210,18 @@ class Recorder:
         self.probe = UpdateProbe()
 
     def truncate(self, step: int):
-        "Cut all files back to `step` before training goes on from its checkpoint."
-        for file in (self.metrics, self.timing):
-            file.truncate(step)
+        """Cut all files back to `step` before training goes on from its checkpoint.
+
+        Region forwards are counted on from where the metrics then end."""
+        self.timing.truncate(step)
+        self.forwards = int(self.metrics.truncate(step).get("forwards", 0))
         if self.board:
             self.board.close()
             self.board.purge = step + 1
         self.last_step = step
-        self.forwards = forwards_so_far(self.metrics)
 
     def close(self):
+        "Close the files and the board; what was written is on the disk."
         for file in (self.metrics, self.timing, self.board):
             if file:
                 file.close()
@@ -284,9 +288,11 @@ class Recorder:
         return row
 
     def _look(self, notes, bank, model, optimizer) -> dict:
-        columns = diagnostic_columns(notes, self.probe, bank)
+        losses = getattr(self.cfg, "losses", "softmax")
+        columns = diagnostic_columns(notes, self.probe, bank, losses)
         if model is not None:
             columns |= weight_values(model, held_parameters(optimizer))
+            columns |= form_values(notes[-1]["batch"], model) if notes else {}
         if self.board:
             write_histograms(self.board, notes, self.last_step + 1)
         return columns

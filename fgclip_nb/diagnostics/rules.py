@@ -8,6 +8,7 @@ __all__ = ['Verdict', 'Evidence', 'rule']
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #22dfc643
 import dataclasses, math
 from dataclasses import dataclass, field
+from fgclip_nb.core.config import known_parameters
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #5924c9cc
 PASS, FAIL, UNLIKE, LATER = "pass", "fail", "not comparable", "not reached"
@@ -40,26 +41,6 @@ class Verdict:
         "As it is kept in verdicts.json."
         return dataclasses.asdict(self)
 
-# %% ../../nbs/6_diagnostics/07_rules.ipynb #fce21cb0
-LIMITS = dict(
-    region_loss_target_50=1.0,
-    region_loss_target_200=0.7,
-    region_loss_target_500=0.5,
-    zero_norm_limit=0.10,
-    logits_low=-10.0,
-    logits_high=20.0,
-    scale_tolerance=1e-4,
-    chance_ratio_limit=0.95,
-    equal_share_limit=0.25,
-    effective_rank_limit=1.01,
-    changed_share_limit=0.5,
-    noise_limit=0.25,
-    oscillation_limit=0.5,
-    data_share_limit=0.3,
-    overfit_limit=0.10,
-    bank_drift_limit=0.5,
-)
-
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #9a3d45c1
 @dataclass
 class Evidence:
@@ -74,6 +55,7 @@ class Evidence:
     facts: dict = field(default_factory=dict)
     finished: bool = True
     source: str = ""
+    read: dict = field(default_factory=dict, init=False, repr=False)  # columns read so far
 
     def has(self, *columns) -> bool:
         "Whether all these columns hold at least one number."
@@ -81,7 +63,7 @@ class Evidence:
 
     def limit(self, name) -> float:
         "A threshold: the run's own, else the default."
-        return float(self.params.get(name, LIMITS[name]))
+        return float(self.params.get(name, known_parameters()[name].default))
 
     def series(self, column):
         "A column without gaps, indexed by step (empty when unknown)."
@@ -89,8 +71,12 @@ class Evidence:
 
         if column not in self.frame:
             return pd.Series(dtype=float)
-        frame = self.frame.set_index("step") if "step" in self.frame else self.frame
-        return frame[column].dropna()
+        if column in self.read:
+            return self.read[column]
+        steps = self.frame["step"].to_numpy() if "step" in self.frame else self.frame.index
+        values = pd.Series(self.frame[column].to_numpy(), index=steps, name=column)
+        self.read[column] = values.dropna()
+        return self.read[column]
 
     @property
     def last_step(self):
@@ -99,10 +85,10 @@ class Evidence:
 
     def until(self, step):
         "The same evidence as it stood at that step."
-        timing = self.timing
-        if timing is not None:
-            timing = timing[timing["step"] <= step]
-        frame = self.frame[self.frame["step"] <= step]
+        frame, timing = (
+            table if table is None else table.iloc[: int((table["step"] <= step).sum())]
+            for table in (self.frame, self.timing)  # both are in the order of their steps
+        )
         return dataclasses.replace(self, frame=frame, timing=timing, finished=False)
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #b1896116
@@ -149,6 +135,26 @@ def in_batch(ev: Evidence):
     "The in-batch part of the region loss by step; the whole loss when there is no bank."
     named = ev.series("loss_region_in_batch")
     return named if len(named) or ev.series("bank_enabled").any() else ev.series("loss_region")
+
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #e6dab9b9
+SHIPPED_KINDS = ("global", "region", "hard")
+
+
+def is_kind(ev: Evidence, name: str, names: list) -> bool:
+    "Whether `loss_<name>` is a whole term and not a part of another; `names`: of all such columns."
+    if name.endswith("_in_batch"):
+        return False
+    beside = ev.has(f"chance_{name}") or ev.has(f"candidates_{name}")
+    part = any(name.startswith(f"{other}_") for other in names)
+    return name in SHIPPED_KINDS or beside or bool(ev.params) and not part
+
+
+def loss_kinds(ev: Evidence) -> list:
+    "Names of the loss terms in the evidence, FG-CLIP's first."
+    columns = [c for c in ev.frame if c.startswith("loss_") and ev.has(c)]
+    names = [c.removeprefix("loss_") for c in columns]
+    kinds = [n for n in names if is_kind(ev, n, names)]
+    return [k for k in SHIPPED_KINDS if k in kinds] + [k for k in kinds if k not in SHIPPED_KINDS]
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #aa9290ad
 def luck_of(ev: Evidence, kind: str, n: int) -> float:
@@ -209,7 +215,7 @@ RULES = {}
 def rule(needs=(), limit="", threshold="", source="", rank=SYMPTOM):
     """Register a function as the rule of its name; see `Rule`.
 
-    `needs`: a column or several; `limit`: an entry of `LIMITS`, for the `{:g}` of `threshold`;
+    `needs`: a column or several; `limit`: a parameter of a run, for the `{:g}` of `threshold`;
     `source`: what else it looks at, in words; `rank`: its place among those that trip, the lowest
     leads (see `CAUSE`); the docstring is its sentence in the catalogue."""
 

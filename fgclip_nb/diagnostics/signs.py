@@ -56,15 +56,31 @@ def cut_texts(texts, limit: int):
     return (texts.lengths >= limit).float().mean()
 
 
+def patch_pixels(batch):
+    """The real patches of a batch of FG-CLIP 2 as pictures (F,3,1,pixels) uint8.
+
+    Of many photos an even sample is looked at; all are cut to the fewest pixels among them."""
+    import torch
+
+    step = max(1, len(batch.pixel_values) // 16)
+    rows, counts = batch.pixel_values[::step], batch.spatial_shapes[::step].prod(1)
+    if rows.dtype.is_floating_point:
+        rows = ((rows + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    rows = rows[:, : int(counts.min())]
+    return rows.reshape(len(rows), -1, 3).transpose(1, 2)[:, :, None]
+
+
 def batch_values(batch) -> dict:
     "Identities, texts and pixels of a batch; what it does not have is left out."
+    patches = getattr(batch, "spatial_shapes", None) is not None
     out = {}
     if getattr(batch, "sample_ids", None) is not None:
         out["batch_mark"] = batch_mark(batch.sample_ids)
     if getattr(batch, "pixel_values", None) is not None:
-        out |= pixel_values(batch.pixel_values)
+        out |= pixel_values(patch_pixels(batch) if patches else batch.pixel_values)
     if getattr(batch, "texts", None) is not None and len(batch.texts.lengths):
-        out["cut_share"] = cut_texts(batch.texts, 77)
+        full = batch.texts.input_ids[:, -1].ne(0).float().mean() if patches else None
+        out["cut_share"] = cut_texts(batch.texts, 77) if full is None else full
     for kind, ids in (("global", "caption_ids"), ("region", "region_caption_ids")):
         known = getattr(batch, ids, None)
         if known is not None and len(known):
@@ -105,12 +121,21 @@ def plain_loss(logits, equal):
     return ((left_out.logsumexp(1) - own).mean() + (left_out.logsumexp(0) - own).mean()) / 2
 
 
-def shifted_loss(logits, equal):
+def plain_sigmoid(logits, equal):
+    "The sigmoid loss of logits (N,N), bias included, right ones on the diagonal; as `plain_loss`."
+    import torch
+
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    costs = torch.nn.functional.softplus(torch.where(own, -logits, logits))
+    return costs.masked_fill(equal & ~own, 0).sum() / len(logits)
+
+
+def shifted_loss(logits, equal, loss=plain_loss):
     "The same with the partner of each row one row further."
     import torch
 
     order = torch.arange(len(logits), device=logits.device).roll(-1)
-    return plain_loss(logits[:, order], equal[:, order] & equal[order][:, order])
+    return loss(logits[:, order], equal[:, order] & equal[order][:, order])
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #571a1e4b
 SIDES = dict(
@@ -141,11 +166,11 @@ def sides_of(features: dict, batch, kind: str):
     return a.detach().float(), b.detach().float(), features[scale].detach().float().exp(), ids
 
 
-def loss_checks(features: dict, batch) -> dict:
+def loss_checks(features: dict, batch, losses="softmax") -> dict:
     """In-batch losses computed anew from features, and what three mistakes would make of them.
 
     `check_<term>`; `.._raw`: features not normalised; `.._inverse`: divided by the temperature;
-    `.._shifted`: labels one off."""
+    `.._shifted`: labels one off. losses: kind of the global loss."""
     from torch.nn.functional import normalize
 
     out = {}
@@ -156,10 +181,13 @@ def loss_checks(features: dict, batch) -> dict:
         a, b, scale, ids = sides
         equal = ids[:, None] == ids[None]
         cosines = normalize(a, dim=1) @ normalize(b, dim=1).T
-        out[name] = plain_loss(cosines * scale, equal)
-        out[f"{name}_raw"] = plain_loss(a @ b.T * scale, equal)
-        out[f"{name}_inverse"] = plain_loss(cosines / scale, equal)
-        out[f"{name}_shifted"] = shifted_loss(cosines * scale, equal)
+        loss, bias = plain_loss, 0.0
+        if kind == "image" and losses == "sigmoid":
+            loss, bias = plain_sigmoid, features["logit_bias"].detach().float()
+        out[name] = loss(cosines * scale + bias, equal)
+        out[f"{name}_raw"] = loss(a @ b.T * scale + bias, equal)
+        out[f"{name}_inverse"] = loss(cosines / scale + bias, equal)
+        out[f"{name}_shifted"] = shifted_loss(cosines * scale + bias, equal, loss)
         if kind == "region":
             out |= within_photos(cosines, batch.region_sample_ids, ids)
     return out
@@ -186,6 +214,31 @@ def alike_values(features: dict) -> dict:
         n = len(unit)
         out[f"alike_{kind}"] = (unit.sum(0).square().sum() - n) / (n * (n - 1))
     return out
+
+# %% ../../nbs/6_diagnostics/01a_signs.ipynb #546badf8
+def form_values(batch, model) -> dict:
+    """Shares of a batch's distinct texts that FG-CLIP 2 was not trained with: `capitals_share`,
+    with capital letters, and `padding_wrong_share`, without end mark and padding to full length.
+
+    Empty for other models."""
+    if not hasattr(model, "form") or getattr(batch, "texts", None) is None:
+        return {}
+    from fgclip_nb.text.pieces import ends_as_trained
+
+    form, texts = model.form(), [(batch.texts, "short"), (batch.long_texts, "long")]
+    wrong, capitals = [], []
+    for part, name in texts:
+        if part is None or not len(part.input_ids):
+            continue
+        whole = part.input_ids.shape[1] == getattr(form, name)
+        wrong.append(~(ends_as_trained(part.input_ids) & whole))
+        capitals.append(form.pieces.capital_rows(part.input_ids))
+    if not wrong:
+        return {}
+    import torch
+
+    shares = dict(capitals_share=capitals, padding_wrong_share=wrong)
+    return {name: torch.cat(rows).float().mean() for name, rows in shares.items()}
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #b63d663d
 def named_modules_of(model) -> dict:
@@ -224,10 +277,12 @@ def fresh_share(model) -> dict:
     return out
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #1b1982fb
-def sign_values(features: list, batches: list) -> dict:
-    "The signs of a diagnostic step from its forwards' features and batches, 0-dim tensors."
+def sign_values(features: list, batches: list, losses="softmax") -> dict:
+    """The signs of a diagnostic step from its forwards' features and batches, 0-dim tensors.
+
+    losses: kind of the global loss."""
     rows = [
-        alike_values(f) | ({} if b is None else batch_values(b) | loss_checks(f, b))
+        alike_values(f) | ({} if b is None else batch_values(b) | loss_checks(f, b, losses))
         for f, b in zip(features, batches)
     ]
     names = dict.fromkeys(k for row in rows for k in row)

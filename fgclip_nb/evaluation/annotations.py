@@ -6,16 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #f9e413c4
-import csv, json
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.data.samples import Reject
+from fgclip_nb.core.folder import read_json
+from fgclip_nb.data.samples import VIDEO_SUFFIXES, Reject
 from fgclip_nb.evaluation.features import read_plain_npy
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #d61c18a8
-MEDIA_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".npy")
+MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".npy")
 
 
 def video_name(name):
@@ -173,7 +174,7 @@ def read_scores(source):
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         source = {p.name: read_plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
     elif isinstance(source, (str, Path)):
-        source = json.loads(Path(source).read_text(encoding="utf-8"))
+        source = read_json(source)
     out = {}
     for name, scores in source.items():
         values = _checked_scores(name, scores)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
-from fgclip_nb.core.folder import asset, write_atomic
-from fgclip_nb.data.photos import normalize
+from fgclip_nb.core.folder import read_json, write_atomic
 from fgclip_nb.data.samples import visible_spans
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
+from fgclip_nb.data.hard_negatives import load_class_sentences
 from fgclip_nb.evaluation.ranking import unit
-from fgclip_nb.evaluation.encoder import feature_tensor, frozen, need_dense, stack_features
+from fgclip_nb.evaluation.views import box_features, picture_features, shown_pictures
+from fgclip_nb.evaluation.encoder import frozen, need_dense, stack_features
 from fgclip_nb.evaluation.captions import as_encoder
 from fgclip_nb.evaluation.features import read_plain_npy
 from fgclip_nb.evaluation.annotations import AnomalyVideo, video_name
@@ -27,13 +28,14 @@ def read_prompts(source=None):
     """{class: [sentences]} with a class `Normal`, from a dictionary, a JSON file, or as shipped.
 
     Raises `DataError` without a non-empty class `Normal` and another one."""
-    path, prompts = source or asset("ucf_crime_prompts.json"), source
-    if not isinstance(source, dict):
-        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
+    path = source or "ucf_crime"
+    prompts = source if isinstance(source, dict) else load_class_sentences(path)
     prompts = {
-        c: [p["phrase"], *p["captions"]] if isinstance(p, dict) else list(p)
+        c: [*filter(None, [p.get("phrase")]), *p["captions"]] if isinstance(p, dict) else list(p)
         for c, p in prompts.items()
     }
+    if not all(isinstance(s, str) and s for texts in prompts.values() for s in texts):
+        raise DataError(f"prompts {str(path)[:200]!r}: a sentence is empty or no text")
     if not prompts.get("Normal") or len(prompts) < 2:
         raise DataError(
             f"prompts {str(path)[:200]!r}: a non-empty class `Normal` and at least one other class "
@@ -81,19 +83,16 @@ def segment_frames(n, every):
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #3a5436b0
 def _encode_video(encoder, path, every, boxes, most=64):
     "`VideoFeatures` of one file; at most `most` frames at a time."
-    import torch
-
     frames = video_info(path).frames
     numbers = segment_frames(frames, every)
-    cells = torch.as_tensor(boxes * encoder.grid, dtype=torch.float32).to(encoder.device)
     whole, regions = [], []
     need_dense(encoder.model)
     with frozen(encoder.model):
         for i in range(0, len(numbers), most):
             images = read_frames(path, numbers[i : i + most], encoder.image_size)
-            pixels = normalize(torch.from_numpy(images).to(encoder.device))
-            whole.append(feature_tensor(encoder.model.get_image_features(pixels)))
-            regions.append(encoder.model.get_image_box_roi_features(pixels, [cells] * len(pixels)))
+            pixels = shown_pictures(encoder.model, images, encoder.device, encoder.grid**2)
+            whole.append(picture_features(encoder.model, pixels))
+            regions.append(box_features(encoder.model, pixels, [boxes] * len(pixels), encoder.grid))
     by_segment = unit(stack_features(regions)).reshape(len(numbers), len(boxes), -1)
     return VideoFeatures(unit(stack_features(whole)), by_segment, frames)
 
@@ -103,7 +102,7 @@ def _cached_video(cache, name, encode, source):
 
     encode(source) is called and kept where the file is not there yet."""
     path, counts = cache / f"{name}.npy", cache / "frames.json"
-    known = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
+    known = read_json(counts)
     if path.is_file() and name in known:
         both = read_plain_npy(path).astype(np.float64)
         return VideoFeatures(both[:, 0], both[:, 1:], known[name])
@@ -121,7 +120,7 @@ def _open_cache(cache, about):
     note, about = cache / "made_from.json", json.loads(json.dumps(about))
     if not note.is_file():
         write_atomic(note, json.dumps(about, indent=1) + "\n")
-    noted = json.loads(note.read_text(encoding="utf-8"))
+    noted = read_json(note)
     other = [k for k in about if noted.get(k) != about[k]]
     if other:
         raise DataError(

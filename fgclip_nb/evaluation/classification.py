@@ -6,10 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #30a2be30
-from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.core.folder import asset
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.evaluation.ranking import (
     TIE_RULES,
     grouped_permutations,
@@ -20,57 +19,43 @@ from fgclip_nb.evaluation.ranking import (
     unit,
 )
 from fgclip_nb.evaluation.scores import Ranked
-
-# %% ../../nbs/7_evaluation/04_classification.ipynb #f04d4ec6
-def list_file(source, shipped):
-    "The shipped file `<shipped><source>.txt` of a bare name, else the path itself."
-    path = asset(f"{shipped}{source}.txt")
-    return path if path.is_file() else Path(source)
-
-
-def read_lines(source, shipped=""):
-    """Entries of a list as they are, or the non-empty lines of a text file.
-
-    A bare name means the shipped file `<shipped><name>.txt`; `DataError` when there is none."""
-    if not isinstance(source, (str, Path)):
-        return [str(x) for x in source]
-    path = list_file(source, shipped)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in asset().glob("*.txt")))
-        raise DataError(f"{source!r}: neither a shipped list ({names}) nor a file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-# %% ../../nbs/7_evaluation/04_classification.ipynb #493ce5e7
-def read_labels(source):
-    "A label set: list, file, or `coco80`. Repeated names raise `DataError`."
-    labels = read_lines(source)
-    if not labels:
-        raise DataError(f"label set {source!r}: no labels")
-    twice = sorted({x for x in labels if labels.count(x) > 1})
-    if twice:
-        raise DataError(f"label set {source!r}: {twice[0]!r} stands there twice")
-    return labels
-
-
-def read_templates(source):
-    "Prompt templates: list, file, `imagenet` (80) or `photo` (1). Each holds one {} for the class."
-    templates = read_lines(source, "templates_")
-    wrong = [t for t in templates if t.count("{}") != 1]
-    if wrong or not templates:
-        raise DataError(
-            f"templates {source!r}: {wrong[0] if wrong else 'empty'!r} needs exactly one {{}}"
-        )
-    return templates
+from fgclip_nb.evaluation.label_files import is_file_name, read_labels
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #fab7f601
+def _words(text) -> str:
+    return " ".join(text.casefold().replace("_", " ").strip(" .").split())
+
+
 def label_of(phrase, labels):
     """Number of the label that `phrase` is, or ends with; the longest match wins.
 
-    None without one."""
-    text = " ".join(phrase.casefold().strip(" .").split())
-    folded = [label.casefold() for label in labels]
+    None without one. An underscore is a space."""
+    text, *folded = (_words(t) for t in (phrase, *labels))
     fits = [i for i, name in enumerate(folded) if text == name or text.endswith(" " + name)]
     return max(fits, key=lambda i: len(labels[i]), default=None)
+
+# %% ../../nbs/7_evaluation/04_classification.ipynb #6ec36b92
+DEFAULT_LABELS = "coco80"
+
+
+def label_set(given, there, own=True) -> list:
+    """The labels to choose among: the set `given` (`read_labels`).
+
+    `there`: labels of the data. Where none of them is in the set, the default gives way to them
+    (not without `own`) and a set that was given raises `DataError`."""
+    labels = read_labels(given)
+    if not there or any(label_of(label, labels) is not None for label in there):
+        return labels
+    examples = ", ".join(map(repr, sorted(there)[:3]))
+    if not is_file_name(given) or str(given) != DEFAULT_LABELS:
+        raise DataError(
+            f"none of the {len(labels)} labels of {str(given)[:200]!r} (first: {labels[0]!r}) is a "
+            f"label of the data ({examples}): give the names that the data use"
+        )
+    if own:
+        get_logger().info(f"labels: the {len(there)} of the data ({examples} …), none being given")
+        return sorted(there)
+    return labels
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #5befb56d
 def class_features(encoder, labels, templates):

@@ -10,7 +10,8 @@ import glob
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.evaluation.ranking import bootstrap_means, interval
+from fgclip_nb.core.plain import literal
+from fgclip_nb.evaluation.ranking import bootstrap_means, percentile_interval
 from fgclip_nb.evaluation.results import load_evaluation
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #ded7c26a
@@ -34,7 +35,7 @@ def paired_rows(task, name, a, b, repeats, seed):
         if metric == "mean_rank" and (a.options == 2).all():
             continue
         va, vb = va[ia], b.values()[metric][ib]
-        low, high = interval(bootstrap_means(vb - va, groups, repeats, seed))
+        low, high = percentile_interval(bootstrap_means(vb - va, groups, repeats, seed))
         out.append(
             {
                 "task": task,
@@ -91,9 +92,9 @@ def plot_paired(paired, names=("first", "second")):
         ax.plot(r.difference, y, "o", color="tab:blue", mfc=fill, ms=5)
     ax.axvline(0, color="black", lw=1)
     labels = [f"{r.task} {r.list} {r.metric} ({r.items})" for r in paired.itertuples()]
-    ax.set_yticks(range(len(paired)), labels, fontsize=7)
+    ax.set_yticks(range(len(paired)), [literal(s) for s in labels], fontsize=7)
     ax.set(xlabel="difference on the same items, with 95 % interval (hollow: undecided)")
-    ax.set_title(f"{names[1]}\nminus {names[0]}", fontsize=9)
+    ax.set_title(f"{literal(names[1])}\nminus {literal(names[0])}", fontsize=9)
     return fig
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #f1c9ecd1
@@ -204,13 +205,12 @@ def plot_side_by_side(named, title="Models side by side"):
     for i, (name, t) in enumerate(tables.items()):
         y = np.array([lines.index(k) for k in t.index]) + 0.7 * (0.5 - (i + 0.5) / len(named))
         ax.hlines(y, t.low.astype(float), t.high.astype(float), color=f"C{i}", lw=1.5)
-        ax.plot(t.value, y, "o", color=f"C{i}", ms=4, label=name)
+        ax.plot(t.value, y, "o", color=f"C{i}", ms=4, label=literal(name))
     for t in tables.values():
         y = [lines.index(k) for k in t.index]
         ax.plot(t.chance.astype(float), y, "|", color="black", ms=11, zorder=0)
-    ax.set_yticks(range(len(lines)), [" ".join(k) for k in lines], fontsize=7)
-    ax.set(
-        xlabel="share right, with 95 % interval (black: chance)", xlim=(-0.02, 1.02), title=title
-    )
+    ax.set_yticks(range(len(lines)), [literal(" ".join(k)) for k in lines], fontsize=7)
+    ax.set(xlabel="share right, with 95 % interval (black: chance)", xlim=(-0.02, 1.02))
+    ax.set_title(literal(title))
     fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return fig

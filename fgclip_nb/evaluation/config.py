@@ -27,16 +27,16 @@ class EvaluateConfig:
         "tiny", "run, checkpoint or CLIP folder, hub id, OpenAI file, features, or preset"
     )
     baseline: str = param("", "a second model to compare with on the same items; empty: none")
-    data: str = param("sample", "data set: `sample`, or a file or folder in any known format")
+    data: str = param("sample", "`sample`, `world`, or a file or folder in any known format")
     media_root: str = param(
         "", "folder that image paths start from; empty for the folder of the data file"
     )
-    split: str = param("auto", "split to score; `auto`: val where there is one; `all`: everything")
-    tasks: str = param(
-        "short_retrieval,region_classification,hard_negatives,caption_negatives", "by commas"
+    split: str = param(
+        "auto", "split to score; `auto`: what the run held out, else val; `all`: everything"
     )
+    tasks: str = param("auto", "tasks by commas; `auto`: all but long captions and photo labels")
     labels: str = param(
-        "coco80", "classes of region classification: `coco80`, or a file, one per line"
+        "coco80", "classes to choose among: `coco80`, or a file of names in any common form"
     )
     templates: str = param(
         "imagenet", "`imagenet` (80), `photo` (1) or a file with one template per line"
@@ -83,6 +83,8 @@ class EvaluateConfig:
 
     def task_list(self):
         "Names of the tasks."
+        if self.tasks == "auto":
+            return [t for t in TASKS if t not in ("long_retrieval", "classification")]
         return [t.strip() for t in self.tasks.split(",") if t.strip()]
 
     def event(self):

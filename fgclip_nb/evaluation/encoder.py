@@ -12,18 +12,26 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
 from fgclip_nb.data.inputs import clip_inputs
-from fgclip_nb.data.photos import normalize, read_image
+from fgclip_nb.data.photos import read_image
+from fgclip_nb.data.scenes import is_made
+from fgclip_nb.evaluation.views import (
+    WALKS,
+    box_features,
+    dense_map,
+    feature_tensor,
+    picture_features,
+    piece_features,
+    reads_patches,
+    shown_pictures,
+    text_lengths,
+    tokenizer_features,
+)
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #3d42a792
 def vision_size(model):
     "(image_size, patch_size) in pixels from the model's own config."
     config = getattr(model.config, "vision_config", model.config)
     return int(config.image_size), int(config.patch_size)
-
-
-def feature_tensor(out):
-    "The feature tensor of a model call; transformers 5 wraps it in an output object."
-    return out if hasattr(out, "detach") else out.pooler_output
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #7c6acd4b
 def has_long_path(model):
@@ -34,6 +42,14 @@ def has_long_path(model):
     if report is not None and any("text_filip_projection" in str(x) for x in report.initialised):
         return False
     return "walk_short_pos" in inspect.signature(model.get_text_features).parameters
+
+
+def context_lengths(model) -> dict:
+    "Tokens or pieces that a caption may have: of short captions (False) and of long ones (True)."
+    if reads_patches(model):
+        text = model.config.text_config
+        return {False: text.max_position_embeddings, True: text.longtext_len}
+    return {False: 77, True: 248 if has_long_path(model) else 77}
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #7ce1f031
 @contextmanager
@@ -67,12 +83,14 @@ def encoded_of(item):
 
 def why_unread(item):
     "Why a photo or clip (sample or path) has no feature: `photo missing`, `clip unreadable`, …"
-    there = getattr(item, "data", None) is not None or Path(media_of(item)).is_file()
+    media = media_of(item)
+    embedded = getattr(item, "data", None) is not None
+    there = embedded or is_made(media) or Path(media).is_file()
     return f"{'clip' if is_clip(item) else 'photo'} {'unreadable' if there else 'missing'}"
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #614cf6c4
 def _readable_images(items, size, unreadable):
-    "Yield (row, uint8 (size,size,3)) of the images that can be read; the others are noted."
+    "Yield (row, uint8 (height,width,3)) of the images that can be read; the others are noted."
     for row, item in enumerate(items):
         try:
             yield row, read_image(encoded_of(item), size)
@@ -80,16 +98,16 @@ def _readable_images(items, size, unreadable):
             unreadable.append({"file": media_of(item), "reason": str(e)})
 
 
-def pixel_batches(items, size, batch_size, device, unreadable):
-    """Yield (row numbers, pixel_values (b,3,size,size) on `device`) of the images that can be read.
+def pixel_batches(model, items, size, batch_size, device, unreadable, budget=0):
+    """Yield (row numbers, what the model is shown, on `device`) of the images that can be read.
 
-    items: samples or paths. Of the others {file, reason} is appended to `unreadable`."""
-    import torch
-
-    readable = _readable_images(items, size, unreadable)
+    Squares of `size` pixels, or photos in their own shape for FG-CLIP 2 (`budget` patches, 0: their
+    official own). items: samples or paths. Of the others {file, reason} is appended to
+    `unreadable`."""
+    readable = _readable_images(items, None if reads_patches(model) else size, unreadable)
     while batch := list(itertools.islice(readable, batch_size)):
         rows, pixels = zip(*batch)
-        yield list(rows), normalize(torch.from_numpy(np.stack(pixels)).to(device))
+        yield list(rows), shown_pictures(model, pixels, device, budget)
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #211cd46e
 def stack_features(parts, width=0):
@@ -99,18 +117,18 @@ def stack_features(parts, width=0):
     return np.concatenate([p.detach().float().cpu().numpy() for p in parts])
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #1a30e85c
-def read_clip(sample, frames, size, device, unreadable):
-    """(`ClipInputs`, normalised pixels (F,3,size,size)) of `frames` frames of a video sample.
+def read_clip(model, sample, frames, size, device, unreadable):
+    """(`ClipInputs`, what the model is shown) of `frames` frames of a video sample.
 
     None when it cannot be read: then {file, reason} is appended to `unreadable`."""
-    import torch
-
     try:
         inputs = clip_inputs(sample, frames, size)
     except DataError as e:
         unreadable.append({"file": str(sample.media), "reason": str(e)})
         return None
-    return inputs, normalize(torch.from_numpy(inputs.frames).to(device))
+    return inputs, shown_pictures(
+        model, inputs.frames, device, (size // vision_size(model)[1]) ** 2
+    )
 
 
 def in_parts(n, size, call):
@@ -128,7 +146,7 @@ def clip_feature(model, inputs, pixels, batch_size):
     from fgclip_nb.model.temporal import pool_clips
 
     def encode(part):
-        return feature_tensor(model.get_image_features(pixel_values=pixels[part]))
+        return picture_features(model, pixels[part])
 
     frames = in_parts(len(pixels), batch_size, encode)
     times = torch.from_numpy(inputs.times).to(frames.device)
@@ -136,12 +154,18 @@ def clip_feature(model, inputs, pixels, batch_size):
     return pool_clips(getattr(model, "temporal", None), frames, times, clip, 1)
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #728b4f5d
-def text_batch_features(model, texts, context_length, long=False):
+def text_batch_features(model, texts, context_length, long=False, phrase=False):
     """Features (T,D) of a batch of texts, cut to `context_length` tokens.
 
-    long: by the path with 248 positions, where the model has one."""
+    long: by the path with 248 positions, where the model has one. phrase: texts of regions, which
+    FG-CLIP 2 reads by its box walk."""
     from fgclip_nb.text.packing import tokenize
 
+    if reads_patches(model):
+        short = "phrase" if phrase else "caption"
+        return piece_features(model, texts, WALKS["long" if long else short])
+    if getattr(model, "tokenizer", None) is not None:
+        return tokenizer_features(model, texts, context_length)
     device = next(model.parameters()).device
     batch = tokenize(texts, context_length=context_length).to(device)
     if hasattr(model, "encode_text"):
@@ -150,19 +174,9 @@ def text_batch_features(model, texts, context_length, long=False):
     return feature_tensor(model.get_text_features(input_ids=batch.input_ids, **path))[batch.index]
 
 
-def too_long(texts, context_length):
-    "The set of `texts` that lose words when cut to `context_length` tokens."
-    from fgclip_nb.text.tokenizer import encode
-
-    return {t for t, ids in zip(texts, encode(texts)) if len(ids) > context_length}
-
-# %% ../../nbs/7_evaluation/02_encoder.ipynb #827ac312
-def in_cells(boxes, grid, device):
-    "Boxes (R,4) xyxy 0-1 -> float32 tensor (R,4) in cells of a grid x grid map."
-    import torch
-
-    cells = np.asarray(boxes, dtype=np.float32).reshape(-1, 4) * np.float32(grid)
-    return torch.as_tensor(cells, device=device)
+def too_long(model, texts, context_length):
+    "The set of `texts` that lose words when cut to `context_length` tokens or pieces."
+    return {t for t, n in zip(texts, text_lengths(model, texts)) if n > context_length}
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #d26c4e24
 def need_dense(model):
@@ -180,19 +194,18 @@ def photo_region_features(model, batches, boxes, grid):
     batches: of `pixel_batches`; boxes: per photo (n,4) xyxy 0-1; boxes are numbered through."""
     first, rows, parts = np.cumsum([0, *map(len, boxes)]), [], []
     for photo_rows, pixels in batches:
-        cells = [in_cells(boxes[i], grid, pixels.device) for i in photo_rows]
-        parts.append(model.get_image_box_roi_features(pixels, box_info=cells))
+        parts.append(box_features(model, pixels, [boxes[i] for i in photo_rows], grid))
         rows += [(i, first[i] + j) for i in photo_rows for j in range(len(boxes[i]))]
     return parts, np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 # %% ../../nbs/7_evaluation/02_encoder.ipynb #f44bcf5a
 def clip_region_feature(model, inputs, pixels, k, grid, batch_size):
-    "Mean feature (1,D) of region k of a clip (frames (F,3,S,S)) over the frames that show it."
+    "Mean feature (1,D) of region k of a clip over the frames that show it."
     shown = np.flatnonzero(inputs.visible[k])
-    cells = in_cells(inputs.boxes[k][shown], grid, pixels.device)[:, None]
+    boxes = inputs.boxes[k][shown][:, None]
 
     def encode(part):
-        return model.get_image_box_roi_features(pixels[shown[part]], box_info=list(cells[part]))
+        return box_features(model, pixels[shown[part]], list(boxes[part]), grid)
 
     return in_parts(len(shown), batch_size, encode).mean(0, keepdim=True)
 
@@ -200,25 +213,30 @@ def clip_region_feature(model, inputs, pixels, k, grid, batch_size):
 class Encoder:
     """A model seen through its features: batched, without gradient, returned as float32 arrays.
 
-    image_size: pixels, default the model's own. batch_size: images per call; text_batch_size:
-    distinct texts per call; frames: per clip. `unreadable` collects {file, reason} of images left
+    image_size: pixels, default the model's own. budget: patches of a photo for FG-CLIP 2, 0: its
+    official own. batch_size: images per call; text_batch_size: distinct texts per call; frames: per
+    clip. `unreadable` collects {file, reason} of images left
     out; `cut` the texts that were longer than the context."""
 
-    def __init__(self, model, image_size=None, batch_size=64, text_batch_size=512, frames=32):
+    def __init__(
+        self, model, image_size=None, batch_size=64, text_batch_size=512, frames=32, budget=0
+    ):
         own_size, self.patch_size = vision_size(model)
         self.model = model
         self.image_size = image_size or own_size
         self.batch_size = batch_size
         self.text_batch_size = text_batch_size
         self.frames = frames
-        self.context = {False: 77, True: 248 if has_long_path(model) else 77}
+        self.budget = budget
+        self.context = context_lengths(model)
         self.unreadable = []
         self.cut = set()
         self._images = {}  # (media, span) -> feature
-        self._texts = {False: {}, True: {}}  # long path or not -> text -> feature
+        self._texts = {}  # (long path or not, phrase or not) -> text -> feature
 
     @property
     def device(self):
+        "Where the model's weights lie."
         return next(self.model.parameters()).device
 
     @property
@@ -231,19 +249,28 @@ class Encoder:
         return why_unread(item)
 
     def pixel_batches(self, items):
-        "Yield (rows, pixel_values (b,3,S,S)) of the readable images, on the model's device."
-        return pixel_batches(items, self.image_size, self.batch_size, self.device, self.unreadable)
+        "Yield (rows, what the model is shown) of the readable images, on the model's device."
+        return pixel_batches(
+            self.model,
+            items,
+            self.image_size,
+            self.batch_size,
+            self.device,
+            self.unreadable,
+            self.budget,
+        )
 
     def clip(self, sample):
         "(`ClipInputs`, normalised frames (F,3,S,S)) of a video sample, or None; see `read_clip`."
-        return read_clip(sample, self.frames, self.image_size, self.device, self.unreadable)
+        size, device = self.image_size, self.device
+        return read_clip(self.model, sample, self.frames, size, device, self.unreadable)
 
     def _encode_photos(self, items):
         "Encode photos that are not known yet."
         new = {(media_of(x), None): x for x in items if (media_of(x), None) not in self._images}
         keys = list(new)
         for rows, pixels in self.pixel_batches(new.values()):
-            features = feature_tensor(self.model.get_image_features(pixel_values=pixels))
+            features = picture_features(self.model, pixels)
             self._images.update(zip([keys[i] for i in rows], stack_features([features])))
 
     def _encode_clip(self, key, sample):
@@ -270,18 +297,20 @@ class Encoder:
         stacked = np.stack(features) if features else stack_features([])
         return stacked, np.array(rows, dtype=np.int64)
 
-    def texts(self, texts, long=False):
+    def texts(self, texts, long=False, phrase=False):
         """Features of `texts`, float32 (T,D), in their order.
 
-        long: the path with 248 positions, where the model has one."""
-        known, texts = self._texts[long], list(texts)
+        long: the path for long captions, where the model has one. phrase: texts of regions, which
+        FG-CLIP 2 reads in another way than captions."""
+        phrase = phrase and reads_patches(self.model)
+        known, texts = self._texts.setdefault((long, phrase), {}), list(texts)
         new = sorted(set(texts) - known.keys())
         length = self.context[long]
         with frozen(self.model):
             for i in range(0, len(new), self.text_batch_size):
                 part = new[i : i + self.text_batch_size]
-                self.cut |= too_long(part, length)
-                features = text_batch_features(self.model, part, length, long)
+                self.cut |= too_long(self.model, part, length)
+                features = text_batch_features(self.model, part, length, long, phrase)
                 known.update(zip(part, stack_features([features])))
         return np.stack([known[t] for t in texts]) if texts else stack_features([])
 
@@ -314,15 +343,14 @@ class Encoder:
         return stack_features(features), [inputs.regions[k] for k in picked]
 
     def dense(self, item):
-        "Dense map of one photo (sample or path): float32 (grid, grid, D)."
+        "Dense map of one photo (sample or path): float32 (rows, columns, D)."
         with frozen(self.model):
             maps = [
-                self.model.get_image_dense_features(pixels)
-                for _, pixels in self.pixel_batches([item])
+                dense_map(self.model, pixels, self.grid) for _, pixels in self.pixel_batches([item])
             ]
         if not maps:
             raise DataError(self.unreadable[-1]["reason"])
-        return stack_features(maps).reshape(self.grid, self.grid, -1)
+        return maps[0].float().cpu().numpy()
 
     def describe(self):
         "Entries for the manifest."

@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
-from fgclip_nb.core.folder import model_folder, write_atomic
+from fgclip_nb.core.folder import model_folder, read_json, write_atomic
+from fgclip_nb.evaluation.views import reads_patches
 from fgclip_nb.evaluation.encoder import is_clip, media_of
 from fgclip_nb.evaluation.captions import as_encoder, captions_of
 from fgclip_nb.evaluation.regions import encode_regions, region_id
@@ -40,7 +41,7 @@ def _read_names(folder, name):
     "Lines of <name>.txt, or the entries of the JSON list <name>.json."
     listed, lines = Path(folder) / f"{name}.json", Path(folder) / f"{name}.txt"
     if listed.is_file():
-        return [str(x) for x in json.loads(listed.read_text(encoding="utf-8"))]
+        return [str(x) for x in read_json(listed, list)]
     if not lines.is_file():
         raise DataError(f"{lines}: missing; write the names of the rows, one per line")
     return lines.read_text(encoding="utf-8").splitlines()
@@ -121,6 +122,7 @@ class CachedFeatures:
             False: dict(named_rows(folder, "text", "texts")),
             True: dict(named_rows(folder, "long_text", "long_texts")),
         }
+        self._phrases = dict(named_rows(folder, "phrase_text", "texts"))
         self._regions = _region_rows(self.folder)
         if not (self._images or self._regions):
             raise DataError(
@@ -131,9 +133,13 @@ class CachedFeatures:
         "(float32 (k,D), rows (k,) int64) of the photos and clips that have a feature."
         return pick_rows(self._images, [item_name(x) for x in items])
 
-    def texts(self, texts, long=False):
-        "Features of `texts`, float32 (T,D); `DataError` when one is missing."
+    def texts(self, texts, long=False, phrase=False):
+        """Features of `texts`, float32 (T,D); `DataError` when one is missing.
+
+        phrase: those of texts as phrases of regions, where the folder has them apart."""
         table = self._texts[long] or self._texts[False]
+        if phrase and self._phrases:
+            table = self._phrases
         missing = next((t for t in texts if t not in table), None)
         if missing is not None:
             raise DataError(
@@ -159,6 +165,7 @@ class CachedFeatures:
         return features, [regions[i] for i in rows]
 
     def why_lost(self, item):
+        "Why an item has no feature: it is not in the cache."
         return "no cached feature"
 
     def describe(self):
@@ -209,6 +216,8 @@ def save_features(model, samples, folder, texts=(), image_size=None):
         "text_features": encoder.texts(short),
         "long_text_features": encoder.texts(long, long=True),
     }
+    if reads_patches(encoder.model):
+        arrays["phrase_text_features"] = encoder.texts(short, phrase=True)
     names = {
         "image_names": list(by_file_name(folder, [(item_name(whole[i]), i) for i in rows])),
         "region_names": [region_id(s, r) if is_clip(s) else item_name(s) for s, r in regions.items],
@@ -219,34 +228,44 @@ def save_features(model, samples, folder, texts=(), image_size=None):
     return folder
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #7d89b359
+WITH_TOKENIZER = ("chinese_clip",)  # kinds whose texts are read by the tokenizer of their folder
+
+
+def foreign_model(name):
+    "transformers' own model at a folder or hub id, in eval mode, with its tokenizer."
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(name).eval()
+    model.tokenizer = AutoTokenizer.from_pretrained(name)
+    return model
+
+
 def random_model(name):
     "A preset with random weights, said loudly."
-    from fgclip_nb.model.config import FGCLIPConfig
-    from fgclip_nb.model.fgclip import FGCLIP
+    from fgclip_nb.model.opening import preset_model
 
     logging.getLogger("fgclip_nb").warning(
         "%s is a preset: RANDOM WEIGHTS. Its scores measure nothing but chance.", name
     )
-    return FGCLIP(FGCLIPConfig.preset(name)).eval()
+    return preset_model(name).eval()
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #365828a5
 def load_model(source):
     """A model, or cached features, by name.
 
     source: a run folder (its best checkpoint, the log says which), a checkpoint folder of this
-    package or of official FG-CLIP, a transformers CLIP folder or hub id, OpenAI's file, a folder
-    with image_features.npy, or the name of a preset (random weights, with a warning). Otherwise
-    raises `DataError`."""
-    from fgclip_nb.model.config import PRESETS
-    from fgclip_nb.model.fgclip import FGCLIP
+    package or of official FG-CLIP or FG-CLIP 2, a folder or hub id of CLIP, SigLIP, Chinese-CLIP
+    (with its own tokenizer) in transformers' form, a file of OpenAI or open_clip, a folder with
+    image_features.npy, or the name of a preset (random weights, with a warning). Otherwise raises
+    `DataError`."""
+    from fgclip_nb.model.opening import NAMES, kind_of, open_model
 
     path = Path(source)
     features = [path / f"{kind}_features.npy" for kind in ("image", "region")]
     if path.is_dir() and any(f.is_file() for f in features):
         return CachedFeatures(path)
     path = model_folder(path)
-    if path.is_file():
-        return FGCLIP.from_openai(path)
-    if not path.exists() and str(source) in PRESETS:
+    if not path.exists() and str(source) in NAMES:
         return random_model(str(source))
-    return FGCLIP.from_clip(str(path if path.is_dir() else source))
+    name = str(path if path.exists() else source)
+    return foreign_model(name) if kind_of(name) in WITH_TOKENIZER else open_model(name)

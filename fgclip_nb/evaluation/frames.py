@@ -9,7 +9,7 @@ __all__ = ['frame_auc']
 import logging
 import numpy as np
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.evaluation.ranking import interval
+from fgclip_nb.evaluation.ranking import percentile_interval
 from fgclip_nb.evaluation.annotations import match_scores
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #0f5fd795
@@ -71,7 +71,11 @@ def video_bootstrap(videos, curves, repeats, seed):
             curves(sum(np.bincount(d, minlength=len(videos)) for d in drawn).astype(float))
         )
     draws = np.array([d for d in draws if d[0] is not None])
-    return {"auc": interval(draws[:, 0]), "ap": interval(draws[:, 1])} if len(draws) else {}
+    return (
+        {"auc": percentile_interval(draws[:, 0]), "ap": percentile_interval(draws[:, 1])}
+        if len(draws)
+        else {}
+    )
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #7f0670dc
 def class_scores(videos, curves):

@@ -9,6 +9,7 @@ __all__ = []
 import math, textwrap
 from pathlib import Path
 import numpy as np
+from fgclip_nb.core.plain import literal, plain_line
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.samples import is_video
 from fgclip_nb.data.video import read_frames
@@ -40,8 +41,9 @@ def panels(n, columns=4, size=2.6):
 
 
 def wrapped(text, width=30, lines=4):
-    "Text in at most `lines` lines of `width` characters."
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …"))
+    "Text in at most `lines` lines of `width` characters, drawn as it is written."
+    start = plain_line(str(text)[: 2 * width * lines])
+    return literal("\n".join(textwrap.wrap(start, width, max_lines=lines, placeholder=" …")))
 
 
 def draw_box(ax, box, height, width, color="tab:red"):
@@ -89,7 +91,7 @@ def plot_mistakes(mistakes, title="Worst mistakes", samples=()):
         if row.get("box") is not None:
             draw_box(ax, row["box"], *image.shape[:2])
         ax.set_title(_mistake_title(row), fontsize=7)
-    fig.suptitle(title)
+    fig.suptitle(literal(title))
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #4f11bafb
@@ -162,8 +164,8 @@ def plot_scores(evaluation, title=""):
     ax.plot(numbers["value"], y, "o", **point)
     ax.plot(numbers["chance"], y, "|", color="black", ms=9, label="blind guess")
     labels = [f"{r.task} {r.list} {r.metric} ({r.scored} of {r.asked})" for r in table.itertuples()]
-    ax.set_yticks(y, labels, fontsize=7)
-    ax.set(xlabel="share right", xlim=(-0.02, 1.02), title=title)
+    ax.set_yticks(y, [literal(s) for s in labels], fontsize=7)
+    ax.set(xlabel="share right", xlim=(-0.02, 1.02), title=literal(title))
     fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return fig
 
@@ -182,7 +184,7 @@ def plot_anomaly(videos, threshold=0.5):
         kind = "normal"
         if v.video.spans:
             kind = f"{', '.join(v.video.classes)}, annotated frames in red"
-        ax.set_title(f"{v.video.name}: {kind}", fontsize=8, loc="left")
+        ax.set_title(literal(f"{v.video.name}: {kind}"), fontsize=8, loc="left")
     axes[-1, 0].set_xlabel("frame")
     fig.tight_layout()
     return fig
@@ -197,9 +199,9 @@ def plot_curves(named):
     for label, videos in named.items():
         labels, scores = pooled_frames(videos)
         auc, ap = auc_and_ap(labels, scores)
-        left.plot(*roc_curve(labels, scores)[:2], label=f"{label}: AUC {auc:.3f}")
+        left.plot(*roc_curve(labels, scores)[:2], label=literal(f"{label}: AUC {auc:.3f}"))
         precision, recall, _ = precision_recall_curve(labels, scores)
-        right.plot(recall, precision, label=f"{label}: AP {ap:.3f}")
+        right.plot(recall, precision, label=literal(f"{label}: AP {ap:.3f}"))
     left.plot([0, 1], [0, 1], color="0.6", ls=":", lw=1)
     right.axhline(labels.mean(), color="0.6", ls=":", lw=1)
     left.set(

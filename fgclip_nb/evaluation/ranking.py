@@ -98,7 +98,7 @@ def bootstrap_means(values, groups=None, repeats=1000, seed=0):
     return means
 
 
-def interval(draws, level=0.95):
+def percentile_interval(draws, level=0.95):
     "[low, high] that holds the middle `level` of `draws`."
     return [float(v) for v in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
 

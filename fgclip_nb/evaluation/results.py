@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'save_evaluation', 'load_evaluation', 'evaluate']
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #3d6f089e
-import json, logging
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -18,14 +18,14 @@ from fgclip_nb.core.identity import (
     stable_id,
     versions,
 )
-from fgclip_nb.core.folder import Run, resolve_path, write_atomic
-from fgclip_nb.data.load import load_samples
-from fgclip_nb.data.splits import media_name
+from fgclip_nb.core.plain import cell_as_written, csv_text
+from fgclip_nb.core.folder import read_json, shown, write_atomic
 from fgclip_nb.evaluation.scores import Ranked, both_directions, summarise
 from fgclip_nb.evaluation.captions import as_encoder
-from fgclip_nb.evaluation.classification import list_file, read_labels, read_templates
+from fgclip_nb.evaluation.label_files import list_file, read_labels, read_templates
 from fgclip_nb.evaluation.tasks import TASKS, Settings
 from fgclip_nb.evaluation.features import load_model
+from fgclip_nb.evaluation.held_out import read_evaluation_samples
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #cb0cee66
 def _is_score(name, table):
@@ -115,6 +115,7 @@ BENCHMARK_TASK = {
     "short_retrieval": "zeroshot_retrieval",
     "long_retrieval": "zeroshot_retrieval",
     "region_classification": "zeroshot_classification",
+    "region_phrases": "zeroshot_classification",
     "classification": "zeroshot_classification",
     "hard_negatives": "image_caption_selection",
     "caption_negatives": "image_caption_selection",
@@ -193,11 +194,11 @@ def _ranked_from(frame, task):
     prefix, ks = "acc", (1,)
     if task.endswith("retrieval"):
         prefix, ks = "r", (1, 5, 10)
-    elif task.endswith("classification"):
+    elif task.endswith(("classification", "phrases")):
         ks = (1, 5)
     return Ranked(
-        frame["id"].astype(str).tolist(),
-        frame["group"].astype(str).tolist(),
+        [cell_as_written(v) for v in frame["id"]],
+        [cell_as_written(v) for v in frame["group"]],
         frame["rank"].to_numpy(),
         frame["options"].to_numpy(),
         frame["right"].to_numpy(),
@@ -216,8 +217,8 @@ def save_evaluation(evaluation, folder, dataset=""):
     whole = {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
     text = json.dumps(whole, indent=1, ensure_ascii=False, default=float) + "\n"
     write_atomic(folder / "evaluation.json", text)
-    write_atomic(folder / "evaluation.csv", evaluation.table().to_csv(index=False))
-    write_atomic(folder / "items.csv", _items_frame(evaluation.items).to_csv(index=False))
+    write_atomic(folder / "evaluation.csv", csv_text(evaluation.table()))
+    write_atomic(folder / "items.csv", csv_text(_items_frame(evaluation.items)))
     name, weights = evaluation.manifest["model"], evaluation.manifest.get("weights", "")
     files = benchmark_files(evaluation.results, name, weights[:12], dataset or "data")
     for file, entry in files.items():
@@ -234,37 +235,22 @@ def load_evaluation(folder):
     folder = Path(folder)
     if not (folder / "evaluation.json").is_file():
         raise DataError(f"{folder}: no evaluation.json; give a folder written by save_evaluation")
-    whole = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    frame = pd.read_csv(
-        folder / "items.csv", dtype={"id": str, "group": str}, keep_default_na=False
-    )
+    whole = read_json(folder / "evaluation.json")
+    for key, kind in (("results", dict), ("manifest", dict), ("unreadable", list)):
+        if not isinstance(whole.get(key), kind):
+            raise DataError(f"{folder / 'evaluation.json'}: `{key}` is {shown(whole.get(key))}")
     items = {}
-    for (task, name), part in frame.groupby(["task", "list"], sort=False):
-        items.setdefault(task, {})[name] = _ranked_from(part, task)
+    try:
+        frame = pd.read_csv(
+            folder / "items.csv", dtype={"id": str, "group": str}, keep_default_na=False
+        )
+        for (task, name), part in frame.groupby(["task", "list"], sort=False):
+            items.setdefault(task, {})[name] = _ranked_from(part, task)
+    except (OSError, ValueError, KeyError) as e:
+        raise DataError(f"{folder / 'items.csv'}: not the items of an evaluation ({e!r})") from e
     return Evaluation(
         whole["results"], items, whole["manifest"], whole["unreadable"], whole.get("rejects", [])
     )
-
-# %% ../../nbs/7_evaluation/08_results.ipynb #8b051cae
-def read_evaluation_samples(data, media_root=None, split=None):
-    """(samples, rejects) of `sample`, a path in any known format, or a list of samples.
-
-    split: a name, `auto` (val where there is one), or None, empty or `all` for everything. Missing
-    media stay in. Raises `DataError` when nothing is left."""
-    rejects = []
-    if isinstance(data, (str, Path)):
-        data, rejects = load_samples(data, media_root or None, missing="keep")
-        if rejects:
-            logging.getLogger("fgclip_nb").warning(
-                "%d entries rejected, the first: %s", len(rejects), rejects[0]
-            )
-    if split == "auto":
-        split = "val" if any(s.split == "val" for s in data) else None
-    samples = [s for s in data if split in (None, "", "all") or s.split == split]
-    if not samples:
-        which = f" of split {split!r}" if split else ""
-        raise DataError(f"no samples{which}; splits there: {sorted({s.split for s in data})}")
-    return samples, rejects
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #885e00d5
 def _file_hashes(samples, *sources):
@@ -331,61 +317,25 @@ def evaluate(
     """Run `tasks` (names in TASKS) over `data` -> `Evaluation`.
 
     model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a
-    path that `load_samples` reads, or samples. split: a name, `auto` (val where there is one) or
-    None (everything). settings: those of `Settings`, ties, permutations, seed, labels, templates,
-    captions. Raises `ConfigError` for an unknown task or setting."""
+    path that `load_samples` reads, or samples. split: a name, `auto` (what the run behind a model's
+    path held out, else val where there is one) or None (everything). settings: those of `Settings`,
+    ties, permutations, seed, labels, templates, captions. Raises `ConfigError` for an unknown task
+    or setting."""
     tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     _check_names(tasks, settings)
-    if isinstance(model, (str, Path)):
-        model, name = load_model(model), name or str(model)
-    encoder, settings = as_encoder(model, image_size, batch_size), Settings(**settings)
-    samples, rejects = read_evaluation_samples(data, media_root, split)
+    source = str(model) if isinstance(model, (str, Path)) else ""
+    if source:
+        model = load_model(source)
+    encoder = as_encoder(model, image_size, batch_size)
+    settings = Settings(**settings)
+    samples, rejects, part = read_evaluation_samples(data, media_root, split, source)
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
         results[task], items[task] = _tables(result, settings), result.ranked
     unreadable = list({x["file"]: x for x in encoder.unreadable}.values())
-    manifest = evaluation_manifest(encoder, samples, settings, name or type(model).__name__)
+    manifest = evaluation_manifest(
+        encoder, samples, settings, name or source or type(model).__name__
+    )
+    manifest["scored"] = part
     return Evaluation(results, items, manifest, unreadable, [r.as_dict() for r in rejects])
-
-# %% ../../nbs/7_evaluation/08_results.ipynb #a82f1f3b
-def _existing(path):
-    "A run's path from the project's root where it exists there, else as written; None if empty."
-    if not path:
-        return None
-    return resolve_path(path) if resolve_path(path).exists() else path
-
-
-def trained_spans(source):
-    """media name -> spans in seconds (None = whole) of the training part of a run folder, or of a
-    checkpoint in one; {} where nobody says."""
-    folders = (Path(source), *Path(source).parents[:2])
-    params = next((p for f in folders if (p := Run(f).params())), {})
-    if not params.get("data"):
-        return {}
-    try:
-        samples, _ = load_samples(
-            _existing(params["data"]), _existing(params.get("media_root")), missing="keep"
-        )
-    except DataError:
-        return {}
-    spans = {}
-    for s in samples:
-        if s.split.lower() not in ("val", "valid", "validation", "test"):
-            spans.setdefault(media_name(s.media), []).append(s.span)
-    return spans
-
-
-def _overlap(a, b):
-    "Whether two spans (start, end) in seconds share time; None is the whole."
-    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
-
-
-def seen_in_training(source, samples):
-    "The samples whose photo, or stretch of video, the run folder `source` trained on."
-    seen = trained_spans(source)
-    return [
-        s
-        for s in samples
-        if any(_overlap(s.span, span) for span in seen.get(media_name(s.media), ()))
-    ]

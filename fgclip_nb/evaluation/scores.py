@@ -6,15 +6,15 @@
 __all__ = ['retrieval']
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #9cbdeec9
-import math
 from dataclasses import dataclass, field
 import numpy as np
+from scipy.stats import binomtest
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.evaluation.ranking import (
     bootstrap_means,
     chance_rank,
     chance_recall,
-    interval,
+    percentile_interval,
     links,
     permuted_links,
     rank_queries,
@@ -78,7 +78,7 @@ def _above(scores, bands):
 
 def _null_table(scores, draws, names):
     "What permuted links score: mean, band, and whether `scores` leave it."
-    bands = dict(zip(names, (interval(d) for d in draws.T)))
+    bands = dict(zip(names, (percentile_interval(d) for d in draws.T)))
     return {
         "permuted": dict(zip(names, map(float, draws.mean(0)))),
         "chance_interval": bands,
@@ -86,19 +86,17 @@ def _null_table(scores, draws, names):
     }
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #b960e619
-def wilson(share, n, z=1.96):
+def wilson(share, n):
     "Wilson's 95 % interval [low, high] of a share of n items (Wilson 1927)."
-    shrink = 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    low, high = binomtest(round(share * n), n).proportion_ci(0.95, "wilson")
+    return [float(low), float(high)]
 
 
 def _score_interval(name, values, groups, repeats, seed):
     "Bootstrap interval of a score's values; Wilson's over photos where all values agree."
     if name != "mean_rank" and (values == values[0]).all():
         return wilson(float(values[0]), len(set(groups)))
-    return interval(bootstrap_means(values, groups, repeats, seed))
+    return percentile_interval(bootstrap_means(values, groups, repeats, seed))
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #ff578e44
 def summarise(ranked, repeats=1000, seed=0):

@@ -19,11 +19,11 @@ from fgclip_nb.evaluation.classification import (
     class_features,
     classify,
     label_of,
+    label_set,
     most_frequent_answer,
     per_class,
-    read_labels,
-    read_templates,
 )
+from fgclip_nb.evaluation.label_files import read_templates
 from fgclip_nb.evaluation.regions import encode_regions, subset
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #072e0f97
@@ -107,8 +107,9 @@ def _classified(ranked, labels, asked, lost, detail):
 
 def region_classification_task(encoder, samples, settings):
     "Boxes with a category against the label set with prompt templates -> TaskResult `labels`."
-    labels, templates = read_labels(settings.labels), read_templates(settings.templates)
     named = [r for s in samples for r in s.regions if r.source in ("category", "label")]
+    labels = label_set(settings.labels, {r.phrase for r in named}, own=False)
+    templates = read_templates(settings.templates)
     unknown = sum(label_of(r.phrase, labels) is None for r in named)
 
     def known(region):
@@ -131,12 +132,10 @@ def region_classification_task(encoder, samples, settings):
 def classification_task(encoder, samples, settings):
     """Zero-shot classification of whole photos by `label` -> TaskResult `labels`.
 
-    The label set is the data's own when none of its labels is in `labels`. Raises `DataError` for
-    data without labels."""
+    Where no label set is given, the data's own is taken (`label_set`). Raises `DataError` for data
+    without labels, or whose labels are none of those given."""
     named = [s for s in samples if s.label]
-    labels = read_labels(settings.labels)
-    if not any(label_of(s.label, labels) is not None for s in named):
-        labels = sorted({s.label for s in named})
+    labels = label_set(settings.labels, {s.label for s in named})
     known = [s for s in named if label_of(s.label, labels) is not None]
     if not known:
         raise DataError(f"classification: none of the {len(samples)} samples has a label")
@@ -193,7 +192,7 @@ def _hard_level(encoder, regions, level, settings):
     regions = subset(regions, lambda r: level in r.levels())
     groups = [(r.phrase, *r.levels()[level]) for _, r in regions.asked()]
     texts, options = _text_rows(groups)
-    features, own = encoder.texts(texts), options[: len(regions.items)]
+    features, own = encoder.texts(texts, phrase=True), options[: len(regions.items)]
     ranked = choose(
         regions.features, features, own, regions.ids, regions.groups, **settings.permute()
     )
@@ -215,6 +214,30 @@ def hard_negatives_task(encoder, samples, settings):
     return TaskResult(
         {k: r for k, (r, _) in results.items()}, {k: x for k, (_, x) in results.items()}
     )
+
+# %% ../../nbs/7_evaluation/06_tasks.ipynb #82405964
+def region_phrases_task(encoder, samples, settings):
+    """Regions against the distinct phrases of all of them -> TaskResult `phrases`.
+
+    Phrases that differ in case or spaces alone are one."""
+    regions = encode_regions(encoder, samples, lambda r: bool(r.phrase.strip()))
+    phrases = {_fold(r.phrase): r.phrase for _, r in regions.asked()}
+    number = {folded: k for k, folded in enumerate(phrases)}
+    texts = list(phrases.values())
+    features = encoder.texts(texts) if texts else np.zeros((0, 1), np.float32)
+    target = [number[_fold(r.phrase)] for _, r in regions.items]
+    ranked = classify(
+        regions.features, features, target, regions.ids, regions.groups, **settings.permute()
+    )
+    ranked.asked = len(regions.asked())
+    ranked.lost = regions.lost()
+    if not len(ranked):
+        return TaskResult({"phrases": ranked})
+    ranked.detail |= regions.detail() | {
+        "answer": [texts[i] for i in ranked.detail["target"]],
+        "predicted": [texts[i] for i in ranked.detail["predicted"]],
+    }
+    return TaskResult({"phrases": ranked}, {"phrases": {"distinct_phrases": len(texts)}})
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #2cef6568
 def _altered_captions(encoder, pairs, images, row, settings):
@@ -259,6 +282,7 @@ TASKS = {
     "short_retrieval": retrieval_task,
     "long_retrieval": long_retrieval_task,
     "region_classification": region_classification_task,
+    "region_phrases": region_phrases_task,
     "hard_negatives": hard_negatives_task,
     "caption_negatives": caption_negatives_task,
     "classification": classification_task,

@@ -4,14 +4,20 @@
 import importlib
 
 ROOMS = {
+    "AdaptiveMargin": ".hard_groups",
     "LossTerm": ".terms",
     "MemoryBank": ".bank",
     "compute_losses": ".objective",
     "global_loss": ".contrast",
     "gradient_cached_backward": ".gradient_caching",
+    "hard_contrast_loss": ".hard_groups",
     "hard_negative_loss": ".contrast",
+    "loss_term": ".table",
     "push_regions": ".objective",
+    "ranking_loss": ".hard_groups",
     "region_loss": ".contrast",
+    "sigmoid_loss": ".sigmoid",
+    "spread_loss": ".spread",
     "total_loss": ".objective",
 }
 __all__ = sorted(ROOMS)

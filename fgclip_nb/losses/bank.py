@@ -206,6 +206,7 @@ class MemoryBank(nn.Module):
         return dict(self.named_buffers())
 
     def extra_repr(self) -> str:
+        "What stands between the brackets where the bank is printed."
         return (
             f"size={self.size}, dim={self.dim}, warmup_steps={self.warmup_steps}, "
             f"len={len(self)}, ptr={self.ptr}, enabled={self.enabled}"

@@ -161,12 +161,17 @@ def check_groups(regions: Tensor, texts: Tensor, sizes: Tensor):
         )
 
 
+def kept_groups(regions: Tensor, texts: Tensor, sizes: Tensor) -> Tensor:
+    "(R,) bool: groups that have a negative and no vector without direction."
+    bad = torch.zeros_like(sizes)
+    bad.index_add_(0, owners(sizes), (~usable_rows(texts)).to(sizes.dtype))
+    return usable_rows(regions) & (sizes > 1) & (bad == 0)
+
+
 def usable_groups(regions: Tensor, texts: Tensor, sizes: Tensor) -> tuple:
-    "Regions, texts and sizes of the groups that have a negative and no vector without direction."
-    owner = owners(sizes)
-    bad = torch.zeros_like(sizes).index_add_(0, owner, (~usable_rows(texts)).to(sizes.dtype))
-    keep = usable_rows(regions) & (sizes > 1) & (bad == 0)
-    return regions[keep], texts[keep[owner]], sizes[keep]
+    "Regions, texts and sizes of the groups that `kept_groups` keeps."
+    keep = kept_groups(regions, texts, sizes)
+    return regions[keep], texts[keep[owners(sizes)]], sizes[keep]
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #df452c5d
 def group_measures(cosines: Tensor, owner: Tensor, first: Tensor, sizes: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ __all__ = ['gradient_cached_backward']
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #590efcb7
 import contextlib
 import torch
-from fgclip_nb.losses.objective import ROWS, batch_ids, merge_ids
+from fgclip_nb.losses.table import row_names
+from fgclip_nb.losses.objective import batch_ids, merge_ids
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #f2d3bcd1
 class RandomState:
@@ -38,22 +39,23 @@ def first_pass(model, chunks: list, autocast) -> tuple:
 def joined_leaves(parts: list) -> dict:
     """Features of all chunks by name as leaves that collect a gradient; parameters among the
     features stay themselves."""
+    names = row_names()
     rows = {
         k: torch.cat([p[k] for p in parts if k in p]).detach().requires_grad_()
-        for k in ROWS
+        for k in names
         if any(k in p for p in parts)
     }
-    return {k: x for k, x in parts[0].items() if k not in ROWS} | rows
+    return {k: x for k, x in parts[0].items() if k not in names} | rows
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #3db2e261
 def second_pass(model, chunks: list, states: list, leaves: dict, autocast):
     "Each chunk again, from the same random state; the gradients of its rows are fed in."
-    used = dict.fromkeys(ROWS, 0)
+    used = dict.fromkeys(row_names(), 0)
     for chunk, state in zip(chunks, states):
         state.restore()
         with autocast():
             features = model(chunk)
-        rows = {k: x for k, x in features.items() if k in ROWS}
+        rows = {k: x for k, x in features.items() if k in used}
         fed = {
             k: leaves[k].grad[used[k] : used[k] + len(x)]
             for k, x in rows.items()
@@ -74,14 +76,16 @@ def gradient_cached_backward(model, chunks, loss_fn, autocast=None):
     anything), called once with the rows and identities (`BatchIds`) of all chunks; what it returns
     is returned. autocast: function without arguments that returns a context for the model's
     forwards. In several processes pass the bare model (not DDP), let `loss_fn` use
-    `compute_losses`, and average the gradients over processes afterwards."""
+    `compute_losses`, and average the gradients over processes afterwards. A total without a
+    gradient, as that of a batch without text, adds none."""
     chunks, autocast = list(chunks), autocast or contextlib.nullcontext
     states, parts = first_pass(model, chunks, autocast)
     leaves = joined_leaves(parts)
     device = leaves["image_features"].device
     returned = loss_fn(leaves, merge_ids([batch_ids(c, device) for c in chunks]))
-    returned[0].backward()
-    after = RandomState()
-    second_pass(model, chunks, states, leaves, autocast)
-    after.restore()
+    if returned[0].requires_grad:
+        returned[0].backward()
+        after = RandomState()
+        second_pass(model, chunks, states, leaves, autocast)
+        after.restore()
     return returned

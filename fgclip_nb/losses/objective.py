@@ -6,13 +6,19 @@
 __all__ = ['compute_losses', 'push_regions', 'total_loss']
 
 # %% ../../nbs/5_losses/06_objective.ipynb #bf33d1b3
-import dataclasses
+import dataclasses, math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
+from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.losses.processes import all_counts, gather_rows, world_size
 from fgclip_nb.losses.bank import VECTORS, MemoryBank, Pushed
+from fgclip_nb.losses.terms import LossTerm
+from fgclip_nb.losses.table import TERMS, loss_term, row_names, term_of
 from fgclip_nb.losses.contrast import global_loss, hard_negative_loss, region_loss
+from fgclip_nb.losses.sigmoid import fitting_bias, sigmoid_chance, sigmoid_loss
+from fgclip_nb.losses.spread import NEIGHBOURS, spread_loss
+from fgclip_nb.losses.hard_groups import LARGEST_MARGIN, hard_contrast_loss, ranking_loss
 
 # %% ../../nbs/5_losses/06_objective.ipynb #2cebb48f
 POINTS_AT = dict(
@@ -27,7 +33,8 @@ class BatchIds:
     sample_ids: (B,). caption_ids: (T,) of the short captions, caption_rows: (T,) the image of each;
     long_caption_ids, long_caption_rows: the same of the long captions. region_ids,
     region_caption_ids, region_sample_ids: (R,). group_sizes: number of texts of each group of hard
-    negatives, hard_regions: the region of each group."""
+    negatives, hard_regions: the region of each group, hard_caption_ids: of the texts of all groups
+    (or none, where they are unknown)."""
 
     sample_ids: Tensor
     caption_ids: Tensor
@@ -39,6 +46,7 @@ class BatchIds:
     region_sample_ids: Tensor
     group_sizes: Tensor
     hard_regions: Tensor
+    hard_caption_ids: Tensor
 
 
 ID_FIELDS = tuple(f.name for f in dataclasses.fields(BatchIds))
@@ -73,17 +81,176 @@ def merge_ids(parts: list) -> BatchIds:
     columns = [[shifted(parts, k, name) for k in range(len(parts))] for name in ID_FIELDS]
     return BatchIds(*map(torch.cat, columns))
 
-# %% ../../nbs/5_losses/06_objective.ipynb #c51031db
-ROWS = (
-    "image_features",
-    "text_features",
-    "long_text_features",
-    "region_features",
-    "region_text_features",
-    "hard_text_features",
+# %% ../../nbs/5_losses/06_objective.ipynb #1bbce968
+def expected_global(facts):
+    "Chance of the global loss: the samples of a forward, and for the sigmoid loss its bias."
+    n = max(facts.batch, 1)
+    if getattr(facts, "losses", "softmax") != "sigmoid":
+        return [("", math.log(n), f"ln {facts.batch}")]
+    asked = getattr(facts, "bias", None)
+    bias = fitting_bias(n) if asked is None else asked
+    why = f"softplus(-b) + {n - 1} softplus(b) at zero cosine, b = {bias:.2f}"
+    return [("", sigmoid_chance(bias, n), why)]
+
+
+def expected_region(facts):
+    "Chance of the region loss: the regions of a forward, a mean, and later those of the bank too."
+    n = facts.regions
+    if not n:
+        return []
+    if n > 1:
+        rows = [("in batch", math.log(n), f"ln {n:.3g}")]
+    else:
+        rows = [("in batch", 0.0, f"{n:.3g} regions per forward: most often there is no choice")]
+    if facts.bank:
+        rows.append(("full bank", math.log(max(n + facts.bank, 1)), f"ln ({n:.3g} + {facts.bank})"))
+    return rows
+
+
+def expected_hard(facts):
+    "Chance of the hard-negative loss: the sentences of a group."
+    size = facts.hard_candidates
+    return [("", math.log(max(size, 1)), f"ln {size:.3g}")] if size else []
+
+# %% ../../nbs/5_losses/06_objective.ipynb #e578d6f9
+CAPTIONS = dict(
+    short=("text_features", "caption_ids", "caption_rows"),
+    long=("long_text_features", "long_caption_ids", "long_caption_rows"),
 )
 
 
+@loss_term(
+    "global",
+    weight="global_weight",
+    rows=("image_features", "text_features", "long_text_features"),
+    expected=expected_global,
+)
+def global_term(features: dict, batch: BatchIds, duplicates: str, cfg) -> dict:
+    """The global loss of the short and of the long captions, where there are features of them.
+
+    Softmax or sigmoid, as cfg.losses says; "auto" (or nothing): sigmoid where there is a bias."""
+    kind_of_loss = getattr(cfg, "losses", "auto")
+    if kind_of_loss == "auto":
+        kind_of_loss = "sigmoid" if "logit_bias" in features else "softmax"
+    parts = {}
+    for kind, (text, caption_ids, caption_rows) in CAPTIONS.items():
+        if text not in features:
+            continue
+        captions, rows = getattr(batch, caption_ids), getattr(batch, caption_rows)
+        if len(captions) != len(features[text]):
+            raise ValueError(
+                f"{len(features[text])} rows of {text}, "
+                f"but {len(captions)} caption ids in the batch"
+            )
+        images, samples = features["image_features"][rows], batch.sample_ids[rows]
+        same = (captions, samples, duplicates, False)
+        scale, bias = features["logit_scale"], features.get("logit_bias")
+        if kind_of_loss == "sigmoid":
+            parts[kind] = sigmoid_loss(images, features[text], scale, bias, *same)
+        else:
+            parts[kind] = global_loss(images, features[text], scale, *same)
+    return parts
+
+# %% ../../nbs/5_losses/06_objective.ipynb #0ac4c702
+@loss_term(
+    "region",
+    weight="region_weight",
+    rows=("region_features", "region_text_features"),
+    expected=expected_region,
+)
+def region_term(features: dict, batch: BatchIds, bank, duplicates: str) -> LossTerm | None:
+    "The region loss, where there are features of regions with a text."
+    if "region_text_features" not in features:
+        return None
+    return region_loss(
+        features["region_features"],
+        features["region_text_features"],
+        features["logit_scale_finegraind"],
+        batch.region_caption_ids,
+        batch.region_sample_ids,
+        batch.region_ids,
+        bank,
+        duplicates,
+        gather=False,
+    )
+
+
+@loss_term(
+    "hard",
+    weight="hard_weight",
+    rows=("region_features", "hard_text_features"),
+    expected=expected_hard,
+)
+def hard_term(features: dict, batch: BatchIds) -> LossTerm | None:
+    "The hard-negative loss, where there are features of hard negatives."
+    if "hard_text_features" not in features:
+        return None
+    regions = features["region_features"][batch.hard_regions]
+    texts, scale = features["hard_text_features"], features["logit_scale_hardneg"]
+    return hard_negative_loss(regions, texts, batch.group_sizes, scale, gather=False)
+
+# %% ../../nbs/5_losses/06_objective.ipynb #49084088
+def expected_spread(facts):
+    "Chance of the spread: the neighbours of a phrase."
+    n = min(NEIGHBOURS, facts.regions)
+    return [("", math.log(max(n, 1)), f"ln {n:.3g}")] if facts.regions else []
+
+
+@loss_term(
+    "spread", weight="spread_weight", rows=("region_text_features",), expected=expected_spread
+)
+def spread_term(features: dict) -> LossTerm | None:
+    "How near the phrases of regions lie to each other, where there are some."
+    if "region_text_features" not in features:
+        return None
+    return spread_loss(features["region_text_features"], gather=False)
+
+
+def hard_groups_of(features: dict, batch: BatchIds) -> tuple:
+    "Regions, texts, sizes and scale of the hard groups, as their losses take them."
+    regions = features["region_features"][batch.hard_regions]
+    return (
+        regions,
+        features["hard_text_features"],
+        batch.group_sizes,
+        features["logit_scale_hardneg"],
+    )
+
+
+@loss_term(
+    "hard_contrast", weight="hard_contrast_weight", rows=("region_features", "hard_text_features")
+)
+def hard_contrast_term(features: dict, batch: BatchIds, duplicates: str) -> LossTerm | None:
+    "Regions with hard negatives among the texts of all groups, where there are some."
+    if "hard_text_features" not in features:
+        return None
+    known = len(batch.hard_caption_ids) == len(features["hard_text_features"])
+    ids = batch.hard_caption_ids if known else None
+    return hard_contrast_loss(*hard_groups_of(features, batch), ids, duplicates, gather=False)
+
+
+def expected_ranking(facts):
+    "Chance of the ranking term: its margin."
+    return [("", 0.0, "the margin, 0 at first; it grows")] if facts.hard_candidates else []
+
+
+@loss_term(
+    "ranking",
+    weight="ranking_weight",
+    rows=("region_features", "hard_text_features"),
+    expected=expected_ranking,
+)
+def ranking_term(features: dict, batch: BatchIds, state: dict) -> LossTerm | None:
+    "The lead of right texts over altered copies, where there are some; keeps the margin."
+    if "hard_text_features" not in features:
+        return None
+    margin = state.get("margin", torch.zeros(()))
+    term = ranking_loss(*hard_groups_of(features, batch), margin, gather=False)
+    if term.rows:
+        state["margin"] = term.details["lead"].detach().clamp(0, LARGEST_MARGIN)
+    return term
+
+# %% ../../nbs/5_losses/06_objective.ipynb #c51031db
 def by_process(whole: Tensor, table: list, names: list) -> list:
     """Cut gathered rows into one dict per process.
 
@@ -104,11 +271,13 @@ def gather_named(named: dict) -> list:
 def gather_features(features: dict) -> dict:
     """Features of all processes by name, rank after rank; names without a row anywhere are absent.
 
-    Every process must call and have image_features. What is not one of ROWS stays as it is."""
+    Every process must call and have image_features. What is not one of `row_names` stays as it
+    is."""
+    names = row_names()
     if world_size() > 1:
-        parts = gather_named({k: features.get(k, features["image_features"][:0]) for k in ROWS})
-        features = features | {k: torch.cat([p[k] for p in parts]) for k in ROWS}
-    return {k: x for k, x in features.items() if k not in ROWS or len(x)}
+        parts = gather_named({k: features.get(k, features["image_features"][:0]) for k in names})
+        features = features | {k: torch.cat([p[k] for p in parts]) for k in names}
+    return {k: x for k, x in features.items() if k not in names or len(x)}
 
 
 def gather_ids(ids: BatchIds) -> BatchIds:
@@ -118,71 +287,55 @@ def gather_ids(ids: BatchIds) -> BatchIds:
     parts = gather_named({name: getattr(ids, name) for name in ID_FIELDS})
     return merge_ids([BatchIds(**part) for part in parts])
 
-# %% ../../nbs/5_losses/06_objective.ipynb #e578d6f9
-CAPTIONS = dict(
-    short=("text_features", "caption_ids", "caption_rows"),
-    long=("long_text_features", "long_caption_ids", "long_caption_rows"),
-)
-
-
-def global_terms(f: dict, ids: BatchIds, duplicates: str):
-    "(name, term) of the short and the long captions, where there are features of them."
-    for kind, (text, caption_ids, caption_rows) in CAPTIONS.items():
-        if text not in f:
-            continue
-        captions, rows = getattr(ids, caption_ids), getattr(ids, caption_rows)
-        if len(captions) != len(f[text]):
-            raise ValueError(
-                f"{len(f[text])} rows of {text}, but {len(captions)} caption ids in the batch"
-            )
-        images, samples = f["image_features"][rows], ids.sample_ids[rows]
-        scale = f["logit_scale"]
-        yield (
-            f"loss_global_{kind}",
-            global_loss(images, f[text], scale, captions, samples, duplicates, gather=False),
+# %% ../../nbs/5_losses/06_objective.ipynb #9bb4268f
+def named_losses(name: str, made) -> dict:
+    "What the function of the term `name` returned, as a dict from `loss_…` to `LossTerm`."
+    if made is None:
+        return {}
+    if isinstance(made, dict):
+        parts = {f"{name}_{part}": x for part, x in made.items()}
+        return {k: t for part, x in parts.items() for k, t in named_losses(part, x).items()}
+    if isinstance(made, Tensor) and made.ndim == 0:
+        made = LossTerm.of(made)
+    if not isinstance(made, LossTerm):
+        raise TypeError(
+            f"the loss term `{name}` returned a {type(made).__name__}: return a LossTerm, a loss "
+            "(a tensor without dimensions), a dict of these by part, or None"
         )
-
-# %% ../../nbs/5_losses/06_objective.ipynb #0ac4c702
-def region_terms(f: dict, ids: BatchIds, bank: MemoryBank | None, duplicates: str):
-    "(name, term) of the regions and of the hard negatives, where there are features of them."
-    if "region_text_features" in f:
-        yield (
-            "loss_region",
-            region_loss(
-                f["region_features"],
-                f["region_text_features"],
-                f["logit_scale_finegraind"],
-                ids.region_caption_ids,
-                ids.region_sample_ids,
-                ids.region_ids,
-                bank,
-                duplicates,
-                gather=False,
-            ),
-        )
-    if "hard_text_features" in f:
-        regions, scale = f["region_features"][ids.hard_regions], f["logit_scale_hardneg"]
-        texts = f["hard_text_features"]
-        yield (
-            "loss_hard",
-            hard_negative_loss(regions, texts, ids.group_sizes, scale, gather=False),
-        )
+    return {f"loss_{name}": made}
 
 # %% ../../nbs/5_losses/06_objective.ipynb #06a93ba1
 def compute_losses(
-    features: dict, batch, bank: MemoryBank | None = None, duplicates: str = "mask"
+    features: dict,
+    batch,
+    bank: MemoryBank | None = None,
+    duplicates: str = "mask",
+    cfg=None,
+    states: dict | None = None,
 ) -> dict:
-    """Every term that the features allow, by name -> `LossTerm`; the names are loss_global_short,
-    loss_global_long, loss_region and loss_hard.
+    """Every term of the table that the features allow, by name -> `LossTerm`; of FG-CLIP the names
+    are loss_global_short, loss_global_long, loss_region and loss_hard.
 
-    features: rows by name, unnormalised, and the three stored scales, as the model returns them.
-    batch: identities as attributes (`BatchIds`). A term without a row on any process is absent. In
-    several processes rows and identities are gathered first: every process must call, all get the
-    same values, and averaging the parameter gradients over processes gives the gradient of the
-    undivided batch. The bank is read only; see `push_regions`."""
-    f = gather_features(features)
-    ids = gather_ids(batch_ids(batch, features["image_features"].device))
-    terms = dict([*global_terms(f, ids, duplicates), *region_terms(f, ids, bank, duplicates)])
+    features: rows by name, unnormalised, and the stored scales, as the model returns them. batch:
+    identities as attributes (`BatchIds`). cfg: whose weights say which terms take part; None: the
+    defaults. states: what terms keep between steps, by name of the term, changed in place. A term
+    without a row on any process is absent. In several processes rows and identities are gathered
+    first: every process must call, all get the same values, and averaging the parameter gradients
+    over processes gives the gradient of the undivided batch. The bank is read only; see
+    `push_regions`."""
+    offered = dict(
+        features=gather_features(features),
+        batch=gather_ids(batch_ids(batch, features["image_features"].device)),
+        bank=bank,
+        duplicates=duplicates,
+        cfg=cfg or TrainConfig(),
+    )
+    states = {} if states is None else states
+    terms = {}
+    for term in TERMS.values():
+        if term.takes_part(cfg):
+            state = states.setdefault(term.name, {}) if "state" in term.asks else None
+            terms |= named_losses(term.name, term(offered | dict(state=state)))
     return {name: term for name, term in terms.items() if term.rows}
 
 # %% ../../nbs/5_losses/06_objective.ipynb #cdb1805c
@@ -200,14 +353,8 @@ def push_regions(bank: MemoryBank, features: dict, batch) -> Pushed:
 def total_loss(terms: dict, cfg):
     """Weighted sum of all terms, 0-dim, with the weights of the configuration; 0 without a term.
 
-    cfg: anything with global_weight (of the short and of the long captions), region_weight and
-    hard_weight, as `TrainConfig`."""
-    weights = dict(
-        loss_global=cfg.global_weight, loss_region=cfg.region_weight, loss_hard=cfg.hard_weight
-    )
-    return sum(
-        weight * term.loss
-        for name, term in terms.items()
-        for kind, weight in weights.items()
-        if name == kind or name.startswith(kind + "_")
-    )
+    cfg: anything with the weights as attributes (global_weight counts for the short and for the
+    long captions), as `TrainConfig`. Without a term it has no gradient. Raises `ConfigError` for a
+    loss that belongs to no term."""
+    parts = [term_of(name).weight_in(cfg) * term.loss for name, term in terms.items()]
+    return sum(parts) if parts else torch.zeros(())

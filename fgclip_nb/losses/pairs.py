@@ -93,7 +93,7 @@ def row_losses(logits: Tensor, same: Tensor | None, duplicates: str) -> Tensor:
     return logits.logsumexp(1) - (own + (logits * same).sum(1)) / (1 + same.sum(1))
 
 # %% ../../nbs/5_losses/03_pairs.ipynb #30ce4c00
-class Tally:
+class RowTally:
     """Per-row counts behind the measures of one direction, all (N,).
 
     positive: cosine with the partner. hardest: largest cosine with a wrong candidate so far. ties:
@@ -111,7 +111,7 @@ class Tally:
 
 # %% ../../nbs/5_losses/03_pairs.ipynb #12693354
 def count_block(
-    t: Tally,
+    t: RowTally,
     rows: slice,
     cosines: Tensor,
     same: Tensor | None,
@@ -178,7 +178,7 @@ def dense_contrast(p: Pairs) -> tuple:
     Returns the loss and the in-batch loss, 0-dim, the second detached, and the tallies of both
     directions."""
     batch, stored = slice(0, len(p)), slice(0, p.bank_size)
-    tallies = (Tally(p), Tally(p))
+    tallies = (RowTally(p), RowTally(p))
     cosines, same = p.a @ p.b.T, same_in_batch(p, batch, batch)
     own = own_mask(batch, batch, p.a.device)
     sides = [(cosines, same), (cosines.T, transposed(same))]

@@ -7,7 +7,7 @@ __all__ = ['LossTerm']
 
 # %% ../../nbs/5_losses/02_terms.ipynb #a14a68aa
 import dataclasses, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ def measure_property(name: str) -> property:
     "Read-only property that returns `self.values[name]`, documented as in MEASURES."
     return property(lambda self: self.values[name], doc=MEASURES[name])
 
+# %% ../../nbs/5_losses/02_terms.ipynb #d3929479
+def stacked_measures(known: dict, device) -> Tensor:
+    "Known measures (numbers or 0-dim tensors) by name as (len(MEASURES),) float64; others NaN."
+    values = [known.get(name, math.nan) for name in MEASURES]
+    return torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in values]
+    )
+
 # %% ../../nbs/5_losses/02_terms.ipynb #1533e2fb
 @dataclass
 class LossTerm:
@@ -68,7 +76,8 @@ class LossTerm:
     loss: 0-dim, differentiable. in_batch: 0-dim, detached, the loss among the batch's candidates.
     candidates: offered to each row, masked ones included (hard negatives: mean over groups);
     candidates_in_batch: those of the batch. measures: (len(MEASURES),), detached.
-    dropped: left out, rows without direction or groups with such a row or without a negative."""
+    dropped: left out, rows without direction or groups with such a row or without a negative.
+    details: measures that this loss alone has, by name."""
 
     loss: Tensor
     in_batch: Tensor
@@ -77,6 +86,7 @@ class LossTerm:
     rows: int
     measures: Tensor
     dropped: int = 0
+    details: dict = field(default_factory=dict)
 
     chance = measure_property("chance")
     chance_in_batch = measure_property("chance_in_batch")
@@ -86,6 +96,16 @@ class LossTerm:
     masked_share = measure_property("masked_share")
     floor = measure_property("floor")
 
+    @classmethod
+    def of(cls, loss: Tensor, rows: int = 1, candidates: float = math.nan, **known):
+        """A term from its loss (0-dim) and what is known: measures of MEASURES, `chance` and
+        `floor` (nats) above all, and others by names of your own (numbers or 0-dim tensors).
+
+        rows: what the loss is a mean over; a term of no rows is left out."""
+        measures = stacked_measures(known, loss.device)
+        details = {name: x for name, x in known.items() if name not in MEASURES}
+        return cls(loss, loss.detach(), candidates, candidates, rows, measures, details=details)
+
     @cached_property
     def values(self) -> dict:
         "MEASURES by name as floats, fetched from the device when first read."
@@ -94,11 +114,12 @@ class LossTerm:
     def as_dict(self) -> dict:
         "Everything by name as floats, for logging; measures that do not exist here are left out."
         counts = {
-            f.name: float(torch.as_tensor(getattr(self, f.name)).detach())
+            f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name != "measures"
+            if f.name not in ("measures", "details")
         }
-        return counts | {k: v for k, v in self.values.items() if not math.isnan(v)}
+        values = {k: float(torch.as_tensor(v).detach()) for k, v in (counts | self.details).items()}
+        return {k: v for k, v in (values | self.values).items() if not math.isnan(v)}
 
 # %% ../../nbs/5_losses/02_terms.ipynb #91611f21
 def empty_term(zero: Tensor, dropped: int = 0) -> LossTerm:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fgclip_nb.losses.terms import full_precision
 from fgclip_nb.losses.pairs import (
     Pairs,
-    Tally,
+    RowTally,
     count_block,
     own_mask,
     same_in_bank,
@@ -152,5 +152,5 @@ def tiled_contrast(p: Pairs, tile: tuple) -> tuple:
 
     Returns what `dense_contrast` returns: loss and in-batch loss, 0-dim, and the tallies of both
     directions."""
-    tallies = (Tally(p), Tally(p))
+    tallies = (RowTally(p), RowTally(p))
     return *_TiledContrast.apply(p.a, p.b, p.scale, p, tallies, tile), tallies

@@ -10,8 +10,7 @@ ROOMS = {
     "FGCLIPConfig": ".config",
     "LoadReport": ".weights",
     "PRESETS": ".config",
-    "Pieces": ".pieces",
-    "patch_batch": ".patches",
+    "open_model": ".opening",
     "roi_align_1x1": ".roi",
 }
 __all__ = sorted(ROOMS)

@@ -40,9 +40,8 @@ def clip_features(model, frames, batch):
     return pool_clips(model.temporal, _precise(frames)[keep], times, clip, len(batch))
 
 # %% ../../nbs/4_model/07_features.ipynb #04bb7882
-def visual_features(model, batch):
-    "image_features (B,D) and, where the batch has boxes, region_features (R,D)."
-    frames, boxes = model.encode_images(batch.pixel_values, batch.boxes, batch.box_image)
+def named_pictures(model, frames, boxes, batch):
+    "Features of pictures (F,D) and of boxes (V,D) or None -> those of samples and regions by name."
     out = dict(image_features=clip_features(model, frames, batch))
     if boxes is None:
         return out
@@ -50,12 +49,20 @@ def visual_features(model, batch):
         boxes = mean_by(_precise(boxes), batch.box_region, batch.n_regions)
     return {**out, "region_features": boxes}
 
+
+def visual_features(model, batch):
+    "image_features (B,D) and, where the batch has boxes, region_features (R,D)."
+    frames, boxes = model.encode_images(batch.pixel_values, batch.boxes, batch.box_image)
+    return named_pictures(model, frames, boxes, batch)
+
 # %% ../../nbs/4_model/07_features.ipynb #328d9ad3
 def batch_features(model, batch):
     """Everything a loss may ask for, by name; what the batch does not have is absent.
 
     image_features (B,D) per photo or clip, region_features (R,D), text_features (T,D) of the short
     captions, long_text_features, region_text_features (R,D), hard_text_features (sentences of all
-    groups,D), and the three stored log scales (). Features are not normalised."""
-    scales = {name: getattr(model, name) for name in SCALES}
+    groups,D), the three stored log scales (), and logit_bias (1,) of a model that
+    has one. Features are not normalised."""
+    names = (*SCALES, "logit_bias") if hasattr(model, "logit_bias") else SCALES
+    scales = {name: getattr(model, name) for name in names}
     return {**visual_features(model, batch), **textual_features(model, batch), **scales}

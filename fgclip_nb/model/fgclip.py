@@ -13,7 +13,13 @@ from fgclip_nb.model.layers import compile_layers
 from fgclip_nb.model.loading import load_openai, load_pretrained
 from fgclip_nb.model.saving import push_card, save_model
 from fgclip_nb.model.text_tower import encode_texts, padded_text_features
-from fgclip_nb.model.towers import add_modules, add_temporal_head, clamp_scales_, init_scratch_
+from fgclip_nb.model.towers import (
+    add_logit_bias,
+    add_modules,
+    add_temporal_head,
+    clamp_scales_,
+    init_scratch_,
+)
 from fgclip_nb.model.vision_tower import (
     box_features,
     dense_features,
@@ -29,7 +35,7 @@ class FGCLIP(CLIPPreTrainedModel):
     official model, the encode_* methods their batch-wise forms. Pictures of other sizes are read
     with resized positions in eval mode, or where `interpolate_pos_encoding` is True.
 
-    The three ways of loading return the model in eval mode, float32 unless `dtype` is given;
+    The ways of loading return the model in eval mode, float32 unless `dtype` is given;
     `.load_report` tells the fate of all tensors. revision: branch, tag or commit on the hub.
     logit_scale_init: the log scale that is expected; where a stored one differs ConfigError is
     raised, or it is replaced with override_logit_scale=True. prove=True compares features with the
@@ -49,6 +55,14 @@ class FGCLIP(CLIPPreTrainedModel):
         self.temporal = None
         if getattr(config, "temporal_layers", 0):
             self.add_temporal_head(config.temporal_layers)
+        if getattr(config, "sigmoid_bias", False):
+            self.add_logit_bias(-10.0)
+
+    def add_logit_bias(self, value):
+        """Give the model the bias of the sigmoid loss, which starts at `value`.
+
+        Saved with the model; one that is there already stays what it is."""
+        add_logit_bias(self, value)
 
     def add_temporal_head(self, layers=2):
         """Give the model a head over the frames of clips.
@@ -211,14 +225,49 @@ class FGCLIP(CLIPPreTrainedModel):
         dtype=None,
         prove=False,
     ):
-        """A start from OpenAI's own file, a TorchScript archive or a state dict.
+        """A start from OpenAI's own file, a TorchScript archive or its state dict.
 
-        With `filename`, that file of a folder or hub repository `file`."""
+        With `filename`, that file of a folder or hub repository `file`. A state dict that is not
+        OpenAI's is read where open_clip's configuration lies beside it; see `from_open_clip`."""
         return load_openai(
             cls,
             file,
             filename=filename,
             revision=revision,
+            logit_scale_init=logit_scale_init,
+            override_logit_scale=override_logit_scale,
+            dtype=dtype,
+            prove=prove,
+        )
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        file,
+        *,
+        filename=None,
+        revision=None,
+        name=None,
+        hidden_act=None,
+        head_width=None,
+        logit_scale_init=None,
+        override_logit_scale=False,
+        dtype=None,
+        prove=False,
+    ):
+        """A start from open_clip's weights: a file, or a folder or hub repository that holds it.
+
+        Activation and heads are read from open_clip_config.json or params.txt beside it, or told:
+        `name` (open_clip's, ViT-H-14), or hidden_act ("gelu", "quick_gelu") and head_width.
+        DataError where they are unknown. Long-CLIP's own files too (quick_gelu, 64)."""
+        return load_openai(
+            cls,
+            file,
+            filename=filename,
+            revision=revision,
+            name=name,
+            hidden_act=hidden_act,
+            head_width=head_width,
             logit_scale_init=logit_scale_init,
             override_logit_scale=override_logit_scale,
             dtype=dtype,

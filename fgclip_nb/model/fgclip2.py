@@ -6,10 +6,13 @@
 __all__ = ['FGCLIP2']
 
 # %% ../../nbs/4_model/18_fgclip2.ipynb #f548f8a8
+from dataclasses import replace
 import torch.nn.functional as F
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Output, Siglip2PreTrainedModel
+from fgclip_nb.batches.batch import Form
 from fgclip_nb.model.layers import compile_layers
-from fgclip_nb.model.patches import patch_batch
+from fgclip_nb.model.towers import add_temporal_head
+from fgclip_nb.data.patches import patch_batch
 from fgclip_nb.model.siglip import (
     FGCLIP2Config,
     add_siglip_modules,
@@ -22,11 +25,14 @@ from fgclip_nb.model.siglip_features import (
     cells_of_shares,
     patch_states,
     pool_dense,
-    pool_grids,
     pool_pictures,
+    pool_regions,
+    unpack_patches,
     walk_features,
+    walks_together,
 )
-from fgclip_nb.model.siglip_loading import load_siglip, save_siglip
+from fgclip_nb.model.siglip_batch import siglip_batch_features
+from fgclip_nb.model.siglip_loading import known_pieces, load_siglip, save_siglip
 
 # %% ../../nbs/4_model/18_fgclip2.ipynb #7ca0d272
 class FGCLIP2(Siglip2PreTrainedModel):
@@ -41,6 +47,7 @@ class FGCLIP2(Siglip2PreTrainedModel):
     config_class = FGCLIP2Config
     gradient_checkpointing = False
     load_report = None
+    pieces = None
 
     def __init__(self, config):
         check_siglip_config(config)
@@ -48,6 +55,30 @@ class FGCLIP2(Siglip2PreTrainedModel):
         add_siglip_modules(self, config)
         self.post_init()
         start_added_(self)
+        self.temporal = None
+        if getattr(config, "temporal_layers", 0):
+            self.add_temporal_head(config.temporal_layers)
+
+    def add_temporal_head(self, layers=2):
+        """Give the model a head over the frames of clips.
+
+        Until it is trained a clip stays the mean of its frames. Saved with the model."""
+        add_temporal_head(self, layers)
+
+    def add_logit_bias(self, value):
+        "Nothing: the model has its bias, whatever `value` is."
+
+    def clamp_scales_(self):
+        "Nothing: FG-CLIP 2 limits none of its scales, and SigLIP 2's lie above ln 100."
+
+    def form(self):
+        """How photos and texts are written for this model, as `collate` takes it.
+
+        ConfigError where the model was loaded without its vocabulary."""
+        text = self.config.text_config
+        pieces = known_pieces(self)
+        sizes = text.max_position_embeddings, text.longtext_len
+        return Form(pieces, self.config.vision_config.patch_size, *sizes)
 
     # Layers
 
@@ -80,8 +111,7 @@ class FGCLIP2(Siglip2PreTrainedModel):
 
     def encode_texts(self, short=None, box=None, long=None):
         "Padded ids (T,L) per walk, or None -> dict of features (T,D) by walk, without the Nones."
-        ids = dict(short=short, box=box, long=long)
-        return {w: walk_features(self, rows, w) for w, rows in ids.items() if rows is not None}
+        return walks_together(self, short, box, long)
 
     # Pictures
 
@@ -98,17 +128,20 @@ class FGCLIP2(Siglip2PreTrainedModel):
         """Patches (B,M,3p²), mask (B,M), grids (B,2) -> (B,D), not normalised.
 
         With need_densefeature also those of the patches (B,M,D)."""
-        states, seen = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
-        pooled = pool_pictures(self, states, seen)
-        return (pooled, pool_dense(self, states, seen)) if need_densefeature else pooled
+        states = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
+        pooled = pool_pictures(self, states)
+        if not need_densefeature:
+            return pooled
+        dense = replace(states, rows=pool_dense(self, states))
+        return pooled, unpack_patches(dense, pixel_values.shape[1])
 
     def get_image_dense_feature(self, pixel_values, pixel_attention_mask, spatial_shapes):
         """Patches -> (B,M,D), the feature of each patch, not normalised.
 
-        Row by row of each grid; rows behind a photo's last patch mean nothing."""
-        return pool_dense(
-            self, *patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
-        )
+        Row by row of each grid, zeros behind a photo's last patch."""
+        states = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
+        dense = replace(states, rows=pool_dense(self, states))
+        return unpack_patches(dense, pixel_values.shape[1])
 
     def get_image_box_roi_features(
         self, pixel_values, pixel_attention_mask, spatial_shapes, box_info
@@ -117,9 +150,9 @@ class FGCLIP2(Siglip2PreTrainedModel):
 
         box_info: (R,5) with the picture's number first, or per picture (r,4), (r,5) whose first
         column is left unread, or a list with one (r,4)."""
-        dense = self.get_image_dense_feature(pixel_values, pixel_attention_mask, spatial_shapes)
+        states = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
         boxes, image = cells_of_rows(box_info)
-        return F.normalize(pool_grids(dense, spatial_shapes, boxes, image), dim=-1)
+        return F.normalize(pool_regions(self, states, spatial_shapes, boxes, image), dim=-1)
 
     def get_image_region_features(
         self,
@@ -135,9 +168,9 @@ class FGCLIP2(Siglip2PreTrainedModel):
         for each. An empty list without region_infos."""
         if not region_infos:
             return []
-        dense = self.get_image_dense_feature(pixel_values, pixel_attention_mask, spatial_shapes)
+        states = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
         boxes, image = cells_of_pixels(image_sizes, region_infos, spatial_shapes)
-        pooled = pool_grids(dense, spatial_shapes, boxes, image)
+        pooled = pool_regions(self, states, spatial_shapes, boxes, image)
         return list(pooled.split([len(regions) for regions in region_infos]))
 
     def encode_images(
@@ -146,29 +179,33 @@ class FGCLIP2(Siglip2PreTrainedModel):
         """Patches, boxes (R,4) from 0 to 1 and their pictures (R,) -> features (B,D) and (R,D).
 
         Both in one pass, not normalised; None in place of the latter without boxes."""
-        states, seen = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
-        pooled = pool_pictures(self, states, seen)
+        states = patch_states(self, pixel_values, pixel_attention_mask, spatial_shapes)
+        pooled = pool_pictures(self, states)
         if boxes is None or not len(boxes):
             return pooled, None
         cells = cells_of_shares(boxes, box_image, spatial_shapes)
-        return pooled, pool_grids(pool_dense(self, states, seen), spatial_shapes, cells, box_image)
+        return pooled, pool_regions(self, states, spatial_shapes, cells, box_image)
 
     # Both
 
     def forward(
         self,
-        input_ids,
-        pixel_values,
+        input_ids=None,
+        pixel_values=None,
         pixel_attention_mask=None,
         spatial_shapes=None,
         attention_mask=None,
         position_ids=None,
         walk_type="short",
+        batch=None,
     ):
-        """Ids (T,L) and patches -> logits, cosine times exp(logit_scale) plus logit_bias.
+        """A Batch -> dict of features by name, as `FGCLIP.forward`, and logit_bias.
 
-        transformers' Siglip2Output with logits_per_image (B,T), logits_per_text (T,B) and the
-        normalised image_embeds, text_embeds."""
+        Or ids (T,L) and patches -> logits, cosine times exp(logit_scale) plus logit_bias, as the
+        official class: transformers' Siglip2Output with logits_per_image (B,T), logits_per_text
+        (T,B) and the normalised image_embeds, text_embeds. The first argument may be either."""
+        if batch is not None or hasattr(input_ids, "texts"):
+            return siglip_batch_features(self, input_ids if batch is None else batch)
         pictures = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
         texts = self.get_text_features(input_ids, attention_mask, position_ids, walk_type)
         pictures, texts = F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
@@ -211,8 +248,9 @@ class FGCLIP2(Siglip2PreTrainedModel):
         """Write the model to a folder under the official names, bitwise what it is.
 
         numbers: name -> value of a run, for the card. pieces: the tokenizer, to lie beside the
-        weights. One file of weights, whatever `max_shard_size` (an argument of the mixin) says."""
-        save_siglip(self, save_directory, numbers, pieces)
+        weights; None: the model's own. One file of weights, whatever `max_shard_size` (an argument
+        of the mixin) says."""
+        save_siglip(self, save_directory, numbers, pieces or self.pieces)
 
 # %% ../../nbs/4_model/18_fgclip2.ipynb #0928cf6e
 def _register():

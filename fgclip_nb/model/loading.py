@@ -7,21 +7,25 @@ __all__ = []
 
 # %% ../../nbs/4_model/10_loading.ipynb #e0773bdb
 import logging, math
+from pathlib import Path
 import torch
 from transformers.models.clip.configuration_clip import CLIPConfig
+from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.text.positions import stretch_positions
 from fgclip_nb.model.config import check_config, check_sizes
 from fgclip_nb.model.towers import MAX_LOG_SCALE, SCALES
 from fgclip_nb.model.weights import (
     LoadReport,
-    Source,
     check_report,
+    is_torchscript,
     match,
     read_config,
+    read_safetensors,
     read_weights,
 )
 from fgclip_nb.model.openai import convert_openai, openai_config, openai_features, read_openai
+from fgclip_nb.model.open_clip import settle_facts, strip_wrappers, with_facts
 
 log = logging.getLogger("fgclip_nb")
 
@@ -46,9 +50,38 @@ def add_fine(tensors, report, scale):
         *[f"{scale.item():.4f}"] * 2,
     )
     for name, value, how in zip(FINE_NAMES, values, hows):
+        if name not in report.missing:
+            continue  # Long-CLIP brings the long positions itself
         tensors[name] = value.clone()
         report.initialised[name] = how
         report.missing.remove(name)
+
+# %% ../../nbs/4_model/10_loading.ipynb #b40dbf1e
+SHORT_TABLE = "text_model.embeddings.position_embedding.weight"
+LONG_ROWS, KEPT_ROWS = 248, 20
+LONG_CLIP = "Long-CLIP's 248 positions"
+
+
+def split_long_positions(tensors, report, rest="positional_embedding_res"):
+    """Make FG-CLIP's three tables of Long-CLIP's one or two, in place; noted in report.converted.
+
+    Other files are left as they are. `rest` is the name of the second table, where there is one."""
+    table = tensors.get(SHORT_TABLE)
+    if table is None or len(table) != LONG_ROWS or any(n in tensors for n in FINE_NAMES[:2]):
+        return
+    later = tensors.pop(rest, table)
+    whole = torch.cat([table[:KEPT_ROWS], later[KEPT_ROWS:]])
+    tensors[SHORT_TABLE] = whole[:77].clone()
+    for name in FINE_NAMES[:2]:
+        tensors[name] = whole.clone()
+        report.converted[name] = LONG_CLIP
+    report.converted[SHORT_TABLE] = f"the first 77 of {LONG_CLIP}"
+
+
+def fine_missing(report) -> bool:
+    "Whether exactly what plain CLIP or Long-CLIP lacks of FG-CLIP is missing."
+    brought = report.converted.get(FINE_NAMES[0]) == LONG_CLIP
+    return set(report.missing) == set(FINE_NAMES[2 * brought :])
 
 # %% ../../nbs/4_model/10_loading.ipynb #8e1889c2
 def make_config(cls, sizes, where):
@@ -124,7 +157,7 @@ def build_loaded(cls, config, tensors, report, plain, scale=None, override=False
         model = cls(config)
     fitting = match(tensors, {n: t.shape for n, t in model.state_dict().items()}, report)
     lacking = set(FINE_NAMES) <= set(report.missing)
-    if plain and lacking and set(report.missing) == set(FINE_NAMES) and not report.misshaped:
+    if plain and fine_missing(report) and not report.misshaped:
         own = fitting["logit_scale"]
         add_fine(fitting, report, own if scale is None else torch.full_like(own, scale))
     hint = " This looks like plain CLIP: load it with FGCLIP.from_clip."
@@ -174,17 +207,28 @@ def compare_features(model, source_features, pixels, ids):
             )
 
 # %% ../../nbs/4_model/10_loading.ipynb #adfc6885
-def _plain(config):
-    "Sizes of a configuration, without class names."
-    return {
+def short_sizes(sizes):
+    "Arguments of a CLIPConfig; those of Long-CLIP with the 77 positions that FG-CLIP's has."
+    text = sizes.get("text_config") or {}
+    if text.get("max_position_embeddings") != LONG_ROWS:
+        return sizes
+    return dict(sizes, text_config=dict(text, max_position_embeddings=77))
+
+
+def _plain(config, sizes):
+    "Sizes of a configuration, without class names, with as many positions as the source has."
+    kept = {
         k: v
         for k, v in config.to_dict().items()
         if k in ("projection_dim", "text_config", "vision_config", "logit_scale_init_value")
     }
+    if short_sizes(sizes) != sizes:
+        kept["text_config"]["max_position_embeddings"] = LONG_ROWS
+    return kept
 
 
 @torch.no_grad()
-def _clip_features(source, config, pixels, ids):
+def _clip_features(source, config, pixels, ids, sizes):
     "Features by name through transformers' CLIPModel as transformers loads it."
     from transformers import CLIPModel
     from transformers.utils import logging as hf
@@ -195,7 +239,7 @@ def _clip_features(source, config, pixels, ids):
     try:
         clip, info = CLIPModel.from_pretrained(
             source.name,
-            config=CLIPConfig(**_plain(config)),
+            config=CLIPConfig(**_plain(config, sizes)),
             dtype=torch.float32,
             output_loading_info=True,
             revision=source.revision or "main",
@@ -237,26 +281,67 @@ def load_pretrained(
     unknown = set(kw) - set(HUB) - set(FROM_AUTO)
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-    source = Source(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
+    source = HubFolder(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
+    sizes = read_config(source) if config is None else {}
     if config is None:
-        config = make_config(cls.config_class, read_config(source), f"{source.name}: config.json")
+        config = make_config(cls.config_class, short_sizes(sizes), f"{source.name}: config.json")
     tensors, files = read_weights(source)
     report = LoadReport(source.name, [str(f) for f in files])
+    split_long_positions(tensors, report)
     dtype = None if dtype == "auto" else dtype or torch_dtype
     scales = (logit_scale_init, override_logit_scale)
     model = build_loaded(cls, config, tensors, report, plain, *scales, None if prove else dtype)
     if prove:
         inputs = proof_inputs(config)
-        compare_features(model, _clip_features(source, config, *inputs), *inputs)
+        compare_features(model, _clip_features(source, config, *inputs, sizes), *inputs)
     return model if dtype is None else model.to(dtype)
 
 # %% ../../nbs/4_model/10_loading.ipynb #dc630d68
 def hub_file(name, filename, revision):
     "Path of one file of a hub repository or a folder; DataError where it has none of that name."
-    path = Source(name, revision).get(filename)
+    path = HubFolder(name, revision).get(filename)
     if path is None:
         raise DataError(f"{name} at revision {revision or 'main'} has no file {filename}")
     return path
+
+# %% ../../nbs/4_model/10_loading.ipynb #5346055b
+OPEN_CLIP_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def open_clip_file(name, filename=None, revision=None):
+    """A file, or a folder or hub repository that holds one -> path of the weights.
+
+    filename: which one; without it open_clip's names are tried, and open_clip_config.json is
+    fetched beside it. DataError where there is none."""
+    if filename is None and (Path(name).is_file() or Path(name).suffix in WEIGHT_SUFFIXES):
+        return Path(name)
+    if filename is not None:
+        return hub_file(name, filename, revision)
+    source = HubFolder(name, revision)
+    source.get("open_clip_config.json")
+    found = next((p for f in OPEN_CLIP_FILES if (p := source.get(f)) is not None), None)
+    if found is None:
+        raise DataError(f"{name}: no weights of open_clip; looked for {', '.join(OPEN_CLIP_FILES)}")
+    return found
+
+
+def read_named_openai(path) -> tuple:
+    "A file under OpenAI's names -> (tensors, whether it is a TorchScript archive)."
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path), False
+    return read_openai(path), is_torchscript(path)
+
+# %% ../../nbs/4_model/10_loading.ipynb #a421cdc8
+def read_apart(raw, facts) -> tuple:
+    "What the independent reading is told: QuickGELU or not, heads of both towers, epsilon."
+    widths = len(raw["visual.class_embedding"]), raw["token_embedding.weight"].shape[1]
+    vision, text = widths[0] // facts.vision_head, facts.text_heads or widths[1] // 64
+    return facts.hidden_act == "quick_gelu", (max(vision, 1), max(text, 1)), facts.eps
 
 # %% ../../nbs/4_model/10_loading.ipynb #e4c4c346
 def load_openai(
@@ -265,23 +350,35 @@ def load_openai(
     *,
     filename=None,
     revision=None,
+    hidden_act=None,
+    head_width=None,
+    name=None,
     logit_scale_init=None,
     override_logit_scale=False,
     dtype=None,
     prove=False,
 ):
-    """OpenAI's own file -> model of class `cls`, in eval mode; see `build_loaded`.
+    """A file under OpenAI's names, OpenAI's own or open_clip's -> model of class `cls`.
 
-    filename: that file of the folder or hub repository `file`. prove: compare features with the
-    independent reading of the file."""
-    if filename is not None:
-        file = hub_file(file, filename, revision)
+    In eval mode; see `build_loaded`. filename: that file of the folder or hub repository `file`.
+    hidden_act, head_width, name: see `settle_facts`. prove: compare features with the independent
+    reading of the file."""
+    file = open_clip_file(file, filename, revision)
     report = LoadReport(str(file), [str(file)])
-    raw = read_openai(file)
+    raw, archive = read_named_openai(file)
+    raw = strip_wrappers(raw, report)
     tensors = convert_openai(raw, report)
-    config = make_config(cls.config_class, openai_config(raw), file)
+    where = f"{file} ({report.converted['all names']})" if "all names" in report.converted else file
+    facts = settle_facts(raw, file, hidden_act, head_width, name, archive, where)
+    how = f"{facts.hidden_act}, heads {facts.vision_head} wide, from: {facts.where}"
+    report.converted["activation, heads"] = how
+    log.info("activation and heads, which no tensor tells: %s", how)
+    split_long_positions(tensors, report)
+    sizes = short_sizes(with_facts(openai_config(raw), facts, file))
+    config = make_config(cls.config_class, sizes, file)
     model = build_loaded(cls, config, tensors, report, True, logit_scale_init, override_logit_scale)
     if prove:
         inputs = proof_inputs(config)
-        compare_features(model, openai_features(raw, *inputs), *inputs)
+        theirs = openai_features(raw, *inputs, *read_apart(raw, facts))
+        compare_features(model, theirs, *inputs)
     return model if dtype is None else model.to(dtype)

@@ -157,9 +157,13 @@ def openai_config(tensors) -> dict:
     return dict(projection_dim=width, vision_config=vision, text_config=text)
 
 # %% ../../nbs/4_model/09_openai.ipynb #a13b83b4
-def _openai_block(x, p, heads, mask):
+def _quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _openai_block(x, p, heads, mask, act, eps):
     "Tokens (L,B,W) through one of OpenAI's residual blocks, whose tensors `p` holds by name."
-    h = F.layer_norm(x, x.shape[-1:], p["ln_1.weight"], p["ln_1.bias"])
+    h = F.layer_norm(x, x.shape[-1:], p["ln_1.weight"], p["ln_1.bias"], eps)
     attended, _ = F.multi_head_attention_forward(
         h,
         h,
@@ -178,49 +182,59 @@ def _openai_block(x, p, heads, mask):
         need_weights=False,
     )
     x = x + attended
-    h = F.layer_norm(x, x.shape[-1:], p["ln_2.weight"], p["ln_2.bias"])
-    h = F.linear(h, p["mlp.c_fc.weight"], p["mlp.c_fc.bias"])
-    return x + F.linear(h * torch.sigmoid(1.702 * h), p["mlp.c_proj.weight"], p["mlp.c_proj.bias"])
+    h = F.layer_norm(x, x.shape[-1:], p["ln_2.weight"], p["ln_2.bias"], eps)
+    h = act(F.linear(h, p["mlp.c_fc.weight"], p["mlp.c_fc.bias"]))
+    return x + F.linear(h, p["mlp.c_proj.weight"], p["mlp.c_proj.bias"])
 
 
-def _openai_tower(x, tensors, prefix, mask=None):
+def _openai_tower(x, tensors, prefix, heads, act, eps, mask=None):
     "Tokens (L,B,W) through OpenAI's residual blocks."
     for i in range(_depth(tensors, prefix)):
         start = f"{prefix}transformer.resblocks.{i}."
         block = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-        x = _openai_block(x, block, max(x.shape[-1] // 64, 1), mask)
+        x = _openai_block(x, block, heads, mask, act, eps)
     return x
 
 # %% ../../nbs/4_model/09_openai.ipynb #f3d4a6f2
-def _openai_images(t, pixels, norm):
+def _openai_images(t, pixels, norm, tower):
     "Normalised pixels (F,3,S,S) -> (F,D)."
     conv = t["visual.conv1.weight"]
     patches = F.conv2d(pixels, conv, stride=conv.shape[-1]).flatten(2).transpose(1, 2)
     first = t["visual.class_embedding"].expand(len(pixels), 1, -1)
     x = torch.cat([first, patches], 1) + t["visual.positional_embedding"]
-    x = _openai_tower(norm(x, "visual.ln_pre").transpose(0, 1), t, "visual.")
+    x = tower(norm(x, "visual.ln_pre").transpose(0, 1), "visual.")
     return norm(x[0], "visual.ln_post") @ t["visual.proj"]
 
 
-def _openai_texts(t, ids, norm):
+def _openai_texts(t, ids, norm, tower):
     "Ids (T,L) -> (T,D), from the place of the largest id, which is the end-of-text mark."
-    y = t["token_embedding.weight"][ids] + t["positional_embedding"][: ids.shape[1]]
-    y = y.transpose(0, 1)
+    positions = t["positional_embedding"]
+    if "positional_embedding_res" in t:  # Long-CLIP has the first 20 here, the rest there
+        positions = torch.cat([positions[:20], t["positional_embedding_res"][20:]])
+    y = (t["token_embedding.weight"][ids] + positions[: ids.shape[1]]).transpose(0, 1)
     mask = torch.full((len(y), len(y)), -torch.inf).triu(1)
-    y = norm(_openai_tower(y, t, "", mask).transpose(0, 1), "ln_final")
+    y = norm(tower(y, "", mask).transpose(0, 1), "ln_final")
     return y[range(len(ids)), ids.argmax(1)] @ t["text_projection"]
 
 
 @torch.no_grad()
-def openai_features(tensors, pixels, ids) -> dict:
+def openai_features(tensors, pixels, ids, quick=True, heads=None, eps=1e-5) -> dict:
     """Features straight from OpenAI's tensors, float32, not normalised.
 
-    Normalised pixels (F,3,S,S), ids (T,77) -> image_features (F,D) and text_features (T,D)."""
+    Normalised pixels (F,3,S,S), ids (T,77) -> image_features (F,D) and text_features (T,D). quick:
+    QuickGELU, else GELU. heads: number in the image and in the text tower; None: 64 wide."""
     t = {k: v.float() for k, v in tensors.items() if k not in COUNTS}
+    widths = t["visual.class_embedding"].shape[0], t["token_embedding.weight"].shape[1]
+    number = dict(zip(("visual.", ""), heads or [max(w // 64, 1) for w in widths]))
+    act = _quick_gelu if quick else F.gelu
 
     def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], t[name + ".weight"], t[name + ".bias"])
+        return F.layer_norm(x, x.shape[-1:], t[name + ".weight"], t[name + ".bias"], eps)
+
+    def tower(x, prefix, mask=None):
+        return _openai_tower(x, t, prefix, number[prefix], act, eps, mask)
 
     return dict(
-        image_features=_openai_images(t, pixels, norm), text_features=_openai_texts(t, ids, norm)
+        image_features=_openai_images(t, pixels, norm, tower),
+        text_features=_openai_texts(t, ids, norm, tower),
     )

@@ -21,6 +21,7 @@ from transformers.models.siglip2.modeling_siglip2 import (
 )
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.text.positions import stretch_positions
+from fgclip_nb.model.towers import SCALES
 
 # %% ../../nbs/4_model/15_siglip.ipynb #bdb664cf
 class FGCLIP2TextConfig(Siglip2TextConfig):
@@ -34,9 +35,14 @@ class FGCLIP2TextConfig(Siglip2TextConfig):
 
 
 class FGCLIP2VisionConfig(Siglip2VisionConfig):
-    "Siglip2VisionConfig under the official name."
+    "Siglip2VisionConfig under the official name, with the side of the square that its table fits."
 
     model_type = "fgclip2_vision_model"
+
+    @property
+    def image_size(self):
+        "Pixels of a square photo on the grid of the position table; frames of clips have that."
+        return math.isqrt(self.num_patches) * self.patch_size
 
 # %% ../../nbs/4_model/15_siglip.ipynb #5c4df8aa
 def siglip_sizes(width, mlp, heads, text_layers, vision_layers, vocabulary=256000, **vision):
@@ -64,6 +70,11 @@ class FGCLIP2Config(Siglip2Config):
 
     model_type = "fgclip2"
     sub_configs_defaults = {"text_config": FGCLIP2TextConfig, "vision_config": FGCLIP2VisionConfig}
+
+    @property
+    def projection_dim(self):
+        "Width of the features, that of both towers."
+        return self.text_config.hidden_size
 
     @classmethod
     def preset(cls, name, **changes):
@@ -96,7 +107,7 @@ def check_siglip_config(config):
         )
 
 # %% ../../nbs/4_model/15_siglip.ipynb #a51eab17
-FINE_SCALES = ("logit_scale_finegraind", "logit_scale_hardneg")  # official spelling
+FINE_SCALES = SCALES[1:]
 FINE_SCALE = 4.6052  # where the official training starts both, at every start
 
 

@@ -7,10 +7,11 @@ __all__ = []
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #dc7bc61b
 import logging
+from dataclasses import dataclass, replace
 import torch, torch.nn.functional as F
 from fgclip_nb.model.roi import roi_weights
 from fgclip_nb.model.layers import attend, project, run_layer, tokenwise
-from fgclip_nb.model.patches import batch_positions
+from fgclip_nb.model.patch_positions import packed_positions
 
 log = logging.getLogger("fgclip_nb")
 
@@ -94,13 +95,11 @@ def check_ids(ids, walk, limit, attention_mask=None):
         )
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #db268e1c
-def walk_features(model, ids, walk="short", attention_mask=None, position_ids=None):
-    """Padded ids (T,L) int64 -> features (T,D), not normalised.
+def text_states(model, ids, walk="short", attention_mask=None, position_ids=None):
+    """Padded ids (T,L) int64 -> state (T,D) of the last position behind the last norm.
 
-    walk: short, box or long. attention_mask (T,L) hides pieces where it is 0, which the official
-    code never does. position_ids (L) or (T,L): rows of the walk's positions, instead of 0..L-1.
-    ValueError where the length does not fit."""
-    walk = walk_name(walk)
+    Walks short and box have the same states, and part at their heads. Arguments as
+    `walk_features`."""
     positions = walk_positions(model, walk)
     check_ids(ids, walk, len(positions), attention_mask)
     rows = positions[: ids.shape[-1]] if position_ids is None else positions[position_ids]
@@ -110,7 +109,33 @@ def walk_features(model, ids, walk="short", attention_mask=None, position_ids=No
     for layer in layers:
         x = run_layer(model, _layer, layer, x, seen)
     state = run_layer(model, _last_position, last, x, seen)
-    return walk_head(model, walk)(model.text_model.final_layer_norm(state))
+    return model.text_model.final_layer_norm(state)
+
+
+def walk_features(model, ids, walk="short", attention_mask=None, position_ids=None):
+    """Padded ids (T,L) int64 -> features (T,D), not normalised.
+
+    walk: short, box or long. attention_mask (T,L) hides pieces where it is 0, which the official
+    code never does. position_ids (L) or (T,L): rows of the walk's positions, instead of 0..L-1.
+    ValueError where the length does not fit."""
+    walk = walk_name(walk)
+    return walk_head(model, walk)(text_states(model, ids, walk, attention_mask, position_ids))
+
+
+def walks_together(model, short=None, box=None, long=None):
+    """Padded ids (T,L) per walk, or None -> dict of features (T,D) by walk, without the Nones.
+
+    Each distinct row goes through the tower once, short and box ones in one pass."""
+    out = {}
+    asked = {w: ids for w, ids in (("short", short), ("box", box)) if ids is not None}
+    if asked:
+        rows, index = torch.cat(list(asked.values())).unique(dim=0, return_inverse=True)
+        states = text_states(model, rows)[index].split([len(ids) for ids in asked.values()])
+        out = {w: walk_head(model, w)(part) for w, part in zip(asked, states)}
+    if long is not None:
+        rows, index = long.unique(dim=0, return_inverse=True)
+        out["long"] = walk_features(model, rows, "long")[index]
+    return out
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #24d72790
 def grid_mask(spatial_shapes, length):
@@ -119,69 +144,149 @@ def grid_mask(spatial_shapes, length):
     return torch.arange(length, device=spatial_shapes.device) < count
 
 
-def patch_states(model, pixel_values, pixel_attention_mask, spatial_shapes):
-    """Patches (B,M,3p²), mask (B,M) or None, grids (B,2) -> states (B,M,D) and key mask.
+@dataclass
+class Packed:
+    """Something of every patch of a batch, without padding.
 
-    States are those behind the last norm. Without a mask the grids tell what is padding."""
+    rows (N,W): of all pictures, the one with fewest patches first. order (B,): the picture at each
+    place. sizes: (pictures, patches) of each stretch of pictures with equally many patches."""
+
+    rows: torch.Tensor
+    order: torch.Tensor
+    sizes: list
+
+    def parts(self):
+        "The stretches, each (pictures, patches, W)."
+        counts = [pictures * patches for pictures, patches in self.sizes]
+        return [x.unflatten(0, s) for x, s in zip(self.rows.split(counts), self.sizes)]
+
+
+def pack_patches(x, spatial_shapes, mask=None):
+    """Values (B,M,W) of padded rows, grids (B,2) -> Packed.
+
+    mask (B,M): where the caller says that patches are; ValueError where the grids say otherwise."""
+    real = grid_mask(spatial_shapes, x.shape[1])
+    if mask is not None and not torch.equal(mask.bool(), real):
+        raise ValueError("pixel_attention_mask and spatial_shapes do not agree on what is a patch")
+    counts, order = spatial_shapes.prod(-1).sort(stable=True)
+    if len(counts) and counts[-1] > x.shape[1]:
+        raise ValueError(f"a grid of {counts[-1]} patches in a row of {x.shape[1]}")
+    patches, pictures = counts.unique_consecutive(return_counts=True)
+    return Packed(x[order][real[order]], order, list(zip(pictures.tolist(), patches.tolist())))
+
+
+def unpack_patches(packed, length):
+    "Packed -> (B,length,W), zeros behind the patches of a picture."
+    out = packed.rows.new_zeros(len(packed.order), length, packed.rows.shape[-1])
+    start = 0
+    for part in packed.parts():
+        out[packed.order[start : start + len(part)], : part.shape[1]] = part
+        start += len(part)
+    return out
+
+# %% ../../nbs/4_model/16_siglip_features.ipynb #5d4a16bd
+def _packed_layer(layer, rows, sizes, training):
+    "A layer over packed rows (N,W): each picture attends to its own patches."
+    qkv = Packed(tokenwise(layer, "enter", rows), None, sizes).parts()
+    attended = [attend(layer.self_attn, *x.chunk(3, -1), training).flatten(0, 1) for x in qkv]
+    return tokenwise(layer, "leave", rows, torch.cat(attended))
+
+
+def patch_states(model, pixel_values, pixel_attention_mask, spatial_shapes):
+    """Patches (B,M,3p²), mask (B,M) or None, grids (B,2) -> Packed states behind the last norm.
+
+    Without a mask the grids tell what is padding."""
     tower = model.vision_model
-    if pixel_attention_mask is None:
-        pixel_attention_mask = grid_mask(spatial_shapes, pixel_values.shape[1])
-    seen = key_mask(pixel_attention_mask)
-    embed = tower.embeddings.patch_embedding
-    positions = batch_positions(
-        tower.embeddings.position_embedding.weight, spatial_shapes, pixel_values.shape[1]
-    )
-    x = embed(pixel_values.to(embed.weight.dtype)) + positions
+    packed = pack_patches(pixel_values, spatial_shapes, pixel_attention_mask)
+    embed, table = tower.embeddings.patch_embedding, tower.embeddings.position_embedding.weight
+    x = embed(packed.rows.to(embed.weight.dtype))
+    x = x + packed_positions(table, spatial_shapes[packed.order])
     for layer in tower.encoder.layers:
-        x = run_layer(model, _layer, layer, x, seen)
-    return tower.post_layernorm(x), seen
+        x = run_layer(model, _packed_layer, layer, x, packed.sizes)
+    return replace(packed, rows=tower.post_layernorm(x))
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #325fe88e
-def pool_states(head, heads, queries, states, seen=None):
-    """Queries (B,Q,W) over states (B,M,W) -> (B,Q,W) through a pooling head with `heads` heads.
+def ask(head, heads, queries, keys, values):
+    "Projected queries (B,Q,W), keys and values (B,M,W) -> attended (B,Q,W), heads side by side."
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries, keys, values))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    Source: SigLIP's MAP head (Zhai et al. 2023); torch's MultiheadAttention, then norm and MLP."""
+
+def pool_states(head, heads, states, asked=None):
+    """Packed states through a pooling head: with its probe -> (B,W), pictures in their own order.
+
+    asked (N,) bool: with those patches as queries instead -> (Q,W), in packed order. Source:
+    SigLIP's MAP head (Zhai et al. 2023); torch's MultiheadAttention, then norm and MLP."""
     weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
-    width = states.shape[-1]
-    q = F.linear(queries, weight[:width], bias[:width])
-    k, v = F.linear(states, weight[width:], bias[width:]).chunk(2, -1)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    width = states.rows.shape[-1]
+    own = head.probe[0] if asked is None else states.rows[asked]
+    queries = F.linear(own, weight[:width], bias[:width])
+    beside = replace(states, rows=F.linear(states.rows, weight[width:], bias[width:])).parts()
+    if asked is None:
+        attended = [
+            ask(head, heads, queries.expand(len(x), 1, -1), *x.chunk(2, -1)) for x in beside
+        ]
+        y = torch.cat(attended)[torch.argsort(states.order), 0]
+    else:
+        y = _ask_patches(head, heads, queries, beside, replace(states, rows=asked).parts())
     y = head.attention.out_proj(y)
     return y + head.mlp(head.layernorm(y))
 
 
-def pool_pictures(model, states, seen):
-    "States (B,M,D) of patches -> image features (B,D)."
-    head = model.vision_model.head
-    probe = head.probe.expand(len(states), -1, -1)
-    heads = model.config.vision_config.num_attention_heads
-    return pool_states(head, heads, probe, states, seen)[:, 0]
+def _ask_patches(head, heads, queries, beside, asked):
+    "Queries (Q,W) of the patches asked for, keys and values and masks by stretch -> (Q,W)."
+    counts = [mask.sum(1) for mask in asked]
+    rows = queries.split([int(n.sum()) for n in counts])
+    out = []
+    for own, x, n in zip(rows, beside, counts):
+        if not len(own):
+            continue
+        slots = torch.arange(int(n.max()), device=n.device) < n[:, None]
+        padded = own.new_zeros(*slots.shape, own.shape[-1]).index_put((slots,), own)
+        out.append(ask(head, heads, padded, *x.chunk(2, -1))[slots])
+    return torch.cat(out) if out else queries
 
 
-def pool_dense(model, states, seen):
-    "States (B,M,D) of patches -> dense features (B,M,D); rows of padding mean nothing."
+def pool_pictures(model, states):
+    "Packed states -> image features (B,D)."
     heads = model.config.vision_config.num_attention_heads
-    return pool_states(model.dense_feature_head, heads, states, states, seen)
+    return pool_states(model.vision_model.head, heads, states)
+
+
+def pool_dense(model, states, asked=None):
+    "Packed states -> dense features of the patches asked for (Q,D), of all without a mask."
+    heads = model.config.vision_config.num_attention_heads
+    if asked is None:
+        asked = torch.ones(len(states.rows), dtype=torch.bool, device=states.rows.device)
+    return pool_states(model.dense_feature_head, heads, states, asked)
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #5433e1f4
-def pool_grids(dense, spatial_shapes, boxes, box_image):
-    """Dense features (B,M,D), boxes (R,4) xyxy in cells, pictures (R,) -> (R,D), not normalised.
+def cell_weights(states, spatial_shapes, boxes, box_image, dtype):
+    """Boxes (R,4) xyxy in cells, pictures (R,) -> list of weights (r,patches) of each picture in
+    packed order, and the place of each box (R,) behind each other in that list."""
+    place = torch.argsort(states.order)[box_image]
+    order = torch.argsort(place, stable=True)
+    counts = torch.bincount(place, minlength=len(states.order)).tolist()
+    grids = spatial_shapes[states.order].tolist()
+    weights = [
+        roi_weights(rows, *grid, dtype=dtype, geometry=dtype).flatten(1)
+        for rows, grid in zip(boxes[order].split(counts), grids)
+    ]
+    return weights, torch.argsort(order)
 
-    float32, float64 for float64: weights of cells are not for half precision."""
-    dtype = torch.promote_types(dense.dtype, torch.float32)
-    order = torch.argsort(box_image, stable=True)
-    counts = torch.bincount(box_image, minlength=len(dense)).tolist()
-    pooled = []
-    with torch.autocast(dense.device.type, enabled=False):
-        rows = boxes[order].split(counts)
-        for row, grid, patches in zip(rows, spatial_shapes.tolist(), dense):
-            if len(row):
-                weights = roi_weights(row, *grid, dtype=dtype, geometry=dtype).flatten(1)
-                pooled.append(weights @ patches[: weights.shape[1]].to(dtype))
-    if not pooled:
-        return dense.new_zeros(0, dense.shape[-1], dtype=dtype)
-    return torch.cat(pooled)[torch.argsort(order)]
+
+def pool_regions(model, states, spatial_shapes, boxes, box_image):
+    """Packed states, boxes (R,4) xyxy in cells, pictures (R,) -> (R,D), not normalised.
+
+    Dense features are computed where a box lies. float32, float64 for float64: weights of cells
+    are not for half precision."""
+    dtype = torch.promote_types(states.rows.dtype, torch.float32)
+    weights, back = cell_weights(states, spatial_shapes, boxes, box_image, dtype)
+    touched = [w.ne(0).any(0) for w in weights]
+    dense = pool_dense(model, states, torch.cat(touched)).split([int(t.sum()) for t in touched])
+    with torch.autocast(states.rows.device.type, enabled=False):
+        pooled = [w[:, t] @ x.to(dtype) for w, t, x in zip(weights, touched, dense)]
+        return torch.cat(pooled)[back]
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #2f6081d2
 def cells_of_shares(boxes, box_image, spatial_shapes):

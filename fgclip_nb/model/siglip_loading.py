@@ -10,9 +10,11 @@ import json, logging
 from pathlib import Path
 import torch
 from transformers.models.siglip2.configuration_siglip2 import Siglip2Config
-from fgclip_nb.core.folder import write_atomic
+from fgclip_nb.core.folder import read_json, write_atomic
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.model.weights import FOREIGN, LoadReport, Source, check_report, match, read_weights
+from fgclip_nb.core.hub import HubFolder
+from fgclip_nb.text.pieces import Pieces
+from fgclip_nb.model.weights import FOREIGN, LoadReport, check_report, match, read_weights
 from fgclip_nb.model.loading import FROM_AUTO, HUB
 from fgclip_nb.model.saving import write_weights
 from fgclip_nb.model.siglip import FINE_SCALE, FINE_SCALES, FGCLIP2Config, origin_of, start_value
@@ -56,10 +58,7 @@ def read_siglip_config(source, start=False):
     path = source.get("config.json")
     if path is None:
         raise DataError(f"{source.name}: no config.json")
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as e:
-        raise DataError(f"{path}: not valid JSON ({e})") from e
+    entries = read_json(path)
     kind = entries.get("model_type")
     if kind in FIRST_KINDS:
         raise DataError(f"{path}: model_type {kind!r} is not FG-CLIP 2: load it with FGCLIP")
@@ -221,15 +220,41 @@ def load_siglip(
     unknown = set(kw) - set(HUB) - set(FROM_AUTO)
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-    source = Source(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
+    source = HubFolder(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
     stored_config, kind = read_siglip_config(source, start)
     tensors, files = read_weights(source)
     report = LoadReport(source.name, [str(f) for f in files])
     model = build_siglip(cls, config or stored_config, tensors, report, start)
     if prove:
         prove_siglip(model, source, kind)
+    model.pieces_from = (source.name, revision)
     dtype = None if dtype == "auto" else dtype or torch_dtype
     return model if dtype is None else model.to(dtype)
+
+# %% ../../nbs/4_model/17_siglip_loading.ipynb #a74ec5c4
+TOY_PIECES = 632  # of the shipped vocabulary
+
+
+def known_pieces(model) -> Pieces:
+    """The vocabulary of a model: its own, that of the folder it came from, or the shipped toy.
+
+    Read when it is first asked for. DataError where there is none, or the model has fewer pieces
+    than the vocabulary numbers."""
+    if model.pieces is None:
+        size = model.config.text_config.vocab_size
+        name, revision = getattr(model, "pieces_from", None) or (None, None)
+        if name is None and size != TOY_PIECES:
+            raise DataError(
+                f"a model of {size:,} pieces without a vocabulary: set model.pieces = "
+                "Pieces(folder), a folder with the tokenizer.json of its checkpoint"
+            )
+        model.pieces = Pieces(name, revision)
+        if len(model.pieces) > size:
+            raise DataError(
+                f"{model.pieces.name}: the vocabulary has {len(model.pieces):,} pieces, the model "
+                f"{size:,}; they do not belong together"
+            )
+    return model.pieces
 
 # %% ../../nbs/4_model/17_siglip_loading.ipynb #e78f8495
 SIGLIP_CARD = """---

@@ -77,6 +77,14 @@ def add_temporal_head(model, layers=2):
     model.config.temporal_layers = layers
     model.temporal = TemporalHead(model.config.projection_dim, layers).to(model.logit_scale)
 
+# %% ../../nbs/4_model/04_towers.ipynb #5a628767
+def add_logit_bias(model, value):
+    "Give a model the scalar that the sigmoid loss adds to its logits, (1,), unless it has one."
+    if not hasattr(model, "logit_bias"):
+        model.config.sigmoid_bias = True
+        start = torch.full((1,), float(value)).to(model.logit_scale)
+        model.logit_bias = nn.Parameter(start)
+
 # %% ../../nbs/4_model/04_towers.ipynb #e485c570
 class BareModel(nn.Module):
     "The parameters of FG-CLIP from scratch, and no computation."

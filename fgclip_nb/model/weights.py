@@ -13,61 +13,8 @@ import torch
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import read_json
 
-# %% ../../nbs/4_model/08_weights.ipynb #c6ba9f4f
-def _from_hub(source, filename):
-    "Download one file, or take it from the hub's cache here; None where the source lacks it."
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            hub.hf_hub_download(source.name, filename, revision=source.revision, **source.options)
-        )
-    except LocalEntryNotFoundError as e:
-        raise DataError(
-            f"{source.name}: neither a folder here nor in the hub's cache, "
-            f"and the hub is out of reach ({e})"
-        ) from e
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise DataError(
-            f"{source.name} at revision {source.revision or 'main'}: {filename}: {e}"
-        ) from e
-
-# %% ../../nbs/4_model/08_weights.ipynb #452ae986
-@dataclass
-class Source:
-    """A folder, or a hub repository `owner/name` at a revision.
-
-    options: cache_dir, token, local_files_only, subfolder for the hub. DataError where the name is
-    neither."""
-
-    name: str
-    revision: str | None = None
-    options: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.name = str(self.name)
-        if Path(self.name).is_dir():
-            return
-        if Path(self.name).exists():
-            raise DataError(
-                f"{self.name} is a file; a folder with config.json and weights is needed "
-                "(OpenAI's single files: from_openai)"
-            )
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.name):
-            raise DataError(f"{self.name}: no such folder, and no name of a hub repository")
-
-    def get(self, filename):
-        "Path of a file of the source, or None where the source does not have it."
-        if Path(self.name).is_dir():
-            path = Path(self.name, self.options.get("subfolder", ""), filename)
-            return path if path.is_file() else None
-        return _from_hub(self, filename)
-
 # %% ../../nbs/4_model/08_weights.ipynb #24b49d2c
-def _read_safetensors(path):
+def read_safetensors(path):
     "File -> tensors by name; DataError for a file that is torn."
     from safetensors.torch import load_file
 
@@ -199,14 +146,14 @@ def _read_bin(path):
 
 
 def read_weights(source) -> tuple:
-    """Source -> (dict of tensors by name, list of the files read).
+    """HubFolder -> (dict of tensors by name, list of the files read).
 
     safetensors before .bin, one file before shards; DataError where there is none of them."""
     for name in WEIGHT_FILES:
         path = source.get(name)
         if path is None:
             continue
-        read = _read_safetensors if "safetensors" in name else _read_bin
+        read = read_safetensors if "safetensors" in name else _read_bin
         return _read_shards(source, path, read) if name.endswith("json") else (read(path), [path])
     raise DataError(f"{source.name}: no weights; looked for {', '.join(WEIGHT_FILES)}")
 

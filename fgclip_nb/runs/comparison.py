@@ -11,10 +11,12 @@ import statistics as st
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.plain import literal
 from fgclip_nb.core.folder import Run
 from fgclip_nb.core.config import NOT_IDENTITY, known_parameters
 from fgclip_nb.diagnostics.expectations import show
-from fgclip_nb.diagnostics.rules import FAIL, chance, in_batch
+from fgclip_nb.diagnostics.rules import FAIL, SHIPPED_KINDS, chance, in_batch
+from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.judgement import headline, run_evidence, verdicts
 from fgclip_nb.diagnostics.canvas import (
     BLUE,
@@ -24,6 +26,7 @@ from fgclip_nb.diagnostics.canvas import (
     PURPLE,
     RED,
     empty_axes,
+    label_axes,
     new_figure,
 )
 from fgclip_nb.diagnostics.report import expected_and_observed
@@ -163,6 +166,7 @@ def run_row(run) -> dict:
         region_over_chance=_last_over_chance(ev, "region"),
         global_over_chance=_last_over_chance(ev, "global"),
         hard_over_chance=_last_over_chance(ev, "hard"),
+        **{f"{kind}_over_chance": _last_over_chance(ev, kind) for kind in added_kinds(ev)},
     )
     for k in ("val_r10", "val_mean_rank", "val_loss_region"):
         if ev.has(k):
@@ -214,7 +218,7 @@ def comparability(runs) -> list:
         notes.append(
             "Different code: a difference may come from the code and not from a parameter."
         )
-    if any("versions." in k or "device" in k for k in names):
+    if any(word in k for k in names for word in ("versions.", "hardware.", "device")):
         notes.append(
             "Different versions or device: equal parameters and seeds give nearly, not bitwise, "
             "equal numbers."
@@ -272,7 +276,7 @@ class Comparison:
         columns = list(dict.fromkeys(k for r in self.rows for k in r)) or ["run"]
         frame = pd.DataFrame(self.rows, columns=columns).set_index("run")
         for i, (k, v) in enumerate(varying.items()):
-            frame.insert(i, k, v)
+            frame.insert(i, k, v, allow_duplicates=True)
         return frame
 
     @property
@@ -316,20 +320,26 @@ def _overlay(ax, grouped, column):
             continue
         t = pd.concat(series, axis=1).sort_index()
         t = t.interpolate(method="index", limit_area="inside")  # not every step has every term
-        ax.plot(t.index, t.mean(axis=1), color=colour, lw=2, label=f"{label} ({len(series)})")
+        ax.plot(
+            t.index, t.mean(axis=1), color=colour, lw=2, label=literal(f"{label} ({len(series)})")
+        )
         if len(series) > 1:
             ax.fill_between(t.index, t.min(axis=1), t.max(axis=1), color=colour, alpha=0.2, lw=0)
     over_chance = column.endswith("/chance")
     if over_chance:
         ax.axhline(1, color=GREY, ls="--", lw=1.2)
-    ax.set(title=column, xlabel="optimiser step", ylabel="loss / chance" if over_chance else column)
+    label_axes(ax, column, "loss / chance" if over_chance else column)
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #cfe34424
-def plot_runs(runs, columns=("global/chance", "region/chance", "hard/chance", "val_r10")):
+def plot_runs(runs, columns=()):
     """Overlay of columns for groups of runs; columns that no run has are left out.
 
-    `region/chance` is the in-batch region loss over its chance level."""
+    `region/chance` is the in-batch region loss over its chance level. Without columns: every loss
+    over its chance level, and held-out retrieval."""
     grouped = groups(runs)
+    added = dict.fromkeys(k for r in runs for k in added_kinds(run_evidence(r)))
+    kinds = (*SHIPPED_KINDS, *added)
+    columns = columns or (*(f"{kind}/chance" for kind in kinds), "val_r10")
     known = [c for c in columns if any(len(_series(r, c)) for r in runs)]
     fig, axes = new_figure("Runs side by side (mean, lowest and highest seed)", max(len(known), 1))
     for ax, column in zip(axes, known):

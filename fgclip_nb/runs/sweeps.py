@@ -9,16 +9,17 @@ __all__ = ['Sweep']
 import hashlib, itertools, json, os, time
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
-from fgclip_nb.core.folder import Run, write_atomic
+from fgclip_nb.core.folder import Run, write_atomic, yaml_value
 from fgclip_nb.core.params import nearest
 from fgclip_nb.core.config import known_parameters
 
 # %% ../../nbs/9_runs/02_sweeps.ipynb #83658572
 def parse_value(text: str):
-    "A parameter's value as YAML reads it, with 1e-4 a number too."
-    import yaml
-
-    value = yaml.safe_load(text)
+    "A parameter's value as YAML reads it, with 1e-4 a number too; ConfigError for a broken one."
+    try:
+        value = yaml_value(text)
+    except ValueError as e:
+        raise ConfigError(f"value {text[:60]!r} is not readable YAML ({e})") from e
     if not isinstance(value, str):
         return value
     try:

@@ -4,6 +4,7 @@
 import importlib
 
 ROOMS = {
+    "Pieces": ".pieces",
     "TextBatch": ".packing",
     "get_tokenizer": ".tokenizer",
     "tokenize": ".packing",

@@ -6,6 +6,7 @@ import importlib
 ROOMS = {
     "Interrupted": ".interruption",
     "LaunchFailed": ".launcher",
+    "MOST_NEGATIVES": ".rundata",
     "OutOfMemory": ".memory",
     "ProcessLost": ".interruption",
     "data_table": ".rundata",

@@ -5,12 +5,18 @@
 # %% auto #0
 __all__ = []
 
+# %% ../../nbs/8_training/99_command.ipynb #be363d86
+import os, sys
+from fgclip_nb.training.parent import end_with_parent, under_launcher
+
+if __name__ == "__main__" and under_launcher():
+    end_with_parent()  # before torch, whose import takes seconds
+
 # %% ../../nbs/8_training/99_command.ipynb #9322cf7b
-import sys
-from pathlib import Path
-import yaml
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.core.folder import read_yaml, yaml_value
+from fgclip_nb.core.params import short
+from fgclip_nb.core.config import TrainConfig, describe_parameter, known_parameters
 from fgclip_nb.diagnostics.expectations import show
 from fgclip_nb.training.memory import OutOfMemory
 from fgclip_nb.training.interruption import Interrupted, ProcessLost
@@ -20,21 +26,21 @@ from fgclip_nb.training.forecast import estimate_rows
 
 # %% ../../nbs/8_training/99_command.ipynb #91ac9a9b
 def config_from_args(args) -> TrainConfig:
-    "A config from an optional YAML file and `key=value` words (later ones win); or `ConfigError`."
+    """A config from YAML files and `key=value` words (later ones win).
+
+    Raises `ConfigError` or `DataError`, which name word or file, for what is neither."""
     params = {}
     for a in args:
-        if "=" in a and not Path(a).exists():
+        if os.path.isfile(a):
+            params |= read_yaml(a)
+        elif "=" in a:
             name, value = a.split("=", 1)
-            params[name] = yaml.safe_load(value)
-        elif Path(a).is_file():
-            loaded = yaml.safe_load(Path(a).read_text()) or {}
-            if not isinstance(loaded, dict):
-                raise ConfigError(
-                    f"{a}: expected `name: value` lines, found a {type(loaded).__name__}"
-                )
-            params |= loaded
+            try:
+                params[name] = yaml_value(value)
+            except ValueError as e:
+                raise ConfigError(f"parameter `{name}`: not readable YAML ({e})") from e
         else:
-            raise ConfigError(f"argument {a!r} is neither an existing YAML file nor key=value")
+            raise ConfigError(f"argument {short(a)} is neither an existing YAML file nor key=value")
     return TrainConfig.from_params(params)
 
 # %% ../../nbs/8_training/99_command.ipynb #0ad375c6
@@ -44,6 +50,21 @@ def print_estimate(cfg: TrainConfig):
         print(f"{name}: {show(value)} ({how})", flush=True)
 
 # %% ../../nbs/8_training/99_command.ipynb #b2b791ac
+USAGE = """python -m fgclip_nb.training [--dry-run] [PARAMS.yaml …] [name=value …]
+
+Trains, or with --dry-run prints what the run will take. Later words win; without any the
+shipped photos are learned with the defaults. Status: 0 done or nothing to do, 2 wrong
+parameters or data, 3 non-finite, 4 disk, 5 out of memory, 6 another process lost,
+128+n stopped by signal n.
+
+Parameters:"""
+
+
+def usage() -> str:
+    "What `--help` prints."
+    return "\n".join([USAGE, *(f"  {describe_parameter(name)}" for name in known_parameters())])
+
+
 def _failed(error, status: int) -> int:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return status
@@ -56,6 +77,9 @@ def main(args=None) -> int:
     6 another process lost, 128+n stopped by signal n. With `processes` above 1 it is the status of
     the process that failed first."""
     args = list(sys.argv[1:] if args is None else args)
+    if "-h" in args or "--help" in args:
+        print(usage())
+        return 0
     dry = "--dry-run" in args
     try:
         cfg = config_from_args([a for a in args if a != "--dry-run"])

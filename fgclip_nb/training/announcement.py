@@ -13,8 +13,9 @@ from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
-from fgclip_nb.data.filters import write_rejects
+from fgclip_nb.data.filters import a_few, write_rejects
 from fgclip_nb.data.audit import audit
+from fgclip_nb.data.roles import write_roles
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
@@ -91,13 +92,6 @@ def coverage_rows(data: RunData, cfg: TrainConfig):
         f"{within:.0f} of {annotated:.0f} s of all regions together",
     )
 
-# %% ../../nbs/8_training/12_announcement.ipynb #9e99f56e
-def even_thousand(samples) -> list:
-    "All samples, or about a thousand of a large memory-mapped set, spread evenly."
-    if not hasattr(samples, "subset"):
-        return samples
-    return [samples[i] for i in range(0, len(samples), max(1, len(samples) // 1000))]
-
 # %% ../../nbs/8_training/12_announcement.ipynb #8bf27672
 def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = None) -> Expectations:
     """What can be known before the first step.
@@ -105,7 +99,7 @@ def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = Non
     Counts and chance levels, for clips what their frames show, and what the model weighs.
     `parameters`: how many it has, where that is not known from its preset."""
     clips = has_clips(data.train)
-    counts = count_samples(even_thousand(data.train), cfg) | dict(samples=len(data.train))
+    counts = count_samples(a_few(data.train), cfg) | dict(samples=len(data.train))
     expected = expect(cfg, counts, cfg.processes)
     if clips:
         expected.rows += coverage_rows(data, cfg)
@@ -115,9 +109,12 @@ def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = Non
     return expected
 
 # %% ../../nbs/8_training/12_announcement.ipynb #6a772344
-def announce(s: TrainState):
-    "Before the first step: write rejects and manifest, and say what is to be expected."
+def announce(s: TrainState, shown: bool = False):
+    """Before the first step: write rejects, roles and manifest, and say what is to be expected.
+
+    shown: whether a table of it was shown already; then only `training.log` gets the lines."""
     write_rejects(s.data.rejects, s.path / "rejects.jsonl")
+    write_roles(s.path, s.data.train, s.data.val)
     rules = collections.Counter(r.rule for r in s.data.rejects).most_common()
     rejected = ", ".join(f"{rule} {count}" for rule, count in rules) or "nothing"
     s.log.info(
@@ -127,11 +124,12 @@ def announce(s: TrainState):
     facts = audit(s.data.train, s.data.val, s.data.rejects, s.cfg.context_length)
     write_atomic(s.path / "audit.json", json.dumps(facts, indent=1))
     if s.cfg.frame_cache:
-        parts = (even_thousand(part) for part in (s.data.train, s.data.val))
+        parts = (a_few(part) for part in (s.data.train, s.data.val))
         clips = [x.media for part in parts for x in part if x.kind == "video"]
         size = s.cfg.image_size or s.model.config.vision_config.image_size
         s.log.info(f"frames: {cache_share(FrameCache(s.cfg.frame_cache, size), clips)}")
     expected = what_to_expect(s.cfg, s.data, sum(p.numel() for p in s.model.parameters()))
     write_atomic(s.path / "expectations.json", json.dumps(expected.as_dicts(), indent=1))
     for row in expected.as_dicts():
-        s.log.info(f"expected: {row['name']} = {show(row['value'])} ({row['explanation']})")
+        line = f"expected: {row['name']} = {show(row['value'])} ({row['explanation']})"
+        s.log.info(line, extra=dict(only="file") if shown else None)

@@ -6,39 +6,86 @@
 __all__ = []
 
 # %% ../../nbs/8_training/01_build.ipynb #ad89f4c8
-import math
-from pathlib import Path
+import dataclasses, math
 import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import model_folder, resolve_path
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.model.config import FGCLIPConfig, PRESETS
 from fgclip_nb.model.layers import grid_positions
+from fgclip_nb.model.towers import SCALES
 from fgclip_nb.model.loading import log_scales
 from fgclip_nb.model.fgclip import FGCLIP
+from fgclip_nb.model.fgclip2 import FGCLIP2
+from fgclip_nb.model.opening import NAMES, open_model, preset_model
+from fgclip_nb.losses.sigmoid import bias_advice, fitting_bias
 
 # %% ../../nbs/8_training/01_build.ipynb #f828af78
-def random_model(cfg: TrainConfig, log) -> FGCLIP:
+SIGLIP_START = math.log(10)  # the log scale from scratch (Zhai et al. 2023); FG-CLIP 2's code has 0
+
+
+@torch.no_grad()
+def random_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
     """A preset with random float32 weights from `cfg.seed`.
 
     `logit_scale_init` sets all three temperatures; the log says what they are."""
     torch.manual_seed(cfg.seed)
-    model = FGCLIP(FGCLIPConfig.preset(cfg.model))
-    for p in (model.logit_scale, model.logit_scale_finegraind, model.logit_scale_hardneg):
-        if cfg.logit_scale_init is not None:
-            with torch.no_grad():
-                p.fill_(cfg.logit_scale_init)
+    model, start = preset_model(cfg.model), cfg.logit_scale_init
+    if isinstance(model, FGCLIP2) and start is None:
+        start = SIGLIP_START
+    for name in SCALES:
+        if start is not None:
+            getattr(model, name).fill_(start)
     model.clamp_scales_()
     count = sum(p.numel() for p in model.parameters())
     log.info(f"model {cfg.model}: random weights from seed {cfg.seed}, {count:,} parameters")
     log_scales(model)
     return model
 
+# %% ../../nbs/8_training/01_build.ipynb #3e01e768
+FURTHER = dict(spread_weight=0.1, hard_contrast_weight=0.3, ranking_weight=0.2)  # of FG-CLIP 2
+
+
+def settle_recipe(cfg: TrainConfig, model) -> TrainConfig:
+    "The configuration with what it leaves to the model: kind of loss, weights of further terms."
+    second = isinstance(model, FGCLIP2)
+    weights = {name: official * second for name, official in FURTHER.items()}
+    chosen = {name: getattr(cfg, name) for name in FURTHER if getattr(cfg, name) is not None}
+    kind = cfg.losses
+    if kind == "auto":
+        kind = "sigmoid" if second else "softmax"
+    return dataclasses.replace(cfg, losses=kind, **{**weights, **chosen})
+
+
+@torch.no_grad()
+def settle_bias(model, cfg: TrainConfig, log):
+    """Give the model of a settled configuration the bias that it starts from, in place.
+
+    What `logit_bias_init` asks for; else what is stored; from scratch what fits the batch."""
+    if cfg.losses != "sigmoid":
+        return
+    fresh = cfg.model in NAMES or not hasattr(model, "logit_bias")
+    value = cfg.logit_bias_init
+    if value is None and fresh:
+        value = fitting_bias(cfg.batch_size * max(cfg.processes, 1))
+    if value is not None:
+        model.add_logit_bias(value)
+        model.logit_bias.fill_(value)
+    bias, candidates = model.logit_bias.item(), cfg.batch_size * max(cfg.processes, 1)
+    log.info(f"sigmoid loss: logit_bias = {bias:.4f}")
+    advice = bias_advice(bias, candidates / (1 + math.exp(-bias)), candidates) if fresh else ""
+    if advice:
+        log.warning(advice)
+
 # %% ../../nbs/8_training/01_build.ipynb #46bdc453
 def resize_positions_(model, size: int):
     """Make a model for pictures of `size` pixels, in place, as the model resamples on the fly.
 
     Raises `ConfigError` for a size that does not divide into patches."""
+    if isinstance(model, FGCLIP2):
+        raise ConfigError(
+            "parameter `image_size` is for square photos; FG-CLIP 2 keeps their shape: leave it at "
+            "0 and set `patch_budget`"
+        )
     vision = model.config.vision_config
     places = model.vision_model.embeddings
     patch = vision.patch_size
@@ -62,21 +109,16 @@ def weights_source(name: str):
     return model_folder(path) if path.exists() else name
 
 # %% ../../nbs/8_training/01_build.ipynb #252ebf3f
-def build_model(cfg: TrainConfig, log) -> FGCLIP:
+def build_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
     """The model named by `cfg.model`, in float32 and on the CPU.
 
-    A preset, or weights from a file, a folder, a run folder or the hub (proven complete)."""
-    if cfg.model in PRESETS:
+    A preset, or weights from a file, a folder, a run folder or the hub (proven complete); which
+    class it is, the source says."""
+    if cfg.model in NAMES:
         model = random_model(cfg, log)
     else:
-        source = weights_source(cfg.model)
-        scale = dict(
-            logit_scale_init=cfg.logit_scale_init, override_logit_scale=cfg.override_logit_scale
-        )
-        if isinstance(source, Path) and source.is_file():
-            model = FGCLIP.from_openai(source, **scale)
-        else:
-            model = FGCLIP.from_clip(str(source), revision=cfg.revision or None, **scale)
+        asked = cfg.logit_scale_init, cfg.override_logit_scale
+        model = open_model(weights_source(cfg.model), cfg.revision or None, *asked)
     if cfg.image_size:
         resize_positions_(model, cfg.image_size)
     model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -104,9 +146,11 @@ def parameter_groups(model, weight_decay: float) -> list:
 def learning_rate_at(step: int, cfg: TrainConfig, total: int) -> float:
     """Learning rate of optimiser step `step` of `total`, counted from 1.
 
-    Linear warm-up over `lr_warmup_steps`, then half a cosine down to zero."""
+    Linear warm-up over `lr_warmup_steps`; then half a cosine down to zero, or constant."""
     done = step - 1
     if done < cfg.lr_warmup_steps:
         return cfg.learning_rate * done / max(1, cfg.lr_warmup_steps)
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
     share = (done - cfg.lr_warmup_steps) / max(1, total - cfg.lr_warmup_steps)
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * share))

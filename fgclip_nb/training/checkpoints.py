@@ -6,12 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #f4c7a5c2
-import functools, json, os, re, shutil
+import json, os, re, shutil
 from pathlib import Path
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from fgclip_nb.core.identity import sha256_file
-from fgclip_nb.core.folder import Run, checkpoint_fault, newest_sound, write_atomic
+from fgclip_nb.core.folder import (
+    Run,
+    checkpoint_fault,
+    checkpoint_state,
+    newest_sound,
+    write_atomic,
+)
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #cd35c889
 def optimizer_tensors(model, optimizer) -> dict:
@@ -36,6 +43,24 @@ def load_optimizer_tensors(model, optimizer, tensors: dict):
             optimizer.state[p] = {
                 k: v.clone() if k == "step" else v.clone().to(p.device) for k, v in state.items()
             }
+
+# %% ../../nbs/8_training/03_checkpoints.ipynb #e8d86015
+def term_tensors(states: dict) -> dict:
+    "What loss terms keep, {term: {name: tensor}}, as `term/name` -> tensor on the CPU."
+    return {
+        f"{term}/{name}": torch.as_tensor(x).detach().cpu().contiguous()
+        for term, kept in states.items()
+        for name, x in kept.items()
+    }
+
+
+def load_term_tensors(tensors: dict, device) -> dict:
+    "`term_tensors` by term and name again, on `device`."
+    states = {}
+    for key, x in tensors.items():
+        term, _, name = key.partition("/")
+        states.setdefault(term, {})[name] = x.to(device)
+    return states
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #372ac208
 def sync(path):
@@ -72,9 +97,30 @@ def disk_error(step: int, root, error) -> OSError:
         "the last good one is kept",
     )
 
+# %% ../../nbs/8_training/03_checkpoints.ipynb #c1aa7988
+_faults = {}
+
+
+def _stamps(folder) -> tuple:
+    "What changes when a file of a folder does."
+    stats = [(str(p), p.stat()) for p in sorted(folder.rglob("*"))]
+    return tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
+
+
+def is_sound(folder) -> bool:
+    "Whether a checkpoint has no fault; it is read again only when one of its files has changed."
+    stamps = _stamps(folder)
+    if stamps not in _faults:
+        _faults[stamps] = checkpoint_fault(folder)
+    return not _faults[stamps]
+
 # %% ../../nbs/8_training/03_checkpoints.ipynb #d83f0831
-def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) -> Path:
+def save_checkpoint(
+    run_path, step: int, model, optimizer, bank, state: dict, term_states: dict | None = None
+) -> Path:
     """Write `checkpoints/step_########` aside and rename it; `bank` may be None.
+
+    term_states: tensors that loss terms keep, by term and name.
 
     On an error (`OSError` for a full disk) the half-written folder is removed and the last good
     one stays. What a killed run has left aside is removed too."""
@@ -90,10 +136,13 @@ def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) ->
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in held.items()}, aside / "bank.safetensors"
         )
+        if term_states:
+            save_file(term_tensors(term_states), aside / "terms.safetensors")
         _seal(aside, dict(state, step=step))
         _sync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
+        _faults[_stamps(final)] = ""
         sync(root)
     except BaseException as e:
         shutil.rmtree(aside, ignore_errors=True)
@@ -102,13 +151,58 @@ def save_checkpoint(run_path, step: int, model, optimizer, bank, state: dict) ->
         raise
     return final
 
+# %% ../../nbs/8_training/03_checkpoints.ipynb #435d6fdf
+def _tensor_fault(file, expected) -> str:
+    "Which tensor of a file is not there or has another shape or kind than `expected`, or ''."
+    with safe_open(file, "pt") as held:
+        names = set(held.keys())
+        for name, tensor in expected.items():
+            if name not in names:
+                return f"{file.name} has no {name}"
+            found = held.get_tensor(name)
+            floats = found.is_floating_point() == tensor.is_floating_point()
+            if found.shape != tensor.shape or not floats:
+                return (
+                    f"{file.name}: {name} is {found.dtype} of shape {tuple(found.shape)}, this run "
+                    f"has {tensor.dtype} of {tuple(tensor.shape)}"
+                )
+    return ""
+
+
+def _optimizer_fault(file, model) -> str:
+    "What of an optimiser's file does not belong to the model, or ''."
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    with safe_open(file, "pt") as held:
+        for name in held.keys():
+            parameter, _, key = name.rpartition(":")
+            shape = torch.Size([]) if key == "step" else shapes.get(parameter)
+            found = held.get_tensor(name)
+            if parameter not in shapes or found.shape != shape or not found.is_floating_point():
+                return f"{file.name}: {name} is {found.dtype} of shape {tuple(found.shape)}"
+    return ""
+
+
+def misfit(folder, model, bank) -> str:
+    "Why a sound checkpoint does not fit a run's model and bank (None: no bank), or ''."
+    files = {"model.safetensors": model.state_dict()}
+    if bank is not None:
+        files["bank.safetensors"] = bank.state_dict()
+    try:
+        faults = [_tensor_fault(folder / name, tensors) for name, tensors in files.items()]
+        faults.append(_optimizer_fault(folder / "optimizer.safetensors", model))
+    except (OSError, SafetensorError) as e:
+        return f"its tensors cannot be read ({e})"
+    return next(filter(None, faults), "")
+
 # %% ../../nbs/8_training/03_checkpoints.ipynb #49b650b9
-def newest_checkpoint(run_path, log):
+def newest_checkpoint(run_path, log, fault_of=checkpoint_fault, last=None):
     """The newest sound checkpoint as (step, folder, state), or None.
 
-    Unsound ones are named in the log with what is wrong."""
-    newest = newest_sound(Run(run_path).checkpoints(), log)
-    return (*newest, json.loads((newest[1] / "state.json").read_text())) if newest else None
+    Unsound ones are named in the log with what is wrong. `last`: the step up to which they are
+    looked at; `fault_of`: folder -> what is wrong with it, or ''."""
+    held = [(step, f) for step, f in Run(run_path).checkpoints() if last is None or step <= last]
+    newest = newest_sound(held, log, fault_of)
+    return (*newest, checkpoint_state(newest[1])) if newest else None
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #78e27721
 def name_best(run_path, best: dict):
@@ -125,17 +219,6 @@ def name_best(run_path, best: dict):
     write_atomic(file, json.dumps(dict(step=best["step"], folder=folder.name, **judged)) + "\n")
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #7d021db5
-@functools.lru_cache(maxsize=64)
-def _fault_of(folder, stamps) -> str:
-    return checkpoint_fault(folder)
-
-
-def is_sound(folder) -> bool:
-    "Whether a checkpoint has no fault; it is read again only when one of its files has changed."
-    stats = [(str(p), p.stat()) for p in sorted(folder.rglob("*"))]
-    return not _fault_of(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
-
-
 def prune_checkpoints(run_path, keep: int, best: int | None):
     "Remove all sound checkpoints but the newest `keep` and the one of step `best`."
     sound = [(step, folder) for step, folder in Run(run_path).checkpoints() if is_sound(folder)]

@@ -61,7 +61,8 @@ def probe_batch(s: TrainState, size: int):
     if has_clips(s.data.train):
         examples.drawing = dataclasses.replace(examples.drawing, num_frames=size)
         chosen = s.order.indices(0)[:1]
-    batch, rejects = collate_loaded([examples[where] for where in chosen], s.cfg.context_length)
+    drawn = [examples[where] for where in chosen]
+    batch, rejects = collate_loaded(drawn, s.cfg.context_length, s.form)
     if batch is None:
         raise DataError(f"the first samples cannot be read: {rejects[0].reason}")
     return batch.to(s.accelerator.device)

@@ -6,20 +6,16 @@
 __all__ = ['LaunchFailed']
 
 # %% ../../nbs/8_training/11_launcher.ipynb #09ea186f
-import collections, ctypes, dataclasses, os, re, signal, subprocess, sys, tempfile
+import collections, dataclasses, math, os, re, select, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch, yaml
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, run_folder
 from fgclip_nb.training.interruption import Interrupted, on_signals
+from fgclip_nb.training.parent import end_with_parent, under_launcher
 
 # %% ../../nbs/8_training/11_launcher.ipynb #a77ddea5
-def under_launcher() -> bool:
-    "Whether torchrun or accelerate launch started this process as one of several."
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def settle_processes(cfg: TrainConfig) -> TrainConfig:
     """The config with `processes` as it is under a launcher.
 
@@ -42,9 +38,9 @@ def settle_processes(cfg: TrainConfig) -> TrainConfig:
 
 # %% ../../nbs/8_training/11_launcher.ipynb #58f4c6e5
 def leave_group():
-    "Give up a gloo process group before the process ends; without one nothing happens."
+    "Give up the process group before the process ends; without one nothing happens."
     group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+    if group.is_available() and group.is_initialized():
         group.destroy_process_group()
 
 
@@ -58,10 +54,25 @@ def wait_for_the_first(accelerator):
         get_logger().info(f"the first process is not waited for: {str(e).splitlines()[0]}")
 
 # %% ../../nbs/8_training/11_launcher.ipynb #ec0ce405
-def end_with_parent():
-    "In a child before it starts: a SIGTERM when the parent dies, so that nothing goes on (Linux)."
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+PATIENCE_S = 60.0  # that what a program started may still take after its own end
+
+
+def lines_of(child):
+    """Yield the lines of a program, until it and whoever holds its output have ended.
+
+    Who holds it for longer than `PATIENCE_S` after the program's own end is not waited for."""
+    rest, ended = b"", math.inf
+    while time.monotonic() < ended + PATIENCE_S:
+        if select.select([child.stdout], [], [], 0.5)[0]:
+            data = os.read(child.stdout.fileno(), 1 << 16)
+            if not data:
+                break
+            *lines, rest = (rest + data).split(b"\n")
+            yield from (line.decode("utf-8", "replace").rstrip() for line in lines)
+        elif child.poll() is not None:
+            ended = min(ended, time.monotonic())
+    if rest:
+        yield rest.decode("utf-8", "replace").rstrip()
 
 
 def follow(command, tell, env=None) -> tuple:
@@ -75,8 +86,6 @@ def follow(command, tell, env=None) -> tuple:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,
         preexec_fn=end_with_parent,
         env=env,
@@ -88,9 +97,9 @@ def follow(command, tell, env=None) -> tuple:
 
     try:
         with on_signals(pass_on):
-            for line in child.stdout:
-                last.append(line.rstrip())
-                tell(last[-1])
+            for line in lines_of(child):
+                last.append(line)
+                tell(line)
             return child.wait(), list(last), "".join(passed[:1])
     finally:
         if child.poll() is None:

@@ -7,90 +7,22 @@ __all__ = ['train']
 
 # %% ../../nbs/8_training/13_loop.ipynb #20002ce2
 import atexit, json, signal, time
-from safetensors.torch import load_file
-from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
-from fgclip_nb.core.config import TrainConfig, check_params, run_folder
+from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
 from fgclip_nb.diagnostics.report import conclude
-from fgclip_nb.training.rundata import clip_frames
-from fgclip_nb.training.checkpoints import (
-    load_optimizer_tensors,
-    name_best,
-    newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    sync,
-)
+from fgclip_nb.training.rundata import RunData, clip_frames
 from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
 from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
 from fgclip_nb.training.step import record_step, run_step, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
-from fgclip_nb.training.preparation import file_logger, note_trained, open_folder, prepare
-from fgclip_nb.training.launcher import (
-    launch,
-    leave_group,
-    settle_processes,
-    under_launcher,
-    wait_for_the_first,
-)
+from fgclip_nb.training.preparation import file_logger, open_folder, prepare
+from fgclip_nb.training.progress import Progress
+from fgclip_nb.training.parent import end_with_parent, under_launcher
+from fgclip_nb.training.launcher import launch, leave_group, settle_processes, wait_for_the_first
 from fgclip_nb.training.announcement import announce
-
-# %% ../../nbs/8_training/13_loop.ipynb #68fc960d
-COUNTERS = ("forwards", "bad_in_a_row", "skipped", "loads", "load_rejects", "best")
-
-
-def checkpoint(s: TrainState):
-    """Save the state after a step and remove what is no longer kept.
-
-    The lines of metrics are on the disk before the checkpoint that counts on them."""
-    if not s.is_main:
-        return
-    state = dict(
-        params=s.cfg.as_dict(),
-        data=s.data.fingerprint,
-        versions=versions(),
-        weights=weights_fingerprint(s.model),
-        **{k: getattr(s, k) for k in COUNTERS},
-    )
-    for name in ("metrics.jsonl", "timing.jsonl"):
-        if (s.path / name).exists():
-            sync(s.path / name)
-    sync(s.path)
-    save_checkpoint(s.path, s.step, s.model, s.optimizer, s.bank, state)
-    name_best(s.path, s.best)
-    prune_checkpoints(s.path, s.cfg.keep_checkpoints, s.best.get("step"))
-    note_trained(s.path)
-
-
-def restore(s: TrainState):
-    """Continue from the newest sound checkpoint, if there is one.
-
-    Raises `ConfigError` for another data fingerprint, unless `allow_changed` names `data`."""
-    newest = newest_checkpoint(s.path, s.log)
-    if newest:
-        step, folder, state = newest
-        if state["data"] != s.data.fingerprint and "data" not in s.cfg.allow_changed.split(","):
-            raise ConfigError(
-                f"{folder} was trained on other data (fingerprint {state['data']}, now "
-                f"{s.data.fingerprint}): restore them, give another `output`, or name `data` in "
-                "`allow_changed`"
-            )
-        s.model.load_state_dict(load_file(folder / "model.safetensors"))
-        load_optimizer_tensors(s.model, s.optimizer, load_file(folder / "optimizer.safetensors"))
-        if s.bank is not None:
-            s.bank.load_state_dict(load_file(folder / "bank.safetensors"))
-        for k in COUNTERS:
-            setattr(s, k, state[k])
-        s.step = step
-        s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
-        s.log.info(
-            f"resumed from {folder.name} ({s.total_steps - step} of {s.total_steps} steps to go)"
-        )
-    if s.is_main:
-        name_best(s.path, s.best)
-        s.recorder.truncate(s.step)
+from fgclip_nb.training.resuming import checkpoint, restore
 
 # %% ../../nbs/8_training/13_loop.ipynb #77afecb4
 def due(s: TrainState, every: int) -> bool:
@@ -131,6 +63,7 @@ def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate = s.cfg.gradient_accumulation_steps
     batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
+    progress = Progress(s.log, s.total_steps)
     while s.step < s.total_steps and not s.done:
         with in_company(s):
             norm, culprit, times = timed_step(s, batches)
@@ -140,6 +73,7 @@ def train_loop(s: TrainState, examples, val_examples):
                     validation = validate(s, val_examples)
             s.done = note_validation(s, validation)
             record_step(s, norm, culprit, times, validation)
+            progress.note(s.step, times[1], s.optimizer.param_groups[0]["lr"])
             agree_to_stop(s)
         improved = s.best.get("step") == s.step
         if s.done or improved or s.stop_signal or due(s, s.cfg.save_every):
@@ -161,16 +95,24 @@ def finish(s: TrainState, val_samples):
     captioned = [v for v in val_samples if v.captions or v.short_caption]
     if len(captioned) > 1:
         s.model.eval()
-        encoder = Encoder(s.model, s.cfg.image_size or None, frames=clip_frames(s.cfg))
+        size, budget = s.cfg.image_size or None, s.cfg.patch_budget
+        encoder = Encoder(s.model, size, frames=clip_frames(s.cfg), budget=budget)
         # as the validations before it: one caption, one photo
         score = caption_retrieval(encoder, captioned, captions=1)
         if all(v.caption for v in captioned):
             score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
+    if s.textless:
+        s.log.info(f"batches without text, passed over: {s.textless}")
     for v in conclude(Ended(s.path)):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
     summary = dict(
-        steps=s.step, of=s.total_steps, skipped=s.skipped, load_rejects=s.load_rejects, best=s.best
+        steps=s.step,
+        of=s.total_steps,
+        skipped=s.skipped,
+        textless=s.textless,
+        load_rejects=s.load_rejects,
+        best=s.best,
     )
     write_atomic(s.path / "finished.json", json.dumps(summary))
 
@@ -181,17 +123,38 @@ def conclude_late(run: Run):
         get_logger().info(f"{run.path} has no report: it is written now")
         conclude(run)
 
+# %% ../../nbs/8_training/13_loop.ipynb #92794b25
+def settled(run: Run, cfg: TrainConfig) -> bool:
+    """Whether a run is finished and `cfg` asks for nothing more of it, which is said.
+
+    Raises `ConfigError` for other parameters than the run's. A finished run of which more steps are
+    asked is opened again."""
+    if not run.finished:
+        return False
+    check_params(run.path, cfg)
+    if goes_on(run.path, cfg):
+        (run.path / "finished.json").unlink(missing_ok=True)  # several processes come here
+        return False
+    conclude_late(run)
+    done = run.summary()
+    get_logger().info(
+        f"{run.path} is finished ({done['steps']} of {done['of']} steps): nothing is trained, what "
+        f"follows shows that run. Another `output` with `-p model {run.path}` starts from its "
+        "weights"
+    )
+    return True
+
 # %% ../../nbs/8_training/13_loop.ipynb #05d443aa
-def _train(cfg, accelerator, path, log):
+def _train(cfg, accelerator, path, log, data):
     "A run in this process, its folder being open."
     log.info(f"run folder {path}")
     if accelerator.num_processes > 1:
         wait = group_timeout().total_seconds()
         log.info(f"processes: a wait of more than {wait:.0f} s for another one ends the run")
-    s = prepare(cfg, accelerator, path, log)
+    s = prepare(cfg, accelerator, path, log, data)
     restore(s)
     if s.is_main:
-        announce(s)
+        announce(s, shown=data is not None)
     if s.is_main and s.recorder.board:
         s.recorder.board.start()
     with stop_signals(s):
@@ -202,19 +165,19 @@ def _train(cfg, accelerator, path, log):
     wait_for_the_first(accelerator)
 
 
-def train(cfg: TrainConfig) -> Run:
+def train(cfg: TrainConfig, data: RunData | None = None) -> Run:
     """Train by `cfg` and return the run folder. The same call again resumes an unfinished run.
 
-    A finished one (explicit `output`) stays as it is. Raises `ConfigError` / `DataError` before the
-    first step, `Interrupted` after a signal (state saved), `FloatingPointError` after
-    `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the batch and the parameter to
-    lower, `OSError` when a checkpoint cannot be written.
-    With `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
+    data: what `prepare_data(cfg)` gave, where that was looked at before; else it is read here.
+    A finished one (explicit `output`) stays as it is, or goes on (`settled`). Raises `ConfigError`,
+    `DataError` before the first step, `Interrupted` after a signal (state saved),
+    `FloatingPointError` after `max_bad_steps` non-finite steps in a row, `OutOfMemory` with the
+    batch and the parameter to lower, `OSError` when a checkpoint cannot be written. With
+    `processes` above 1 they are started and followed; `LaunchFailed` when one fails."""
+    if under_launcher():
+        end_with_parent()
     cfg = settle_processes(cfg)
-    if cfg.output and Run(run_folder(cfg)).finished:
-        check_params(run_folder(cfg), cfg)
-        conclude_late(Run(run_folder(cfg)))
-        get_logger().info(f"{run_folder(cfg)} is finished: nothing to do")
+    if cfg.output and settled(Run(run_folder(cfg)), cfg):
         return Run(run_folder(cfg))
     if cfg.processes > 1 and not under_launcher():
         return launch(cfg)
@@ -223,7 +186,7 @@ def train(cfg: TrainConfig) -> Run:
     path, lock = open_folder(cfg, accelerator.is_main_process)
     log, handler = file_logger(path, accelerator.is_main_process)
     try:
-        _train(cfg, accelerator, path, log)
+        _train(cfg, accelerator, path, log, data)
     finally:
         log.removeHandler(handler)
         handler.close()

@@ -7,16 +7,18 @@ __all__ = []
 
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
 import dataclasses, json, logging, os
+from functools import partial
 from pathlib import Path
 import torch, yaml
 from safetensors import safe_open
-from fgclip_nb.core.identity import code_identity, versions, weights_fingerprint
+from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
 from fgclip_nb.core.folder import (
     FolderLock,
     PlainFormatter,
     Run,
     checkpoint_state,
     get_logger,
+    meant_for,
     write_atomic,
 )
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
@@ -54,17 +56,21 @@ def file_logger(path, is_main: bool):
     log_file = path / "training.log"
     handler = logging.FileHandler(log_file, encoding="utf-8") if is_main else logging.NullHandler()
     handler.setFormatter(PlainFormatter())
+    handler.addFilter(partial(meant_for, place="file"))
     log.addHandler(handler)
     return log, handler
 
 # %% ../../nbs/8_training/10_preparation.ipynb #e3a5ab07
-def prepare(cfg: TrainConfig, accelerator, path, log) -> TrainState:
-    "Data, model, optimiser, bank and recorder of a run, not yet trained."
+def prepare(cfg: TrainConfig, accelerator, path, log, data=None) -> TrainState:
+    "Data (unless given), model, optimiser, bank and recorder of a run, not yet trained."
     board = Trackers(path, accelerator, cfg) if accelerator.log_with else None
     recorder = Recorder(path, cfg, log, board) if accelerator.is_main_process else None
-    data = prepare_data(cfg)
+    data = data or prepare_data(cfg)
     check_best_by(cfg, data.val)
-    return new_state(cfg, data, accelerator, path, log, recorder)
+    s = new_state(cfg, data, accelerator, path, log, recorder)
+    if recorder:
+        recorder.cfg = s.cfg  # with what was left to the model
+    return s
 
 # %% ../../nbs/8_training/10_preparation.ipynb #468c4884
 def source_check(model, cfg) -> dict:
@@ -91,11 +97,12 @@ def source_check(model, cfg) -> dict:
 
 # %% ../../nbs/8_training/10_preparation.ipynb #c4999571
 def machine_facts(s: TrainState) -> dict:
-    "What may differ between the parts of an interrupted run: versions, code, device, processes."
+    "What may differ between the parts of an interrupted run: versions, code, machine, processes."
     return dict(
         versions=versions(),
         code=code_identity(),
         device=str(s.accelerator.device),
+        hardware=hardware(s.accelerator.device),
         processes=s.accelerator.num_processes,
         threads=torch.get_num_threads(),
     )

@@ -6,11 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/8_training/05_reading.ipynb #435e3da0
-import dataclasses
+import dataclasses, re, signal, threading
 from dataclasses import dataclass
 import torch
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.data.photos import limit_pixels
 from fgclip_nb.data.filters import reject_lines
+from fgclip_nb.batches.batch import Form
 from fgclip_nb.batches.examples import Drawing
 from fgclip_nb.batches.loading import Examples, collate_loaded
 from fgclip_nb.training.rundata import clip_frames
@@ -40,6 +42,8 @@ def examples_of(s: TrainState) -> tuple:
         num_frames=clip_frames(cfg),
         region_source=cfg.region_source,
         frame_cache=cfg.frame_cache,
+        patch=s.form.patch if s.form else 0,
+        budget=cfg.patch_budget,
     )
     fixed = dataclasses.replace(drawing, train=False)
     return Examples(s.data.train, drawing, cfg.seed), Examples(s.data.val, fixed, cfg.seed)
@@ -63,9 +67,20 @@ class Collate:
     "Collates in the worker process (picklable): items -> (batch or None, rejects, how many items)."
 
     context_length: int
+    form: Form | None = None  # of FG-CLIP 2
 
     def __call__(self, items):
-        return (*collate_loaded(items, self.context_length), len(items))
+        return (*collate_loaded(items, self.context_length, self.form), len(items))
+
+
+@dataclass
+class Limited:
+    "Tells a worker process (picklable) how many million pixels a photo may have."
+
+    megapixels: float
+
+    def __call__(self, worker):
+        limit_pixels(self.megapixels)
 
 
 def make_loader(s: TrainState, examples, first: int, last: int):
@@ -74,8 +89,9 @@ def make_loader(s: TrainState, examples, first: int, last: int):
         examples,
         batch_sampler=_BatchNumbers(s.order, s.accelerator.process_index, first, last),
         num_workers=s.cfg.num_workers,
-        collate_fn=Collate(s.cfg.context_length),
+        collate_fn=Collate(s.cfg.context_length, s.form),
         pin_memory=s.accelerator.device.type == "cuda",
+        worker_init_fn=Limited(s.cfg.max_megapixels),
     )
 
 # %% ../../nbs/8_training/05_reading.ipynb #1fe2e92f
@@ -98,6 +114,20 @@ def count_rejects(s: TrainState, rejects, samples: int):
         )
 
 # %% ../../nbs/8_training/05_reading.ipynb #3bd24f35
+DEATH = re.compile(r"DataLoader worker \(pid")  # an error inside of one begins with `Caught`
+
+
+def started(loader):
+    """An iterator over a loader, whose death torch tells only to who asks it for a batch.
+
+    Left alone, torch raises the error from a signal handler wherever the process happens to be."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return batches
+
+
 def read_batches(s: TrainState, examples, first: int, last: int):
     """Yield the batches `first`..`last`-1 of this process in order; None for one without a sample.
 
@@ -106,14 +136,14 @@ def read_batches(s: TrainState, examples, first: int, last: int):
     deaths = 0
     while k < last:
         try:
-            for batch, rejects, samples in make_loader(s, examples, k, last):
+            for batch, rejects, samples in started(make_loader(s, examples, k, last)):
                 count_rejects(s, rejects, samples)
                 k += 1
                 deaths = 0
                 yield batch
         except RuntimeError as e:
             deaths += 1
-            if "DataLoader worker" not in str(e) or deaths > 3:
+            if not DEATH.match(str(e)) or deaths > 3:
                 raise
             held = ", ".join(batch_names(s, range(k, min(last, k + 2 * s.cfg.num_workers))))
             s.log.warning(

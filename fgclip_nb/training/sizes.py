@@ -10,8 +10,7 @@ import itertools, os
 from pathlib import Path
 import torch
 from fgclip_nb.core.config import TrainConfig
-from fgclip_nb.model.config import FGCLIPConfig, PRESETS
-from fgclip_nb.model.fgclip import FGCLIP
+from fgclip_nb.model.opening import NAMES, preset_model
 from fgclip_nb.training.build import resize_positions_
 
 # %% ../../nbs/8_training/02_sizes.ipynb #5662db36
@@ -30,10 +29,10 @@ def count_parameters(cfg: TrainConfig, clips: bool) -> int | None:
     """Parameters of a preset, counted without making any; `clips` adds the temporal head.
 
     None for weights that would have to be read first."""
-    if cfg.model not in PRESETS:
+    if cfg.model not in NAMES:
         return None
     with torch.device("meta"):
-        model = FGCLIP(FGCLIPConfig.preset(cfg.model))
+        model = preset_model(cfg.model)
     if cfg.image_size:
         resize_positions_(model, cfg.image_size)
     if clips:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/04_state.ipynb #62ac6523
-import ctypes, hashlib, logging, sys
+import hashlib, logging
 from datetime import timedelta
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.params import nearest
 from fgclip_nb.core.config import TrainConfig, epochs_of, run_folder
-from fgclip_nb.data.order import TrainingOrder, balanced_order
+from fgclip_nb.data.order import TrainingOrder, balanced_order, block_order
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
 from fgclip_nb.training.rundata import RunData, has_clips
-from fgclip_nb.training.build import build_model, parameter_groups
+from fgclip_nb.training.build import build_model, parameter_groups, settle_bias, settle_recipe
 
 # %% ../../nbs/8_training/04_state.ipynb #d3788f7e
 def tracker_names(cfg: TrainConfig) -> list:
@@ -66,14 +66,6 @@ def trackers_of(cfg: TrainConfig) -> list:
         for name in tracker_names(cfg)
     ]
 
-# %% ../../nbs/8_training/04_state.ipynb #1ad23057
-def keep_freed_memory():
-    "Let the C library keep freed memory instead of handing it back to the kernel (Linux)."
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(libc, "mallopt"):
-        for option in (-3, -1):
-            libc.mallopt(option, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
 # %% ../../nbs/8_training/04_state.ipynb #8d5e6868
 GROUP_TIMEOUT_S = 1800
 
@@ -98,7 +90,6 @@ def make_accelerator(cfg: TrainConfig):
         )
     trackers = trackers_of(cfg)
     AcceleratorState._reset_state()
-    keep_freed_memory()
     return Accelerator(
         cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="bf16" if cfg.precision == "bf16" else "no",
@@ -158,6 +149,13 @@ class Trackers(Board):
 # %% ../../nbs/8_training/04_state.ipynb #acb9dec0
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
     "The order of training for `world` processes; with labelled clips every batch is balanced."
+    if hasattr(samples, "block_sizes"):  # a stream: samples of a file come near each other
+        sizes, lanes = samples.block_sizes(), cfg.stream_lanes
+
+        def along_files(epoch):
+            return block_order(sizes, cfg.batch_size, lanes, cfg.seed, epoch)
+
+        return TrainingOrder(len(samples), cfg.batch_size, cfg.seed, world, along_files)
     labels = samples.column("label") if hasattr(samples, "column") else [s.label for s in samples]
 
     def balanced(epoch):
@@ -192,8 +190,10 @@ class TrainState:
     forwards: int = 0  # region forwards done
     bad_in_a_row: int = 0  # steps skipped since the last sound one
     skipped: int = 0  # steps skipped in all
+    textless: int = 0  # batches passed over, there being nothing to contrast
     loads: int = 0  # samples asked for
     load_rejects: int = 0  # of those, how many could not be read
+    term_states: dict = field(default_factory=dict)  # what loss terms keep between steps, by term
     best: dict = field(default_factory=dict)  # score and step of the best validation
     done: bool = False  # an early stop has ended the training before its last step
     stop_signal: str = ""  # name of the signal that asked the run to stop
@@ -202,6 +202,11 @@ class TrainState:
     def is_main(self):
         "Whether this process writes files and log lines."
         return self.accelerator.is_main_process
+
+    @property
+    def form(self):
+        "How photos and texts are written for the model; None: as squares and CLIP's tokens."
+        return self.model.form() if hasattr(self.model, "form") else None
 
 # %% ../../nbs/8_training/04_state.ipynb #41235205
 def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
@@ -217,7 +222,7 @@ def model_for(cfg: TrainConfig, data: RunData, log) -> FGCLIP:
 
 # %% ../../nbs/8_training/04_state.ipynb #a5e5b6fc
 def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=None) -> TrainState:
-    """Model, optimiser and bank of a run, not yet trained.
+    """Model, optimiser and bank of a run, not yet trained, and the settled configuration.
 
     Raises `ConfigError` when the samples do not fill one batch of all processes."""
     world = accelerator.num_processes
@@ -226,7 +231,10 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
             f"{len(data.train)} training samples do not fill one batch of "
             f"{world} processes x batch_size {cfg.batch_size}"
         )
-    model = model_for(cfg, data, log).to(accelerator.device).train()
+    model = model_for(cfg, data, log)
+    cfg = settle_recipe(cfg, model)
+    settle_bias(model, cfg, log)
+    model = model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, cfg.weight_decay),
         lr=cfg.learning_rate,

@@ -8,8 +8,10 @@ __all__ = []
 # %% ../../nbs/8_training/07_step.ipynb #d9969210
 import json
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from accelerate.utils import gather_object
 from fgclip_nb.core.identity import stable_id
+from fgclip_nb.losses.table import term_of
 from fgclip_nb.losses.objective import compute_losses, push_regions, total_loss
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
 from fgclip_nb.diagnostics.recorder import is_diagnostic
@@ -21,10 +23,11 @@ from fgclip_nb.training.reading import step_names
 def forward_backward(s: TrainState, batch) -> tuple:
     """Losses and gradients of one batch: (total, terms by name, features by name), all detached.
 
-    Gradients are added to `.grad`; a total that is not finite gives none."""
+    Gradients are added to `.grad`; a total that is not finite gives none, nor does a batch without
+    any term."""
 
     def loss_fn(features, b):
-        terms = compute_losses(features, b, bank=s.bank, duplicates=s.cfg.duplicates)
+        terms = compute_losses(features, b, s.bank, s.cfg.duplicates, s.cfg, s.term_states)
         return total_loss(terms, s.cfg) / s.cfg.gradient_accumulation_steps, (terms, features)
 
     if s.cfg.gradient_caching:
@@ -36,7 +39,7 @@ def forward_backward(s: TrainState, batch) -> tuple:
         with s.accelerator.autocast():
             features = s.model(batch)
         total, (terms, features) = loss_fn(features, batch)
-        if torch.isfinite(total):
+        if total.requires_grad and torch.isfinite(total):
             total.backward()
     features = {k: v.detach() for k, v in features.items()}
     return total.detach() * s.cfg.gradient_accumulation_steps, terms, features
@@ -64,18 +67,13 @@ def average_gradients(parameters, accelerator):
 def gradient_norm(parameters) -> torch.Tensor:
     "L2 norm over all gradients, a scalar; 0 without any."
     grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.stack(torch._foreach_norm(grads)).norm() if grads else torch.zeros(())
+    return get_total_norm(grads) if grads else torch.zeros(())
 
 
 def clip_gradients(params, norm, limit: float):
-    """Scale all gradients, in place, so that their norm is at most `limit`; 0 = leave them.
-
-    As torch's `clip_grad_norm_`, with the norm already known."""
-    if not limit or not norm > limit:
-        return
-    for p in params:
-        if p.grad is not None:
-            p.grad.mul_(limit / (norm + 1e-6))
+    "Scale all gradients, in place, so that their norm is at most `limit`; 0 = leave them."
+    if limit and norm > limit:
+        clip_grads_with_norm_(params, limit, norm)
 
 # %% ../../nbs/8_training/07_step.ipynb #dc4c634d
 def first_non_finite(s: TrainState, total, terms, features) -> str:
@@ -156,7 +154,7 @@ def apply_update(s: TrainState, norm, culprit: str):
 # %% ../../nbs/8_training/07_step.ipynb #887149a9
 def feed_bank(s: TrainState, features, batch, terms):
     "Count the region forward and push the batch's regions; a batch without any counts nothing."
-    if "loss_region" not in terms:
+    if not any("bank" in term_of(name).asks for name in terms):
         return
     s.forwards += 1
     if s.bank is None:
@@ -194,6 +192,20 @@ def weights_apart(model, accelerator) -> dict:
     sums = accelerator.gather(total[None])
     return dict(weights_apart=(sums.max() - sums.min()) / sums.mean())
 
+# %% ../../nbs/8_training/07_step.ipynb #5c0d7a32
+def note_textless(s: TrainState, terms):
+    """Count a batch without any term; the 1st, 10th, 100th … time it is said.
+
+    Terms are made of what all processes hold, so all processes count alike."""
+    if terms:
+        return
+    s.textless += 1
+    if s.is_main and str(s.textless).rstrip("0") == "1":
+        s.log.warning(
+            f"step {s.step}: no text in the whole batch, so there is nothing to contrast: it is "
+            f"passed over ({s.textless} so far); write captions, or leave such samples out"
+        )
+
 # %% ../../nbs/8_training/07_step.ipynb #e1cd1855
 def run_step(s: TrainState, batches) -> tuple:
     """One optimiser step: forward, backward, average, check, update.
@@ -206,6 +218,7 @@ def run_step(s: TrainState, batches) -> tuple:
     seen = []
     for batch in batches:
         total, terms, features = forward_backward(s, batch)
+        note_textless(s, terms)
         feed_bank(s, features, batch, terms)
         if s.is_main:
             s.recorder.forward(terms, features, batch, s.bank)

@@ -6,12 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/8_training/08_validation.ipynb #84b7d999
-import math
+import copy, math
 from types import SimpleNamespace
 import torch
 from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.data.findings import can_contrast
 from fgclip_nb.batches.loading import collate_loaded
+from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
 from fgclip_nb.diagnostics.signs import best_scale, sign_values
 from fgclip_nb.training.state import TrainState
@@ -34,16 +37,25 @@ def validation_losses(s: TrainState, examples) -> tuple:
     rows, images, texts, owners = [], [], [], []
     for lo in range(0, len(examples), s.cfg.batch_size):
         hi = min(lo + s.cfg.batch_size, len(examples))
-        batch, _ = collate_loaded([examples[0, i] for i in range(lo, hi)], s.cfg.context_length)
+        drawn = [examples[0, i] for i in range(lo, hi)]
+        batch, _ = collate_loaded(drawn, s.cfg.context_length, s.form)
         if batch is None:
             continue
         batch = batch.to(s.accelerator.device)
         with s.accelerator.autocast():
             features = s.model(batch)
-        terms = compute_losses(features, batch, duplicates=s.cfg.duplicates)
-        chances = {f"val_{n.replace('loss', 'chance')}": float(t.chance) for n, t in terms.items()}
-        top1 = {f"val_{n.replace('loss', 'top1')}": float(t.top1) for n, t in terms.items()}
-        signs = sign_values([features], [batch])
+        terms = compute_losses(
+            features,
+            batch,
+            duplicates=s.cfg.duplicates,
+            cfg=s.cfg,
+            states=copy.deepcopy(s.term_states),  # looked at, not moved on
+        )
+        known = {n: t.chance for n, t in terms.items() if not math.isnan(t.chance)}
+        chances = {f"val_{n.replace('loss', 'chance')}": x for n, x in known.items()}
+        ranked = {n: t.top1 for n, t in terms.items() if not math.isnan(t.top1)}
+        top1 = {f"val_{n.replace('loss', 'top1')}": float(x) for n, x in ranked.items()}
+        signs = sign_values([features], [batch], s.cfg.losses)
         signs = {f"val_{n}": float(signs[n]) for n in VAL_SIGNS if n in signs}
         rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances | top1 | signs)
         images.append(features["image_features"].float().cpu())
@@ -103,9 +115,13 @@ def validation_score(columns: dict, cfg: TrainConfig) -> float:
 
 # %% ../../nbs/8_training/08_validation.ipynb #78c32b53
 def best_score(columns: dict, cfg: TrainConfig) -> float:
-    "What the best checkpoint has least of, by `best_by`; infinite where it was not measured."
+    """What the best checkpoint has least of, by `best_by`.
+
+    Infinite where it was not measured, as where no pair had anything to be contrasted with."""
     if cfg.best_by == "rank":
         return float(columns.get("val_mean_rank", math.inf))
+    if not any(v for k, v in columns.items() if k.startswith("val_chance_")):
+        return math.inf
     return float(validation_score(columns, cfg))
 
 
@@ -116,6 +132,12 @@ def check_best_by(cfg: TrainConfig, samples):
         raise ConfigError(
             f"parameter `best_by` = 'rank' needs two held-out samples with captions, and there "
             f"are {captioned}: hold out more, or choose by 'loss'"
+        )
+    if len(samples) and cfg.eval_every and not can_contrast(samples, cfg, cfg.batch_size):
+        get_logger().warning(
+            f"validation: {len(samples)} held-out samples hold nothing to contrast, so their loss "
+            "is no score: no checkpoint is called the best and nothing stops early; hold out "
+            "samples with different captions or phrases"
         )
 
 # %% ../../nbs/8_training/08_validation.ipynb #882a1897
@@ -129,16 +151,21 @@ def note_validation(s: TrainState, columns: dict) -> bool:
     score = best_score(columns, s.cfg)
     if s.best.get("by", "loss") != by:
         s.best = {}  # resumed with another measure: scores of the two do not compare
+    if math.isinf(score) and by == "loss":
+        return False
     if score < s.best.get("score", math.inf):
         s.best = dict(score=score, step=s.step, waited=0, by=by)
     else:
         s.best = dict(s.best, waited=s.best.get("waited", 0) + 1)
-    region = rank = ""
-    if "val_loss_region" in columns:
-        loss, chance = columns["val_loss_region"], columns["val_chance_region"]
-        region = f"region={loss:.4f} (chance {chance:.2f}) "
+    rank = ""
+    levels = [
+        f"loss_{n}={columns[f'val_loss_{n}']:.4f} (chance {columns[f'val_chance_{n}']:.2f}) "
+        for n in TERMS
+        if f"val_chance_{n}" in columns
+    ]
     if "val_mean_rank" in columns:
         mean, chance = columns["val_mean_rank"], columns["val_mean_rank_chance"]
         rank = f"mean rank {mean:.1f} (chance {chance:.1f})"
-    s.log.info(f"[VAL] Step {s.step} score={validation_score(columns, s.cfg):.4f} {region}{rank}")
+    total = f"score={validation_score(columns, s.cfg):.4f}"
+    s.log.info(f"[VAL] Step {s.step} {total} {''.join(levels)}{rank}")
     return bool(s.cfg.early_stop) and s.best["waited"] >= s.cfg.early_stop

@@ -1,0 +1,161 @@
+"""Run folders that were damaged between two attempts: the checkpoint before is used, a hole in the
+metrics is repaired, and nothing ends in a traceback.
+
+No cell: trainings in processes of their own, killed and gone on with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import micro
+
+pytestmark = pytest.mark.ci
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    "(parameters, folder of a run killed after step 8 with checkpoints of 3 and 6, whole outcome)."
+    folder = tmp_path_factory.mktemp("runs")
+    params = dict(micro.micro_world(folder / "world"), eval_every=0)
+    assert micro.run(dict(params, output=str(folder / "whole"))) == 0
+    assert micro.run(dict(params, output=str(folder / "killed")), "step:8") == -9
+    return params, folder / "killed", micro.outcome(folder / "whole")
+
+
+def rewrite_state(folder, step, **changes):
+    "state.json with other entries; its own checksum is nobody's."
+    file = folder / f"checkpoints/step_{step:08d}/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def reseal(folder, step, name, change):
+    "Change the tensors of a file and write its new checksum, as an attacker would."
+    from fgclip_nb.core.identity import sha256_file
+
+    file = folder / f"checkpoints/step_{step:08d}/{name}.safetensors"
+    save_file(change({k: v.clone() for k, v in load_file(file).items()}), file, {"format": "pt"})
+    files = json.loads((file.parent / "state.json").read_text())["files"]
+    rewrite_state(folder, step, files=files | {file.name: sha256_file(file)})
+
+
+def change_first(change):
+    def changed(tensors):
+        name = max(tensors, key=lambda n: tensors[n].ndim)
+        return tensors | {name: change(tensors[name])}
+
+    return changed
+
+
+def raw(name, text):
+    def write(folder):
+        (folder / "checkpoints/step_00000006" / name).write_text(text)
+
+    return write
+
+
+def state(**changes):
+    return lambda folder: rewrite_state(folder, 6, **changes)
+
+
+def tensors(name, change):
+    return lambda folder: reseal(folder, 6, name, change)
+
+
+def no_sums(folder):
+    "The optimiser is half of it, and nobody can tell because there are no checksums."
+    rewrite_state(folder, 6, files={})
+    file = folder / "checkpoints/step_00000006/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+DAMAGES = {
+    "no checksums": no_sums,
+    "a list": raw("state.json", "[1]"),
+    "null": raw("state.json", "null"),
+    "empty": raw("state.json", ""),
+    "nested": raw("state.json", "[" * 100_000),
+    "bytes": lambda folder: (folder / "checkpoints/step_00000006/state.json").write_bytes(
+        b"\xff\xfe"
+    ),
+    "files a list": state(files=[1]),
+    "files of numbers": state(files={"model.safetensors": 3}),
+    "files outside": state(files={"../../params.yaml": "x"}),
+    "counters are text": state(loads="7"),
+    "counters are null": state(forwards=None),
+    "best is a list": state(best=[1]),
+    "data is null": state(data=None),
+    "weights of another shape": tensors("model", change_first(lambda t: t[:-1].contiguous())),
+    "weights of another kind": tensors("model", change_first(lambda t: t.to(torch.int8))),
+    "a weight is missing": tensors("model", lambda t: dict(list(t.items())[1:])),
+    "moments of another shape": tensors("optimizer", change_first(lambda t: t[:-1].contiguous())),
+    "moments of another kind": tensors("optimizer", change_first(lambda t: t.bool())),
+    "moments of nobody": tensors("optimizer", lambda t: t | {"no such:exp_avg": torch.ones(1)}),
+    "a bank of another shape": tensors("bank", change_first(lambda t: t[:-1].contiguous())),
+    "an empty bank": tensors("bank", lambda t: {}),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_the_checkpoint_before_a_damaged_one_is_used(killed, tmp_path, damage):
+    params, folder, whole = killed
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    DAMAGES[damage](run)
+    assert micro.run(dict(params, output=str(run))) == 0
+    log = (run / "training.log").read_text()
+    assert "checkpoint step_00000006 is not used: " in log and "resumed from step_00000003" in log
+    assert micro.outcome(run) == whole
+
+
+def lines(*kept, text=None, at=None):
+    "metrics.jsonl with these steps (numbers from 1), or with `text` in place of step `at`."
+
+    def change(folder):
+        file = folder / "metrics.jsonl"
+        rows = file.read_text().splitlines(keepends=True)
+        if text is not None:
+            rows[at - 1] = text
+        file.write_text("".join(rows[k - 1] for k in kept) if kept else "".join(rows))
+
+    return change
+
+
+HOLES = {
+    "a hole after the older checkpoint": (lines(1, 2, 3, 4, 6, 7, 8), "step_00000003"),
+    "a hole before both": (lines(1, 3, 4, 5, 6, 7, 8), ""),
+    "a list": (lines(text="[1]\n", at=5), "step_00000003"),
+    "no step": (lines(text="{}\n", at=5), "step_00000003"),
+    "a step that is text": (lines(text='{"step": "5"}\n', at=5), "step_00000003"),
+    "no JSON": (lines(text="\x00\x00\x00\n", at=5), "step_00000003"),
+    "no JSON behind": (lines(text="\x00\x00\x00\n", at=8), "step_00000006"),
+    "a step twice": (lines(1, 2, 3, 4, 4, 5, 6, 7, 8), "step_00000003"),
+    "no metrics at all": (lambda folder: (folder / "metrics.jsonl").unlink(), ""),
+}
+
+
+@pytest.mark.parametrize("hole", list(HOLES))
+def test_a_hole_in_the_metrics_is_told_and_repaired(killed, tmp_path, hole):
+    params, folder, whole = killed
+    change, start = HOLES[hole]
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    change(run)
+    (run / "timing.jsonl").write_text("[]\n" + (run / "timing.jsonl").read_text())
+    assert micro.run(dict(params, output=str(run))) == 0
+    log = (run / "training.log").read_text()
+    assert (f"resumed from {start}" in log) if start else ("resumed from" not in log)
+    assert start == "step_00000006" or "metrics.jsonl has every step only up to" in log
+    assert micro.outcome(run) == whole
+
+
+def test_without_a_checkpoint_that_fits_the_run_says_so(killed, tmp_path):
+    params, folder, _ = killed
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    for step in (3, 6):
+        reseal(run, step, "model", change_first(lambda t: t[:-1].contiguous()))
+    assert micro.run(dict(params, output=str(run))) == 2
+    assert "No checkpoint fits this run" in next(tmp_path.glob("run.*.txt")).read_text()
