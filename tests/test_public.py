@@ -29,9 +29,7 @@ def undocumented(name, node) -> list:
 def test_what_is_public_is_on_the_list():
     public = sorted(name for room in ROOMS for name in room.public())
     added, gone = set(public) - set(LISTED), set(LISTED) - set(public)
-    assert not added, (
-        f"public, but not in tests/public.txt (exporti, or list them): {sorted(added)}"
-    )
+    assert not added, f"public, but not in tests/public.txt: {sorted(added)}"
     assert not gone, f"in tests/public.txt, but no longer public: {sorted(gone)}"
     assert LISTED == sorted(LISTED)
 

@@ -62,7 +62,7 @@ class DataParams:
         0, "hard negatives made by swapping words where there are none", 0, 1000
     )
     outside_negatives: str = param(
-        "", "JSON {phrase: [wrong sentences]} from outside, checked and merged with the data's own"
+        "", "JSON {phrase: [wrong sentences]}, merged with the data's own"
     )
     class_negatives: str = param(
         "", "`ucf_crime`, or JSON {class: [captions]}: sentences taken first"

@@ -13,7 +13,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.data.samples import Fault, Reject, Samples, shorten
 from fgclip_nb.data.rows import Row, check_text
-from fgclip_nb.data.entries import Pairs, read_entries
+from fgclip_nb.data.entries import ObjectPairs, read_entries
 
 # %% ../../nbs/2_data/20b_outside_negatives.ipynb #b2000006
 ARTICLES = {"a", "an", "the"}
@@ -74,9 +74,9 @@ def _entry_pairs(entry):
     "(phrase, its wrong sentences) pairs of one entry of a file."
     if isinstance(entry.value, Fault):
         raise entry.value
-    if isinstance(entry.value, Pairs) and entry.value.fault:
+    if isinstance(entry.value, ObjectPairs) and entry.value.fault:
         raise entry.value.fault
-    row = Row(dict(entry.value) if isinstance(entry.value, Pairs) else entry.value)
+    row = Row(dict(entry.value) if isinstance(entry.value, ObjectPairs) else entry.value)
     phrase = next((k for k in PHRASE_KEYS if isinstance(row.value.get(k), str)), "")
     wrong = next((k for k in NEGATIVE_KEYS if k in row), "")
     if phrase and wrong:
