@@ -1,8 +1,8 @@
 """A world that a two-layer model learns in a minute, and faults to plant into its training, each
 with the rule that has to find it.
 
-Used by tests/test_diagnostics.py and by nbs/faults.ipynb, which publishes the table of faults
-against rules."""
+Used by tests/test_diagnostics.py; tests/faultbench holds the catalogues that nbs/faults.ipynb
+publishes."""
 
 import contextlib, json, time
 from dataclasses import dataclass, field

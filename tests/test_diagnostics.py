@@ -1,8 +1,8 @@
 """Faults planted into real, tiny trainings: whether a rule finds its fault, and stays silent in a
 healthy run, shows only over whole runs.
 
-The whole table of faults against rules is in nbs/faults.ipynb; here run a healthy training and the
-quickest faults, the others with make test-all."""
+Here run a healthy training and the quickest faults, the others with make test-all; the catalogues
+of nbs/faults.ipynb are judged in tests/test_faultbench.py."""
 
 import sys
 from pathlib import Path

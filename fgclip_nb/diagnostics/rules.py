@@ -55,6 +55,7 @@ class Evidence:
     facts: dict = field(default_factory=dict)
     finished: bool = True
     source: str = ""
+    read: dict = field(default_factory=dict, init=False, repr=False)  # columns read so far
 
     def has(self, *columns) -> bool:
         "Whether all these columns hold at least one number."
@@ -70,8 +71,12 @@ class Evidence:
 
         if column not in self.frame:
             return pd.Series(dtype=float)
-        frame = self.frame.set_index("step") if "step" in self.frame else self.frame
-        return frame[column].dropna()
+        if column in self.read:
+            return self.read[column]
+        steps = self.frame["step"].to_numpy() if "step" in self.frame else self.frame.index
+        values = pd.Series(self.frame[column].to_numpy(), index=steps, name=column)
+        self.read[column] = values.dropna()
+        return self.read[column]
 
     @property
     def last_step(self):
