@@ -12,6 +12,8 @@ from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.bench.batch import BenchConfig
 from fgclip_nb.bench.table import Disagreement, benchmark, precision_of, ratios_line
 from fgclip_nb.bench.growth import growth, straight_line
+from fgclip_nb.bench.second import second_benchmark
+from fgclip_nb.model.opening import SECOND
 
 # %% ../../nbs/9a_bench/99_command.ipynb #06d2deb1
 def cell_text(value) -> str:
@@ -73,6 +75,18 @@ def failed(error: Exception, status: int) -> int:
     return status
 
 # %% ../../nbs/9a_bench/99_command.ipynb #8adcf7e1
+def say_second(cfg: BenchConfig) -> int:
+    "Measure FG-CLIP 2's step and print its rows: 0, or 1 where the two steps disagree."
+    rows = second_benchmark(cfg)
+    say("\n" + text_table(rows))
+    worst = max(rows, key=lambda row: row["difference"])
+    if worst["difference"] > 1e-3:
+        return failed(Disagreement(f"{worst['setting']}: by {worst['difference']:.2g}"), 1)
+    last = rows[-1]
+    say(f"\n{last['setting']}: {last['times']:.2f}x ({last['low']:.2f} … {last['high']:.2f})")
+    return 0
+
+# %% ../../nbs/9a_bench/99_command.ipynb #a89fd973
 def main(args: list | None = None) -> int:
     """Command line: 0 measured, 1 the steps disagree, 2 wrong parameters.
 
@@ -84,6 +98,8 @@ def main(args: list | None = None) -> int:
             f"{cfg.hard} with negatives, {precision_of(cfg)}, "
             f"torch {torch.__version__}, {torch.get_num_threads()} threads"
         )
+        if cfg.model.startswith(SECOND):
+            return say_second(cfg)
         if growing:
             say_growth(cfg)
             return 0

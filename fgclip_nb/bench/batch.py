@@ -15,7 +15,7 @@ from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.batches.examples import Example, ExampleRegion
 from fgclip_nb.batches.batch import Batch, collate
-from fgclip_nb.model.config import PRESETS
+from fgclip_nb.model.opening import NAMES
 
 # %% ../../nbs/9a_bench/00_batch.ipynb #4625e74b
 @dataclass
@@ -40,8 +40,8 @@ class BenchConfig:
     compiled: bool = False
 
     def __post_init__(self):
-        if self.model not in PRESETS:
-            raise ConfigError(f"model is {self.model!r}; known are {', '.join(PRESETS)}")
+        if self.model not in NAMES:
+            raise ConfigError(f"model is {self.model!r}; known are {', '.join(NAMES)}")
         for name, least in dict(
             batch=2, boxes=1, hard=1, repeats=1, warmup=0, compared=2, most=0
         ).items():

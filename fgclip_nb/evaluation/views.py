@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/7_evaluation/01a_views.ipynb #86f42e00
+# %% ../../nbs/7_evaluation/01a_views.ipynb #d68186fc
 import numpy as np
 from fgclip_nb.data.patches import patch_batch
 from fgclip_nb.data.photos import normalize
 
-# %% ../../nbs/7_evaluation/01a_views.ipynb #d55dabf8
+# %% ../../nbs/7_evaluation/01a_views.ipynb #49d53d81
 def reads_patches(model) -> bool:
     "Whether a model is shown patches and pieces: FG-CLIP 2."
     return hasattr(model, "form")
@@ -47,7 +47,7 @@ def shown_pictures(model, pixels, device, budget=0):
     tensors = patch_batch(list(pixels), patch, budget or "own")
     return Patches({name: t.to(device) for name, t in tensors.items()})
 
-# %% ../../nbs/7_evaluation/01a_views.ipynb #73180424
+# %% ../../nbs/7_evaluation/01a_views.ipynb #a269a4bc
 def feature_tensor(out):
     "The feature tensor of a model call; transformers 5 wraps it in an output object."
     return out if hasattr(out, "detach") else out.pooler_output
@@ -91,7 +91,7 @@ def dense_map(model, picture, grid):
         return dense[: rows * columns].unflatten(0, (rows, columns))
     return model.get_image_dense_features(picture)[0].unflatten(0, (grid, grid))
 
-# %% ../../nbs/7_evaluation/01a_views.ipynb #59bb2641
+# %% ../../nbs/7_evaluation/01a_views.ipynb #cd374116
 WALKS = {"caption": "short", "long": "long", "phrase": "box"}  # of FG-CLIP 2, by what a text is
 
 

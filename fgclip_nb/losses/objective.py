@@ -125,7 +125,7 @@ CAPTIONS = dict(
     rows=("image_features", "text_features", "long_text_features"),
     expected=expected_global,
 )
-def global_term(features: dict, batch: BatchIds, duplicates: str, cfg) -> dict:
+def global_term(features: dict, batch: BatchIds, duplicates: str, cfg=None) -> dict:
     """The global loss of the short and of the long captions, where there are features of them.
 
     Softmax or sigmoid, as cfg.losses says; "auto" (or nothing): sigmoid where there is a bias."""

@@ -243,6 +243,8 @@ def known_pieces(model) -> Pieces:
     if model.pieces is None:
         size = model.config.text_config.vocab_size
         name, revision = getattr(model, "pieces_from", None) or (None, None)
+        if name and size == TOY_PIECES and HubFolder(name, revision).get("tokenizer.json") is None:
+            name = None
         if name is None and size != TOY_PIECES:
             raise DataError(
                 f"a model of {size:,} pieces without a vocabulary: set model.pieces = "
