@@ -124,6 +124,6 @@ class LossTerm:
 # %% ../../nbs/5_losses/02_terms.ipynb #91611f21
 def empty_term(zero: Tensor, dropped: int = 0) -> LossTerm:
     "The term of no rows: `zero` (0-dim, differentiable) as the loss, chance 0, no other measure."
-    measures = torch.full((len(MEASURES),), torch.nan)
+    measures = torch.full((len(MEASURES),), torch.nan, dtype=torch.float64, device=zero.device)
     measures[:2] = 0.0
     return LossTerm(zero, zero.detach(), 0, 0, 0, measures, dropped)

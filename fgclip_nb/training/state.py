@@ -198,6 +198,12 @@ class TrainState:
     best: dict = field(default_factory=dict)  # score and step of the best validation
     done: bool = False  # an early stop has ended the training before its last step
     stop_signal: str = ""  # name of the signal that asked the run to stop
+    scaler: object = None  # of the gradients in fp16
+    pending: object = None  # the step whose line is begun and not finished
+
+    def autocast(self):
+        "Context for the model's forwards in the precision of the run."
+        return self.accelerator.autocast()
 
     @property
     def is_main(self):

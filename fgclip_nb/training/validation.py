@@ -14,6 +14,7 @@ from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
+from fgclip_nb.diagnostics.measures import measure_of, to_floats
 from fgclip_nb.diagnostics.signs import best_scale, sign_values
 from fgclip_nb.training.state import TrainState
 
@@ -39,7 +40,7 @@ def validation_losses(s: TrainState, examples) -> tuple:
         if batch is None:
             continue
         batch = batch.to(s.accelerator.device)
-        with s.accelerator.autocast():
+        with s.autocast():
             features = s.model(batch)
         terms = compute_losses(
             features,
@@ -48,19 +49,22 @@ def validation_losses(s: TrainState, examples) -> tuple:
             cfg=s.cfg,
             states=copy.deepcopy(s.term_states),  # looked at, not moved on
         )
-        known = {n: t.chance for n, t in terms.items() if not math.isnan(t.chance)}
-        chances = {f"val_{n.replace('loss', 'chance')}": x for n, x in known.items()}
-        top1 = {f"val_{n.replace('loss', 'top1')}": float(t.top1) for n, t in terms.items()}
+        columns = {f"val_{n}": t.loss for n, t in terms.items()}
+        for kind in ("chance", "top1"):
+            columns |= {
+                f"val_{n.replace('loss', kind)}": measure_of(t, kind) for n, t in terms.items()
+            }
         signs = sign_values([features], [batch])
-        signs = {f"val_{n}": float(signs[n]) for n in VAL_SIGNS if n in signs}
-        rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances | top1 | signs)
+        columns |= {f"val_{n}": signs[n] for n in VAL_SIGNS if n in signs}
+        row = to_floats(columns)
+        rows.append({k: v for k, v in row.items() if "_chance_" not in k or not math.isnan(v)})
         images.append(features["image_features"].float().cpu())
         texts.append(
             features["text_features"].float().cpu()
             if "text_features" in features
             else torch.zeros(0, 1)
         )
-        owners += (batch.caption_rows.cpu() + sum(map(len, images[:-1]))).tolist()
+        owners += (batch.host.caption_rows + sum(map(len, images[:-1]))).tolist()
     return _mean_terms(rows), images, texts, owners
 
 # %% ../../nbs/8_training/08_validation.ipynb #38001350
