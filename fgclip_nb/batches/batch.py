@@ -13,6 +13,7 @@ from fgclip_nb.text.packing import TextBatch, tokenize
 from fgclip_nb.batches.places import (
     BoxPlaces,
     ClipPlaces,
+    beside_the_step,
     box_places,
     clip_places,
     moved_together,
@@ -223,8 +224,12 @@ class Batch:
         "The same batch on another device, in two copies; the CPU's is the `host` it came from."
         if torch.device(device).type == "cpu":
             return self.host
-        pixels = self.host.pixel_values.to(device, non_blocking=True)
-        return on_device([self.host], [pixels])[0]
+
+        def moved():
+            pixels = self.host.pixel_values.to(device, non_blocking=True)
+            return on_device([self.host], [pixels])[0]
+
+        return beside_the_step(moved, device)
 
     def split(self, clips: int) -> list:
         "Chunks of at most `clips` samples; concatenated by name they are the batch."

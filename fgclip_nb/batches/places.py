@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/3_batches/00a_places.ipynb #06dfd630
+import functools
 from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 
@@ -126,3 +127,24 @@ def moved_together(value, device):
     buffer, starts = laid_out(tensors)
     there = buffer.to(device, non_blocking=True)
     return with_tensors(value, iter(read_out(there, starts, tensors)))
+
+# %% ../../nbs/3_batches/00a_places.ipynb #bac94de0
+@functools.cache
+def copy_stream():
+    "The stream that batches cross on."
+    return torch.cuda.Stream()
+
+
+def beside_the_step(make, device):
+    """What `make()` returns, its tensors copied to a GPU beside the kernels that are queued.
+
+    Kernels queued afterwards wait for the copies. On another device `make()` is simply called."""
+    if torch.device(device).type != "cuda" or not torch.accelerator.is_available():
+        return make()
+    kernels = torch.cuda.current_stream()
+    with torch.cuda.stream(copy_stream()):
+        value = make()
+    kernels.wait_stream(copy_stream())
+    for tensor in tensors_in(value):
+        tensor.record_stream(kernels)  # its memory is not used anew before the kernels are done
+    return value

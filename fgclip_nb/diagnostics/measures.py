@@ -143,18 +143,40 @@ def _directions(features, rows=512):
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def effective_rank(features):
-    """Effective rank of the directions of features (N, D), 1..min(N, D), as a 0-dim tensor.
+def _spectra(tables: list) -> list:
+    "Eigenvalues of symmetric tables (n,n) of any sizes."
+    import torch
+
+    if tables[0].device.type == "cpu":
+        return [torch.linalg.eigvalsh(t) for t in tables]
+    # a GPU is waited for once: zeros around the smaller ones add eigenvalues of zero
+    most = max(map(len, tables))
+    padded = [torch.nn.functional.pad(t, (0, most - len(t)) * 2) for t in tables]
+    return list(torch.linalg.eigvalsh(torch.stack(padded)))
+
+
+def effective_ranks(features: list) -> list:
+    """Effective ranks of the directions of features (N, D), 1..min(N, D), as 0-dim tensors.
 
     Roy & Vetterli 2007, from the first 512 rows that are finite and not zero; 0 without any."""
     import torch
 
-    x = _directions(features)
-    if not len(x):
-        return features.new_zeros(())
-    spectrum = torch.linalg.eigvalsh(x @ x.T if len(x) <= x.shape[1] else x.T @ x).clamp(min=0)
-    p = spectrum / spectrum.sum()
-    return torch.special.entr(p).sum().exp()
+    rows = [_directions(x) for x in features]
+    tables = [x @ x.T if len(x) <= x.shape[1] else x.T @ x for x in rows if len(x)]
+    spectra = iter(_spectra(tables) if tables else ())
+    ranks = []
+    for x in rows:
+        if not len(x):
+            ranks.append(x.new_zeros(()))
+            continue
+        spectrum = next(spectra).clamp(min=0)
+        ranks.append(torch.special.entr(spectrum / spectrum.sum()).sum().exp())
+    return ranks
+
+
+def effective_rank(features):
+    "The effective rank of features (N, D) alone."
+    return effective_ranks([features])[0]
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #fe761e68
 def equal_share(features, ids=None):
@@ -190,7 +212,7 @@ def norm_values(forwards: list) -> dict:
         if kind == "region":
             out["zero_share_region"] = (norms == 0).float().mean()
         if kind != "text":
-            out[f"effective_rank_{kind}"] = mean_of([effective_rank(x) for x in rows])
+            out[f"effective_rank_{kind}"] = mean_of(effective_ranks(rows))
             out[f"equal_share_{kind}"] = mean_of([equal_share(x) for x in rows])
             out[f"rows_{kind}"] = max(len(x) for x in rows)
     return out

@@ -17,6 +17,7 @@ from fgclip_nb.losses.gradient_caching import gradient_cached_backward
 from fgclip_nb.diagnostics.fetch import Fetch
 from fgclip_nb.diagnostics.recorder import is_diagnostic
 from fgclip_nb.training.build import learning_rate_at
+from fgclip_nb.training.precision import is_overflow
 from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.reading import step_names
 
@@ -293,6 +294,18 @@ def begin_line(s: TrainState, launched: Launched, times: tuple, validation: dict
     )
 
 
+def note_skipped(s: TrainState, launched: Launched, culprit: str):
+    "Write down a skipped step, unless only the scale of fp16 was too large: that is told."
+    if not is_overflow(s.scaler, culprit):
+        note_bad_step(s, launched.step, launched.batches, culprit)
+        return
+    s.skipped += 1
+    s.log.info(
+        f"step {launched.step}: fp16 overflow: the scale of the gradients is halved to "
+        f"{s.scaler.get_scale():g}; the step is skipped ({s.skipped} so far)"
+    )
+
+
 def settle(s: TrainState):
     """Finish the line that was begun, if any: wait for its numbers, write them to the files.
 
@@ -304,7 +317,7 @@ def settle(s: TrainState):
     skipped = line.columns.result()["skipped"] if s.is_main else line.result()["skipped"]
     if skipped:
         culprit = agreed_culprit(first_non_finite(*launched.flags), s.accelerator)
-        note_bad_step(s, launched.step, launched.batches, culprit)
+        note_skipped(s, launched, culprit)
     else:
         s.bad_in_a_row = 0
     if s.is_main:
