@@ -81,7 +81,7 @@ class There(torch.Tensor):
             return Home.apply(self, dtype)
         if dtype is None or dtype == self.dtype:
             return self
-        return torch.Tensor.to(self, dtype)
+        return super().to(dtype)
 
     def cpu(self, *args):
         return self.to("cpu")
@@ -188,6 +188,16 @@ def where(condition, *choices, _where=torch.where):
     return _where(condition, *choices)
 
 
+def to_number(self, *args, _to=torch.Tensor.to, **kwargs):
+    "Tensor.to for `cuda` without a number, which torch would ask the driver for."
+
+    def numbered(x):
+        bare = isinstance(x, str | torch.device) and str(x) == "cuda"
+        return CUDA if bare else x
+
+    return _to(self, *map(numbered, args), **{k: numbered(v) for k, v in kwargs.items()})
+
+
 def believe():
     "Make torch and accelerate believe in one GPU."
     import accelerate
@@ -209,6 +219,7 @@ def believe():
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
     torch.where = where
+    torch.Tensor.to = to_number
     torch.inference_mode = torch.no_grad
     accelerate.Accelerator.device = property(lambda self: CUDA)
     There.new_tensor = lambda self, data, dtype=None, **k: torch.tensor(
@@ -286,22 +297,20 @@ def resumed(out):
 
 
 def evaluated(out):
-    from fgclip_nb import FGCLIP, evaluate, load_samples
+    from fgclip_nb import FGCLIP, FGCLIPConfig, evaluate, load_samples
     from fgclip_nb.evaluation.anomaly import anomaly_scores
 
-    model = FGCLIP.from_pretrained(str(out / "photos")).to("cuda")
-    samples = load_samples("sample")[0][:12]
-    scores = evaluate(model, samples)
-    clips = load_samples("video_sample")[0]
-    anomaly_scores(model, [clips[0].media], every=64)
-    return dict(tasks=len(scores))
+    model = FGCLIP(FGCLIPConfig.preset("tiny")).to(CUDA).eval()
+    scores = evaluate(model, load_samples("sample")[0][:12])
+    anomaly_scores(model, [load_samples("video_sample")[0][0].media], every=64)
+    return dict(tasks=str(scores))
 
 
 def forecast(out):
     from fgclip_nb import TrainConfig
-    from fgclip_nb.training.forecast import estimate
+    from fgclip_nb.training.forecast import estimate_rows
 
-    return dict(rows=len(list(estimate(TrainConfig(**SMALL), seconds=1))))
+    return dict(rows=len(list(estimate_rows(TrainConfig(**SMALL), seconds=1))))
 
 
 def benched(out):
