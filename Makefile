@@ -1,5 +1,6 @@
 # make train: from a fresh clone to a trained, explained run.   make lab: JupyterLab.
 # make test: style, library notebooks, tests (minutes).   make test-ci: run notebooks, processes.   make test-all: the long matrix.
+# make gpu: what only a GPU can answer, into runs/gpu/gpu.json (minutes; on a CPU the same at tiny size).
 # make export: the library and its public faces from the notebooks.   make parameters: the run notebooks' parameters cells.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -9,7 +10,7 @@ TORCH_INDEX ?=
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train export parameters test test-ci test-all lab clean
+.PHONY: setup train gpu export parameters test test-ci test-all lab clean
 
 setup: .venv/installed
 
@@ -22,6 +23,9 @@ setup: .venv/installed
 
 train: setup
 	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p logit_scale_init 4.6052 --stdout-file - --no-progress-bar
+
+gpu: setup
+	$(BIN)/python -m fgclip_nb.bench --gpu runs/gpu
 
 test: setup
 	$(BIN)/python tests/check.py

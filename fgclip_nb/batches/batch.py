@@ -6,12 +6,21 @@
 __all__ = ['Batch', 'collate']
 
 # %% ../../nbs/3_batches/01_batch.ipynb #191814c8
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 import numpy as np, torch
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.packing import TextBatch, tokenize
 from fgclip_nb.text.pieces import Pieces
 from fgclip_nb.data.patches import cut_patches
+from fgclip_nb.batches.places import (
+    BoxPlaces,
+    ClipPlaces,
+    beside_the_step,
+    box_places,
+    clip_places,
+    moved_together,
+    page_locked,
+)
 
 # %% ../../nbs/3_batches/01_batch.ipynb #f28cc5a6
 def _ints(values) -> torch.Tensor:
@@ -124,8 +133,8 @@ def chunk_fields(batch, lo: int, hi: int) -> dict:
     first_region = int(regions[0]) if len(regions) else 0
     grids = getattr(batch, "spatial_shapes", None)
     return dict(
-        pixel_values=batch.pixel_values[frames],
-        spatial_shapes=None if grids is None else grids[frames],
+        pixel_values=batch.pixel_values[first_frame : first_frame + len(frames)],  # not copied
+        spatial_shapes=None if grids is None else grids[first_frame : first_frame + len(frames)],
         frame_times=batch.frame_times[frames],
         in_clip=batch.in_clip[frames],
         frame_clip=batch.frame_clip[frames] - lo,
@@ -141,12 +150,27 @@ def chunk_fields(batch, lo: int, hi: int) -> dict:
         **_short_texts_of(batch, captions, regions, groups),
     )
 
-# %% ../../nbs/3_batches/01_batch.ipynb #f3320d7f
-def _moved(value, device, non_blocking):
-    "A tensor or text batch on another device; none stays none."
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=non_blocking)
-    return None if value is None else value.to(device)
+# %% ../../nbs/3_batches/01_batch.ipynb #9d42b286
+def without_pixels(batch):
+    "The batch with none of its pixels."
+    return replace(batch, pixel_values=batch.pixel_values[:0])
+
+
+def on_device(batches: list, pixels) -> list:
+    """Batches of the host as they stand on a device, beside their `pixels` that are there already.
+
+    Everything else crosses in one copy, with the places that the host has counted."""
+    for batch in batches:
+        for texts in (batch.texts, batch.long_texts):
+            if texts is not None:
+                texts.pack()  # on the host, before they leave it
+    small = [[without_pixels(b), b.box_places, b.clip_places] for b in batches]
+    moved = moved_together(small, pixels[0].device)
+    whole = [replace(b, pixel_values=p) for (b, *_), p in zip(moved, pixels)]
+    for batch, host, (_, *places) in zip(whole, batches, moved):
+        batch.host = host
+        batch.places = places
+    return whole
 
 # %% ../../nbs/3_batches/01_batch.ipynb #2bdfca65
 @dataclass
@@ -212,15 +236,47 @@ class Batch:
         "(R,) identities of the samples that the regions belong to."
         return self.sample_ids[self.region_clip]
 
-    def to(self, device, non_blocking=True):
-        "The same batch on another device."
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{k: _moved(v, device, non_blocking) for k, v in values.items()})
+    def __post_init__(self):
+        self.host = self  # the batch on the host that this is a copy of
+        self.places = None
+
+    @property
+    def box_places(self) -> BoxPlaces:
+        "Where the boxes lie."
+        return self._placed()[0]
+
+    @property
+    def clip_places(self) -> ClipPlaces:
+        "Which pictures make up the clips."
+        return self._placed()[1]
+
+    def _placed(self):
+        if self.places is None:
+            self.places = [box_places(self.box_image), clip_places(self.frame_clip, self.in_clip)]
+        return self.places
+
+    def pin_memory(self):
+        "The same batch with its pixels in page-locked memory, from which a GPU copies by itself."
+        return replace(self, pixel_values=page_locked(self.pixel_values))
+
+    def to(self, device):
+        "The same batch on another device, in two copies; the CPU's is the `host` it came from."
+        if torch.device(device).type == "cpu":
+            return self.host
+
+        def moved():
+            pixels = self.host.pixel_values.to(device, non_blocking=True)
+            return on_device([self.host], [pixels])[0]
+
+        return beside_the_step(moved, device)
 
     def split(self, clips: int) -> list:
         "Chunks of at most `clips` samples; concatenated by name they are the batch."
-        starts = range(0, len(self), clips)
-        return [type(self)(**chunk_fields(self, lo, min(lo + clips, len(self)))) for lo in starts]
+        host, starts = self.host, range(0, len(self), clips)
+        parts = [type(self)(**chunk_fields(host, lo, min(lo + clips, len(self)))) for lo in starts]
+        if host is self:
+            return parts
+        return on_device(parts, self.pixel_values.split([len(p.pixel_values) for p in parts]))
 
 # %% ../../nbs/3_batches/01_batch.ipynb #6bbf97e0
 def collate(examples, context_length: int = 248, form: Form | None = None) -> Batch:

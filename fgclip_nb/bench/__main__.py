@@ -14,6 +14,7 @@ from fgclip_nb.bench.table import Disagreement, benchmark, precision_of, ratios_
 from fgclip_nb.bench.growth import growth, straight_line
 from fgclip_nb.bench.second import second_benchmark
 from fgclip_nb.model.opening import SECOND
+from fgclip_nb.bench.gpu import run_gpu
 
 # %% ../../nbs/9a_bench/99_command.ipynb #06d2deb1
 def cell_text(value) -> str:
@@ -29,7 +30,9 @@ def text_table(rows: list) -> str:
 
 # %% ../../nbs/9a_bench/99_command.ipynb #bc23ad28
 def arguments(args: list | None) -> tuple:
-    "Words of the command line (None: those of this process) -> `BenchConfig`, and whether to grow."
+    """Words of the command line (None: those of this process) -> `BenchConfig`, and what to do.
+
+    That is a dict of `growing`, `gpu` (a folder or None) and `parts`."""
     parser = argparse.ArgumentParser(
         "fgclip_nb.bench",
         description="The training step beside a plain one: agreement, time, memory.",
@@ -39,6 +42,10 @@ def arguments(args: list | None) -> tuple:
         action="store_true",
         help="time per step as photos, boxes and tokens grow to 512 (the tiny preset is enough)",
     )
+    parser.add_argument(
+        "--gpu", metavar="OUT", help="all that is asked of a GPU, into OUT/gpu.json; tiny on a CPU"
+    )
+    parser.add_argument("--parts", default="", help="of --gpu: a,b,... (all)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny model, 2 photos, 2 repeats: under a minute"
     )
@@ -53,8 +60,8 @@ def arguments(args: list | None) -> tuple:
         parser.add_argument(f"--{name}", type=int)
     options = vars(parser.parse_args(args))
     quick = dict(model="tiny", batch=2, repeats=2) if options.pop("quick") else {}
-    growing = options.pop("growth")
-    return BenchConfig(**quick | {k: v for k, v in options.items() if v is not None}), growing
+    do = dict(growing=options.pop("growth"), gpu=options.pop("gpu"), parts=options.pop("parts"))
+    return BenchConfig(**quick | {k: v for k, v in options.items() if v is not None}), do
 
 # %% ../../nbs/9a_bench/99_command.ipynb #1a350e4c
 def say(text: str):
@@ -92,7 +99,10 @@ def main(args: list | None = None) -> int:
 
     The last line holds the ratios."""
     try:
-        cfg, growing = arguments(args)
+        cfg, do = arguments(args)
+        if do["gpu"]:
+            told = run_gpu(do["gpu"], do["parts"], cfg.device, say=say)
+            return int(any("failed" in part for part in told["parts"].values()))
         say(
             f"{cfg.model} on {cfg.device}, {cfg.batch} photos, {cfg.boxes} boxes, "
             f"{cfg.hard} with negatives, {precision_of(cfg)}, "
@@ -100,7 +110,7 @@ def main(args: list | None = None) -> int:
         )
         if cfg.model.startswith(SECOND):
             return say_second(cfg)
-        if growing:
+        if do["growing"]:
             say_growth(cfg)
             return 0
         out = benchmark(cfg, say)

@@ -100,7 +100,7 @@ class ModelParams:
     )
     override_logit_scale: bool = param(False, "replace a differing stored temperature, not refuse")
     precision: str = param(
-        "fp32", "fp32, or bf16: autocast with fp32 master weights", choices=("fp32", "bf16")
+        "fp32", "auto: bf16 or fp16 on a GPU", choices=("fp32", "tf32", "bf16", "fp16", "auto")
     )
     gradient_checkpointing: bool = param(
         False, "recompute activations: less memory, a third more time"

@@ -175,6 +175,13 @@ def same_shape(a, b) -> bool:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# %% ../../nbs/2_data/03a_photos.ipynb #26318884
+def constants(values, like):
+    "A few numbers as a 1-D tensor of the type and on the device of `like`, without a copy."
+    import torch
+
+    return torch.stack([like.new_full((), v) for v in values])
+
 # %% ../../nbs/2_data/03a_photos.ipynb #5a395711
 def normalize(pixels, dtype=None):
     """uint8 pixels (...,H,W,3) or (...,3,H,W), tensor or array -> normalised (...,3,H,W).
@@ -192,5 +199,6 @@ def normalize(pixels, dtype=None):
         pixels = pixels.movedim(-1, -3)
     if pixels.shape[-3] != 3:
         raise ValueError(f"normalize takes (...,H,W,3) or (...,3,H,W), got {tuple(pixels.shape)}")
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return pixels.float().div(255).sub(mean).div(std).to(dtype or torch.float32)
+    pixels = pixels.float().div(255)
+    mean, std = (constants(v, pixels).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return pixels.sub(mean).div(std).to(dtype or torch.float32)

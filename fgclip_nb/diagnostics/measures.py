@@ -6,19 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #c2736181
+from fgclip_nb.data.photos import constants
+from fgclip_nb.losses.terms import MEASURES
 from fgclip_nb.losses.table import TERMS, by_term
 from fgclip_nb.diagnostics.numbers import mean_of
+from fgclip_nb.diagnostics.fetch import Fetch, mean_of_known
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #ccc1f8d8
 def to_floats(values: dict) -> dict:
     "The same dict with 0-dim tensors as Python floats, fetched from the device in one transfer."
-    tensors = {k: v for k, v in values.items() if hasattr(v, "detach")}
-    if not tensors:
-        return values
-    import torch
-
-    scalars = [t.detach().reshape(()).to(torch.float64) for t in tensors.values()]
-    return values | dict(zip(tensors, torch.stack(scalars).tolist()))
+    return Fetch(values).result()
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #3b924ed6
 TERM_FIELDS = dict(
@@ -35,20 +32,22 @@ TERM_FIELDS = dict(
 )
 
 
-def _known(terms: list, attr: str) -> list:
-    "A measure over the terms that have it; NaN means that there is nothing of the kind."
-    values = [getattr(t, attr, None) for t in terms]
-    return [v for v in values if v is not None and v == v]
+def measure_of(term, attr: str):
+    "A measure of a term, still on its device; None where the term knows nothing of the kind."
+    measures = getattr(term, "measures", None)
+    if measures is not None and attr in MEASURES:
+        return measures[list(MEASURES).index(attr)]
+    return getattr(term, attr, None)
 
 
 def _columns_of(name: str, members: list) -> dict:
     "Columns of the term `name`: means over its parts of the loss and of what else is known."
     columns = {f"loss_{name}": mean_of([t.loss for t in members])}
     for attr, column in TERM_FIELDS.items():
-        values = _known(members, attr)
+        values = [v for t in members if (v := measure_of(t, attr)) is not None]
         # in-batch parts say something only where a term may look beyond the batch
         if values and ("bank" in TERMS[name].asks or not attr.endswith("in_batch")):
-            columns[column.format(name)] = mean_of(values)
+            columns[column.format(name)] = mean_of_known(values)
     for attr in dict.fromkeys(k for t in members for k in getattr(t, "details", {})):
         columns[f"{attr}_{name}"] = mean_of([t.details[attr] for t in members if attr in t.details])
     return columns
@@ -57,14 +56,25 @@ def _columns_of(name: str, members: list) -> dict:
 def term_values(terms: dict) -> dict:
     """Flat columns of named loss terms: `loss_region`, `candidates_region`, `top1_region`, …
 
-    `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device. A
-    term with parts has a column of each beside their mean. A name that is in no table of terms
-    raises `ConfigError`."""
+    `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device,
+    NaN where there is nothing of the kind. A term with parts has a column of each
+    beside their mean. A name that is in no table of terms raises `ConfigError`."""
     owned = by_term(terms)
     columns = {n: t.loss for name, x in owned.items() for n, t in x.items() if n != f"loss_{name}"}
     for name, members in owned.items():
         columns |= _columns_of(name, list(members.values()))
     return columns
+
+
+def unless_nan() -> set:
+    "Columns that are left out where they are NaN: there was nothing of the kind."
+    return {c.format(n) for c in TERM_FIELDS.values() for n in TERMS} | {"bank_drift_cosine"}
+
+
+def without_unknown(row: dict) -> dict:
+    "The row without those columns of `unless_nan` that are NaN, now that they can be looked at."
+    optional = unless_nan()
+    return {k: v for k, v in row.items() if k not in optional or v == v}
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #4822cf82
 QUANTILES = dict(min=0.0, p05=0.05, p25=0.25, p50=0.5, p75=0.75, p95=0.95, max=1.0)
@@ -78,7 +88,7 @@ def spread(prefix: str, values) -> dict:
 
     values = values.detach().float().flatten()
     values = values[:: max(1, values.numel() // 1_000_000)]
-    q = torch.quantile(values, torch.tensor(list(QUANTILES.values()), device=values.device))
+    q = torch.quantile(values, constants(QUANTILES.values(), values))
     return {f"{prefix}_{k}": q[i] for i, k in enumerate(QUANTILES)} | {
         f"{prefix}_mean": values.mean(),
         f"{prefix}_std": values.std(correction=0),
@@ -127,33 +137,56 @@ def _directions(features, rows=512):
     import torch
 
     x = features.detach().float()[:rows]
-    x = x[torch.isfinite(x).all(dim=1) & (x.norm(dim=1) > 0)]
+    usable = torch.isfinite(x).all(dim=1) & (x.norm(dim=1) > 0)
+    # choosing rows would wait for a GPU: there, those without direction become zeros
+    x = x[usable] if x.device.type == "cpu" else torch.where(usable[:, None], x, 0.0)
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def effective_rank(features):
-    """Effective rank of the directions of features (N, D), 1..min(N, D), as a 0-dim tensor.
+def _spectra(tables: list) -> list:
+    "Eigenvalues of symmetric tables (n,n) of any sizes."
+    import torch
+
+    if tables[0].device.type == "cpu":
+        return [torch.linalg.eigvalsh(t) for t in tables]
+    # a GPU is waited for once: zeros around the smaller ones add eigenvalues of zero
+    most = max(map(len, tables))
+    padded = [torch.nn.functional.pad(t, (0, most - len(t)) * 2) for t in tables]
+    return list(torch.linalg.eigvalsh(torch.stack(padded)))
+
+
+def effective_ranks(features: list) -> list:
+    """Effective ranks of the directions of features (N, D), 1..min(N, D), as 0-dim tensors.
 
     Roy & Vetterli 2007, from the first 512 rows that are finite and not zero; 0 without any."""
     import torch
 
-    x = _directions(features)
-    if not len(x):
-        return torch.zeros(())
-    spectrum = torch.linalg.eigvalsh(x @ x.T if len(x) <= x.shape[1] else x.T @ x).clamp(min=0)
-    p = spectrum / spectrum.sum()
-    return torch.special.entr(p).sum().exp()
+    rows = [_directions(x) for x in features]
+    tables = [x @ x.T if len(x) <= x.shape[1] else x.T @ x for x in rows if len(x)]
+    spectra = iter(_spectra(tables) if tables else ())
+    ranks = []
+    for x in rows:
+        if not len(x):
+            ranks.append(x.new_zeros(()))
+            continue
+        spectrum = next(spectra).clamp(min=0)
+        ranks.append(torch.special.entr(spectrum / spectrum.sum()).sum().exp())
+    return ranks
+
+
+def effective_rank(features):
+    "The effective rank of features (N, D) alone."
+    return effective_ranks([features])[0]
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #fe761e68
 def equal_share(features, ids=None):
     """Share of rows of features (N, D) whose direction equals another row's, as a 0-dim tensor.
 
     Equal: cosine above 0.99999. Where `ids` (N,) are given, only a row with another id counts."""
-    import torch
 
     x = _directions(features)
     if len(x) < 2:
-        return torch.zeros(())
+        return features.new_zeros(())
     cosines = (x @ x.T).fill_diagonal_(-1)
     if ids is not None and len(ids) >= len(x):
         cosines = cosines.masked_fill(ids[: len(x), None] == ids[None, : len(x)], -1)
@@ -179,7 +212,7 @@ def norm_values(forwards: list) -> dict:
         if kind == "region":
             out["zero_share_region"] = (norms == 0).float().mean()
         if kind != "text":
-            out[f"effective_rank_{kind}"] = mean_of([effective_rank(x) for x in rows])
+            out[f"effective_rank_{kind}"] = mean_of(effective_ranks(rows))
             out[f"equal_share_{kind}"] = mean_of([equal_share(x) for x in rows])
             out[f"rows_{kind}"] = max(len(x) for x in rows)
     return out
@@ -230,19 +263,24 @@ def gradient_norm(params: list):
     return torch.nn.utils.get_total_norm(grads) if grads else 0.0
 
 
-def update_values(params: list, old, live, most: int) -> dict:
+def sample_weights(params: list, most: int):
+    "How many elements each sampled one stands for, one after the other, on the parameters' device."
+    import torch
+
+    looked = [len(even_sample(p, most)) for p in params]
+    each = torch.tensor([p.numel() / k for p, k in zip(params, looked)])
+    return each.repeat_interleave(torch.tensor(looked)).to(params[0].device)
+
+
+def update_values(params: list, old, live, weights, most: int) -> dict:
     """How parameters differ from their sampled values `old` before the optimiser's step.
 
     update_norm: length of the update, estimated from the sample; changed_share: changed elements
-    among those with a gradient (`live`); trainable_share: elements with requires_grad."""
-    import torch
+    among those with a gradient (`live`); weights: of
+    `sample_weights`; trainable_share: elements with requires_grad."""
 
     new = sampled_values(params, most)
-    looked = [len(even_sample(p, most)) for p in params]
     sizes = [p.numel() for p in params]
-    # elements that a sampled one stands for
-    each = torch.tensor([n / k for n, k in zip(sizes, looked)], device=new.device)
-    weights = each.repeat_interleave(torch.tensor(looked, device=new.device))
     return dict(
         update_norm=((new.float() - old.float()).square() * weights).sum().sqrt(),
         changed_share=((new != old) & live).sum() / live.sum().clamp(min=1),
@@ -259,6 +297,7 @@ class UpdateProbe:
         self.sample = sample
         self.before = {}
         self.norms = {}
+        self.weights = {}  # by module, made once: they cross to the device
 
     def snapshot(self, model):
         "Look at the model after backward and before the optimiser's step."
@@ -277,7 +316,9 @@ class UpdateProbe:
         out = {}
         for m, (params, old, live) in self.before.items():
             out[f"grad_norm/{m}"] = self.norms[m]
-            changes = update_values(params, old, live, self.sample)
+            if m not in self.weights:
+                self.weights[m] = sample_weights(params, self.sample)
+            changes = update_values(params, old, live, self.weights[m], self.sample)
             out |= {f"{k}/{m}": v for k, v in changes.items()}
         self.before = {}
         return out
@@ -294,7 +335,8 @@ def bank_values(bank) -> dict:
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #05f5927c
 def bank_drift(entries: dict, features, region_ids):
-    """Mean cosine between entries and fresh features (R, D) of the same regions; None without any.
+    """Mean cosine between entries and fresh features (R, D) of the same regions; None without any,
+    NaN on a GPU, where asking would wait.
 
     Entries of age 0 are the regions themselves and do not count, nor do ids below 0 (unknown)."""
     import torch
@@ -302,8 +344,10 @@ def bank_drift(entries: dict, features, region_ids):
     fresh = torch.nn.functional.normalize(features.detach().float(), dim=1)
     stored = torch.nn.functional.normalize(entries["region_features"].detach().float(), dim=1)
     same = (region_ids[:, None] == entries["region_ids"]) & (region_ids[:, None] >= 0)
-    cosines = (fresh @ stored.T)[same & (entries["age"] > 0)]
-    return cosines.mean() if len(cosines) else None
+    cosines, same = fresh @ stored.T, same & (entries["age"] > 0)
+    if same.device.type == "cpu":
+        return cosines[same].mean() if same.any() else None
+    return torch.where(same, cosines, 0.0).sum() / same.sum()
 
 
 def bank_health(bank, features=None, region_ids=None) -> dict:

@@ -7,6 +7,7 @@ __all__ = ['Recorder']
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fbda01ca
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.losses.table import TERMS
@@ -14,6 +15,7 @@ from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.signs import batch_mark, form_values, sign_values, weight_values
+from fgclip_nb.diagnostics.fetch import Fetch, mean_of_known
 from fgclip_nb.diagnostics.measures import (
     PAIRS,
     UpdateProbe,
@@ -24,6 +26,8 @@ from fgclip_nb.diagnostics.measures import (
     similarity_values,
     term_values,
     to_floats,
+    unless_nan,
+    without_unknown,
 )
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #4fe5fb7a
@@ -117,7 +121,10 @@ def mean_columns(notes: list, cfg, loss=None) -> dict:
     taught = [n["terms"] for n in notes if n["terms"]]
     rows = [{"loss": total_loss(terms, cfg)} | term_values(terms) for terms in taught]
     names = dict.fromkeys(k for r in rows for k in r)
-    columns = {k: mean_of([r[k] for r in rows if k in r]) for k in names}
+    columns, optional = {}, unless_nan()
+    for k in names:
+        values = [r[k] for r in rows if k in r]
+        columns[k] = mean_of_known(values) if k in optional else mean_of(values)
     return columns if loss is None else columns | {"loss": loss}
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #5de18d19
@@ -160,13 +167,11 @@ def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None, losses="softm
     return columns
 
 
-def write_histograms(board: Board, notes: list, step: int):
-    "Histograms of the last forward's cosines, image-text and region-phrase."
+def histogram_values(notes: list) -> dict:
+    "The last forward's cosines, image-text and region-phrase, by the tag of their histogram."
     features = [n["features"] for n in notes if n["features"]]
-    for pair in PAIRS if features else ():
-        cosines = pair_cosines(features[-1], pair)
-        if cosines is not None:
-            board.histogram(f"diagnostics/cosine_{pair}", cosines[0], step)
+    pairs = {p: pair_cosines(features[-1], p) for p in PAIRS} if features else {}
+    return {f"diagnostics/cosine_{p}": c[0] for p, c in pairs.items() if c is not None}
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fd36f5f9
 def timing_row(step: int, times, images: int) -> dict:
@@ -181,11 +186,23 @@ def timing_row(step: int, times, images: int) -> dict:
 
 
 def finished_row(columns: dict, max_grad_norm: float) -> dict:
-    "The row as it is written: unknown columns dropped, numbers fetched, `clipped` said."
-    row = to_floats({k: v for k, v in columns.items() if v is not None})
+    "The row as it is written, from fetched columns: unknown ones dropped, `clipped` said."
+    row = without_unknown({k: v for k, v in columns.items() if v is not None})
+    if "skipped" in row:
+        row["skipped"] = bool(row["skipped"])
     if "grad_norm" in row:
         row["clipped"] = 0 < max_grad_norm < row["grad_norm"]
     return row
+
+# %% ../../nbs/6_diagnostics/03_recorder.ipynb #74f1c415
+@dataclass
+class Line:
+    "A step's line on its way: its columns, and what else is written with it."
+
+    columns: Fetch
+    histograms: Fetch
+    times: tuple | None  # (whole step, waiting for data) in seconds
+    images: int
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #bae281fe
 class Recorder:
@@ -240,7 +257,11 @@ class Recorder:
         if is_diagnostic(step, self.cfg.diag_every):
             self.probe.snapshot(model)
 
-    def step(
+    def step(self, step, **values) -> dict:
+        "Write the line of step `step` and return it; `values` as in `begin`."
+        return self.finish(self.begin(step, **values))
+
+    def begin(
         self,
         step,
         terms=None,
@@ -257,8 +278,8 @@ class Recorder:
         times=None,
         loss=None,
         extra=None,
-    ) -> dict:
-        """Write the line of step `step` and return it.
+    ) -> Line:
+        """Measure for the line of step `step`, without waiting for the device; see `finish`.
 
         `times` = (whole step, waiting for data) in s; `extra` = validation columns; `terms`,
         `features` and `batch` stand for a forward that was not reported by `forward`; `forwards`
@@ -279,13 +300,15 @@ class Recorder:
         row |= step_mark(notes)
         if lr is None and optimizer is not None:
             lr = optimizer.param_groups[0]["lr"]
-        row |= dict(lr=lr, grad_norm=grad_norm, skipped=bool(skipped))
+        row |= dict(lr=lr, grad_norm=grad_norm, skipped=skipped)
         row |= bank_values(bank) if bank is not None else {}
-        if is_diagnostic(step, self.cfg.diag_every):
+        looked = is_diagnostic(step, self.cfg.diag_every)
+        if looked:
             row |= self._look(notes, bank, model, optimizer)
-        row = finished_row(row | (extra or {}), self.cfg.max_grad_norm)
-        self._write(row, times, sum(n["images"] for n in notes))
-        return row
+        histograms = Fetch(histogram_values(notes) if looked and self.board else {})
+        self.last_step = step
+        images = sum(n["images"] for n in notes)
+        return Line(Fetch(row | (extra or {})), histograms, times, images)
 
     def _look(self, notes, bank, model, optimizer) -> dict:
         losses = getattr(self.cfg, "losses", "softmax")
@@ -293,16 +316,18 @@ class Recorder:
         if model is not None:
             columns |= weight_values(model, held_parameters(optimizer))
             columns |= form_values(notes[-1]["batch"], model) if notes else {}
-        if self.board:
-            write_histograms(self.board, notes, self.last_step + 1)
         return columns
 
-    def _write(self, row, times, images):
+    def finish(self, line: Line) -> dict:
+        "Wait for the numbers of a line that was begun, write it and return its row."
+        row = finished_row(line.columns.result(), self.cfg.max_grad_norm)
         self.metrics.write(row)
-        if times:
-            self.timing.write(timing_row(row["step"], times, images))
+        if line.times:
+            self.timing.write(timing_row(row["step"], line.times, line.images))
         if self.board:
+            for tag, values in line.histograms.result().items():
+                self.board.histogram(tag, values, row["step"])
             self.board.scalars(row)
-        self.last_step = row["step"]
         if row["step"] % self.cfg.log_every == 0 or row["step"] == 1:
             self.log.info(loss_line(row))
+        return row

@@ -10,13 +10,14 @@ import logging, math
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from fgclip_nb.losses.processes import NO_ID, gather_rows, ids_or_none, usable_rows
+from fgclip_nb.losses.processes import NO_ID, gather_rows, ids_or_none, usable_rows, used_rows
 
 logger = logging.getLogger("fgclip_nb")
 
 # %% ../../nbs/5_losses/01_bank.ipynb #e90a2401
 VECTORS = ("region_features", "region_text_features")
 IDENTITIES = ("caption_ids", "sample_ids", "region_ids")
+COUNTERS = ("pointer", "filled", "forwards", "on")
 
 
 def empty_ring(size: int, dim: int, on: bool = True) -> dict:
@@ -38,12 +39,16 @@ def whole_number(name: str, value, least: int) -> int:
     return int(value)
 
 # %% ../../nbs/5_losses/01_bank.ipynb #972c1b98
-def written_slots(pointer: Tensor, n: int, size: int, device="cpu") -> Tensor:
-    """Slots that `n` rows hold in the end, written into a ring one after the other from `pointer`.
+def written_parts(pointer: int, n: int, size: int) -> list:
+    """Where `n` rows go that are written one after the other from `pointer` into a ring.
 
-    pointer: 0-dim int64. Returns (min(n, size),) int64; size is at least 1."""
+    Pairs of slices (slots, rows), at most two of them, as the ring is passed once; of more rows
+    than slots the last ones stay. size is at least 1."""
     kept = min(n, size)
-    return (pointer + torch.arange(n - kept, n, device=device)) % size
+    start, row = (pointer + n - kept) % size, n - kept
+    first = min(kept, size - start)
+    parts = [(slice(start, start + first), slice(row, row + first))]
+    return parts + [(slice(0, kept - first), slice(row + first, n))] if kept > first else parts
 
 # %% ../../nbs/5_losses/01_bank.ipynb #3e1ea31f
 @torch.no_grad()
@@ -52,27 +57,28 @@ def write_rows(ring: dict, rows: dict) -> int:
 
     ring: as of `empty_ring`. rows: (N, ...) by name, for every name of VECTORS and IDENTITIES."""
     size, n = len(ring["born"]), len(rows[VECTORS[0]])
-    slots = written_slots(ring["pointer"], n, size, rows[VECTORS[0]].device)
-    for name, values in rows.items():
-        ring[name][slots] = values[n - len(slots) :].to(ring[name].dtype)
-    ring["born"][slots] = ring["forwards"]
+    for slots, part in written_parts(int(ring["pointer"]), n, size):
+        for name, values in rows.items():
+            ring[name][slots] = values[part]
+        ring["born"][slots] = int(ring["forwards"])
     ring["pointer"].add_(n).remainder_(size)
     ring["filled"].add_(n).clamp_(max=size)
-    return len(slots)
+    return min(n, size)
 
 # %% ../../nbs/5_losses/01_bank.ipynb #bfeaabe0
-def read_slots(ring: dict) -> Tensor:
-    "The slots that hold an entry, oldest first: (K,) int64."
+def read_parts(ring: dict) -> list:
+    "Slices of the slots that hold an entry, oldest first."
     n, size = int(ring["filled"]), len(ring["born"])
-    first = ring["pointer"] if 0 < size == n else 0
-    return (torch.arange(n, device=ring["born"].device) + first) % max(n, 1)
+    first = int(ring["pointer"]) if n == size else 0
+    return [slice(first, n), slice(0, first)]
 
 
 def read_rows(ring: dict) -> dict:
     "Entries by name, oldest first: VECTORS (K, D), IDENTITIES (K,), age (K,) in region forwards."
-    order = read_slots(ring)
-    rows = {name: ring[name][order] for name in (*VECTORS, *IDENTITIES)}
-    return rows | {"age": ring["forwards"] - ring["born"][order]}
+    parts = read_parts(ring)
+    names = (*VECTORS, *IDENTITIES, "born")
+    rows = {name: torch.cat([ring[name][part] for part in parts]) for name in names}
+    return rows | {"age": int(ring["forwards"]) - rows.pop("born")}
 
 # %% ../../nbs/5_losses/01_bank.ipynb #95f969f2
 def count_forward(ring: dict, warmup_steps: int) -> bool:
@@ -96,6 +102,12 @@ def widen_to_checkpoint(module: nn.Module, state: dict, prefix: str, *unused):
     if (vectors := state.get(prefix + VECTORS[0])) is not None:
         widen(module, vectors.dtype)
 
+# %% ../../nbs/5_losses/01_bank.ipynb #f1d4f316
+def leave_counters(module: nn.Module, counters: dict):
+    "Put the counters of a bank back as they were before it moved."
+    for name, x in counters.items():
+        setattr(module, name, x)
+
 # %% ../../nbs/5_losses/01_bank.ipynb #f872fc0f
 def stored_vectors(x: Tensor, dim: int, device) -> Tensor:
     "Features (N, D) as a bank of width `dim` keeps them: detached, on `device`, float32 at least."
@@ -112,6 +124,18 @@ def stored_rows(features: tuple, ids: tuple, dim: int, device) -> tuple:
     if len(r) != len(t):
         raise ValueError(f"{len(r)} regions but {len(t)} region texts")
     return r, t, torch.stack([ids_or_none(i, len(r), r.device) for i in ids], 1)
+
+# %% ../../nbs/5_losses/01_bank.ipynb #faa710da
+def blanked(r: Tensor, t: Tensor, ids: Tensor) -> tuple:
+    """Regions and texts (N, D) and their ids (N, 3) as the columns that are written.
+
+    On a GPU a row without direction becomes zeros known by no id: it has not been looked for."""
+    if r.device.type != "cpu":
+        usable = usable_rows(r, t)[:, None]
+        r, t, ids = (
+            torch.where(usable, x, x.new_full((), e)) for x, e in ((r, 0), (t, 0), (ids, NO_ID))
+        )
+    return r, t, *ids.unbind(1)
 
 # %% ../../nbs/5_losses/01_bank.ipynb #515b3895
 class Pushed(NamedTuple):
@@ -137,6 +161,13 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, x)
         self.register_load_state_dict_pre_hook(widen_to_checkpoint)
 
+    def _apply(self, fn, recurse=True):
+        "What `to`, `cuda` and `double` do; the counters stay on the CPU."
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        super()._apply(fn, recurse)
+        leave_counters(self, counters)
+        return self
+
     def tick(self, optimizer_step: int | None = None) -> bool:
         """Count one region forward; call it once before each region loss.
         True at the forward that turns the bank on.
@@ -156,12 +187,15 @@ class MemoryBank(nn.Module):
         sample_ids: Tensor | None,
         region_ids: Tensor | None = None,
         gather: bool = True,
+        look: bool = True,
     ) -> Pushed:
         """Store regions and their texts (N, dim), detached, with their ids (N,) int64 (None =
         unknown). While the bank is off nothing is stored.
 
         gather: in several processes collect the rows of all of them first (every process must
-        call); False when they already are everybody's."""
+        call); False when they already are everybody's. look: False takes rows on a GPU as they
+        are instead of waiting for them; one without direction then holds its slot as zeros, known
+        by no id."""
         if not self.enabled or self.size == 0:
             return Pushed(0, 0)
         features, ids = (
@@ -170,11 +204,11 @@ class MemoryBank(nn.Module):
         )
         rows = stored_rows(features, ids, self.dim, self.region_features.device)
         r, t, ids = map(gather_rows, rows) if gather else rows
-        keep = usable_rows(r, t)
+        keep = used_rows(look, r, t)
         widen(self, r.dtype)
-        columns = (r[keep], t[keep], *ids[keep].unbind(1))
+        columns = blanked(r[keep], t[keep], ids[keep])
         stored = write_rows(self._ring(), dict(zip((*VECTORS, *IDENTITIES), columns)))
-        return Pushed(stored, len(r) - int(keep.sum()))
+        return Pushed(stored, len(r) - len(columns[0]))
 
     def entries(self) -> dict:
         """The valid rows, oldest first: region_features, region_text_features (K, D), caption_ids,

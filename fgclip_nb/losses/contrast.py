@@ -9,7 +9,7 @@ __all__ = ['global_loss', 'region_loss', 'hard_negative_loss']
 import functools, logging
 import torch
 from torch import Tensor
-from fgclip_nb.losses.processes import all_counts, gather_rows, usable_rows, world_size
+from fgclip_nb.losses.processes import all_counts, gather_rows, usable_rows, used_rows, world_size
 from fgclip_nb.losses.bank import VECTORS, MemoryBank
 from fgclip_nb.losses.terms import LossTerm, empty_term, full_precision, unit_rows
 from fgclip_nb.losses.pairs import Pairs, dense_contrast, measure
@@ -112,6 +112,7 @@ def region_loss(
     bank: MemoryBank | None = None,
     duplicates: str = "mask",
     gather: bool = True,
+    look: bool = True,
 ) -> LossTerm:
     """Symmetric loss of regions with their texts; the bank's texts are further candidates for
     regions, its regions for texts.
@@ -120,7 +121,8 @@ def region_loss(
     dropped. logit_scale: 0-dim, stored log value. caption_ids, region_ids: (R,) int64, rows and
     bank entries that agree in either are equal. sample_ids: not used (regions of one sample are
     negatives of each other), accepted so that the call matches `MemoryBank.push`. bank: read once
-    it is on, never written here. duplicates, gather: as in `global_loss`."""
+    it is on, never written here. duplicates, gather: as in `global_loss`. look: False takes
+    rows on a GPU as they are instead of waiting to know which have a direction."""
     check_pairs(
         region_features,
         region_text_features,
@@ -133,16 +135,17 @@ def region_loss(
         if i is not None
     }
     r, t, *ids = everybodys([region_features, region_text_features, *known.values()], gather)
-    keep = usable_rows(r, t)
+    keep = used_rows(look, r, t)
     a, b, ids = unit_rows(r[keep]), unit_rows(t[keep]), tuple(i[keep] for i in ids)
     rows, bank_ids = bank_rows(bank, a, known)
     pairs = Pairs(a, b, logit_scale.exp(), ids, duplicates, rows, bank_ids)
-    return contrast(pairs, len(keep) - len(a))
+    return contrast(pairs, len(r) - len(a))
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #845cd4f1
-def owners(sizes: Tensor) -> Tensor:
-    "Number of the group of each text, (T,), from the sizes (R,) of the groups."
-    return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+def owners(sizes: Tensor, texts: int) -> Tensor:
+    "Number of the group of each text, (T,) with T = `texts`, from the sizes (R,) of the groups."
+    places = torch.arange(texts, device=sizes.device)
+    return torch.searchsorted(sizes.cumsum(0), places, right=True)
 
 
 def group_logsumexp(x: Tensor, owner: Tensor, groups: int) -> Tensor:
@@ -164,14 +167,14 @@ def check_groups(regions: Tensor, texts: Tensor, sizes: Tensor):
 def kept_groups(regions: Tensor, texts: Tensor, sizes: Tensor) -> Tensor:
     "(R,) bool: groups that have a negative and no vector without direction."
     bad = torch.zeros_like(sizes)
-    bad.index_add_(0, owners(sizes), (~usable_rows(texts)).to(sizes.dtype))
+    bad.index_add_(0, owners(sizes, len(texts)), (~usable_rows(texts)).to(sizes.dtype))
     return usable_rows(regions) & (sizes > 1) & (bad == 0)
 
 
 def usable_groups(regions: Tensor, texts: Tensor, sizes: Tensor) -> tuple:
     "Regions, texts and sizes of the groups that `kept_groups` keeps."
     keep = kept_groups(regions, texts, sizes)
-    return regions[keep], texts[keep[owners(sizes)]], sizes[keep]
+    return regions[keep], texts[keep[owners(sizes, len(texts))]], sizes[keep]
 
 # %% ../../nbs/5_losses/05_contrast.ipynb #df452c5d
 def group_measures(cosines: Tensor, owner: Tensor, first: Tensor, sizes: Tensor) -> Tensor:
@@ -196,6 +199,7 @@ def hard_negative_loss(
     group_sizes: Tensor,
     logit_scale: Tensor,
     gather: bool = True,
+    host_sizes: Tensor | None = None,
 ) -> LossTerm:
     """Each region among its own texts: cross-entropy of the first text of its group against the
     others, mean over groups (region to text only).
@@ -203,17 +207,22 @@ def hard_negative_loss(
     region_features: (R, D), regions with a group each. hard_text_features: (T, D), group after
     group, the right text first. group_sizes: (R,) int64 >= 1 with sum T. logit_scale: stored log
     value. Groups without negatives or with a vector that has no direction are left out and counted.
-    gather: as in `global_loss`. Raises `ValueError` when the sizes do not fit."""
+    gather: as in `global_loss`. host_sizes: the same sizes on the CPU, where the caller has
+    them: on a GPU all vectors are then taken to have a direction, and nothing waits. Raises
+    `ValueError` when the sizes do not fit."""
     sizes = group_sizes.to(region_features.device)
-    check_groups(region_features, hard_text_features, sizes)
+    check_groups(region_features, hard_text_features, sizes if host_sizes is None else host_sizes)
     regions, sizes = everybodys([region_features, sizes], gather)
     (texts,) = everybodys([hard_text_features], gather)
-    r, t, sizes = usable_groups(regions, texts, sizes)
+    if host_sizes is None or sizes.device.type == "cpu" or (host_sizes < 2).any():
+        r, t, sizes = usable_groups(regions, texts, sizes)
+    else:
+        r, t = regions, texts
     dropped = len(regions) - len(r)
     r, t = unit_rows(r), unit_rows(t)
     if not len(r):
         return empty_term(r.sum() + t.sum() + 0 * logit_scale, dropped)
-    owner, first = owners(sizes), sizes.cumsum(0) - sizes
+    owner, first = owners(sizes, len(t)), sizes.cumsum(0) - sizes
     size = len(t) / len(r)
     cosines = (r[owner] * t).sum(1)
     logits = logit_scale.exp() * cosines

@@ -30,7 +30,7 @@ def unit_groups(regions: Tensor, texts: Tensor, sizes: Tensor, ids, gather: bool
     regions, sizes = everybodys([regions, sizes], gather)
     texts, *known = everybodys([texts, *known], gather)
     keep = kept_groups(regions, texts, sizes)
-    rows = keep[owners(sizes)]
+    rows = keep[owners(sizes, len(texts))]
     ids = known[0][rows] if known else None
     return unit_rows(regions[keep]), unit_rows(texts[rows]), sizes[keep], ids, int((~keep).sum())
 
@@ -125,7 +125,7 @@ def ranking_loss(
     )
     if not len(r):
         return empty_term(r.sum() + t.sum() + 0 * logit_scale.sum(), dropped)
-    owner, first = owners(sizes), first_rows(sizes)
+    owner, first = owners(sizes, len(t)), first_rows(sizes)
     cosines = (r[owner] * t).sum(1)
     logits = logit_scale.exp() * cosines
     altered = torch.ones_like(owner, dtype=torch.bool).index_fill(0, first, False)

@@ -34,7 +34,8 @@ class BatchIds:
     long_caption_ids, long_caption_rows: the same of the long captions. region_ids,
     region_caption_ids, region_sample_ids: (R,). group_sizes: number of texts of each group of hard
     negatives, hard_regions: the region of each group, hard_caption_ids: of the texts of all groups
-    (or none, where they are unknown)."""
+    (or none, where they are unknown). host: the same on the CPU, where the batch has them there,
+    for what the host decides by them."""
 
     sample_ids: Tensor
     caption_ids: Tensor
@@ -47,9 +48,10 @@ class BatchIds:
     group_sizes: Tensor
     hard_regions: Tensor
     hard_caption_ids: Tensor
+    host: "BatchIds | None" = None
 
 
-ID_FIELDS = tuple(f.name for f in dataclasses.fields(BatchIds))
+ID_FIELDS = tuple(f.name for f in dataclasses.fields(BatchIds) if f.name != "host")
 
 # %% ../../nbs/5_losses/06_objective.ipynb #ddbcd282
 def caption_images(batch, rows: str, ids: str) -> Tensor | None:
@@ -65,7 +67,9 @@ def batch_ids(batch, device="cpu") -> BatchIds:
     for rows, ids in (("caption_rows", "caption_ids"), ("long_caption_rows", "long_caption_ids")):
         values[rows] = caption_images(batch, rows, ids)
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    return BatchIds(**{name: none if x is None else x.to(device) for name, x in values.items()})
+    there = {name: none if x is None else x.to(device) for name, x in values.items()}
+    on_cpu = none.device.type == "cpu" or getattr(batch, "host", None) is None
+    return BatchIds(**there, host=None if on_cpu else batch_ids(batch.host))
 
 # %% ../../nbs/5_losses/06_objective.ipynb #9aa6bcca
 def shifted(parts: list, k: int, name: str) -> Tensor:
@@ -79,7 +83,9 @@ def shifted(parts: list, k: int, name: str) -> Tensor:
 def merge_ids(parts: list) -> BatchIds:
     "Several `BatchIds` as those of one batch: concatenated by name, row numbers shifted."
     columns = [[shifted(parts, k, name) for k in range(len(parts))] for name in ID_FIELDS]
-    return BatchIds(*map(torch.cat, columns))
+    hosts = [p.host for p in parts]
+    host = None if None in hosts else merge_ids(hosts)
+    return BatchIds(*map(torch.cat, columns), host=host)
 
 # %% ../../nbs/5_losses/06_objective.ipynb #1bbce968
 def expected_global(facts):
@@ -172,6 +178,7 @@ def region_term(features: dict, batch: BatchIds, bank, duplicates: str) -> LossT
         bank,
         duplicates,
         gather=False,
+        look=batch.host is None,
     )
 
 
@@ -187,7 +194,14 @@ def hard_term(features: dict, batch: BatchIds) -> LossTerm | None:
         return None
     regions = features["region_features"][batch.hard_regions]
     texts, scale = features["hard_text_features"], features["logit_scale_hardneg"]
-    return hard_negative_loss(regions, texts, batch.group_sizes, scale, gather=False)
+    return hard_negative_loss(
+        regions,
+        texts,
+        batch.group_sizes,
+        scale,
+        gather=False,
+        host_sizes=batch.host and batch.host.group_sizes,
+    )
 
 # %% ../../nbs/5_losses/06_objective.ipynb #49084088
 def expected_spread(facts):
@@ -344,10 +358,12 @@ def push_regions(bank: MemoryBank, features: dict, batch) -> Pushed:
 
     Once per region forward, after the loss; every process must call, also one without regions: it
     sends zero rows of the precision that the others send."""
-    ids, none = batch_ids(batch), features["image_features"][:0]
+    none = features["image_features"][:0]
+    ids = batch_ids(batch, none.device)
     regions, texts = (features.get(name, none) for name in VECTORS)
     columns = (ids.region_caption_ids, ids.region_sample_ids, ids.region_ids)
-    return bank.push(regions, texts, *(i[: len(regions)] for i in columns))
+    columns = (i[: len(regions)] for i in columns)
+    return bank.push(regions, texts, *columns, look=ids.host is None)
 
 # %% ../../nbs/5_losses/06_objective.ipynb #377f73ec
 def total_loss(terms: dict, cfg):

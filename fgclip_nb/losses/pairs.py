@@ -48,8 +48,10 @@ class Pairs:
 
 # %% ../../nbs/5_losses/03_pairs.ipynb #2daa2aaa
 def unless_empty(mask: Tensor | None) -> Tensor | None:
-    "The mask, or None if nothing is set in it."
-    return mask if mask is not None and mask.any() else None
+    "The mask, or None if nothing is set in it; on a GPU asking would wait, and it is kept."
+    if mask is None or mask.device.type != "cpu":
+        return mask
+    return mask if mask.any() else None
 
 
 def transposed(mask: Tensor | None) -> Tensor | None:

@@ -17,6 +17,17 @@ def usable_rows(*features: Tensor) -> Tensor:
     norms = torch.stack([x.detach().float().norm(dim=-1) for x in features])
     return (norms.isfinite() & (norms > 0)).all(0)
 
+# %% ../../nbs/5_losses/00_processes.ipynb #bf2f4c89
+def used_rows(look: bool, *features: Tensor):
+    """Index of the rows that take part: `slice(None)` where all do.
+
+    features: (N, D) each. look: whether to ask the features (see `usable_rows`); without, rows on
+    another device than the CPU are taken as they are."""
+    if not look and features[0].device.type != "cpu":
+        return slice(None)
+    usable = usable_rows(*features)
+    return slice(None) if usable.all() else usable.nonzero().flatten()
+
 # %% ../../nbs/5_losses/00_processes.ipynb #efe23940
 NO_ID = torch.iinfo(torch.int64).min
 

@@ -6,7 +6,7 @@
 __all__ = ['LossTerm']
 
 # %% ../../nbs/5_losses/02_terms.ipynb #a14a68aa
-import dataclasses, math
+import contextlib, dataclasses, math
 from dataclasses import dataclass, field
 from functools import cached_property
 import torch
@@ -32,9 +32,18 @@ class _UnitRows(torch.autograd.Function):
         return torch.addcmul(g, y, along, value=-1).mul_(inverse)
 
 # %% ../../nbs/5_losses/02_terms.ipynb #9c3c8691
+@contextlib.contextmanager
 def full_precision(x: Tensor):
-    "Context in which autocast does not round what is made from `x`, on the device of `x`."
-    return torch.autocast(x.device.type, enabled=False)
+    "Context in which neither autocast nor TF32 rounds what is made from `x`, on its device."
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -124,6 +133,6 @@ class LossTerm:
 # %% ../../nbs/5_losses/02_terms.ipynb #91611f21
 def empty_term(zero: Tensor, dropped: int = 0) -> LossTerm:
     "The term of no rows: `zero` (0-dim, differentiable) as the loss, chance 0, no other measure."
-    measures = torch.full((len(MEASURES),), torch.nan)
+    measures = torch.full((len(MEASURES),), torch.nan, dtype=torch.float64, device=zero.device)
     measures[:2] = 0.0
     return LossTerm(zero, zero.detach(), 0, 0, 0, measures, dropped)

@@ -35,9 +35,10 @@ def clip_features(model, frames, batch):
     "Frame features (F,D) -> clip features (B,D); photos pass unchanged."
     if len(frames) == len(batch):
         return frames
-    keep = batch.in_clip
-    times, clip = batch.frame_times[keep], batch.frame_clip[keep]
-    return pool_clips(model.temporal, _precise(frames)[keep], times, clip, len(batch))
+    places = batch.clip_places
+    times = batch.frame_times[places.kept]
+    features = _precise(frames)[places.kept]
+    return pool_clips(model.temporal, features, times, places.clip, len(batch), places)
 
 # %% ../../nbs/4_model/07_features.ipynb #04bb7882
 def named_pictures(model, frames, boxes, batch):
@@ -52,7 +53,9 @@ def named_pictures(model, frames, boxes, batch):
 
 def visual_features(model, batch):
     "image_features (B,D) and, where the batch has boxes, region_features (R,D)."
-    frames, boxes = model.encode_images(batch.pixel_values, batch.boxes, batch.box_image)
+    frames, boxes = model.encode_images(
+        batch.pixel_values, batch.boxes, batch.box_image, places=batch.box_places
+    )
     return named_pictures(model, frames, boxes, batch)
 
 # %% ../../nbs/4_model/07_features.ipynb #328d9ad3

@@ -137,12 +137,13 @@ class FGCLIP(CLIPPreTrainedModel):
         return box_features(self, pixel_values, box_info, interpolate_pos_encoding)
 
     def encode_images(
-        self, pixel_values, boxes=None, box_image=None, interpolate_pos_encoding=None
+        self, pixel_values, boxes=None, box_image=None, interpolate_pos_encoding=None, places=None
     ):
         """Pixels, boxes (R,4) from 0 to 1 and their pictures (R,) -> features (F,D) and (R,D).
 
-        Both in one pass; None in place of the latter without boxes."""
-        return encode_images(self, pixel_values, boxes, box_image, interpolate_pos_encoding)
+        Both in one pass; None in place of the latter without boxes. places: the `BoxPlaces` of
+        box_image, where they are counted already."""
+        return encode_images(self, pixel_values, boxes, box_image, interpolate_pos_encoding, places)
 
     # Batches
 

@@ -7,6 +7,7 @@ __all__ = ['roi_align_1x1']
 
 # %% ../../nbs/4_model/00_roi.ipynb #3f02160d
 import torch
+from fgclip_nb.batches.places import number_within
 
 # %% ../../nbs/4_model/00_roi.ipynb #53b1d059
 def _extent(start, end, geometry=torch.float32):
@@ -56,28 +57,15 @@ def roi_weights(boxes, rows, columns, dtype=torch.float32, geometry=torch.float3
     across = axis_weights(x1, x2, columns, dtype, geometry) * inside[:, None]
     return down[:, :, None] * across[:, None, :]
 
-# %% ../../nbs/4_model/00_roi.ipynb #179b7c8c
-def box_slots(box_image, n_images):
-    """Picture of each box (R,) int64 -> (slot (R,), slots).
-
-    The slot of a box is its number among the boxes of its picture; `slots` is the largest number
-    of boxes in a picture."""
-    order = torch.argsort(box_image, stable=True)
-    counts = torch.bincount(box_image, minlength=n_images)
-    starts = counts.cumsum(0) - counts
-    slot = torch.empty_like(box_image)
-    slot[order] = torch.arange(len(box_image), device=box_image.device) - starts[box_image[order]]
-    return slot, int(counts.max()) if len(box_image) else 0
-
 # %% ../../nbs/4_model/00_roi.ipynb #1e2ca9ac
 def pool_boxes(features, boxes, box_image, grid, slots=None):
     """Patch features (F,P,D), boxes (R,4) xyxy in cells and their pictures (R,) -> (R,D).
 
-    `grid` is (rows, columns) with P = rows x columns; `slots` what `box_slots` returns, where it is
-    known already. float32, float64 for float64. Differentiable with respect to the features; boxes
-    without area give exact zeros and no gradient."""
+    `grid` is (rows, columns) with P = rows x columns; `slots` (slot of each box, most boxes of a
+    picture) where they are counted already. float32, float64 for float64. Differentiable with
+    respect to the features; boxes without area give exact zeros and no gradient."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    slot, slots = slots or box_slots(box_image, len(features))
+    slot, slots = slots or number_within(box_image, len(features))
     with torch.autocast(features.device.type, enabled=False):
         weights = features.new_zeros(len(features), slots, features.shape[1], dtype=dtype)
         weights[box_image, slot] = roi_weights(boxes, *grid, dtype=dtype).flatten(1)

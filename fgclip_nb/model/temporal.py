@@ -8,31 +8,37 @@ __all__ = []
 # %% ../../nbs/4_model/01_temporal.ipynb #4d01c519
 import torch, torch.nn.functional as F
 from torch import nn
+from fgclip_nb.batches.places import number_within
 
 # %% ../../nbs/4_model/01_temporal.ipynb #0da132e2
-def by_clip(values, frame_clip, clips):
+def by_clip(values, frame_clip, clips, places=None):
     """Frames (F,...) -> (B, longest clip, ...) padded with zeros, and where a real frame stands.
 
     `frame_clip` (F,) int64 is the clip of each frame, the frames of a clip standing together;
-    `clips` their number B. The mask (B, longest clip) is bool. ValueError for a clip without a
-    frame."""
-    counts = torch.bincount(frame_clip, minlength=clips)
-    if len(counts) != clips or (counts == 0).any():
-        raise ValueError(f"{clips} clips with {counts.tolist()} frames: every clip needs one")
-    starts = counts.cumsum(0) - counts
-    place = torch.arange(len(frame_clip), device=values.device) - starts[frame_clip]
-    padded = values.new_zeros(clips, int(counts.max()), *values.shape[1:])
-    mask = torch.arange(padded.shape[1], device=values.device) < counts[:, None]
-    return padded.index_put((frame_clip, place), values), mask
+    `clips` their number B; `places` their `ClipPlaces` where they are counted already. The mask
+    (B, longest clip) is bool. ValueError for a clip without a frame."""
+    if places is None:
+        counts = torch.bincount(frame_clip, minlength=clips)
+        if len(counts) != clips or (counts == 0).any():
+            raise ValueError(f"{clips} clips with {counts.tolist()} frames: every clip needs one")
+        number, longest = number_within(frame_clip, clips)
+    else:
+        number, longest = places.number, places.longest
+    padded = values.new_zeros(clips, longest, *values.shape[1:])
+    mask = torch.zeros(clips, longest, dtype=torch.bool, device=values.device)
+    real = torch.ones_like(number, dtype=torch.bool)
+    where = (frame_clip, number)
+    return padded.index_put(where, values), mask.index_put(where, real)
 
 # %% ../../nbs/4_model/01_temporal.ipynb #3eb860da
 def mean_by(values, owner, owners):
     """Mean of the rows that belong to each owner: (rows,D) -> (owners,D).
 
     `owner` (rows,) int64. An owner without rows gets zeros."""
-    counts = torch.bincount(owner, minlength=owners).clamp(min=1)
+    ones = torch.ones(len(owner), 1, dtype=torch.float32, device=values.device)
+    counts = ones.new_zeros(owners, 1).index_add(0, owner, ones).clamp(min=1)
     sums = values.new_zeros(owners, values.shape[1]).index_add(0, owner, values)
-    return sums / counts[:, None].to(values.dtype)
+    return sums / counts.to(values.dtype)
 
 # %% ../../nbs/4_model/01_temporal.ipynb #da332ef4
 def time_waves(times, dim):
@@ -101,14 +107,15 @@ class TemporalHead(nn.Module):
         return torch.where(single, (features * mask[..., None]).sum(1), pooled)
 
 # %% ../../nbs/4_model/01_temporal.ipynb #aa80c031
-def pool_clips(head, features, times, frame_clip, clips):
+def pool_clips(head, features, times, frame_clip, clips, places=None):
     """Frame features (F,D) of a batch -> clip features (B,D), with `clips` = B.
 
-    times (F,) 0-1; frame_clip (F,) int64. `head` None: the mean. Photos, one frame each, pass
+    times (F,) 0-1; frame_clip (F,) int64; `places` their `ClipPlaces`, where counted
+    already. `head` None: the mean. Photos, one frame each, pass
     unchanged and cost nothing."""
     if len(features) == clips:
         return features
     if head is None:
         return mean_by(features, frame_clip, clips)
-    padded, mask = by_clip(features, frame_clip, clips)
-    return head(padded, by_clip(times, frame_clip, clips)[0], mask)
+    padded, mask = by_clip(features, frame_clip, clips, places)
+    return head(padded, by_clip(times, frame_clip, clips, places)[0], mask)

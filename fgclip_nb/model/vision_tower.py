@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../../nbs/4_model/06_vision_tower.ipynb #5a425a64
 import torch, torch.nn.functional as F
-from fgclip_nb.data.photos import normalize
-from fgclip_nb.model.roi import box_slots, pool_boxes
+from fgclip_nb.data.photos import constants, normalize
+from fgclip_nb.batches.places import box_places
+from fgclip_nb.model.roi import pool_boxes
 from fgclip_nb.model.layers import attend, grid_positions, project, run_layer, tokenwise
 
 # %% ../../nbs/4_model/06_vision_tower.ipynb #6718de8a
@@ -119,15 +120,16 @@ def box_features(model, pixels, box_info, interpolate=None):
     return pool_regions(model, patches, box_info[:, 1:], image, grid)
 
 # %% ../../nbs/4_model/06_vision_tower.ipynb #0a59bc4a
-def encode_images(model, pixels, boxes=None, box_image=None, interpolate=None):
+def encode_images(model, pixels, boxes=None, box_image=None, interpolate=None, places=None):
     """Pixels, boxes (R,4) xyxy 0-1 and their pictures (R,) -> features (F,D) and (R,D), one pass.
 
-    None in place of the latter without boxes. Not normalised."""
+    None in place of the latter without boxes. Not normalised. places: the `BoxPlaces` of box_image,
+    where they are counted already."""
     if boxes is None or not len(boxes):
         return vision_features(model, pixels, None, interpolate)[0], None
-    used, image = box_image.unique(return_inverse=True)
-    slots = box_slots(image, len(used))
-    features, patches, grid = vision_features(model, pixels, used, interpolate)
+    places = places or box_places(box_image)
+    features, patches, grid = vision_features(model, pixels, places.pictures, interpolate)
     rows, columns = grid
-    cells = boxes * boxes.new_tensor([columns, rows, columns, rows])
-    return features, pool_regions(model, patches, cells, image, grid, slots)
+    cells = boxes * constants((columns, rows, columns, rows), boxes)
+    slots = (places.slot, places.slots)
+    return features, pool_regions(model, patches, cells, places.row, grid, slots)

@@ -32,7 +32,7 @@ from fgclip_nb.training.state import (
 )
 from fgclip_nb.training.reading import examples_of
 from fgclip_nb.training.memory import memory_advice
-from fgclip_nb.training.step import clip_gradients, forward_backward, gradient_norm
+from fgclip_nb.training.step import clip_gradients, forward_backward, gradient_norm, gradient_norms
 
 # %% ../../nbs/8_training/14_forecast.ipynb #f32daa41
 @dataclass
@@ -74,7 +74,8 @@ def probe_step(s: TrainState, batch):
     Gradients stay allocated, so that a peak counts what comes on top of them."""
     params = [p for p in s.model.parameters() if p.requires_grad]
     forward_backward(s, batch)
-    clip_gradients(params, gradient_norm(params), s.cfg.max_grad_norm)
+    norm = gradient_norm(gradient_norms(s.model.named_parameters()), s.accelerator.device)
+    clip_gradients(params, norm, s.cfg.max_grad_norm)
     s.optimizer.step()
     s.optimizer.zero_grad(set_to_none=False)
     if s.accelerator.device.type == "cuda":

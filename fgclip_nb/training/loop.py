@@ -14,7 +14,7 @@ from fgclip_nb.training.rundata import RunData, clip_frames
 from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
 from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
-from fgclip_nb.training.step import record_step, run_step, shared_batches
+from fgclip_nb.training.step import begin_line, run_step, settle, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
 from fgclip_nb.training.preparation import file_logger, open_folder, prepare
@@ -46,8 +46,8 @@ def leave_if_asked(s: TrainState):
 def timed_step(s: TrainState, batches) -> tuple:
     """The next step, with as many of `batches` as are accumulated.
 
-    Returns (gradient norm, culprit of a skipped step, (seconds in all, of waiting for data)).
-    Raises `OutOfMemory` with what was in the batches."""
+    The line of the step before is finished while this one runs. Returns (what was launched,
+    (seconds in all, of waiting for data)). Raises `OutOfMemory` with what was in the batches."""
     begun = time.perf_counter()
     step = s.step + 1
     group = []
@@ -55,8 +55,9 @@ def timed_step(s: TrainState, batches) -> tuple:
         loaded = [next(batches) for _ in range(s.cfg.gradient_accumulation_steps)]
         group.extend(b.to(s.accelerator.device) for b in shared_batches(s, loaded))
         waited = time.perf_counter() - begun
-        norm, culprit = run_step(s, group)
-    return norm, culprit, (time.perf_counter() - begun, waited)
+        launched = run_step(s, group)
+        settle(s)
+    return launched, (time.perf_counter() - begun, waited)
 
 # %% ../../nbs/8_training/13_loop.ipynb #8b5f9e38
 def train_loop(s: TrainState, examples, val_examples):
@@ -66,17 +67,20 @@ def train_loop(s: TrainState, examples, val_examples):
     progress = Progress(s.log, s.total_steps)
     while s.step < s.total_steps and not s.done:
         with in_company(s):
-            norm, culprit, times = timed_step(s, batches)
+            launched, times = timed_step(s, batches)
             validation = {}
-            if due(s, s.cfg.eval_every) and not culprit:
+            if due(s, s.cfg.eval_every) and not launched.bad:
                 with explain_memory(s, f"the validation after step {s.step}"):
                     validation = validate(s, val_examples)
             s.done = note_validation(s, validation)
-            record_step(s, norm, culprit, times, validation)
+            begin_line(s, launched, times, validation)
             progress.note(s.step, times[1], s.optimizer.param_groups[0]["lr"])
             agree_to_stop(s)
-        improved = s.best.get("step") == s.step
-        if s.done or improved or s.stop_signal or due(s, s.cfg.save_every):
+            improved = s.best.get("step") == s.step
+            saves = s.done or improved or s.stop_signal or due(s, s.cfg.save_every)
+            if saves or s.accelerator.device.type == "cpu":
+                settle(s)
+        if saves:
             checkpoint(s)
         leave_if_asked(s)
 

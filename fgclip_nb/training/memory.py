@@ -29,8 +29,8 @@ def memory_advice(cfg: TrainConfig, clips: bool = False) -> list:
         tips.append(tip)
     if not cfg.gradient_checkpointing:
         tips.append("`gradient_checkpointing` to True: a third more time")
-    if cfg.precision == "fp32":
-        tips.append("`precision` to bf16")
+    if cfg.precision in ("fp32", "tf32"):
+        tips.append("`precision` to auto")
     if clips:
         tips.append(f"`num_frames` from {frames} to {frames // 2}")
     if cfg.max_regions > 1:

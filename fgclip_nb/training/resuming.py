@@ -42,6 +42,8 @@ def checkpoint(s: TrainState):
         weights=weights_fingerprint(s.model),
         **{k: getattr(s, k) for k in COUNTERS},
     )
+    if s.scaler:
+        state["scaler"] = s.scaler.state_dict()
     for name in ("metrics.jsonl", "timing.jsonl"):
         if (s.path / name).exists():
             sync(s.path / name)
@@ -121,6 +123,8 @@ def restore(s: TrainState):
             s.term_states = load_term_tensors(load_file(kept), s.accelerator.device)
         for k in COUNTERS:
             setattr(s, k, state.get(k, getattr(s, k)))
+        if s.scaler and state.get("scaler"):
+            s.scaler.load_state_dict(state["scaler"])
         s.step = step
         s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
         s.log.info(

@@ -20,6 +20,7 @@ from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
 from fgclip_nb.training.rundata import RunData, has_clips
 from fgclip_nb.training.build import build_model, parameter_groups, settle_bias, settle_recipe
+from fgclip_nb.training.precision import allow_tf32, chosen_precision, forward_context, make_scaler
 
 # %% ../../nbs/8_training/04_state.ipynb #d3788f7e
 def tracker_names(cfg: TrainConfig) -> list:
@@ -76,7 +77,7 @@ def group_timeout() -> timedelta:
 
 # %% ../../nbs/8_training/04_state.ipynb #101647d5
 def make_accelerator(cfg: TrainConfig):
-    """accelerate's view of device, processes, precision and trackers.
+    """accelerate's view of device, processes and trackers.
 
     A former training in the same Python process leaves nothing behind. Raises `ConfigError` where
     CUDA is asked for and there is none, or a tracker is missing."""
@@ -92,7 +93,7 @@ def make_accelerator(cfg: TrainConfig):
     AcceleratorState._reset_state()
     return Accelerator(
         cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+        mixed_precision="no",  # see `TrainState.autocast`
         log_with=trackers or None,
         project_dir=run_folder(cfg) if trackers else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout())],
@@ -197,6 +198,13 @@ class TrainState:
     best: dict = field(default_factory=dict)  # score and step of the best validation
     done: bool = False  # an early stop has ended the training before its last step
     stop_signal: str = ""  # name of the signal that asked the run to stop
+    precision: str = "fp32"  # in which the model computes: fp32, tf32, bf16 or fp16
+    scaler: object = None  # of the gradients in fp16
+    pending: object = None  # the step whose line is begun and not finished
+
+    def autocast(self):
+        "Context for the model's forwards in the precision of the run."
+        return forward_context(self.precision, self.accelerator.device)
 
     @property
     def is_main(self):
@@ -248,6 +256,8 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
         bank = bank.to(accelerator.device)
     order = training_order(cfg, data.train, world)
     steps = total_steps(cfg, order)
-    return TrainState(
-        cfg, path, log, accelerator, data, model, optimizer, bank, order, recorder, steps
-    )
+    precision = chosen_precision(cfg.precision, accelerator.device)
+    allow_tf32(precision, accelerator.device)
+    state = (cfg, path, log, accelerator, data, model, optimizer, bank, order, recorder, steps)
+    scaler = make_scaler(precision, accelerator.device)
+    return TrainState(*state, precision=precision, scaler=scaler)

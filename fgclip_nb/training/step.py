@@ -7,15 +7,18 @@ __all__ = []
 
 # %% ../../nbs/8_training/07_step.ipynb #d9969210
 import json
+from dataclasses import dataclass
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from accelerate.utils import gather_object
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.losses.table import term_of
 from fgclip_nb.losses.objective import compute_losses, push_regions, total_loss
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
+from fgclip_nb.diagnostics.fetch import Fetch
 from fgclip_nb.diagnostics.recorder import is_diagnostic
 from fgclip_nb.training.build import learning_rate_at
+from fgclip_nb.training.precision import is_overflow
 from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.reading import step_names
 
@@ -23,26 +26,28 @@ from fgclip_nb.training.reading import step_names
 def forward_backward(s: TrainState, batch) -> tuple:
     """Losses and gradients of one batch: (total, terms by name, features by name), all detached.
 
-    Gradients are added to `.grad`; a total that is not finite gives none, nor does a batch without
-    any term."""
+    Gradients are added to `.grad`, multiplied by the scale of `s.scaler` where there is one. A
+    batch without any term gives none."""
 
     def loss_fn(features, b):
         terms = compute_losses(features, b, s.bank, s.cfg.duplicates, s.cfg, s.term_states)
-        return total_loss(terms, s.cfg) / s.cfg.gradient_accumulation_steps, (terms, features)
+        total = total_loss(terms, s.cfg)
+        share = total / s.cfg.gradient_accumulation_steps
+        return s.scaler.scale(share) if s.scaler else share, (total, terms, features)
 
     if s.cfg.gradient_caching:
         chunks = batch.split(s.cfg.gradient_caching)
-        total, (terms, features) = gradient_cached_backward(
-            s.model, chunks, loss_fn, autocast=s.accelerator.autocast
+        _, (total, terms, features) = gradient_cached_backward(
+            s.model, chunks, loss_fn, autocast=s.autocast
         )
     else:
-        with s.accelerator.autocast():
+        with s.autocast():
             features = s.model(batch)
-        total, (terms, features) = loss_fn(features, batch)
-        if total.requires_grad and torch.isfinite(total):
-            total.backward()
+        share, (total, terms, features) = loss_fn(features, batch)
+        if share.requires_grad:
+            share.backward()
     features = {k: v.detach() for k, v in features.items()}
-    return total.detach() * s.cfg.gradient_accumulation_steps, terms, features
+    return total.detach(), terms, features
 
 # %% ../../nbs/8_training/07_step.ipynb #0017b7fa
 def average_gradients(parameters, accelerator):
@@ -55,7 +60,7 @@ def average_gradients(parameters, accelerator):
     )
     params = [p for p, u in zip(params, used.tolist()) if u]
     if not params:
-        return  # a loss that is not finite gives no gradient on any process
+        return  # no batch on any process
     flat = torch.cat(
         [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params]
     )
@@ -64,30 +69,51 @@ def average_gradients(parameters, accelerator):
         p.grad = g.view_as(p).clone()
 
 # %% ../../nbs/8_training/07_step.ipynb #3e3f768d
-def gradient_norm(parameters) -> torch.Tensor:
-    "L2 norm over all gradients, a scalar; 0 without any."
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return get_total_norm(grads) if grads else torch.zeros(())
+def gradient_norms(named) -> dict:
+    "L2 norm of each gradient, 0-dim, by name; parameters without one are absent."
+    grads = {name: p.grad for name, p in named if p.grad is not None}
+    return dict(zip(grads, torch._foreach_norm(list(grads.values())))) if grads else {}
+
+
+def gradient_norm(norms: dict, device="cpu") -> torch.Tensor:
+    "L2 norm over all gradients, a scalar, from that of each; 0 without any."
+    return torch.stack(list(norms.values())).norm() if norms else torch.zeros((), device=device)
 
 
 def clip_gradients(params, norm, limit: float):
-    "Scale all gradients, in place, so that their norm is at most `limit`; 0 = leave them."
-    if limit and norm > limit:
+    """Scale all gradients, in place, so that their norm is at most `limit`; 0 = leave them.
+
+    Nobody asks whether they are longer: those that are not are multiplied by 1."""
+    if limit:
         clip_grads_with_norm_(params, limit, norm)
 
 # %% ../../nbs/8_training/07_step.ipynb #dc4c634d
-def first_non_finite(s: TrainState, total, terms, features) -> str:
-    "Name of the first non-finite thing among features, losses, gradients; empty without any."
-    for name, v in features.items():
-        if not torch.isfinite(v).all():
-            return f"features {name}"
-    for name, t in terms.items():
-        if not torch.isfinite(t.loss):
-            return name
-    for name, p in s.model.named_parameters():
-        if p.grad is not None and not torch.isfinite(p.grad).all():
-            return f"gradient of {name}"
-    return "" if torch.isfinite(total) else "loss"
+def finite_flags(seen: list, norms: dict, norm) -> tuple:
+    """Names and flags (names,) bool of what is finite in a step, in the order of blame.
+
+    seen: (total, terms, features) per forward. norms: of each gradient by name; norm: of all."""
+    names = ["norm of the gradients"]
+    flags = [norm.isfinite()[None]]
+    if norms:
+        names = [f"gradient of {name}" for name in norms] + names
+        flags = [torch.stack(list(norms.values())).isfinite()] + flags
+    for total, terms, features in reversed(seen):
+        parts = {f"features {name}": v for name, v in features.items()}
+        parts |= {name: t.loss.detach() for name, t in terms.items()} | dict(loss=total)
+        names = [*parts, *names]
+        flags = [torch.stack([v.isfinite().all() for v in parts.values()])] + flags
+    return names, torch.cat(flags)
+
+
+def is_bad(seen: list, norm) -> torch.Tensor:
+    "1.0 where a loss or the norm of the gradients is not finite, else 0.0, a scalar."
+    values = [total for total, _, _ in seen] + [norm]
+    return (~torch.stack(values).isfinite().all()).float()
+
+
+def first_non_finite(names: list, flags) -> str:
+    "Name of the first thing whose flag is down; empty without any. The host waits for it."
+    return next((name for name, up in zip(names, flags.tolist()) if not up), "")
 
 # %% ../../nbs/8_training/07_step.ipynb #fe454d7b
 def first_culprit(culprits: list) -> str:
@@ -99,32 +125,34 @@ def first_culprit(culprits: list) -> str:
     return culprit if len(set(culprits)) == 1 else f"{culprit} (process {rank})"
 
 
+def agreed(bad, accelerator) -> torch.Tensor:
+    "Whether a step is bad on any process, as `is_bad`. Every process must call."
+    if accelerator.num_processes == 1:
+        return bad
+    return accelerator.reduce(bad, "sum").clamp(max=1)
+
+
 def agreed_culprit(culprit: str, accelerator) -> str:
     "`first_culprit` of all processes; in a single one its own. Every process must call."
-    if accelerator.num_processes == 1:
-        return culprit
-    mine = torch.tensor([float(bool(culprit))], device=accelerator.device)
-    if not accelerator.reduce(mine, "sum").item():
-        return ""
-    return first_culprit(gather_object([culprit]))
+    return culprit if accelerator.num_processes == 1 else first_culprit(gather_object([culprit]))
 
 # %% ../../nbs/8_training/07_step.ipynb #f6dad096
-def note_bad_step(s: TrainState, batches, culprit: str):
+def note_bad_step(s: TrainState, step: int, batches, culprit: str):
     """Write down a skipped step; after `max_bad_steps` in a row raise `FloatingPointError`.
 
     In several processes all of them call: the samples of all are written down."""
     s.skipped += 1
     s.bad_in_a_row += 1
-    ids = [int(i) for b in batches for i in b.sample_ids]
-    names = [n for n in step_names(s, s.step) if stable_id(n) in ids]
+    ids = [int(i) for b in batches for i in b.host.sample_ids]
+    names = [n for n in step_names(s, step) if stable_id(n) in ids]
     if s.accelerator.num_processes > 1:
         ids = gather_object(ids)
         names = gather_object(names)
     if s.is_main:
         s.log.warning(
-            f"step {s.step}: not finite: {culprit}; the step is skipped ({s.skipped} so far)"
+            f"step {step}: not finite: {culprit}; the step is skipped ({s.skipped} so far)"
         )
-        row = dict(step=s.step, first_non_finite=culprit, samples=names, sample_ids=ids)
+        row = dict(step=step, first_non_finite=culprit, samples=names, sample_ids=ids)
         with open(s.path / "bad_steps.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
     if s.bad_in_a_row >= s.cfg.max_bad_steps:
@@ -135,20 +163,29 @@ def note_bad_step(s: TrainState, batches, culprit: str):
         )
 
 # %% ../../nbs/8_training/07_step.ipynb #1b366ca2
-def apply_update(s: TrainState, norm, culprit: str):
-    """Clip, set the learning rate, step, clamp the scales; a culprit skips the update.
+def unscale(s: TrainState):
+    "Take the scale of fp16 off the gradients, in place; nothing in other precisions."
+    if s.scaler and any(p.grad is not None for p in s.model.parameters()):
+        s.scaler.unscale_(s.optimizer)
 
-    `norm`: of the gradients, before clipping. The gradients are gone afterwards."""
+
+def apply_update(s: TrainState, norm, bad):
+    """Clip, set the learning rate, step, clamp the scales; where `bad` is 1.0 nothing changes.
+
+    `norm`: of the gradients, before clipping; `bad`: float32; both 0-dim, on the device. The
+    gradients are gone afterwards."""
     params = [p for p in s.model.parameters() if p.requires_grad]
     clip_gradients(params, norm, s.cfg.max_grad_norm)
     if s.is_main:
         s.recorder.before_update(s.model, s.step)
-    if not culprit:
-        for g in s.optimizer.param_groups:
-            g["lr"] = learning_rate_at(s.step, s.cfg, s.total_steps)
-        s.optimizer.step()
-        s.model.clamp_scales_()
-        s.bad_in_a_row = 0
+    for g in s.optimizer.param_groups:
+        g["lr"] = learning_rate_at(s.step, s.cfg, s.total_steps)
+    s.optimizer.grad_scale = None
+    s.optimizer.found_inf = bad
+    s.optimizer.step()
+    s.model.clamp_scales_()
+    if s.scaler and any(p.grad is not None for p in params):
+        s.scaler.update()
     s.optimizer.zero_grad(set_to_none=True)
 
 # %% ../../nbs/8_training/07_step.ipynb #887149a9
@@ -168,17 +205,18 @@ def shared_batches(s: TrainState, batches) -> list:
 
     `batches`: one per accumulated forward, None where no sample could be loaded. Every process
     must call."""
-    mine = torch.tensor([[int(b is not None) for b in batches]], device=s.accelerator.device)
-    table = s.accelerator.gather(mine) if s.accelerator.num_processes > 1 else mine
+    table = [[int(b is not None) for b in batches]]
+    if s.accelerator.num_processes > 1:
+        table = s.accelerator.gather(torch.tensor(table, device=s.accelerator.device)).tolist()
     for forward in range(len(batches)):
-        ranks = [rank for rank, row in enumerate(table.tolist()) if not row[forward]]
+        ranks = [rank for rank, row in enumerate(table) if not row[forward]]
         if ranks and s.is_main:
             s.log.warning(
                 f"step {s.step + 1}: none of the samples of process "
                 f"{', '.join(map(str, ranks))} could be loaded; all processes leave out "
                 f"forward {forward + 1} of {len(batches)}"
             )
-    return [b for b, whole in zip(batches, table.min(0).values.tolist()) if whole]
+    return [b for b, *has in zip(batches, *table) if all(has)]
 
 # %% ../../nbs/8_training/07_step.ipynb #d9bca037
 @torch.no_grad()
@@ -207,12 +245,23 @@ def note_textless(s: TrainState, terms):
         )
 
 # %% ../../nbs/8_training/07_step.ipynb #e1cd1855
-def run_step(s: TrainState, batches) -> tuple:
+@dataclass
+class Launched:
+    "A step that is queued on the device, and what is needed to write of it later."
+
+    step: int
+    batches: list
+    norm: torch.Tensor  # of the gradients before clipping, 0-dim
+    bad: torch.Tensor  # 1.0 where the step was skipped, 0-dim
+    flags: tuple  # of `finite_flags`
+    line: object = None  # the recorder's line on its way; on other processes a fetch of `bad`
+
+
+def run_step(s: TrainState, batches) -> Launched:
     """One optimiser step: forward, backward, average, check, update.
 
-    Returns (gradient norm before clipping, culprit of a skipped step or ''). Dropout and the like
-    depend on the step's number, not on history. In several processes all of them call, with as
-    many batches each."""
+    Nothing waits for the device: see `settle`. Dropout and the like depend on the step's number,
+    not on history. In several processes all of them call, with as many batches each."""
     s.step += 1
     torch.manual_seed((s.cfg.seed * 1_000_003 + s.step) % 2**63)
     seen = []
@@ -224,40 +273,68 @@ def run_step(s: TrainState, batches) -> tuple:
             s.recorder.forward(terms, features, batch, s.bank)
         seen.append((total, terms, features))
     average_gradients(s.model.parameters(), s.accelerator)
-    norm = gradient_norm([p for p in s.model.parameters() if p.requires_grad])
-    sound = all(torch.isfinite(total) for total, _, _ in seen) and bool(torch.isfinite(norm))
-    culprits = (c for x in seen if (c := first_non_finite(s, *x)))
-    culprit = "" if sound else next(culprits, "norm of the gradients")
-    culprit = agreed_culprit(culprit, s.accelerator)
-    apply_update(s, norm, culprit)
+    unscale(s)
+    norms = gradient_norms((n, p) for n, p in s.model.named_parameters() if p.requires_grad)
+    norm = gradient_norm(norms, s.accelerator.device)
+    flags = finite_flags(seen, norms, norm)
+    bad = agreed(is_bad(seen, norm), s.accelerator)
+    apply_update(s, norm, bad)
     if not batches:
         s.skipped += 1
         s.log.warning(f"step {s.step}: no batch; the step is skipped ({s.skipped} so far)")
-    if culprit:
-        note_bad_step(s, batches, culprit)
-    return float(norm), culprit
+    return Launched(s.step, batches, norm, bad, flags)
 
-
-def record_step(s: TrainState, norm: float, culprit: str, times: tuple, validation: dict):
-    """Write the step's line to metrics and timing; `times` = (whole step, waiting for data) in s.
+# %% ../../nbs/8_training/07_step.ipynb #0f9d8e30
+def begin_line(s: TrainState, launched: Launched, times: tuple, validation: dict):
+    """Begin the line of the step that was run last; `times` = (whole step, waiting for data) in s.
 
     Every process must call: on diagnostic steps their weights are compared."""
-    compared = {}
+    s.pending, compared = launched, {}
     if is_diagnostic(s.step, s.cfg.diag_every):
         compared = weights_apart(s.model, s.accelerator)
     if not s.is_main:
+        launched.line = Fetch(dict(skipped=launched.bad))
         return
-    epoch = (s.step - 1) * s.cfg.gradient_accumulation_steps // s.order.per_epoch
-    s.recorder.step(
+    launched.line = s.recorder.begin(
         step=s.step,
-        epoch=epoch,
+        epoch=(s.step - 1) * s.cfg.gradient_accumulation_steps // s.order.per_epoch,
         forwards=s.forwards,
         model=s.model,
         bank=s.bank,
         optimizer=s.optimizer,
         lr=s.optimizer.param_groups[0]["lr"],
-        grad_norm=norm,
-        skipped=bool(culprit),
+        grad_norm=launched.norm,
+        skipped=launched.bad,
         times=times,
         extra=validation | compared,
     )
+
+
+def note_skipped(s: TrainState, launched: Launched, culprit: str):
+    "Write down a skipped step, unless only the scale of fp16 was too large: that is told."
+    if not is_overflow(s.scaler, culprit):
+        note_bad_step(s, launched.step, launched.batches, culprit)
+        return
+    s.skipped += 1
+    s.log.info(
+        f"step {launched.step}: fp16 overflow: the scale of the gradients is halved to "
+        f"{s.scaler.get_scale():g}; the step is skipped ({s.skipped} so far)"
+    )
+
+
+def settle(s: TrainState):
+    """Finish the line that was begun, if any: wait for its numbers, write them to the files.
+
+    A skipped step is written down too; see `note_bad_step`. Every process must call."""
+    launched, s.pending = s.pending, None
+    if launched is None:
+        return
+    line = launched.line
+    skipped = line.columns.result()["skipped"] if s.is_main else line.result()["skipped"]
+    if skipped:
+        culprit = agreed_culprit(first_non_finite(*launched.flags), s.accelerator)
+        note_skipped(s, launched, culprit)
+    else:
+        s.bad_in_a_row = 0
+    if s.is_main:
+        s.recorder.finish(line)

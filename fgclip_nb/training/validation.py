@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/08_validation.ipynb #84b7d999
-import copy, math
+import copy, math, re
 from types import SimpleNamespace
 import torch
 from fgclip_nb.core.identity import ConfigError
@@ -16,6 +16,7 @@ from fgclip_nb.data.findings import can_contrast
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
+from fgclip_nb.diagnostics.measures import measure_of, to_floats
 from fgclip_nb.diagnostics.signs import best_scale, sign_values
 from fgclip_nb.training.state import TrainState
 
@@ -27,6 +28,7 @@ def _mean_terms(rows) -> dict:
 
 # %% ../../nbs/8_training/08_validation.ipynb #d6b32290
 VAL_SIGNS = ("luck_global", "luck_region", "within_top1", "within_luck", "within_rows")
+UNKNOWN = re.compile("_chance_|_top1_")  # columns that are left out where they are not a number
 
 
 def validation_losses(s: TrainState, examples) -> tuple:
@@ -42,7 +44,7 @@ def validation_losses(s: TrainState, examples) -> tuple:
         if batch is None:
             continue
         batch = batch.to(s.accelerator.device)
-        with s.accelerator.autocast():
+        with s.autocast():
             features = s.model(batch)
         terms = compute_losses(
             features,
@@ -51,20 +53,22 @@ def validation_losses(s: TrainState, examples) -> tuple:
             cfg=s.cfg,
             states=copy.deepcopy(s.term_states),  # looked at, not moved on
         )
-        known = {n: t.chance for n, t in terms.items() if not math.isnan(t.chance)}
-        chances = {f"val_{n.replace('loss', 'chance')}": x for n, x in known.items()}
-        ranked = {n: t.top1 for n, t in terms.items() if not math.isnan(t.top1)}
-        top1 = {f"val_{n.replace('loss', 'top1')}": float(x) for n, x in ranked.items()}
+        columns = {f"val_{n}": t.loss for n, t in terms.items()}
+        for kind in ("chance", "top1"):
+            columns |= {
+                f"val_{n.replace('loss', kind)}": measure_of(t, kind) for n, t in terms.items()
+            }
         signs = sign_values([features], [batch], s.cfg.losses)
-        signs = {f"val_{n}": float(signs[n]) for n in VAL_SIGNS if n in signs}
-        rows.append({f"val_{n}": float(t.loss) for n, t in terms.items()} | chances | top1 | signs)
+        columns |= {f"val_{n}": signs[n] for n in VAL_SIGNS if n in signs}
+        row = to_floats(columns)
+        rows.append({k: v for k, v in row.items() if not (UNKNOWN.search(k) and math.isnan(v))})
         images.append(features["image_features"].float().cpu())
         texts.append(
             features["text_features"].float().cpu()
             if "text_features" in features
             else torch.zeros(0, 1)
         )
-        owners += (batch.caption_rows.cpu() + sum(map(len, images[:-1]))).tolist()
+        owners += (batch.host.caption_rows + sum(map(len, images[:-1]))).tolist()
     return _mean_terms(rows), images, texts, owners
 
 # %% ../../nbs/8_training/08_validation.ipynb #38001350
