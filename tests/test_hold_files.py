@@ -683,3 +683,18 @@ def test_one_writer_also_where_the_disk_has_no_locks(tmp_path, monkeypatch, floc
         FolderLock(tmp_path)
     lock.close()
     FolderLock(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    "name", ["memory_bank_size", "gradient_accumulation_steps", "logit_scale_init", "logits_low"]
+)
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}, math.inf, 10**400, -(10**9)], ids=str)
+def test_parameters_of_another_kind_are_a_sentence(tmp_path, name, value):
+    import yaml
+    from fgclip_nb.diagnostics.judgement import run_evidence
+    from fgclip_nb.diagnostics.synthetic import synthetic_run
+
+    run = synthetic_run(tmp_path / "run", steps=3)
+    (run.path / "params.yaml").write_text(yaml.safe_dump(run.params() | {name: value}))
+    with pytest.raises(DataError, match=f"params.yaml: parameter `{name}`"):
+        run_evidence(run)

@@ -9,15 +9,17 @@ __all__ = ['TrainConfig', 'run_folder']
 import dataclasses, hashlib, importlib, json, types
 from dataclasses import dataclass
 from pathlib import Path
-from fgclip_nb.core.identity import ConfigError, project_root
+from fgclip_nb.core.identity import ConfigError, DataError, project_root
 from fgclip_nb.core.folder import Run, resolve_path
 from fgclip_nb.core.params import (
     add_param,
     check_names,
+    check_range,
     check_values,
     nearest,
     param,
     plain_types,
+    typed_value,
     with_params,
 )
 
@@ -391,6 +393,22 @@ def run_folder(cfg: TrainConfig) -> Path:
     return path
 
 # %% ../../nbs/0_core/03_config.ipynb #3eb12ec5
+def sound_params(run) -> dict:
+    """Every parameter of a run folder (a Run), as `params.yaml` holds it.
+
+    DataError, which names file, parameter and value, for a known one of another type or range."""
+    params = run.params()
+    for name, declared in known_parameters().items():
+        if name not in params:
+            continue
+        try:
+            value = typed_value(name, params[name], declared.type)
+            check_range(name, value, declared.metadata | dict(choices=None))
+        except ConfigError as e:
+            raise DataError(f"{run.path / 'params.yaml'}: {e}") from e
+    return params
+
+
 def changed_params(folder, cfg: TrainConfig) -> dict:
     """Parameters of an existing run folder that differ from those of `cfg`.
 

@@ -47,6 +47,11 @@ class BoundedGzip(gzip.GzipFile):
             )
         return data
 
+    def read(self, size=-1):
+        if size >= 0:
+            return self.read1(size)
+        return b"".join(iter(lambda: self.read1(1 << 20), b""))
+
     def readinto(self, buffer):
         data = self.read1(len(buffer))
         buffer[: len(data)] = data

@@ -9,6 +9,7 @@ __all__ = ['evidence', 'verdicts', 'headline']
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_json, read_jsonl
+from fgclip_nb.core.config import sound_params
 from fgclip_nb.diagnostics.numbers import metrics_frame
 from fgclip_nb.diagnostics.logs import read_text, text_facts, text_rows, with_implied_columns
 from fgclip_nb.diagnostics.text_logs import trainer_rows
@@ -79,7 +80,7 @@ def run_evidence(run) -> Evidence:
     timing = metrics_frame(run.timing())
     return Evidence(
         metrics_frame(run.metrics()),
-        run.params(),
+        sound_params(run),
         timing if len(timing) else None,
         facts,
         run.finished,
