@@ -238,11 +238,6 @@ def _forget(s):
             p.add_(torch.randn_like(p) * 0.05)
 
 
-def _hot(s):
-    if s.step == 22:
-        s.model.logit_scale_finegraind.fill_(4.6)
-
-
 def without_projections():
     def wrapper(make):
         def groups(m, weight_decay):
@@ -319,15 +314,9 @@ FAULTS = dict(
         plant=lambda: shuffled("text_features", "long_text_features"),
     ),
     bank_raises_loss=Fault(
-        "region_loss_rise",
+        "bank_oversized",
         "a bank of 4000 comes on at step 22",
         dict(memory_bank_size=4000, memory_bank_warmup_steps=22, **SLOW),
-    ),
-    scale_raises_loss=Fault(
-        "region_loss_rise",
-        "the temperature is set to 4.6 at step 22",
-        dict(SLOW, learning_rate=1e-6),
-        lambda: after_update(_hot),
     ),
     weights_disturbed=Fault(
         "region_loss_rise",
@@ -335,9 +324,7 @@ FAULTS = dict(
         plant=lambda: after_update(_forget),
     ),
     collapses=Fault(
-        "image_embeddings_differ",
-        "a learning rate of 0.3",
-        dict(learning_rate=0.3, lr_warmup_steps=40),
+        "learning_rate_high", "a learning rate of 0.3", dict(learning_rate=0.3, lr_warmup_steps=40)
     ),
     scale_in_bf16=Fault(
         "scale_as_asked",
@@ -384,7 +371,7 @@ FAULTS = dict(
         "a third of the regions is pooled to zero",
         plant=lambda: on_features(_zero_some),
     ),
-    blank_photos=Fault("image_embeddings_differ", "all photos are blank", plant=blank_images),
+    blank_photos=Fault("photos_blank", "all photos are blank", plant=blank_images),
     equal_regions=Fault(
         "region_embeddings_differ",
         "all regions get the vector of the first",

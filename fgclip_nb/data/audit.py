@@ -8,11 +8,11 @@ __all__ = []
 # %% ../../nbs/2_data/22a_audit.ipynb #641529a6
 import ast, collections
 import numpy as np
-from fgclip_nb.core.identity import DataError, folded
+from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.tokenizer import encode
 from fgclip_nb.data.samples import Region, Reject, Sample
 from fgclip_nb.data.photos import read_image
-from fgclip_nb.data.filters import area
+from fgclip_nb.data.filters import area, folded
 
 # %% ../../nbs/2_data/22a_audit.ipynb #11580cd5
 def rejected_boxes(rejects) -> list:
@@ -33,9 +33,9 @@ def rejected_boxes(rejects) -> list:
 def box_facts(kept: list, rejected: list) -> dict:
     """What boxes (x1, y1, x2, y2), fractions as given, have in common.
 
-    n; xywh_share: those that fit into the picture as x, y, width, height; distinct_share and
-    whole_share of the kept ones; right, bottom: where their last hundredth ends; rejected_side: the
-    median of the largest coordinate of the rejected ones."""
+    n; xywh_share: those that fit into the picture as x, y, width, height. Of the kept ones:
+    distinct_share, spread (largest deviation of a coordinate), whole_share; right, bottom: where
+    their last hundredth ends. rejected_side: median largest coordinate of the rejected ones."""
     every = np.array(kept + rejected, float).reshape(-1, 4)
     if not len(every):
         return dict(n=0)
@@ -48,6 +48,7 @@ def box_facts(kept: list, rejected: list) -> dict:
         facts |= dict(
             kept=len(kept),
             distinct_share=len(np.unique(boxes, axis=0)) / len(boxes),
+            spread=float(np.std(boxes, axis=0).max()),
             whole_share=float(np.mean([area(b) > 0.95 for b in kept])),
             right=float(np.quantile(boxes[:, 2], 0.99)),
             bottom=float(np.quantile(boxes[:, 3], 0.99)),

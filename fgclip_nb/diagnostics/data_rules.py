@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #543ad2e2
-from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, REMARK, rule
+from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, rule
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #ea586b38
 def audit_of(ev, *path):
@@ -17,7 +17,14 @@ def audit_of(ev, *path):
     return value
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #a9af1ca5
-BOX_RULES = ("no_area", "not_finite", "out_of_range", "min_area")
+OTHER_MISTAKES = dict(
+    not_finite="coordinates are NaN or infinite",
+    positive_among_negatives="the right phrase stands among its own negatives",
+    empty_caption="regions or negatives without a phrase",
+    never_visible="no sampled frame shows them",
+    other_size="the declared size is that of another picture",
+    missing_size="boxes in pixels without the size of their picture",
+)
 
 
 def box_mistake(ev, top: str) -> str:
@@ -37,7 +44,7 @@ def box_mistake(ev, top: str) -> str:
     if top == "min_area":
         limit = ev.params.get("min_area")
         return f"the things are small: `min_area` = {limit} drops them"
-    return "see rejects.jsonl for the first of them"
+    return OTHER_MISTAKES.get(top, "see rejects.jsonl for the first of them")
 
 
 def lost_regions(ev) -> tuple:
@@ -69,7 +76,7 @@ def boxes_rejected(ev):
     return FAIL, share, why + box_mistake(ev, top), BOX_ADVICE
 
 
-@rule(threshold="at most a fifth", source="audit.json", rank=REMARK)
+@rule(threshold="at most a fifth", source="audit.json", rank=TARGET)
 def regions_lost(ev):
     "A part of the regions was rejected and is not trained."
     lost, total, top = lost_regions(ev)
@@ -82,11 +89,18 @@ def regions_lost(ev):
     return FAIL, share, f"{why}: {box_mistake(ev, top)}", BOX_ADVICE
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #528a4d8a
+def one_box_for_all(ev) -> bool:
+    "Whether the kept boxes are one or two, or nearly so."
+    boxes = audit_of(ev, "boxes") or {}
+    few = boxes.get("distinct_share", 1.0) * boxes.get("kept", 0) <= 2
+    return bool(boxes.get("kept")) and (few or boxes.get("spread", 1.0) < 0.02)
+
+
 def wrong_reading(ev) -> str:
     "How the boxes should have been read, in words; empty when as they were."
     boxes, fit = audit_of(ev, "boxes") or {}, audit_of(ev, "photos", "fit") or {}
-    if boxes.get("distinct_share", 0) < 0.2:
-        return ""  # a box for all is told by another rule
+    if one_box_for_all(ev):
+        return ""  # told by another rule
     if fit.get("t", 0) > 10 and fit["gain"] > 1.4:
         return (
             f"their borders lie on edges of the photos when they are read as {fit['best']} "
@@ -135,7 +149,7 @@ def boxes_constant(ev):
     if whole > 0.8:
         why = f"constant boxes: {whole:.0%} of the {kept} boxes are the whole photo"
         return FAIL, whole, why, advice
-    if share * kept <= max(2, 0.02 * kept):
+    if one_box_for_all(ev):
         why = f"constant boxes: the {kept} regions have {share * kept:.0f} different box(es)"
         return FAIL, share, why, advice
     return PASS, share, f"{share:.0%} of the {kept} boxes differ"

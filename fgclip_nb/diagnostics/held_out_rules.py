@@ -119,9 +119,10 @@ def held_out_above_chance(ev):
         return UNKNOWN, s["rank"], f"earlier validations were better than luck, now {summary}"
     if learnt < 0.9:
         hardly = "hardly anything" if beyond else "nothing"
+        found = "hardly better than by luck" if beyond else "by luck"
         why = (
             f"{hardly} carries over: the training loss fell to {learnt:.0%} of chance, held-out "
-            f"captions are found by luck ({summary}): captions are mispaired, held-out photos are "
+            f"captions are found {found} ({summary}): captions are mispaired, held-out photos are "
             "of another domain, or there are too few data"
         )
         return FAIL, s["rank"], why, APART

@@ -202,7 +202,7 @@ def remarks(judged: list) -> str:
     unlike = [v for v in judged if v.result == UNLIKE]
     missed = [v for v in judged if v.result == FAIL and rank_of(v) >= TARGET]
     told = [f"Not comparable: {v.why}." for v in unlike[:1]]
-    return " ".join(told + [f"A target is missed: {v.why}." for v in missed[-1:]])
+    return " ".join(told + [f"Beside that, {v.name}: {v.why}." for v in missed[-1:]])
 
 
 def counted(judged: list) -> str:

@@ -10,6 +10,7 @@ import math
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, bf16_spacing, round_bf16
 from fgclip_nb.diagnostics.measures import MODULES
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS, configured_scale
+from fgclip_nb.diagnostics.setting_rules import STEP_TOO_LARGE, step_sizes
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, SYMPTOM, above_luck, chance, rule
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #d56e2a7a
@@ -37,6 +38,9 @@ def finite_numbers(ev):
         "Lower the learning rate or lengthen the warm-up; "
         "look for zero-norm regions and for half precision."
     )
+    size = max(step_sizes(ev).values(), default=0.0)
+    if size > STEP_TOO_LARGE:
+        why += f"; a step moves the weights by {size:.0%}: the learning rate is too high"
     sample, times = common_sample(ev.facts.get("bad_steps") or [])
     if sample:
         why = f"the sample {sample!r} is in all {times} bad steps, and no other is: {why}"

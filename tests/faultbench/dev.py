@@ -389,6 +389,12 @@ CONTROLS = dict(
     region_weight=Case("region weight 10", params=dict(region_weight=10.0)),
     positive=Case("equal captions positive", params=dict(duplicates="positive")),
     slow=Case("learning rate 1e-3", params=dict(learning_rate=1e-3)),
+    video=Case(
+        "the shipped clips",
+        params=dict(
+            data="video_sample", batch_size=4, max_steps=60, learning_rate=1e-3, memory_bank_size=16
+        ),
+    ),
     fine_tune=Case(
         "fine-tuned on another world",
         params=dict(learning_rate=1e-3),
