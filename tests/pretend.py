@@ -210,7 +210,7 @@ def believe():
     for name in ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all"):
         setattr(cuda, name, lambda *a, **k: None)
     cuda.reset_peak_memory_stats = lambda *a: None
-    cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda *a: 0
+    cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda *a: 1 << 20
     cuda.mem_get_info = lambda *a: (80 << 30, 80 << 30)
     cuda.get_rng_state_all = lambda: []
     cuda.is_bf16_supported = lambda *a, **k: True
