@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../../nbs/2_data/10a_known.ipynb #50af2729
 from fgclip_nb.data import coco, cvat, flickr_entities, formats, label_studio, referring
-from fgclip_nb.data import region_texts, tables, ucf_crime, video_formats, web_formats, yolo
+from fgclip_nb.data import region_texts, tables, ucf_crime, video_formats, web_formats
+from fgclip_nb.data import xml_files, yolo
 
 REGISTERED = (
     *(coco, cvat, flickr_entities, formats, label_studio, referring, region_texts, tables),
-    *(ucf_crime, video_formats, web_formats, yolo),
+    *(ucf_crime, video_formats, web_formats, xml_files, yolo),
 )
