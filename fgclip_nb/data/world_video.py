@@ -9,7 +9,6 @@ __all__ = []
 import json, random
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np
 from fgclip_nb.core.params import check_values, param
 from fgclip_nb.data.samples import Keyframe, Region, Sample
 from fgclip_nb.data.scenes import COLOURS, PARTS
