@@ -1,4 +1,5 @@
 # make train: from a fresh clone to a trained, explained run.   make lab: JupyterLab.
+# make world: the same on made scenes, where a model can be seen to generalise.
 # make test: style, library notebooks, tests (minutes).   make test-ci: run notebooks, processes.   make test-all: the long matrix.
 # make gpu: what only a GPU can answer, into runs/gpu/gpu.json (minutes; on a CPU the same at tiny size).
 # make export: the library and its public faces from the notebooks.   make parameters: the run notebooks' parameters cells.
@@ -10,7 +11,7 @@ TORCH_INDEX ?=
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup train gpu export parameters test test-ci test-all lab clean
+.PHONY: setup train world gpu export parameters test test-ci test-all lab clean
 
 setup: .venv/installed
 
@@ -26,6 +27,11 @@ train: setup
 
 gpu: setup
 	$(BIN)/python -m fgclip_nb.bench --gpu runs/gpu
+
+world: setup
+	$(BIN)/papermill nbs/train.ipynb runs/world.ipynb -p data world -p augment none -p batch_size 32 -p max_regions 4 \
+	  -p learning_rate 1.0e-3 -p lr_warmup_steps 50 -p hard_weight 1.0 -p memory_bank_size 256 -p max_steps 1000 \
+	  -p eval_every 200 --log-output
 
 test: setup
 	$(BIN)/python tests/check.py

@@ -28,7 +28,9 @@ from fgclip_nb.data.world_texts import (
 class WorldOptions:
     "What a made world is like. Raises `ConfigError` for an impossible value."
 
-    size: int = param(2000, "training scenes; 250 more validate and 250 more test", 1, 10_000_000)
+    size: int = param(
+        2000, "training scenes; as many, at most 250, validate and test", 1, 10_000_000
+    )
     seed: int = param(0, "another seed is another world with the same rules", 0, 2**31 - 1)
     language: str = param("en", "of all texts; both: of every second", choices=("en", "zh", "both"))
     hard: float = param(0.25, "share of training regions with ten hard negatives", 0, 1)
@@ -105,7 +107,7 @@ def region_of(thing, scene, options, language, rng) -> Region:
     )
 
 # %% ../../nbs/2_data/10b_world.ipynb #1314ca58
-HELD_OUT = 250  # scenes of the validation, and as many of the test
+HELD_OUT = 250  # scenes of the validation at most, and as many of the test
 
 
 def _language_of(options, index) -> str:
@@ -137,7 +139,8 @@ def world_sample(options, part, index) -> Sample:
 
 def world_samples(options):
     "All samples of a made world, one after the other: training, validation, test."
-    for part, number in (("train", options.size), ("val", HELD_OUT), ("test", HELD_OUT)):
+    held_out = min(options.size, HELD_OUT)
+    for part, number in (("train", options.size), ("val", held_out), ("test", held_out)):
         for index in range(number):
             yield world_sample(options, part, index)
 

@@ -9,7 +9,6 @@ __all__ = []
 import json, random
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np
 from fgclip_nb.core.params import check_values, param
 from fgclip_nb.data.samples import Keyframe, Region, Sample
 from fgclip_nb.data.scenes import COLOURS, PARTS
@@ -32,7 +31,9 @@ from fgclip_nb.data.world import address_options
 class WorldVideoOptions:
     "What made clips are like. Raises `ConfigError` for an impossible value."
 
-    size: int = param(240, "training clips; 60 more validate and 80 test", 10, 2 * MOST_CLIPS)
+    size: int = param(
+        240, "training clips; as many, at most 60, validate and at most 80 test", 10, 2 * MOST_CLIPS
+    )
     seed: int = param(0, "another seed is another world with the same rules", 0, 2**31 - 1)
 
     def __post_init__(self):
@@ -127,7 +128,7 @@ def clip_sample_of(seed, part, kind, index) -> Sample:
 
 def world_video_samples(options):
     "All clips of a made world: training, validation, test; normal ones and events in turn."
-    for part, number in zip(PARTS, (options.size, 60, 80)):
+    for part, number in zip(PARTS, (options.size, min(options.size, 60), min(options.size, 80))):
         for i in range(number):
             kind = EVENTS[i // 2 % len(EVENTS)] if i % 2 else "Normal"
             yield clip_sample_of(options.seed, part, kind, i // 2 if i % 2 == 0 else i // 10)
