@@ -134,7 +134,7 @@ def _loss_and_level(ev, kind):
 
 def chance_hint(ev, kind: str) -> tuple:
     "(what a loss at chance most likely means beside the other losses, what to do), in words."
-    other = {"region": "global", "global": "region", "hard": "region"}[kind]
+    other = "region" if kind == "global" else "global"
     learns = chance_share(ev, other) < 0.85
     if kind == "region" and learns:
         return (
