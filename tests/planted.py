@@ -300,7 +300,6 @@ class Fault:
 
 
 BANK = dict(memory_bank_size=96, memory_bank_warmup_steps=10)
-SLOW = dict(max_steps=45, learning_rate=5e-5)
 FAULTS = dict(
     pairs_shuffled=Fault(
         "region_above_chance",
@@ -313,13 +312,8 @@ FAULTS = dict(
         dict(learning_rate=1e-3),
         plant=lambda: shuffled("text_features", "long_text_features"),
     ),
-    bank_raises_loss=Fault(
-        "bank_oversized",
-        "a bank of 4000 comes on at step 22",
-        dict(memory_bank_size=4000, memory_bank_warmup_steps=22, **SLOW),
-    ),
     weights_disturbed=Fault(
-        "region_loss_rise",
+        "learning_rate_high",
         "noise is added to all weights from step 60 on",
         plant=lambda: after_update(_forget),
     ),
@@ -402,7 +396,7 @@ FAULTS = dict(
         world=dict(two_words=True),
     ),
     too_noisy=Fault(
-        "noise_allows_a_verdict",
+        "large_oscillation",
         "every ninth batch pairs boxes and phrases at random",
         plant=now_and_then_shuffled,
     ),

@@ -180,6 +180,14 @@ def rank_worsened(ev):
         return None
     return float(rank.iloc[-1] - rank.min()) > 0.04 * float(level.iloc[-1])
 
+
+def only_surer(ev) -> bool:
+    "Whether the ranks did not worsen and end at less than half of what luck gives."
+    rank, level = ev.series("val_mean_rank"), ev.series("val_mean_rank_chance")
+    if rank_worsened(ev) is not False:
+        return False
+    return float(rank.iloc[-1]) - 1 < 0.5 * (float(level.iloc[-1]) - 1)
+
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #68911d8a
 def worst_rise(ev) -> tuple:
     "(words for the kind of loss, rise, best step, best, last) of the held-out loss that rose most."
@@ -209,7 +217,7 @@ def overfitting(ev):
     if rise < ev.limit("overfit_limit"):
         return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     climbed = f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f}"
-    if rank_worsened(ev) is False:
+    if only_surer(ev):
         return PASS, rise, f"{climbed}, and the ranks did not worsen"
     if ev.has("val_mean_rank") and not ever_carried_over(ev, kind.strip()):
         return PASS, rise, f"{climbed}; it was never better than chance"
@@ -230,7 +238,7 @@ def overfitting(ev):
 )
 def overconfident(ev):
     "The held-out loss climbs while held-out ranks do not worsen: the temperature is too high."
-    if not rises_of(ev) or rank_worsened(ev) is not False:
+    if not rises_of(ev) or not only_surer(ev):
         return None
     kind, rise, best, low, last = worst_rise(ev)
     if not ever_carried_over(ev, kind.strip()):

@@ -197,6 +197,9 @@ def leading(judged: list):
     return found[0] if found else None
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #a3f2e146
+ENOUGH_PASSED = 16  # fewer say little: most rules lack what they look at
+
+
 def remarks(judged: list) -> str:
     "What is told of a run in which nothing failed: not comparable, missed targets; '' if nothing."
     unlike = [v for v in judged if v.result == UNLIKE]

@@ -112,13 +112,13 @@ def _judge_rise(ev, kind):
     )
 
 
-@rule("loss_region", threshold="no rise, first to last 20 steps", rank=SYMPTOM + 11)
+@rule("loss_region", threshold="no rise, first to last 20 steps", rank=SYMPTOM + 2)
 def region_loss_rise(ev):
     "The region loss rises, and neither candidates nor temperature explain it: it diverges."
     return _judge_rise(ev, "region")
 
 
-@rule("loss_global", threshold="no rise, first to last 20 steps", rank=SYMPTOM + 12)
+@rule("loss_global", threshold="no rise, first to last 20 steps", rank=SYMPTOM + 3)
 def global_loss_rise(ev):
     "The global loss rises, and neither candidates nor temperature explain it: it diverges."
     return _judge_rise(ev, "global")
@@ -134,7 +134,7 @@ def _loss_and_level(ev, kind):
 
 def chance_hint(ev, kind: str) -> tuple:
     "(what a loss at chance most likely means beside the other losses, what to do), in words."
-    other = "global" if kind == "region" else "region"
+    other = "region" if kind == "global" else "global"
     learns = chance_share(ev, other) < 0.85
     if kind == "region" and learns:
         return (

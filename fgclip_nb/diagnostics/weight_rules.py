@@ -194,7 +194,7 @@ def region_embeddings_differ(ev):
     return _differ(ev, "region")
 
 
-@rule("alike_text", threshold="mean cosine < 0.99", rank=SYMPTOM + 3)
+@rule("alike_text", threshold="mean cosine < 0.99", rank=SYMPTOM + 13)
 def text_embeddings_differ(ev):
     "Text embeddings of a batch all point the same way."
     alike = float(ev.series("alike_text").tail(5).median())
