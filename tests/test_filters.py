@@ -98,7 +98,7 @@ def test_media_are_opened_once_and_counted(tmp_path, monkeypatch):
     (root / "b.jpg").write_bytes(b"no photo")
     samples, _ = load_samples(write(tmp_path / "d.json", FINEHARD + FINEHARD), root)
     opened, real = [], filters_room.read_image
-    monkeypatch.setattr(filters_room, "read_image", lambda p: (opened.append(p), real(p))[1])
+    monkeypatch.setattr(filters_room, "read_image", lambda p, *size: (opened.append(p), real(p))[1])
     kept, rejects = check_media(samples)
     assert (
         len(opened) == 3

@@ -99,7 +99,7 @@ def test_dropout_draws_the_same_masks_twice(chunk):
 def test_autocast_and_ids_of_a_split_batch():
     batch = batch_of(0, torch.float64)
     whole, merged = batch_ids(batch), merge_ids([batch_ids(c) for c in batch.split(3)])
-    for name in vars(whole):
+    for name in set(vars(whole)) - {"host"}:
         assert torch.equal(getattr(whole, name), getattr(merged, name)), name
     model, batch = golden_model(torch.float32), batch_of(0, torch.float32)
 

@@ -260,6 +260,7 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
     s.model = torch.nn.Linear(1, 1)  # its weights are named by their fingerprint
     s.optimizer = s.bank = None
     s.term_states = {}
+    s.scaler = None
     resuming.checkpoint(s)
     assert order.index("metrics.jsonl") < order.index("checkpoint")
 

@@ -525,7 +525,7 @@ def test_command_line(tmp_path, root):
         )
 
     done = run("convert", tmp_path / "d.json", tmp_path / "out", "--media-root", root)
-    assert done.returncode == 0 and "3 samples in 1 shard" in done.stdout, done.stderr
+    assert done.returncode == 0 and "3 samples in 1 file(s)" in done.stdout, done.stderr
     again = run("convert", tmp_path / "d.json", tmp_path / "out")
     assert (
         again.returncode == 1

@@ -152,7 +152,7 @@ def test_a_resumed_run_keeps_the_facts_of_its_start(world, finished, tmp_path):
         manifest == start and start["weights"] == Run(finished["output"]).manifest()["weights"]
     ), "not the weights it went on with"
     assert again["step"] == 6 and again["versions"] == start["versions"]
-    assert set(again) == {"step", "versions", "code", "device", "processes", "threads"}
+    assert set(again) == {"step", "versions", "code", "device", "hardware", "processes", "threads"}
     assert "resumed" not in Run(finished["output"]).manifest()
 
 
@@ -460,7 +460,7 @@ def worker_dies():
 
     read, flag = loading.Examples._read, Path(os.environ["FGCLIP_TEST_FLAG"])
 
-    def dying(self, epoch, index):
+    def dying(self, sample, epoch, index):
         import torch
 
         if (
@@ -471,7 +471,7 @@ def worker_dies():
         ):
             flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, epoch, index)
+        return read(self, sample, epoch, index)
 
     loading.Examples._read = dying
 

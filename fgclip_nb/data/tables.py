@@ -250,6 +250,8 @@ def is_table(path) -> bool:
     if not str(path).lower().endswith((*TABLES, ".txt")):
         return False
     columns = dict.fromkeys(head_of(path), "")
+    if {"start1", "end1"} <= columns.keys():
+        return False  # when events take place in videos: labels to score by, not samples
     return is_table_row(columns) or bool(format_of(columns))
 
 

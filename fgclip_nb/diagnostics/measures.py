@@ -7,8 +7,6 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #c2736181
 from fgclip_nb.data.photos import constants
-from fgclip_nb.losses.terms import MEASURES
-from fgclip_nb.losses.table import TERMS, by_term
 from fgclip_nb.diagnostics.numbers import mean_of
 from fgclip_nb.diagnostics.fetch import Fetch, mean_of_known
 
@@ -34,6 +32,8 @@ TERM_FIELDS = dict(
 
 def measure_of(term, attr: str):
     "A measure of a term, still on its device; None where the term knows nothing of the kind."
+    from fgclip_nb.losses.terms import MEASURES
+
     measures = getattr(term, "measures", None)
     if measures is not None and attr in MEASURES:
         return measures[list(MEASURES).index(attr)]
@@ -42,6 +42,8 @@ def measure_of(term, attr: str):
 
 def _columns_of(name: str, members: list) -> dict:
     "Columns of the term `name`: means over its parts of the loss and of what else is known."
+    from fgclip_nb.losses.table import TERMS
+
     columns = {f"loss_{name}": mean_of([t.loss for t in members])}
     for attr, column in TERM_FIELDS.items():
         values = [v for t in members if (v := measure_of(t, attr)) is not None]
@@ -59,6 +61,8 @@ def term_values(terms: dict) -> dict:
     `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device,
     NaN where there is nothing of the kind. A term with parts has a column of each
     beside their mean. A name that is in no table of terms raises `ConfigError`."""
+    from fgclip_nb.losses.table import by_term
+
     owned = by_term(terms)
     columns = {n: t.loss for name, x in owned.items() for n, t in x.items() if n != f"loss_{name}"}
     for name, members in owned.items():
@@ -68,6 +72,8 @@ def term_values(terms: dict) -> dict:
 
 def unless_nan() -> set:
     "Columns that are left out where they are NaN: there was nothing of the kind."
+    from fgclip_nb.losses.table import TERMS
+
     return {c.format(n) for c in TERM_FIELDS.values() for n in TERMS} | {"bank_drift_cosine"}
 
 
