@@ -461,7 +461,7 @@ def captioned(folder, texts, splits):
 SPARSE = ["a mug", "a jug"] + [None] * 30  # most batches of two hold no text
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.parametrize("caching", [0, 1])
 def test_a_batch_without_text_is_passed_over_and_counted(tmp_path, caching):
     data = captioned(tmp_path, SPARSE, ["train"] * 32)
@@ -473,7 +473,7 @@ def test_a_batch_without_text_is_passed_over_and_counted(tmp_path, caching):
     assert (run.path / "report.html").exists()
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_two_processes_agree_on_a_batch_without_text(tmp_path):
     "One of them has text and the other has none, or none has any."
     data = captioned(tmp_path, SPARSE[:12], ["train"] * 12)
@@ -482,7 +482,7 @@ def test_two_processes_agree_on_a_batch_without_text(tmp_path):
     assert finished["steps"] == 6 and 0 < finished["textless"] < 6
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_validation_with_nothing_to_contrast_names_no_best(tmp_path, caplog):
     caplog.set_level("WARNING", logger="fgclip_nb")
     texts = [f"mug {i}" for i in range(6)] + ["a jug", None]
@@ -493,7 +493,7 @@ def test_a_validation_with_nothing_to_contrast_names_no_best(tmp_path, caplog):
     assert "2 held-out samples hold nothing to contrast" in caplog.text
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_report_is_written_whatever_a_run_measured(tmp_path):
     "Zeros everywhere, no loss at all, one step, numbers that are not finite."
     from fgclip_nb.core.folder import Run

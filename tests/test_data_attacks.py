@@ -494,7 +494,7 @@ def test_an_object_of_many_keys_with_one_twice(root, tmp_path):
         judge(tmp_path / "d.json", root, "many keys")
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_large_pictures_take_little_memory(tmp_path):
     "81 megapixels in a file of some kilobytes, read at 224 pixels by a process of its own."
     import subprocess, sys

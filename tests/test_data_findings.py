@@ -136,7 +136,7 @@ def test_a_set_of_every_format_can_be_mended(tmp_path):
     assert [s.captions for s in back] == [s.captions for s in samples]
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_plot_that_fails_costs_neither_report_nor_end(tmp_path, monkeypatch):
     from fgclip_nb.diagnostics import report as room
     from fgclip_nb.diagnostics.synthetic import synthetic_run

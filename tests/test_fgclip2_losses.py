@@ -143,7 +143,7 @@ def as_rank(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_two_processes(tmp_path):
     mp.spawn(as_rank, (tmp_path,), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]

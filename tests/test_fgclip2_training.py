@@ -49,7 +49,7 @@ def verdicts(found):
     return {v.name: v for v in judge(found)}
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_run_its_chance_its_verdicts_and_its_use(tmp_path):
     found = run(tmp_path)
     first = found.metrics().iloc[0] if hasattr(found.metrics(), "iloc") else found.metrics()[0]
@@ -87,7 +87,7 @@ def faulty(fault, whole=pieces_room.cut_text):
     return cut_text
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named(tmp_path, name):
     changes, fault, words = FAULTS[name]
@@ -99,7 +99,7 @@ def test_a_fault_is_named(tmp_path, name):
     assert [n for n in FAULTS if judged[n].result == "fail"] == [name]
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.parametrize("model, losses", [("tiny", "sigmoid"), ("fgclip2-tiny", "softmax")])
 def test_either_loss_for_either_model(tmp_path, model, losses):
     found = run(tmp_path, model=model, losses=losses)
@@ -112,7 +112,7 @@ def test_either_loss_for_either_model(tmp_path, model, losses):
     assert judged.get("loss_as_defined", judged["finite_numbers"]).result != "fail"
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_resumed_run_keeps_its_margin(tmp_path):
     found = run(tmp_path, max_steps=4, save_every=2, keep_checkpoints=2)
     lines = (found.path / "metrics.jsonl").read_text()
@@ -171,7 +171,7 @@ def as_rank(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_two_processes_are_one(tmp_path):
     mp.spawn(as_rank, (Path(tmp_path),), nprocs=2)
     model = double_model()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import micro
 
-pytestmark = pytest.mark.ci
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ print(time.process_time() - begun, int(peak) // 1024)
 """
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_diagnostics_of_a_long_run_take_seconds_and_half_a_gigabyte(tmp_path):
     run = long_run(tmp_path / "run", 200_000)
     code = LOOK.format(folder=str(run.path), steps=200_000)

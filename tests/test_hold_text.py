@@ -266,7 +266,7 @@ def hostile_world(tmp_path_factory):
     return params | dict(data=str(evil), max_steps=3, eval_every=3, batch_size=4)
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_run_notebooks_report_log_and_tables_show_evil_text_as_text(hostile_world, tmp_path):
     from test_front_door import papermill, said
 

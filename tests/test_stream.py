@@ -121,14 +121,14 @@ def test_tars_train_and_resume_bitwise(world, tmp_path):
     killed_and_resumed(params, tmp_path)
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["parquet", "saved", "hub"])
 def test_other_kinds_train_and_resume_bitwise(world, tmp_path, kind):
     params = dict(world, data=WRITERS[kind](world["data"], tmp_path / kind), gradient_caching=2)
     killed_and_resumed(params, tmp_path)
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_two_processes_share_a_stream(world, tmp_path):
     from fgclip_nb.core.config import TrainConfig
     from fgclip_nb.training.loop import train
@@ -264,7 +264,7 @@ def test_an_index_is_taken_up_where_it_was_stopped(world, tmp_path, monkeypatch)
     assert contents(streamed) == contents(load_samples(world["data"])[0])
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_processes_make_the_same_index_and_filter_the_same(world, tmp_path):
     from fgclip_nb.data import filters, stream as room
 

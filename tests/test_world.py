@@ -39,7 +39,7 @@ def fingerprint_of(run):
     return json.loads((run.path / "manifest.json").read_text())["data"]
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.parametrize("data", ["world:size=12", "world_video:size=10"])
 def test_a_run_on_what_is_made_can_be_interrupted(data, tmp_path):
     whole = train(TrainConfig(data=data, output=str(tmp_path / "whole"), save_every=2, **SMALL))
@@ -67,7 +67,7 @@ def test_a_word_that_the_address_does_not_know_is_refused_by_name():
         load_samples("world_video:size=1")
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_what_is_made_can_be_converted_with_and_without_its_pictures(tmp_path):
     made = load_samples("world:size=3")[0]
     for embed in (False, True):
@@ -131,7 +131,7 @@ def test_files_of_made_clips_say_what_the_clips_are(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_several_processes_draw_the_same_world(tmp_path):
     runs = [
         train(
