@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/9a_bench/05_gpu_parts.ipynb #feff9621
-import itertools, statistics, time, warnings
+import statistics, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch

@@ -10,7 +10,6 @@ import ast, collections
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.tokenizer import encode
-from fgclip_nb.data.samples import Region, Reject, Sample
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.filters import area, folded
 

@@ -9,7 +9,7 @@ __all__ = []
 import copy, math
 from pathlib import Path
 from fgclip_nb.data.samples import Fault, Keyframe, Region, Sample, is_video
-from fgclip_nb.data.rows import Row, check_box, check_int, check_text
+from fgclip_nb.data.rows import check_box, check_int, check_text
 from fgclip_nb.data.media import ucf_label, video_names
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.source import split_named, with_article

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.samples import Fault
-from fgclip_nb.data.shards import no_bars
 from fgclip_nb.data.archives import member_entry, stretch_picture, stretches_of
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #9dca3cbf

@@ -6,7 +6,7 @@
 __all__ = ['open_shards']
 
 # %% ../../nbs/2_data/10_shards.ipynb #4568ba55
-import copy, dataclasses, json, os
+import copy, dataclasses, os
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np

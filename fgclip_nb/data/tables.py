@@ -9,7 +9,7 @@ __all__ = []
 import csv, re
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, Region, is_video
-from fgclip_nb.data.rows import Row, check_box, check_text
+from fgclip_nb.data.rows import check_box, check_text
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.photos import photo_size

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/4_model/09a_open_clip.ipynb #5b16bd69
-import json, re
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from fgclip_nb.core.folder import read_json

@@ -6,7 +6,7 @@
 __all__ = ['prepare_data', 'data_table', 'retrieval_table']
 
 # %% ../../nbs/8_training/00_rundata.ipynb #2cfd99b0
-import collections, hashlib, json, os, zlib
+import collections, hashlib, os, zlib
 from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.identity import DataError
