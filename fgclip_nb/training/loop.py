@@ -140,9 +140,9 @@ def settled(run: Run, cfg: TrainConfig) -> bool:
         (run.path / "finished.json").unlink(missing_ok=True)  # several processes come here
         return False
     conclude_late(run)
-    done = run.summary()
+    steps = run.summary().get("steps", "all its")
     get_logger().info(
-        f"{run.path} is finished ({done['steps']} of {done['of']} steps): nothing is trained, what "
+        f"{run.path} is finished ({steps} steps): nothing is trained, what "
         f"follows shows that run. Another `output` with `-p model {run.path}` starts from its "
         "weights"
     )
