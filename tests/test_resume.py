@@ -65,6 +65,7 @@ def killed_like_uninterrupted(params, tmp_path, events):
     assert not list((tmp_path / "broken/checkpoints").glob(".aside*"))
 
 
+@pytest.mark.ci
 def test_six_kills_of_one_combined_run(world, tmp_path):
     """Streamed from shards, two loader processes, accumulation, mid-epoch: all at once."""
     params = shards_of(world, tmp_path) | dict(

@@ -116,6 +116,7 @@ def killed_and_resumed(params, tmp_path, event="step:7"):
     assert micro.outcome(tmp_path / "broken") == micro.outcome(tmp_path / "whole")
 
 
+@pytest.mark.ci
 def test_tars_train_and_resume_bitwise(world, tmp_path):
     params = dict(world, data=write_tars(world["data"], tmp_path / "tars"), stream_lanes=2)
     killed_and_resumed(params, tmp_path)
