@@ -7,20 +7,7 @@ __all__ = []
 
 # %% ../../nbs/8_training/10a_progress.ipynb #970dd4bb
 import time
-
-# %% ../../nbs/8_training/10a_progress.ipynb #dd58188e
-UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-
-
-def duration(seconds: float) -> str:
-    "Seconds as a reader says them: the two largest units."
-    left = max(0, round(seconds))
-    parts = []
-    for name, size in UNITS:
-        if left >= size or (name == "s" and not parts):
-            parts.append(f"{left // size} {name}")
-            left %= size
-    return " ".join(parts[:2])
+from fgclip_nb.training.sizes import duration
 
 # %% ../../nbs/8_training/10a_progress.ipynb #35e51ac3
 def progress_line(step: int, total: int, pace: float, waited: float, lr: float) -> str:
