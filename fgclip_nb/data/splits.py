@@ -64,9 +64,9 @@ def read_names(path, media_root=None) -> set:
     return list_names(path, media_root)
 
 # %% ../../nbs/2_data/21_splits.ipynb #aa964b0b
-def _meet(a, b) -> bool:
-    "Whether samples of one medium show the same: photos always, clips when their spans overlap."
-    return a.span is None or b.span is None or (a.span[0] < b.span[1] and b.span[0] < a.span[1])
+def spans_meet(a, b) -> bool:
+    "Whether two spans of one medium share time, (start, end) in seconds; None is the whole."
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
 
 def _shown_name(path) -> str:
@@ -91,7 +91,9 @@ def overlap(samples, test_names=None) -> dict:
     train = _by_medium(s for s in samples if s.split in ("train", ""))
     held_out = _by_medium(s for s in samples if s.split not in ("train", ""))
     both = train.keys() & held_out.keys()
-    same = {m for m in both if any(_meet(a, b) for a in train[m] for b in held_out[m])}
+    same = {
+        m for m in both if any(spans_meet(a.span, b.span) for a in train[m] for b in held_out[m])
+    }
     pairs = [(s.media, s.id) for own in train.values() for s in own]
     listed = listed_media(*zip(*pairs), test_names or ()) if pairs else set()
     tested = {m for m, own in train.items() if any(s.media in listed for s in own)}

@@ -9,6 +9,7 @@ __all__ = []
 from dataclasses import dataclass, replace
 from fgclip_nb.data.scenes import COLOURS, COUNTS, PATTERNS, RELATIONS, SHAPES, SIZES
 from fgclip_nb.data.scenes import relation, relation_part
+from fgclip_nb.data.source import takes_an
 
 # %% ../../nbs/2_data/10a_world_texts.ipynb #f5285bf8
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def _plural(shape) -> str:
 
 
 def _article(words) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+    return f"{'an' if takes_an(words) else 'a'} {words}"
 
 
 def english(said) -> str:

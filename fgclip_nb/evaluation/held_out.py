@@ -12,6 +12,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, get_logger, read_jsonl, resolve_path
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.media_lists import media_name
+from fgclip_nb.data.splits import spans_meet
 from fgclip_nb.data.roles import data_roles, media_bytes
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #462506ca
@@ -45,11 +46,6 @@ def run_roles(source) -> list:
     return data_roles(samples)
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #fb22809c
-def _overlap(a, b):
-    "Whether two spans (start, end) in seconds share time; None is the whole."
-    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
-
-
 def _same_media(sample, row) -> bool:
     "Whether a sample shows the medium of a row, by path, or by name and size (-1: not here)."
     if sample.media == row["media"]:
@@ -68,7 +64,7 @@ def roles_in_run(source, samples) -> list:
     roles = []
     for s in samples:
         rows = [r for r in known.get(media_name(s.media), ()) if _same_media(s, r)]
-        met = {r["role"] for r in rows if _overlap(s.span, r["span"])}
+        met = {r["role"] for r in rows if spans_meet(s.span, r["span"])}
         roles.append(next((role for role in ("train", "val", "test") if role in met), ""))
     return roles
 

@@ -6,7 +6,7 @@
 __all__ = ['prepare_data', 'data_table', 'retrieval_table']
 
 # %% ../../nbs/8_training/00_rundata.ipynb #2cfd99b0
-import collections, hashlib, os, zlib
+import collections, hashlib, zlib
 from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.identity import DataError
@@ -21,7 +21,7 @@ from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import a_few, check_media, filter_regions
 from fgclip_nb.data.findings import check_contrast
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
-from fgclip_nb.data.roles import split_samples
+from fgclip_nb.data.roles import media_bytes, split_samples
 from fgclip_nb.data.outside_negatives import merge_negatives
 from fgclip_nb.data.splits import add_normal_regions, leave_out, read_names
 
@@ -73,7 +73,7 @@ def media_state(media) -> int:
     drawn = draw_frame(clip, FRAMES // 2) if clip else drawn_photo(media)
     if drawn is not None:
         return zlib.crc32(drawn.tobytes())
-    return os.path.getsize(media) if os.path.exists(media) else -1
+    return media_bytes(media)
 
 
 def sample_facts(s) -> tuple:
