@@ -142,7 +142,7 @@ def val_loss(ev, kind: str):
     return sum(named) / len(named) if named else ev.series(f"val_loss_{kind}")
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #f1349d1b
-LOSS_COLUMNS = dict(plain="loss", **{"global": "loss_global"})
+LOSS_COLUMNS = dict(plain="loss")
 
 
 def overfit(ev, kind: str):
@@ -150,7 +150,7 @@ def overfit(ev, kind: str):
 
     The rise is 0 unless the training loss fell meanwhile; None before the third validation."""
     val = val_loss(ev, kind)
-    train = in_batch(ev) if kind == "region" else ev.series(LOSS_COLUMNS.get(kind, kind))
+    train = in_batch(ev) if kind == "region" else ev.series(LOSS_COLUMNS.get(kind, f"loss_{kind}"))
     if len(val) < 3 or not len(train):
         return None
     best = val.idxmin()
@@ -189,9 +189,13 @@ def only_surer(ev) -> bool:
     return float(rank.iloc[-1]) - 1 < 0.5 * (float(level.iloc[-1]) - 1)
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #68911d8a
-def worst_rise(ev) -> tuple:
-    "(words for the kind of loss, rise, best step, best, last) of the held-out loss that rose most."
+def worst_rise(ev) -> tuple | None:
+    """The held-out loss that rose most: (words for its kind, rise, best step, best, last).
+
+    None before the third validation."""
     rises = rises_of(ev)
+    if not rises:
+        return None
     kind = max(rises, key=lambda k: rises[k][0])
     return ("" if kind == "plain" else f"{kind} ", *rises[kind])
 
@@ -211,9 +215,10 @@ def no_third_validation(ev):
 )
 def overfitting(ev):
     "Held-out figures were better than chance and became worse, while the training loss fell."
-    if not rises_of(ev):
+    worst = worst_rise(ev)
+    if worst is None:
         return no_third_validation(ev)
-    kind, rise, best, low, last = worst_rise(ev)
+    kind, rise, best, low, last = worst
     if rise < ev.limit("overfit_limit"):
         return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     climbed = f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f}"
@@ -238,9 +243,10 @@ def overfitting(ev):
 )
 def overconfident(ev):
     "The held-out loss climbs while held-out ranks do not worsen: the temperature is too high."
-    if not rises_of(ev) or not only_surer(ev):
+    worst = worst_rise(ev)
+    if worst is None or not only_surer(ev):
         return None
-    kind, rise, best, low, last = worst_rise(ev)
+    kind, rise, best, low, last = worst
     if not ever_carried_over(ev, kind.strip()):
         return None
     if rise < ev.limit("overfit_limit"):
