@@ -7,7 +7,7 @@ __all__ = ['Verdicts', 'judge', 'report_html', 'conclude']
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #846e322d
 import functools, json
-from fgclip_nb.core.plain import escape_html, literal, plain_line
+from fgclip_nb.core.plain import escape_html, plain_line
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
@@ -17,7 +17,7 @@ from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.judgement import as_evidence, by_cause, headline, run_evidence, verdicts
-from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS, new_figure
+from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS
 from fgclip_nb.diagnostics.plots import PLOTS
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #d6511756
@@ -205,7 +205,8 @@ TEMPLATE = """
 {% if expectations %}<h2>Expected and observed</h2>
 {{ table(("quantity", "expected", "observed", "explanation"), expectations) }}{% endif %}
 <h2>Plots</h2>
-{% for plot, uri in plots.items() %}<img alt="{{ plot }}" src="{{ uri }}">{% endfor %}
+{% for plot in plots %}{% if plot.uri %}<img alt="{{ plot.name }}" src="{{ plot.uri }}">
+{%- else %}<p class="soft">{{ plot.why }}</p>{% endif %}{% endfor %}
 <h2>Parameters</h2>
 {{ table(("parameter", "value"), parameters.items()) }}
 </body></html>
@@ -270,17 +271,20 @@ def figure_uri(figure, dpi=80) -> str:
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #7d2e5a02
-def drawn(name, plot, ev):
-    "The figure that `plot` makes; where it fails, one that says why, and an error in the log."
+def drawn(name, plot, ev) -> tuple:
+    "(the figure that `plot` makes, ''), or (None, why there is none), which is logged."
     try:
-        return plot(ev)
-    except Exception as e:
+        return plot(ev), ""
+    except Exception as e:  # whatever it is: the rest of the report does not need this plot
         why = f"{name} could not be drawn: {type(e).__name__}: {e}"
         get_logger().error(why)
-        figure, (ax,) = new_figure(name, 1)
-        ax.set_axis_off()
-        ax.text(0, 0.5, literal(why[:200]), wrap=True)
-        return figure
+        return None, why
+
+
+def plot_facts(name, plot, ev) -> dict:
+    "A plot for the page: its name, and the address of its picture or why there is none."
+    figure, why = drawn(name, plot, ev)
+    return dict(name=name, uri=figure_uri(figure) if figure else "", why=why)
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #dd67c667
 def planned_steps(run: Run, ev: Evidence):
@@ -310,7 +314,7 @@ def page_facts(run: Run, ev: Evidence, judged: list) -> dict:
         verdict_head=VERDICT_HEAD,
         verdicts=verdict_facts(judged),
         expectations=expected_and_observed(run.expectations() or [], ev),
-        plots={name: figure_uri(drawn(name, plot, ev)) for name, plot in PLOTS.items()},
+        plots=[plot_facts(name, plot, ev) for name, plot in PLOTS.items()],
         parameters=ev.params,
     )
 
@@ -337,6 +341,8 @@ def conclude(run, figures=True) -> list:
     if figures and (run.path / "tensorboard").exists():
         board = Board(run.path / "tensorboard")
         for name, plot in PLOTS.items():
-            board.figure(f"plots/{name}", drawn(name, plot, ev), ev.last_step or 0)
+            figure, _ = drawn(name, plot, ev)
+            if figure:
+                board.figure(f"plots/{name}", figure, ev.last_step or 0)
         board.close()
     return judged
