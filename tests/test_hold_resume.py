@@ -17,11 +17,11 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    "(parameters, folder of a run killed after step 8 with checkpoints of 3 and 6, whole outcome)."
+    "(parameters, folder of a run killed in step 9, lines to 8, checkpoints 3, 6; whole outcome)."
     folder = tmp_path_factory.mktemp("runs")
     params = dict(micro.micro_world(folder / "world"), eval_every=0)
     assert micro.run(dict(params, output=str(folder / "whole"))) == 0
-    assert micro.run(dict(params, output=str(folder / "killed")), "step:8") == -9
+    assert micro.run(dict(params, output=str(folder / "killed")), "step:9") == -9
     return params, folder / "killed", micro.outcome(folder / "whole")
 
 
