@@ -15,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -272,27 +273,37 @@ def a_run(out, name):
     return dict(steps=counted_steps(lambda: train(cfg)))
 
 
-def resumed(out):
-    "A run that is cut off after step 4, and taken up again from the checkpoint of step 3."
+def taken_up_again(params, step, look) -> list:
+    """A run that is cut off before the step after `step`, and taken up again from its checkpoint.
+
+    Returns what `look` said of the state there, both times."""
     from fgclip_nb import TrainConfig, train
     from fgclip_nb.training import loop
 
-    params = SMALL | RUNS["photos"] | dict(save_every=3, output=str(out / "resumed"))
     real = loop.run_step
+    seen = []
 
-    def cut_off(s, batches):
-        if s.step == 4:
-            raise KeyboardInterrupt
+    def watched(s, batches):
+        if s.step == step:
+            seen.append(look(s))
+            if len(seen) == 1:
+                raise KeyboardInterrupt
         return real(s, batches)
 
-    loop.run_step = cut_off
+    loop.run_step = watched
     try:
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**params))
         train(TrainConfig(**params))
-    except KeyboardInterrupt:
-        pass
     finally:
         loop.run_step = real
-    train(TrainConfig(**params))
+    return seen
+
+
+def resumed(out):
+    "A run that is cut off after step 4, and taken up again from the checkpoint of step 3."
+    params = SMALL | RUNS["photos"] | dict(save_every=3, output=str(out / "resumed"))
+    assert taken_up_again(params, 4, lambda s: s.step) == [4, 4]
     return {}
 
 
@@ -322,28 +333,11 @@ def benched(out):
 
 def half(out):
     "Precisions with a scaler: its scale goes on where it stood."
-    from fgclip_nb import TrainConfig, train
-    from fgclip_nb.training import loop, state
+    from fgclip_nb.training import state
 
     state.forward_context = lambda precision, device: contextlib.nullcontext()  # no autocast here
     params = SMALL | dict(precision="fp16", max_steps=4, save_every=2, output=str(out / "half"))
-    seen, real = [], loop.run_step
-
-    def watched(s, batches):
-        if s.step == 2 and not seen:
-            seen.append(s.scaler.get_scale())
-            raise KeyboardInterrupt
-        if s.step == 2:
-            seen.append(s.scaler.get_scale())
-        return real(s, batches)
-
-    loop.run_step = watched
-    try:
-        train(TrainConfig(**params))
-    except KeyboardInterrupt:
-        pass
-    train(TrainConfig(**params))
-    loop.run_step = real
+    seen = taken_up_again(params, 2, lambda s: s.scaler.get_scale())
     assert len(set(seen)) == 1, seen
     return dict(scale=seen)
 

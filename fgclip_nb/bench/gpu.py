@@ -9,7 +9,7 @@ __all__ = []
 import json, os, subprocess, sys, time, traceback
 from pathlib import Path
 import torch
-from fgclip_nb.core.identity import ConfigError, project_root, versions
+from fgclip_nb.core.identity import ConfigError, project_root, hardware, versions
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.bench.gpu_parts import (
     Plan,
@@ -74,7 +74,7 @@ def asked_parts(words: str) -> list:
 
 def machine(device: str) -> dict:
     "Card, date and versions."
-    card = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    card = hardware(device).get("gpu", "no GPU")
     return dict(card=card, date=time.strftime("%Y-%m-%d %H:%M"), versions=versions())
 
 # %% ../../nbs/9a_bench/06_gpu.ipynb #594480f0

@@ -120,10 +120,9 @@ def hardware(device="cpu") -> dict:
     facts = dict(platform=platform.platform(), processor=platform.machine(), cpus=os.cpu_count())
     if torch.device(device).type != "cuda":
         return facts
-    card = torch.cuda.get_device_properties(device)
     return facts | dict(
-        gpu=card.name,
-        gpu_memory_gib=round(card.total_memory / 2**30),
+        gpu=torch.cuda.get_device_name(device),
+        gpu_memory_gib=round(torch.cuda.mem_get_info(device)[1] / 2**30),
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version(),
         driver=driver_version(),
