@@ -147,7 +147,7 @@ def fast_total(model, batch, cfg) -> torch.Tensor:
 
 
 def gradients(model, total) -> dict:
-    "Parameter -> gradient of a total, zeros where there is none; the model has none afterwards."
+    "Name of a parameter -> its gradient of a total, where it has one; cleared afterwards."
     model.zero_grad()
     total.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
