@@ -87,6 +87,13 @@ def bank_fills(ev):
     )
 
 # %% ../../nbs/6_diagnostics/09_bank_rules.ipynb #fb6565fd
+def regions_alike(ev) -> bool:
+    "Whether the regions of a forward are nearly equal among themselves: the bank only keeps that."
+    equal = float(ev.series("equal_share_region").tail(10).median())
+    rank = float(ev.series("effective_rank_region").tail(10).median())
+    return equal > 0.3 or rank < 1.5
+
+
 @rule("bank_zero_share", threshold="no zero, few equal entries", rank=CAUSE + 52)
 def bank_clean(ev):
     "The memory bank is filled with zero or equal vectors."
@@ -94,6 +101,8 @@ def bank_clean(ev):
     equal = float(ev.series("bank_equal_share").tail(10).median())
     if zero == 0 and not equal > ev.limit("equal_share_limit"):
         return PASS, equal, f"{equal:.0%} of the entries equal another one"
+    if zero == 0 and regions_alike(ev):
+        return PASS, equal, f"{equal:.0%} equal entries, as the regions themselves are alike"
     return (
         FAIL,
         max(zero, equal),

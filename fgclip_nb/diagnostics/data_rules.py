@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #543ad2e2
-from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, rule
+import math
+from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, chance_share, rule
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #ea586b38
 def audit_of(ev, *path):
@@ -96,6 +97,15 @@ def one_box_for_all(ev) -> bool:
     return bool(boxes.get("kept")) and (few or boxes.get("spread", 1.0) < 0.02)
 
 
+def boxes_fit(ev) -> float:
+    """How much more the borders of boxes lie on edges than those of another photo's boxes, in
+    deviations of one box (about 1 where they are drawn well); infinite where few were looked at."""
+    fit = audit_of(ev, "photos", "fit") or {}
+    if fit.get("n", 0) < 100 or "other" not in fit:
+        return math.inf
+    return fit["other"] / math.sqrt(fit["n"])
+
+
 def wrong_reading(ev) -> str:
     "How the boxes should have been read, in words; empty when as they were."
     boxes, fit = audit_of(ev, "boxes") or {}, audit_of(ev, "photos", "fit") or {}
@@ -105,6 +115,12 @@ def wrong_reading(ev) -> str:
         return (
             f"their borders lie on edges of the photos when they are read as {fit['best']} "
             f"({fit['gain']:.1f} times the contrast, t = {fit['t']:.0f})"
+        )
+    if boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
+        return (
+            "their borders lie on edges of their photo hardly more often than the boxes of "
+            "another photo do, and regions are not learnt: mirrored, counted from below, or joined "
+            "to other photos"
         )
     if boxes.get("n", 0) < 20:
         return ""
@@ -191,7 +207,7 @@ def photos_blank(ev):
     return PASS, share or 0.0, "photos have contrast"
 
 
-@rule(threshold="colour where colours are named", source="audit.json", rank=CAUSE + 44)
+@rule(threshold="colour where colours are named", source="audit.json", rank=CAUSE + 37)
 def photos_grey(ev):
     "Photos are grey although their texts name colours."
     grey = audit_of(ev, "photos", "grey_share")
@@ -215,7 +231,7 @@ def photos_grey(ev):
     )
 
 
-@rule(threshold="under 30 % copies", source="audit.json", rank=CAUSE + 42)
+@rule(threshold="under 30 % copies", source="audit.json", rank=CAUSE + 44)
 def photos_repeated(ev):
     "Many training photos are copies of others: fewer data than it seems."
     share = audit_of(ev, "photos", "repeated_share")
@@ -242,9 +258,12 @@ def photos_repeated(ev):
 def leak(ev):
     "Held-out photos stand among the training ones: held-out figures say nothing."
     share = audit_of(ev, "photos", "leaked_share")
-    if share is None or not audit_of(ev, "val"):
-        return None
+    grey = audit_of(ev, "photos", "grey_share") or 0
+    if share is None or not audit_of(ev, "val") or (grey > 0.5 and share < 0.3):
+        return None  # without colour, different photos look alike
     pairs = audit_of(ev, "photos", "leaked") or []
+    if (audit_of(ev, "photos", "repeated_share") or 0) >= 0.3 and len({b for _, b in pairs}) == 1:
+        return None  # one picture stands for many: told by `photos_repeated`
     if share < 0.02 or not pairs:
         return PASS, share, "no held-out photo was found among those of training"
     named = ", ".join(f"{a} = {b}" for a, b in pairs[:2])

@@ -13,6 +13,7 @@ from fgclip_nb.diagnostics.rules import (
     LATER,
     PASS,
     REMARK,
+    SYMPTOM,
     candidates,
     chance_share,
     rule,
@@ -156,13 +157,13 @@ SUMMED = dict(loss_global=2.0, loss_region=1.0, loss_hard=1.0)  # global: of sho
 
 
 def weighted_parts(ev) -> dict:
-    "Column of each term -> weight times loss, mean of the first 20 steps."
+    "Column of each term -> weight times loss, mean of the first five steps."
     parts = {}
     for column, name in WEIGHTS.items():
         if ev.has(column) and name in ev.params:
             texts = sum(ev.has(f"loss_global_{kind}") for kind in ("short", "long"))
             times = max(texts, 1) if column == "loss_global" else 1
-            parts[column] = ev.params[name] * times * float(ev.series(column).head(20).mean())
+            parts[column] = ev.params[name] * times * float(ev.series(column).head(5).mean())
     return parts
 
 
@@ -188,6 +189,8 @@ def term_unweighted(ev):
     if share < 0.99 or len(parts) == 1:
         return PASS, share, f"the {top.removeprefix('loss_')} loss makes up {share:.0%} of the sum"
     name = WEIGHTS[top]
+    if all(part == 0 for column, part in parts.items() if column != top):
+        return None  # nothing is contrasted in the others: not a matter of weights
     why = (
         f"the {top.removeprefix('loss_')} loss makes up {share:.1%} of the sum "
         f"(`{name}` = {ev.params[name]:g}): the other terms are not trained"
@@ -247,6 +250,8 @@ def scale_too_low(ev):
             continue
         scale, n = float(ev.series(column).tail(20).mean()), float(size.tail(20).mean())
         floor = scale_floor(scale, n)
+        if ev.has("weight_norm/text") and growth(ev, "text") < 0.8:
+            continue  # it shrank with the weights
         if n > 1.5 and floor > 0.25 * math.log(n):
             why = (
                 f"the stored {kind} temperature {scale:.3f} (exp = {math.exp(scale):.3f}) allows "
@@ -277,8 +282,9 @@ def decay_eats_weights(ev):
     if kept[tower] > 0.8 or not decay:
         return PASS, kept[tower], f"the {tower} weights have {kept[tower]:.0%} of their first norm"
     why = (
-        f"weight decay {decay:g} at learning rate {float(ev.series('lr').max()):.2g} has shrunk "
-        f"the {tower} weights to {kept[tower]:.0%} of their first norm"
+        f"weight decay (`weight_decay` {decay:g} at learning rate "
+        f"{float(ev.series('lr').max()):.2g}, if the optimiser was given that) has shrunk the "
+        f"{tower} weights to {kept[tower]:.0%} of their first norm"
     )
     return FAIL, kept[tower], why, "Lower `weight_decay` (0.001 to 0.2 are usual)."
 
@@ -287,7 +293,7 @@ def decay_eats_weights(ev):
     "bank_len",
     threshold="a quarter forward to the data",
     source="memory_bank_size",
-    rank=CAUSE + 45,
+    rank=SYMPTOM + 50,
 )
 def bank_oversized(ev):
     "The bank holds more entries than there are regions: old copies of the same ones."

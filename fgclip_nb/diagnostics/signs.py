@@ -14,11 +14,11 @@ def pixel_values(pixels) -> dict:
 
     uint8 is normalised as the vision tower does; of many photos an even sample is looked at.
     pixel_contrast: mean deviation inside a photo, 0 where each is of one colour."""
-    from fgclip_nb.data.photos import normalize
+    from fgclip_nb.model import vision_tower
 
     pixels = pixels[:: max(1, len(pixels) // 16), :, ::2, ::2]
     if not pixels.dtype.is_floating_point:
-        pixels = normalize(pixels)
+        pixels = vision_tower.normalize(pixels)  # what the tower itself applies
     pixels = pixels.float()
     return dict(
         pixel_mean=pixels.mean(),

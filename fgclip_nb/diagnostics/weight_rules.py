@@ -178,6 +178,8 @@ def _differ(ev, kind):
         return None
     if rank >= ev.limit("effective_rank_limit") and not equal > ev.limit("equal_share_limit"):
         return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
+    if ev.has("alike_text") and float(ev.series("alike_text").iloc[0]) > 0.99:
+        return None  # texts that are one from the start leave pictures nothing to differ by
     spread = f"effective rank {rank:.2f} of {rows:.0f} rows, {equal:.0%} equal another row"
     return _collapse(ev, kind, rank, spread)
 
@@ -264,11 +266,12 @@ def scale_as_asked(ev):
 
     Judged in the log's words and at the first step, which may already have moved it."""
     loaded = loaded_scale(ev)
-    (first, moved) = first_scale(ev)
+    first, moved = first_scale(ev)
+    stated = any(name in ev.facts for name in ("loaded_scale_finegraind", "loaded_scale"))
     configured = configured_scale(ev.params) if ev.params else None
     if loaded is None:
         return None
-    for value, room in ((loaded, 0.0), (first, moved)):
+    for value, room in ((loaded, 0.0 if stated else moved), (first, moved)):
         if value is None:
             continue
         if fault := _scale_fault(value, room, configured, ev.limit("scale_tolerance")):
