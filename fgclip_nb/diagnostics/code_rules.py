@@ -196,9 +196,9 @@ def belongs_elsewhere(ev, at_luck: bool) -> tuple:
         )
     if captions > 0.9 and chance_share(ev, "hard") > 0.9 and at_luck and inputs_differ(ev):
         return (
-            "every loss is at chance and inside a photo phrases are found by luck only, while boxes "
-            "lie on edges of their photos: captions and phrases belong to other photos",
-            "Read twenty photos with their texts: a list shifted by a row, shuffled, joined wrongly.",
+            "every loss is at chance and inside a photo phrases are found by luck only, while "
+            "boxes lie on edges of their photos: captions and phrases belong to other photos",
+            "Read twenty photos with their texts: a list shifted by a row, shuffled, misjoined.",
         )
     return ()
 

@@ -116,7 +116,8 @@ def wrong_reading(ev) -> str:
             f"their borders lie on edges of the photos when they are read as {fit['best']} "
             f"({fit['gain']:.1f} times the contrast, t = {fit['t']:.0f})"
         )
-    if boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
+    late = (ev.last_step or 0) >= 60
+    if late and boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
         return (
             "their borders lie on edges of their photo hardly more often than the boxes of "
             "another photo do, and regions are not learnt: mirrored, counted from below, or joined "
