@@ -148,6 +148,12 @@ def get_logger() -> logging.Logger:
 MOST_JSON = 64 << 20  # bytes of a file that is read whole
 
 
+def check_ordinary(path):
+    "ValueError for a pipe or device, which may never end; a folder and a missing file say so."
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError("a pipe or device, no ordinary file")
+
+
 def read_json(path, kind=dict):
     """The content of a JSON file, a `kind` (dict or list); empty where there is no such file.
 
@@ -156,6 +162,7 @@ def read_json(path, kind=dict):
     if not path.exists():
         return kind()
     try:
+        check_ordinary(path)
         if (size := path.stat().st_size) > MOST_JSON:
             raise ValueError(f"{size:,} bytes are more than {MOST_JSON:,}")
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -189,6 +196,7 @@ def read_yaml(path) -> dict:
     if not path.exists():
         return {}
     try:
+        check_ordinary(path)
         if (size := path.stat().st_size) > 1 << 18:
             raise ValueError(f"{size:,} bytes are more than {1 << 18:,}")
         content = yaml_value(path.read_text(encoding="utf-8"))
@@ -340,9 +348,11 @@ def read_named(path, names) -> list:
 def read_manifest(path) -> dict:
     "A run's manifest; DataError where an entry that has entries of its own is something else."
     manifest = read_json(path)
-    for name in ("versions", "code", "data", "load_report"):
+    for name in ("versions", "code", "data", "load_report", "trained"):
         if not isinstance(manifest.get(name) or {}, dict):
             raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}")
+    if not isinstance(manifest.get("resumed") or [], list):
+        raise DataError(f"{path}: `resumed` is no list, {shown(manifest['resumed'])}")
     return manifest
 
 # %% ../../nbs/0_core/01_folder.ipynb #bdefd310
