@@ -73,9 +73,12 @@ class Evidence:
             return pd.Series(dtype=float)
         if column in self.read:
             return self.read[column]
-        steps = self.frame["step"].to_numpy() if "step" in self.frame else self.frame.index
-        values = pd.Series(self.frame[column].to_numpy(), index=steps, name=column)
-        self.read[column] = values.dropna()
+        steps = self.read.get("")  # one index for all columns, which have no gaps mostly
+        if steps is None:
+            steps = self.frame["step"].to_numpy() if "step" in self.frame else self.frame.index
+            steps = self.read[""] = pd.Index(steps)
+        values = pd.Series(self.frame[column].to_numpy(), index=steps, name=column, copy=False)
+        self.read[column] = values.dropna() if values.hasnans else values
         return self.read[column]
 
     @property
