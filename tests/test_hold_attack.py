@@ -266,3 +266,23 @@ def test_a_damaged_archive_of_weights_is_refused_in_words(tmp_path):
         (tmp_path / "a.pt").write_bytes(data)
         with pytest.raises(DataError):
             open_model(tmp_path / "a.pt")
+
+
+# Signals
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_after_the_processes_agreed_is_for_the_next_step(processes):
+    "One process that left at once would wait at another place than the others, for ever."
+    import signal
+    from types import SimpleNamespace
+    from fgclip_nb.training.interruption import agree_to_stop, stop_signals
+
+    company = SimpleNamespace(num_processes=processes, device="cpu", gather=lambda mine: mine)
+    s = SimpleNamespace(signal_here="", stop_signal="", accelerator=company)
+    with stop_signals(s):
+        agree_to_stop(s)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert s.stop_signal == ""
+        agree_to_stop(s)
+        assert s.stop_signal == "SIGTERM"
