@@ -306,7 +306,7 @@ def wait_until(condition, seconds=120):
     return value
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.parametrize("when", ["at once", "while it imports", "in training"])
 def test_ranks_end_with_their_launcher_and_the_notebook_notices(world, tmp_path, when):
     "The launcher between notebook and ranks is killed, as a full memory would do it."
@@ -371,7 +371,7 @@ def failing_in_a_loader():
     Examples.__getitem__ = broken
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_a_loader_that_dies_during_a_step_costs_nothing(world, tmp_path):
     params = dict(world, num_workers=1, max_steps=6, eval_every=0)
     assert micro.run(dict(params, output=str(tmp_path / "killed")), change=killing_a_loader) == 0
@@ -380,7 +380,7 @@ def test_a_loader_that_dies_during_a_step_costs_nothing(world, tmp_path):
     assert micro.outcome(tmp_path / "killed") == micro.outcome(tmp_path / "whole")
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_an_error_inside_a_loader_is_no_death(world, tmp_path):
     params = dict(world, num_workers=1, max_steps=6, output=str(tmp_path / "run"))
     assert micro.run(params, change=failing_in_a_loader) == 1

@@ -10,7 +10,7 @@ import dataclasses, hashlib, importlib, json, types
 from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, DataError, project_root
-from fgclip_nb.core.folder import Run, resolve_path
+from fgclip_nb.core.folder import Run, checkpoint_state, resolve_path
 from fgclip_nb.core.params import (
     add_param,
     check_names,
@@ -412,18 +412,25 @@ def sound_params(run) -> dict:
     return params
 
 
+def kept_params(run) -> dict:
+    """What a run folder (a Run) was made with: `params.yaml`, and what it lacks from a checkpoint.
+
+    A checkpoint does not tell those that a run may leave to its model."""
+    states = (checkpoint_state(folder).get("params") for _, folder in run.checkpoints())
+    told = [params.items() for params in states if isinstance(params, dict)]
+    left = {name for name, declared in known_parameters().items() if declared.default is None}
+    return {k: v for params in told for k, v in params if k not in left} | run.params()
+
+
 def changed_params(folder, cfg: TrainConfig) -> dict:
     """Parameters of an existing run folder that differ from those of `cfg`.
 
     Name -> (value in the folder, value in `cfg`). Those that change nothing that is computed, and
     those that the folder does not know yet, are left out."""
-    old = Run(folder).params()
+    old = kept_params(Run(folder))
     new = cfg.as_dict()
-    return {
-        k: (old.get(k), new[k])
-        for k in new
-        if k in old and k not in NOT_IDENTITY and old[k] != new[k]
-    }
+    both = [k for k in new if k in old and k not in NOT_IDENTITY]
+    return {k: (old[k], new[k]) for k in both if old[k] != new[k]}
 
 # %% ../../nbs/0_core/03_config.ipynb #55a0a345
 LENGTH = ("max_steps", "epochs")  # parameters that only say when a run ends
@@ -439,7 +446,7 @@ def goes_on(folder, cfg: TrainConfig) -> bool:
     longer = [k for k in changed if k in LENGTH]
     if not longer or any(k not in LENGTH and k not in allowed for k in changed):
         return False
-    schedules = {Run(folder).params().get("lr_schedule", "cosine"), cfg.lr_schedule}
+    schedules = {kept_params(Run(folder)).get("lr_schedule", "cosine"), cfg.lr_schedule}
     if schedules != {"constant"} and any(k not in allowed for k in longer):
         before, now = changed[longer[0]]
         raise ConfigError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 import fgclip_nb
 from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256_file
-from fgclip_nb.core.plain import plain_line
+from fgclip_nb.core.plain import plain_line, yaml_value
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
 def write_atomic(path, data: str | bytes):
@@ -148,6 +148,12 @@ def get_logger() -> logging.Logger:
 MOST_JSON = 64 << 20  # bytes of a file that is read whole
 
 
+def check_ordinary(path):
+    "ValueError for a pipe or device, which may never end; a folder and a missing file say so."
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError("a pipe or device, no ordinary file")
+
+
 def read_json(path, kind=dict):
     """The content of a JSON file, a `kind` (dict or list); empty where there is no such file.
 
@@ -156,6 +162,7 @@ def read_json(path, kind=dict):
     if not path.exists():
         return kind()
     try:
+        check_ordinary(path)
         if (size := path.stat().st_size) > MOST_JSON:
             raise ValueError(f"{size:,} bytes are more than {MOST_JSON:,}")
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -167,28 +174,13 @@ def read_json(path, kind=dict):
     return content
 
 # %% ../../nbs/0_core/01_folder.ipynb #9b06b5d2
-def yaml_value(text: str):
-    "What a short YAML text says; ValueError for one that is broken, endless or deep."
-    import yaml
-
-    if len(text) > 1 << 16:
-        raise ValueError(f"{len(text):,} letters are more than {1 << 16:,}")
-    if text.count("[") + text.count("{") > 1000:
-        raise ValueError("more than a thousand brackets")
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has references (*name), which are not read")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as e:
-        raise ValueError(plain_line(e)) from e
-
-
 def read_yaml(path) -> dict:
     "A YAML file of names and values; empty where there is none, DataError for anything else."
     path = Path(path)
     if not path.exists():
         return {}
     try:
+        check_ordinary(path)
         if (size := path.stat().st_size) > 1 << 18:
             raise ValueError(f"{size:,} bytes are more than {1 << 18:,}")
         content = yaml_value(path.read_text(encoding="utf-8"))
@@ -238,9 +230,10 @@ PART = 2000  # rows
 
 
 class Columns:
-    "Columns of a table (numpy) that grow with every part; room that is not used takes no memory."
+    "Columns of a table (numpy), which grow; room that is not used takes no memory, growing does."
 
-    def __init__(self):
+    def __init__(self, expected=0):
+        self.expected = expected
         self.rows = 0
         self.held = {}
 
@@ -251,13 +244,13 @@ class Columns:
         end = self.rows + rows
         held = self.held.get(name)
         if held is None:
-            held = np.full(max(end, PART), math.nan if self.rows else 0)
-            held = held if self.rows else held.astype(kind)
-        if held.dtype != kind:
-            numbers = held.dtype.kind in "fi" and kind.kind in "fi"
-            held = held.astype(float if numbers else object)
-        if end > len(held):
-            grown = np.empty(2 * end, held.dtype)
+            held = np.empty(max(end, PART, self.expected), float if self.rows else kind)
+            held[: self.rows] = math.nan if self.rows else 0
+        size, dtype = len(held), held.dtype
+        if dtype != kind:
+            dtype = np.dtype(float if dtype.kind in "fi" and kind.kind in "fi" else object)
+        if end > size or dtype != held.dtype:
+            grown = np.empty(2 * end if end > size else size, dtype)
             grown[: self.rows] = held[: self.rows]
             held = grown
         self.held[name] = held
@@ -279,14 +272,14 @@ class Columns:
         return pd.DataFrame({n: held[: self.rows] for n, held in self.held.items()}, copy=False)
 
 
-def table_of(rows, check=None):
+def table_of(rows, check=None, expected=0):
     """Dicts, one after the other, as a table (pandas) with a column per key.
 
-    check: called with each list of a few thousand rows, and with them as a table."""
+    check: called with each list of rows and its table; expected: rows that get room at once."""
     import pandas as pd
 
     rows = iter(rows)
-    columns = Columns()
+    columns = Columns(expected)
     while part := list(itertools.islice(rows, PART)):
         frame = pd.DataFrame(part)
         if check:
@@ -320,7 +313,11 @@ def read_table(path):
     A packed file has `.gz` behind its name; where there is neither, the table is empty. DataError
     for rows that are no rows of a table, see `check_rows`."""
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
-    return table_of(read_jsonl(present[0]), RowCheck(present[0])) if present else table_of([])
+    if not present:
+        return table_of([])
+    with open(present[0], "rb") as f:
+        rows = min(sum(1 for _ in f), 1_000_000)
+    return table_of(read_jsonl(present[0]), RowCheck(present[0]), rows)
 
 # %% ../../nbs/0_core/01_folder.ipynb #e7e214e6
 def read_named(path, names) -> list:
@@ -340,9 +337,11 @@ def read_named(path, names) -> list:
 def read_manifest(path) -> dict:
     "A run's manifest; DataError where an entry that has entries of its own is something else."
     manifest = read_json(path)
-    for name in ("versions", "code", "data", "load_report"):
+    for name in ("versions", "code", "data", "load_report", "trained"):
         if not isinstance(manifest.get(name) or {}, dict):
             raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}")
+    if not isinstance(manifest.get("resumed") or [], list):
+        raise DataError(f"{path}: `resumed` is no list, {shown(manifest['resumed'])}")
     return manifest
 
 # %% ../../nbs/0_core/01_folder.ipynb #bdefd310

@@ -81,3 +81,19 @@ def csv_text(frame) -> str:
 def cell_as_written(text: str) -> str:
     "The text behind a cell of `csv_text`: without the apostrophe that it may have got."
     return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
+
+# %% ../../nbs/0_core/00a_plain.ipynb #9b06b5d3
+def yaml_value(text: str):
+    "What a short YAML text says; ValueError for one that is broken, endless or deep."
+    import yaml
+
+    if len(text) > 1 << 16:
+        raise ValueError(f"{len(text):,} letters are more than {1 << 16:,}")
+    if text.count("[") + text.count("{") > 1000:
+        raise ValueError("more than a thousand brackets")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has references (*name), which are not read")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(plain_line(e)) from e

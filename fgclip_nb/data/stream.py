@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10g_stream.ipynb #f77e8ac3
-import copy, glob, json, os, tempfile
+import contextlib, copy, glob, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -119,15 +119,29 @@ def _suffix(name) -> str:
     return next((s for s in SHARDS if str(name).lower().endswith(s)), "")
 
 
+@contextlib.contextmanager
+def reaching(path):
+    "Whatever the libraries raise over an address inside the block is a DataError that names it."
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as e:  # each kind of address has errors of its own
+        reason = f"{type(e).__name__}: {e}"[:300]
+        raise DataError(f"{path}: cannot be reached or read ({reason})") from e
+
+
 def _remote_shards(path) -> dict:
     "Shard -> stamp of an address: a file, a pattern, or a folder."
     import fsspec
 
-    files, inside = fsspec.core.url_to_fs(path)
+    with reaching(path):
+        files, inside = fsspec.core.url_to_fs(path)
+        search = files.glob if "*" in inside else files.find
+        found = sorted(search(inside, detail=True).items())
     scheme = path.partition("://")[0]
-    search = files.glob if "*" in inside else files.find
     stamps = {}
-    for name, about in sorted(search(inside, detail=True).items()):
+    for name, about in found:
         if _suffix(name):
             changed = about.get("ETag") or about.get("mtime") or about.get("created")
             stamps[f"{scheme}://{name.lstrip('/')}"] = [about.get("size"), str(changed)]
@@ -139,7 +153,7 @@ def _visible_files(folder) -> list:
     found = []
     for at, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [os.path.join(at, f) for f in files]
+        found += [path for f in files if os.path.isfile(path := os.path.join(at, f))]
     return sorted(found)
 
 
@@ -152,7 +166,9 @@ def _local_shards(path) -> dict:
         if not found and not any(p.endswith((".json", ".jsonl")) for p in files):
             found = [p for p in files if _suffix(p)]
     elif "*" in text:
-        found = sorted(p for p in glob.glob(text, recursive=True) if _suffix(p))
+        found = sorted(
+            p for p in glob.glob(text, recursive=True) if _suffix(p) and os.path.isfile(p)
+        )
     else:
         found = [text] if _suffix(text) and os.path.isfile(text) else []
     stats = {os.path.realpath(p): os.stat(p) for p in found}
@@ -215,8 +231,8 @@ def open_source(path, columns="") -> tuple:
         import datasets
 
         name, _, part = path.removeprefix("hub:").partition(":")
-        stamp = _hub_stamp(name)
-        with no_bars():
+        with reaching(path), no_bars():
+            stamp = _hub_stamp(name)
             data = datasets.load_dataset(name, split=part or "train", streaming=True)
         return _of_datasets(data, name, columns, stamp)
     if type(path).__module__.startswith("datasets."):

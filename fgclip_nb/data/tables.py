@@ -218,12 +218,25 @@ def _cell(column, text):
     return int(number) if number == number and abs(number) < 1e15 and number % 1 == 0 else number
 
 
+def _noting_the_end(lines, ended):
+    "The lines of a file; `ended` holds one thing once a further line was asked for."
+    yield from lines
+    ended.append(True)
+
+
+UNCLOSED = "a quote opens in this row and never closes: the rest of the file stands in it"
+
+
 def table_rows(path):
     "(place, dict or Fault) of each line of a table behind its head."
     head = head_of(path)
+    if twice := [c for c in head if c and head.count(c) > 1][:1]:
+        reason = "the column stands in the head twice: rename or delete one"
+        yield "row 1", Fault(twice[0], None, reason, "duplicate_key")
+        return
     with open_text(path) as f:
-        mark = _delimiter(f.readline(100_000))
-        lines, number = csv.reader(f, delimiter=mark, skipinitialspace=True), 0
+        mark, ended, number = _delimiter(f.readline(100_000)), [], 0
+        lines = csv.reader(_noting_the_end(f, ended), delimiter=mark, skipinitialspace=True)
         while True:
             number += 1
             try:
@@ -232,6 +245,9 @@ def table_rows(path):
                 yield f"row {number}", Fault("row", None, f"not readable as a table: {e}")
                 return
             if cells is None:
+                return
+            if ended:  # the reader went on to the end of the file for this row
+                yield f"row {number}", Fault("row", None, UNCLOSED)
                 return
             if not any(cell.strip() for cell in cells):
                 continue

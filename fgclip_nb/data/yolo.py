@@ -43,6 +43,7 @@ def yolo_region(r, names, id) -> Region:
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000009
 PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PARTS = ("train", "val", "test")
+MOST_TEXT = 300_000  # letters of a data.yaml
 
 
 def load_description(path) -> dict:
@@ -51,7 +52,12 @@ def load_description(path) -> dict:
 
     try:
         with open_text(path) as f:
-            value = yaml.safe_load(f.read(10_000_000))
+            text = f.read(MOST_TEXT + 1)
+        if len(text) > MOST_TEXT:
+            raise ValueError(f"more than {MOST_TEXT:,} letters")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has references (*name), which are not read")
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, OSError, ValueError, EOFError, RecursionError) as e:
         reason = f"not readable as YAML: {e}"[:300]
         raise Fault("file", Path(path).name, reason, "broken_yaml") from e

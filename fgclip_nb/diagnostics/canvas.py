@@ -130,7 +130,7 @@ def draw_between(ax, ev, low, high, colour, alpha, label):
     "Fill between two columns, at the steps at which both were recorded."
     if not ev.has(low, high):
         return
-    both = ev.frame.set_index("step")[[low, high]].dropna()
+    both = ev.frame[["step", low, high]].dropna().set_index("step")
     both = both.iloc[:: max(1, len(both) // POINTS)]
     ax.fill_between(both.index, both[low], both[high], color=colour, alpha=alpha, lw=0, label=label)
 

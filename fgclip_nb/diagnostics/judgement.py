@@ -11,7 +11,8 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_json, read_jsonl
 from fgclip_nb.core.config import sound_params
 from fgclip_nb.diagnostics.numbers import metrics_frame
-from fgclip_nb.diagnostics.logs import read_text, text_facts, text_rows, with_implied_columns
+from fgclip_nb.diagnostics.logs import cut_lines, read_text, text_facts, text_rows
+from fgclip_nb.diagnostics.logs import with_implied_columns
 from fgclip_nb.diagnostics.text_logs import trainer_rows
 from fgclip_nb.diagnostics.table_logs import TABLES, event_rows, folder_rows
 from fgclip_nb.diagnostics.rules import (
@@ -95,6 +96,9 @@ def log_text_rows(text: str) -> list:
     return trainer_rows(text) or text_rows(text.splitlines())
 
 
+MOST_COLUMNS = 10_000
+
+
 def foreign_evidence(path: Path) -> Evidence:
     """Evidence of a log that this package did not write.
 
@@ -109,8 +113,12 @@ def foreign_evidence(path: Path) -> Evidence:
         rows = TABLES[path.suffix](path) if path.suffix in TABLES else []
         text = read_text(path)
         if not any("loss" in k for row in rows for k in row):
-            rows = log_text_rows(text)
+            rows = log_text_rows(cut_lines(text))
             facts = text_facts(path)
+    if (names := len(set().union(*rows))) > MOST_COLUMNS:
+        raise DataError(
+            f"{path}: {names:,} names of numbers, a log has fewer than {MOST_COLUMNS:,}"
+        )
     rows, facts = with_implied_columns(rows, facts)
     if not rows and not facts:
         raise DataError(

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #b8aff41c
 import math, re
 from pathlib import Path
+from fgclip_nb.core.identity import DataError
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #0ab301c2
 ALIASES = {
@@ -70,7 +71,7 @@ def column_of(name: str) -> str:
     return ALIASES.get(name, name)
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #b6839f59
-COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+COLOURS = re.compile(r"\x1b\[[0-9;?]{0,99}[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
@@ -93,11 +94,30 @@ def encoding_of(data: bytes) -> str:
     return "utf-8"
 
 
+MOST_LOG = 512 << 20  # bytes
+MOST_LINE = 8000  # letters
+
+
 def read_text(path) -> str:
-    "The text of a log: decoded, without colours, lines ended by newlines only."
-    data = Path(path).read_bytes()
+    """The text of a log: decoded, without colours, lines ended by newlines only.
+
+    DataError for what is no file, such as a pipe that may never end, or larger than MOST_LOG."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: no ordinary file")
+    if (size := path.stat().st_size) > MOST_LOG:
+        raise DataError(f"{path}: {size:,} bytes; give a part of it, `tail -c 100M` for instance")
+    data = path.read_bytes()
     text = data.decode(encoding_of(data), errors="replace")
     return COLOURS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def cut_lines(text: str) -> str:
+    "A text with the first MOST_LINE letters of each line: no trainer says more in one."
+    lines = text.split("\n")
+    if max(map(len, lines)) <= MOST_LINE:
+        return text
+    return "\n".join(line[:MOST_LINE] for line in lines)
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #c1d4727e
 def stored_scale(printed: float) -> float:
@@ -105,7 +125,7 @@ def stored_scale(printed: float) -> float:
     return math.log(printed) if printed > 4.7 and math.isfinite(printed) else printed
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #7ca2061c
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf"
+NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|nan|-?inf"
 FACTS = dict(
     loaded_scale_finegraind=rf"logit_scale \(fine-?grained\)\s*[:=]\s*({NUMBER})",
     loaded_scale=rf"(?:Loaded logit_scale|logit_scale\w*)\s*[=:]\s*({NUMBER})",
@@ -119,7 +139,7 @@ def text_facts(path) -> dict:
 
     Loaded temperatures (stored, log), the forward and step at which the bank came on, and
     `bank_expected` when a memory bank is mentioned at all."""
-    text = read_text(path)
+    text = cut_lines(read_text(path))
     facts = {}
     for name, pattern in FACTS.items():
         if m := re.search(pattern, text, re.IGNORECASE):
@@ -129,7 +149,8 @@ def text_facts(path) -> dict:
     return facts
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #8a53661e
-PAIR = re.compile(rf"([A-Za-z_][\w/]*)\s*[=:]\s*\[?({NUMBER}|True|False)(?![\w.])")
+NAME = r"(?<![A-Za-z0-9_/])"  # where a name may begin: elsewhere long words are tried for ever
+PAIR = re.compile(rf"{NAME}([A-Za-z_][\w/]{{0,99}})\s*[=:]\s*\[?({NUMBER}|True|False)(?![\w.])")
 TRUTH = {"true": 1.0, "false": 0.0}
 
 
@@ -140,7 +161,7 @@ def number_pairs(line: str) -> dict:
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #e92441b4
 REGION_COUNT = re.compile(
     r"\b(\d+) (?:valid )?(?:regions|boxes)\b"
-    r"|region\w*features?\W+(?:shape\W+)?(?:torch\.Size)?\W*(\d+)\s*,"
+    r"|region\w{0,99}features?\W{1,99}(?:shape\W{1,99})?(?:torch\.Size)?\W{0,99}(\d+)\s*,"
 )
 
 
@@ -191,7 +212,7 @@ def joined_columns(old: dict, new: dict) -> dict:
     return columns
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #acbd7964
-DIAGNOSTIC = re.compile(r"(logits_|_norms|memory.?bank|logit_scale)\S*\s*[:=(]", re.IGNORECASE)
+DIAGNOSTIC = re.compile(r"(logits_|_norms|memory.?bank|logit_scale)\S{0,99}\s*[:=(]", re.IGNORECASE)
 
 
 def loss_columns(line: str) -> dict:

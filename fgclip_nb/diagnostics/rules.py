@@ -6,7 +6,7 @@
 __all__ = ['Verdict', 'Evidence', 'rule']
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #22dfc643
-import dataclasses, math
+import dataclasses, math, re
 from dataclasses import dataclass, field
 from fgclip_nb.core.config import known_parameters
 
@@ -73,9 +73,12 @@ class Evidence:
             return pd.Series(dtype=float)
         if column in self.read:
             return self.read[column]
-        steps = self.frame["step"].to_numpy() if "step" in self.frame else self.frame.index
-        values = pd.Series(self.frame[column].to_numpy(), index=steps, name=column)
-        self.read[column] = values.dropna()
+        steps = self.read.get("")  # one index for all columns, which have no gaps mostly
+        if steps is None:
+            steps = self.frame["step"].to_numpy() if "step" in self.frame else self.frame.index
+            steps = self.read[""] = pd.Index(steps)
+        values = pd.Series(self.frame[column].to_numpy(), index=steps, name=column, copy=False)
+        self.read[column] = values.dropna() if values.hasnans else values
         return self.read[column]
 
     @property
@@ -140,19 +143,21 @@ def in_batch(ev: Evidence):
 SHIPPED_KINDS = ("global", "region", "hard")
 
 
-def is_kind(ev: Evidence, name: str, names: list) -> bool:
+def is_kind(ev: Evidence, name: str, names: dict) -> bool:
     "Whether `loss_<name>` is a whole term and not a part of another; `names`: of all such columns."
     if name.endswith("_in_batch"):
         return False
+    if name in SHIPPED_KINDS:
+        return True
     beside = ev.has(f"chance_{name}") or ev.has(f"candidates_{name}")
-    part = any(name.startswith(f"{other}_") for other in names)
-    return name in SHIPPED_KINDS or beside or bool(ev.params) and not part
+    part = any(name[: cut.start()] in names for cut in re.finditer("_", name))
+    return beside or bool(ev.params) and not part
 
 
 def loss_kinds(ev: Evidence) -> list:
     "Names of the loss terms in the evidence, FG-CLIP's first."
     columns = [c for c in ev.frame if c.startswith("loss_") and ev.has(c)]
-    names = [c.removeprefix("loss_") for c in columns]
+    names = dict.fromkeys(c.removeprefix("loss_") for c in columns)
     kinds = [n for n in names if is_kind(ev, n, names)]
     return [k for k in SHIPPED_KINDS if k in kinds] + [k for k in kinds if k not in SHIPPED_KINDS]
 

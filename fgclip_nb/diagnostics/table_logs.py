@@ -40,7 +40,7 @@ def record_rows(records) -> list:
     for place, record in enumerate(records, 1):
         if any(key in record for key in SUMMARY_KEYS):
             continue
-        cells = {column_of(k): number_of(v) for k, v in record.items()}
+        cells = {column_of(k): number_of(v) for k, v in record.items() if isinstance(k, str)}
         cells = {k: v for k, v in cells.items() if v is not None and not k.startswith("copy_of_")}
         step = cells.pop("step", place)
         triples += [(step, column, value) for column, value in cells.items()]

@@ -7,13 +7,14 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/05a_text_logs.ipynb #55d19358
 import math, re
-from fgclip_nb.diagnostics.logs import NUMBER, column_of
+from fgclip_nb.diagnostics.logs import NAME, NUMBER, column_of
 
 # %% ../../nbs/6_diagnostics/05a_text_logs.ipynb #be0da1a7
 VALUE = rf"({NUMBER}|NaN|-?Infinity|null)"
 QUOTED = re.compile(rf"""["']([\w./ @-]+)["']\s*:\s*["']?{VALUE}(?![\w.])""")
 SPOKEN = re.compile(
-    r"((?:[A-Za-z][\w/]* ){0,2}[A-Za-z][\w/-]*)(?: \(t\))?(?:\s*[:=]\s*|\s+(?=[\d.]))\[?"
+    rf"{NAME}((?:[A-Za-z][\w/]{{0,99}} ){{0,2}}[A-Za-z][\w/-]{{0,99}})(?: \(t\))?"
+    r"(?:\s*[:=]\s*|\s+(?=[\d.]))\[?"
     rf"{VALUE}(?![\w/]|\.\d)",
     re.IGNORECASE,
 )
@@ -59,7 +60,7 @@ NAMED_STEP = re.compile(
     r"\b(?:steps?|iter(?:ation)?s?)\b\s*[:=\[]?\s*(\d+)\s*/\s*\d+|@ (\d+) steps\)", re.IGNORECASE
 )
 SAMPLES = re.compile(r"Epoch:?\s*(\d+)\s*\[\s*(\d+)/(\d+)")
-RATE = re.compile(r"([\d.]+)(?:/s|\s*samples/s)")
+RATE = re.compile(r"(?<![\d.])([\d.]{1,30})(?:/s|\s*samples/s)")
 BATCH_TIME = re.compile(r"Batch(?: \(t\)| Time):\s*([\d.]+)")
 
 
@@ -122,7 +123,7 @@ class StepCounter:
 # %% ../../nbs/6_diagnostics/05a_text_logs.ipynb #45362327
 OVERFLOW = re.compile(r"OVERFLOW!|overflow.*skipp|skipp.*overflow|Gradient overflow", re.IGNORECASE)
 BATCH_SIZE = re.compile(
-    r"^(?:.*\|)?\s*(?:total_?|global_)?(?:train_)?batch_size\s*[:=]\s*(\d+)\s*$", re.M
+    r"^(?:.*\|)?[ \t]*(?:total_?|global_)?(?:train_)?batch_size\s*[:=]\s*(\d+)\s*$", re.M
 )
 WORLD_SIZE = re.compile(r"\bworld_size\s*[:=]\s*(\d+)")
 

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/4_model/09_openai.ipynb #8e0ffb41
-import re, zipfile
+import re
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fgclip_nb.core.identity import DataError
@@ -23,7 +23,7 @@ def read_openai(path) -> dict:
         raise DataError(f"{path}: no such file")
     try:
         scripted = is_torchscript(path)
-    except (DataError, zipfile.BadZipFile, OSError) as e:
+    except (DataError, OSError) as e:
         raise DataError(f"{path}: not a readable PyTorch file ({e})") from e
     return read_archive(path) if scripted else only_tensors(read_pickle(path), path)
 

@@ -44,10 +44,15 @@ def check_expansion(archive) -> dict:
 # %% ../../nbs/4_model/08_weights.ipynb #2fefee6c
 def is_torchscript(path) -> bool:
     "Is a file a TorchScript archive, by the names in its zip?"
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(n.endswith("/constants.pkl") for n in check_expansion(archive))
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(n.endswith("/constants.pkl") for n in check_expansion(archive))
+    except DataError:
+        raise
+    except Exception as e:  # a damaged zip may raise anything, of names that are no text too
+        raise DataError(f"{path}: not a readable zip ({e})") from e
 
 
 def read_pickle(path):

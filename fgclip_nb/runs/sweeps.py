@@ -9,7 +9,8 @@ __all__ = ['Sweep']
 import hashlib, itertools, json, os, time
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
-from fgclip_nb.core.folder import Run, write_atomic, yaml_value
+from fgclip_nb.core.folder import Run, write_atomic
+from fgclip_nb.core.plain import yaml_value
 from fgclip_nb.core.params import nearest
 from fgclip_nb.core.config import known_parameters
 

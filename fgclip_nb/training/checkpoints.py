@@ -103,7 +103,7 @@ _faults = {}
 
 def _stamps(folder) -> tuple:
     "What changes when a file of a folder does."
-    stats = [(str(p), p.stat()) for p in sorted(folder.rglob("*"))]
+    stats = [(str(p), p.stat() if p.exists() else p.lstat()) for p in sorted(folder.rglob("*"))]
     return tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
 
 

@@ -41,16 +41,19 @@ def stop_signals(s: TrainState):
     "While training, remember SIGTERM and SIGINT instead of dying in the middle of a step."
 
     def remember(number, frame):
-        s.stop_signal = signal.Signals(number).name
+        s.signal_here = signal.Signals(number).name
 
     return on_signals(remember)
 
 # %% ../../nbs/8_training/09_interruption.ipynb #40467e0b
 def agree_to_stop(s: TrainState):
-    "Let all processes know of a signal that one of them got: they stop after the same step."
+    """Let all processes know of a signal that one of them got: they stop after the same step.
+
+    Only here is it looked at: one that comes later is for the next step, in all processes."""
     if s.accelerator.num_processes == 1:
+        s.stop_signal = s.signal_here
         return
-    mine = signal.Signals[s.stop_signal].value if s.stop_signal else 0
+    mine = signal.Signals[s.signal_here].value if s.signal_here else 0
     numbers = torch.tensor([mine], device=s.accelerator.device)
     number = s.accelerator.gather(numbers).max().item()
     if number:

@@ -54,15 +54,22 @@ def checkpoint(s: TrainState):
     note_trained(s.path)
 
 # %% ../../nbs/8_training/12a_resuming.ipynb #385fd9db
-def state_fault(state: dict) -> str:
-    "What a run lacks in a checkpoint's `state.json` to go on from it, or ''."
+NUMBERS = {"step": (int,), "waited": (int,), "score": (int, float)}  # of the best checkpoint
+
+
+def state_fault(state: dict, step: int) -> str:
+    "What a run lacks in the `state.json` of a step's checkpoint to go on from it, or ''."
     kinds = dict.fromkeys(COUNTERS, int) | dict(best=dict, data=str, step=int)
     wrong = [k for k, kind in kinds.items() if type(state.get(k)) is not kind]
     best = state.get("best")
-    numbers = best.values() if isinstance(best, dict) else ()
-    if any(not isinstance(v, (int, float, str, type(None))) for v in numbers):
-        wrong.append("best")
-    return f"state.json: `{wrong[0]}` is {shown(state.get(wrong[0]))}" if wrong else ""
+    best = best if isinstance(best, dict) else {}
+    wrong += [f"best.{k}" for k, of in NUMBERS.items() if k in best and type(best[k]) not in of]
+    if wrong:
+        value = best[wrong[0][5:]] if wrong[0].startswith("best.") else state.get(wrong[0])
+        return f"state.json: `{wrong[0]}` is {shown(value)}"
+    if state["step"] != step:
+        return f"state.json is that of step {state['step']}: the folder was renamed or copied"
+    return ""
 
 # %% ../../nbs/8_training/12a_resuming.ipynb #ae432ecd
 def put_aside(run: Run, last: int):
@@ -86,7 +93,8 @@ def usable_checkpoint(s: TrainState):
     last = whole_steps(s.path / "metrics.jsonl")
 
     def fault_of(folder):
-        fault = checkpoint_fault(folder) or state_fault(checkpoint_state(folder))
+        step = int(folder.name.removeprefix("step_"))
+        fault = checkpoint_fault(folder) or state_fault(checkpoint_state(folder), step)
         return fault or misfit(folder, s.model, s.bank)
 
     newest = newest_checkpoint(s.path, s.log, fault_of, last)

@@ -203,7 +203,8 @@ class TrainState:
     term_states: dict = field(default_factory=dict)  # what loss terms keep between steps, by term
     best: dict = field(default_factory=dict)  # score and step of the best validation
     done: bool = False  # an early stop has ended the training before its last step
-    stop_signal: str = ""  # name of the signal that asked the run to stop
+    signal_here: str = ""  # name of the signal that this process got, at any moment
+    stop_signal: str = ""  # name of the signal that all processes stop for
     precision: str = "fp32"  # in which the model computes: fp32, tf32, bf16 or fp16
     scaler: object = None  # of the gradients in fp16
     pending: object = None  # the step whose line is begun and not finished
