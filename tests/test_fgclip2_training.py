@@ -15,6 +15,7 @@ import torch.distributed as dist
 from fgclip_nb.batches.batch import collate
 from fgclip_nb.batches.examples import Drawing, image_example
 from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.core.folder import Run
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.diagnostics import report
 from fgclip_nb.diagnostics.judgement import verdicts as judge
@@ -27,6 +28,7 @@ from fgclip_nb.model.siglip import FGCLIP2Config
 from fgclip_nb.text import pieces as pieces_room
 from fgclip_nb.training.loop import train
 from ranks import start_ranks
+from test_front_door import papermill, said
 
 pytestmark = pytest.mark.ci
 SMALL = dict(
@@ -65,6 +67,10 @@ def test_a_run_its_chance_its_verdicts_and_its_use(tmp_path):
         assert f"loss_{name}" in first
     assert first["margin_ranking"] == 0 and 0.3 < first["expected_matches_global"] < 5
     assert first["logit_bias"] == pytest.approx(fitting_bias(8), abs=0.01)
+    assert first["luck_hard_contrast"] > 1 / first["candidates_hard_contrast"]
+    assert first["logits_i2t_mean"] - first["logit_bias"] == pytest.approx(
+        10 * first["cosine_i2t_mean"], abs=0.01
+    )
     judged = verdicts(found)
     for name in ("bias_fits", "texts_padded", "texts_lowered", "finite_numbers"):
         assert judged[name].result == "pass", judged[name]
@@ -103,6 +109,33 @@ def test_a_fault_is_named(tmp_path, name):
     judged = verdicts(found)
     assert judged[name].result == "fail" and words in judged[name].why, judged[name]
     assert [n for n in FAULTS if judged[n].result == "fail"] == [name]
+
+
+def test_the_notebook_shows_chance_bias_and_band(tmp_path):
+    "`papermill nbs/train.ipynb … -p model fgclip2-tiny`, with a bias that does not fit the batch."
+    asked = SMALL | dict(max_steps=1, diag_every=1, logit_bias_init=-10.0)
+    done, cells = papermill("train.ipynb", tmp_path / "o.ipynb", **asked, output=tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = said(cells)
+    for row in ("softplus(-b) + 7 softplus(b)", "spread chance level", "ranking chance level"):
+        assert row in words
+    assert "logit_bias -10.00 is too low for 8 candidates" in words
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert row["logits_i2t_max"] < -5, "the band is that of the logits that the loss sees"
+    judged = verdicts(Run(tmp_path / "run"))
+    assert [n for n in FAULTS if judged[n].result == "fail"] == ["bias_fits"]
+
+
+def test_the_stored_bias_of_a_folder_is_not_guessed(tmp_path):
+    model = FGCLIP2(FGCLIP2Config.preset("tiny"))
+    with torch.no_grad():
+        model.logit_bias.fill_(-16.0)
+    model.save_pretrained(tmp_path / "model")
+    found = run(tmp_path, model=str(tmp_path / "model"), max_steps=1)
+    level = next(r for r in found.expectations() if r["name"] == "global chance level")
+    assert level["value"] is None and "chance_global" in level["explanation"]
+    row = json.loads((found.path / "metrics.jsonl").read_text())
+    assert row["chance_global"] == pytest.approx(sigmoid_chance(-16.0, 8), abs=0.01)
 
 
 @pytest.mark.parametrize("model, losses", [("tiny", "sigmoid"), ("fgclip2-tiny", "softmax")])
