@@ -429,6 +429,35 @@ def test_transformers_finds_the_model_without_remote_code(released):
     assert type(AutoModelForCausalLM.from_pretrained(released)) is FGCLIP2
 
 
+def test_the_processor_of_a_saved_or_official_folder_is_ours(tmp_path, released):
+    "Capitals and shapes as the model reads them, under either folder's files."
+    from transformers import AutoModel, AutoProcessor
+
+    FGCLIP2(FGCLIP2Config.preset("tiny")).save_pretrained(tmp_path / "ours")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "ours" / file, released)
+    photo = np.random.default_rng(0).integers(0, 255, (120, 200, 3), dtype=np.uint8)
+    for folder in (tmp_path / "ours", released):
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        texts = ["Two Dogs on a sofa", "a CAT"]
+        inputs = processor(images=Image.fromarray(photo), text=texts, return_tensors="pt")
+        assert inputs["input_ids"].equal(Pieces()(texts)) and "attention_mask" not in inputs
+        for name, tensor in model.patch_batch([photo]).items():
+            assert inputs[name].equal(tensor), name
+    assert processor(text=texts, max_length=196)["input_ids"].equal(Pieces()(texts, 196))
+    with pytest.raises(ValueError, match="cut and padded to 64 pieces, or 196"):
+        processor(text=texts, padding=True)
+
+
+def test_a_loaded_model_is_saved_with_its_vocabulary(tmp_path, caplog):
+    FGCLIP2(FGCLIP2Config.preset("tiny")).save_pretrained(tmp_path / "first")
+    FGCLIP2.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert Pieces(tmp_path / "second").name == str(tmp_path / "second")
+    golden_model().save_pretrained(tmp_path / "third")  # came without one
+    assert not (tmp_path / "third/tokenizer.json").exists()
+    assert "saved without tokenizer.json: " in caplog.text
+
+
 def test_other_sizes_and_which_positions_are_read(tmp_path):
     "40 and 100 positions, 16 kept, patches of 5 pixels on a table of 5 x 5."
     tower = dict(hidden_size=40, intermediate_size=72, num_attention_heads=5, num_hidden_layers=3)
