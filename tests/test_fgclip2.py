@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.model import published
+from fgclip_nb.model.__main__ import main as compare
 from fgclip_nb.model.fgclip2 import FGCLIP2
 from fgclip_nb.data.patches import (
     cut_patches,
@@ -456,6 +458,35 @@ def test_a_loaded_model_is_saved_with_its_vocabulary(tmp_path, caplog):
     golden_model().save_pretrained(tmp_path / "third")  # came without one
     assert not (tmp_path / "third/tokenizer.json").exists()
     assert "saved without tokenizer.json: " in caplog.text
+
+
+def test_published_figures_are_compared(tmp_path, capsys, monkeypatch):
+    "Other weights are told to differ, by how much; the ones that are meant agree."
+    FGCLIP2(FGCLIP2Config.preset("tiny")).save_pretrained(tmp_path / "model")
+    photo, captions = tmp_path / "photo.png", tmp_path / "captions.py"
+    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(photo)
+    texts = {name: [f"{name} {i}" for i in range(6)] for name in published.LOGITS}
+    captions.write_text("".join(f"{name} = {rows}\n" for name, rows in texts.items()))
+    words = [str(tmp_path / "model"), str(photo)]
+
+    assert compare([*words, "--captions", str(captions)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 28 and said[-1].startswith("differs: ") and "7.1313" in said[1]
+    assert compare(words) == 1 and "for the captions add --captions" in capsys.readouterr().out
+
+    found = published.published_figures(FGCLIP2.from_pretrained(words[0]), photo, texts)
+    logits = [x.found for x in found]
+    meant = {
+        name: (walk, logits[6 * i : 6 * i + 6])
+        for i, (name, (walk, _)) in enumerate(published.LOGITS.items())
+    }
+    monkeypatch.setattr(published, "LOGITS", meant)
+    monkeypatch.setattr(published, "SHARES", logits[24:])
+    assert compare([*words, "--captions", str(captions)]) == 0
+    assert "all 26 figures agree" in capsys.readouterr().out
+
+    Image.new("RGB", (64, 48)).save(photo)
+    assert compare(words) == 2 and "64 x 48 pixels; COCO's" in capsys.readouterr().err
 
 
 def test_other_sizes_and_which_positions_are_read(tmp_path):
