@@ -20,7 +20,10 @@ from fgclip_nb.data.load import load_samples
 from fgclip_nb.diagnostics import report
 from fgclip_nb.diagnostics.judgement import verdicts as judge
 from fgclip_nb.evaluation.encoder import Encoder
+from fgclip_nb.evaluation.anomaly import anomaly_scores
 from fgclip_nb.evaluation.features import load_model
+from fgclip_nb.evaluation.results import evaluate
+from fgclip_nb.evaluation.tasks import TASKS
 from fgclip_nb.losses.objective import compute_losses, total_loss
 from fgclip_nb.losses.sigmoid import fitting_bias, sigmoid_chance
 from fgclip_nb.model.fgclip2 import FGCLIP2
@@ -78,6 +81,35 @@ def test_a_run_its_chance_its_verdicts_and_its_use(tmp_path):
     assert isinstance(model, FGCLIP2)
     rows, kept = Encoder(model, budget=16).images(load_samples("sample")[0][:3])
     assert rows.shape == (3, 64) and kept.tolist() == [0, 1, 2]
+    # its folder tells the budget that it was trained with
+    again, _ = Encoder(load_model(found.path)).images(load_samples("sample")[0][:3])
+    assert np.array_equal(again, rows)
+
+
+def test_every_task_of_evaluation(tmp_path):
+    found = run(tmp_path, max_steps=1)
+    samples = [s for s in load_samples("sample")[0] if s.regions][:12]
+    tasks = [name for name in TASKS if name != "classification"]
+    score = evaluate(found.path, samples, tasks=tasks, permutations=20)
+    assert set(score.results) == set(tasks)
+    for name in ("short_retrieval", "region_phrases", "hard_negatives"):
+        for figures in score.results[name].values():
+            assert 1 <= figures["mean_rank"] <= figures["candidates"] and figures["queries"]
+
+
+def test_clips_train_and_are_scored(tmp_path):
+    clips = dict(data="video_sample", num_frames=4, batch_size=2, max_steps=1, min_area=0.01)
+    cache = str(tmp_path / "frames")
+    found = run(tmp_path, **clips, frame_cache=cache, make_negatives=3)
+    assert "loss_ranking" in json.loads((found.path / "metrics.jsonl").read_text())
+    samples = load_samples("video_sample")[0]
+    tasks = ["short_retrieval", "region_phrases", "classification"]
+    assert evaluate(found.path, samples, tasks=tasks, permutations=20).results.keys() == set(tasks)
+    videos, model = sorted({s.media for s in samples})[:1], load_model(found.path)
+    first = anomaly_scores(model, videos, every=64, cache=tmp_path / "features")
+    again = anomaly_scores(model, videos, every=64, cache=tmp_path / "features")
+    for scores, kept in zip(first[0].values(), again[0].values()):
+        assert 0 < scores.min() <= scores.max() < 1 and np.allclose(scores, kept, atol=1e-6)
 
 
 FAULTS = {

@@ -15,46 +15,48 @@ from fgclip_nb.model.loading import HUB
 
 # %% ../../nbs/4_model/17a_processor.ipynb #7f5507f7
 def input_sizes(source: HubFolder) -> tuple:
-    "(pixels of a patch's side, pieces of a short text, pieces of a long one) by config.json."
+    "By config.json: pixels of a patch's side, lengths of texts (short, long), patches of a photo."
     path = source.get("config.json")
     entries = {} if path is None else read_json(path)
     vision, text = (entries.get(part) or {} for part in ("vision_config", "text_config"))
     short = text.get("max_position_embeddings", 64)
-    return vision.get("patch_size", 16), short, text.get("longtext_len", 196)
+    lengths = short, text.get("longtext_len", 196)
+    return vision.get("patch_size", 16), lengths, entries.get("patch_budget") or "own"
 
 # %% ../../nbs/4_model/17a_processor.ipynb #0cccb54e
 class Fgclip2Processor:
     """Photos and texts as FG-CLIP 2 reads them; `AutoProcessor` finds it under its official name.
 
-    patch_size: pixels; lengths: pieces of a short and of a long text."""
+    patch_size: pixels; lengths: pieces of a short and of a long text; budget: patches of a photo,
+    see `patch_batch`."""
 
-    def __init__(self, pieces: Pieces, patch_size=16, lengths=(64, 196)):
+    def __init__(self, pieces: Pieces, patch_size=16, lengths=(64, 196), budget="own"):
         self.pieces = pieces
         self.patch_size = patch_size
-        self.lengths = tuple(lengths)
+        self.lengths = lengths
+        self.budget = budget
 
     @classmethod
     def from_pretrained(cls, name, *, revision=None, **kw):
         "From a folder or hub repository with tokenizer.json; code that lies there is not run."
         source = HubFolder(name, revision, {k: kw[k] for k in HUB if kw.get(k)})
-        patch_size, *lengths = input_sizes(source)
-        return cls(Pieces(name, revision), patch_size, lengths)
+        return cls(Pieces(name, revision), *input_sizes(source))
 
     def __call__(
         self,
         images=None,
         text=None,
         max_length=None,
-        max_num_patches="own",
+        max_num_patches=None,
         padding="max_length",
         truncation=True,
         return_tensors="pt",
     ):
         """Photos, texts or both -> what the methods of FGCLIP2 take, by name.
 
-        images: one or several, see `patch_batch`; max_num_patches: its budget. text: one or
-        several; max_length: of the short walk (and the box walk) unless it is that of the long
-        one. ValueError for what the model was not trained with."""
+        images: one or several, see `patch_batch`; max_num_patches: another budget than usual.
+        text: one or several; max_length: of the short walk (and the box walk) unless it is that of
+        the long one. ValueError for what the model was not trained with."""
         length = self.lengths[0] if max_length is None else max_length
         if length not in self.lengths or (padding, truncation) != ("max_length", True):
             raise ValueError(
@@ -69,5 +71,5 @@ class Fgclip2Processor:
             inputs["input_ids"] = self.pieces(text, length)
         if images is not None:
             photos = images if isinstance(images, (list, tuple)) else [images]
-            inputs |= patch_batch(photos, self.patch_size, max_num_patches)
+            inputs |= patch_batch(photos, self.patch_size, max_num_patches or self.budget)
         return BatchFeature(inputs)

@@ -131,6 +131,8 @@ def build_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
         model = open_model(weights_source(cfg.model), cfg.revision or None, *asked)
     if cfg.image_size:
         resize_positions_(model, cfg.image_size)
+    if isinstance(model, FGCLIP2):
+        model.config.patch_budget = cfg.patch_budget  # so that its folder tells who evaluates it
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile_layers:
         model.compile_layers()
