@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.model import published
+from fgclip_nb.model.__main__ import main as compare
 from fgclip_nb.model.fgclip2 import FGCLIP2
 from fgclip_nb.data.patches import (
     cut_patches,
@@ -427,6 +429,64 @@ def test_transformers_finds_the_model_without_remote_code(released):
     assert type(AutoConfig.from_pretrained(released)) is FGCLIP2Config
     assert type(AutoModel.from_pretrained(released)) is FGCLIP2
     assert type(AutoModelForCausalLM.from_pretrained(released)) is FGCLIP2
+
+
+def test_the_processor_of_a_saved_or_official_folder_is_ours(tmp_path, released):
+    "Capitals and shapes as the model reads them, under either folder's files."
+    from transformers import AutoModel, AutoProcessor
+
+    FGCLIP2(FGCLIP2Config.preset("tiny")).save_pretrained(tmp_path / "ours")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "ours" / file, released)
+    photo = np.random.default_rng(0).integers(0, 255, (120, 200, 3), dtype=np.uint8)
+    for folder in (tmp_path / "ours", released):
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        texts = ["Two Dogs on a sofa", "a CAT"]
+        inputs = processor(images=Image.fromarray(photo), text=texts, return_tensors="pt")
+        assert inputs["input_ids"].equal(Pieces()(texts)) and "attention_mask" not in inputs
+        for name, tensor in model.patch_batch([photo]).items():
+            assert inputs[name].equal(tensor), name
+    assert processor(text=texts, max_length=196)["input_ids"].equal(Pieces()(texts, 196))
+    with pytest.raises(ValueError, match="cut and padded to 64 pieces, or 196"):
+        processor(text=texts, padding=True)
+
+
+def test_a_loaded_model_is_saved_with_its_vocabulary(tmp_path, caplog):
+    FGCLIP2(FGCLIP2Config.preset("tiny")).save_pretrained(tmp_path / "first")
+    FGCLIP2.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert Pieces(tmp_path / "second").name == str(tmp_path / "second")
+    golden_model().save_pretrained(tmp_path / "third")  # came without one
+    assert not (tmp_path / "third/tokenizer.json").exists()
+    assert "saved without tokenizer.json: " in caplog.text
+
+
+def test_published_figures_are_compared(tmp_path, capsys, monkeypatch):
+    "Other weights are told to differ, by how much; the ones that are meant agree."
+    FGCLIP2(FGCLIP2Config.preset("tiny")).save_pretrained(tmp_path / "model")
+    photo, captions = tmp_path / "photo.png", tmp_path / "captions.py"
+    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(photo)
+    texts = {name: [f"{name} {i}" for i in range(6)] for name in published.LOGITS}
+    captions.write_text("".join(f"{name} = {rows}\n" for name, rows in texts.items()))
+    words = [str(tmp_path / "model"), str(photo)]
+
+    assert compare([*words, "--captions", str(captions)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 28 and said[-1].startswith("differs: ") and "7.1313" in said[1]
+    assert compare(words) == 1 and "for the captions add --captions" in capsys.readouterr().out
+
+    found = published.published_figures(FGCLIP2.from_pretrained(words[0]), photo, texts)
+    logits = [x.found for x in found]
+    meant = {
+        name: (walk, logits[6 * i : 6 * i + 6])
+        for i, (name, (walk, _)) in enumerate(published.LOGITS.items())
+    }
+    monkeypatch.setattr(published, "LOGITS", meant)
+    monkeypatch.setattr(published, "SHARES", logits[24:])
+    assert compare([*words, "--captions", str(captions)]) == 0
+    assert "all 26 figures agree" in capsys.readouterr().out
+
+    Image.new("RGB", (64, 48)).save(photo)
+    assert compare(words) == 2 and "64 x 48 pixels; COCO's" in capsys.readouterr().err
 
 
 def test_other_sizes_and_which_positions_are_read(tmp_path):

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from fgclip_nb.losses.contrast import region_loss
@@ -24,6 +23,7 @@ from official2 import (
     recorded,
     recorded_batch,
 )
+from ranks import start_ranks
 
 SETTINGS = {
     "stage1": dict(box=False, hard=False),
@@ -143,9 +143,9 @@ def as_rank(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_two_processes(tmp_path):
-    mp.spawn(as_rank, (tmp_path,), nprocs=2)
+    start_ranks(as_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     expected = recorded("two_rank")
 

@@ -186,8 +186,8 @@ def second_benchmark(cfg: BenchConfig) -> list:
     `memory` (peak bytes of forward and backward, fast over plain). cfg.model: fgclip2-…."""
     torch.manual_seed(cfg.seed)
     model = preset_model(cfg.model).to(cfg.device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.001), lr=1e-6)
-    recipe = settle_recipe(TrainConfig(model=cfg.model, **OFFICIAL), model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.001), lr=1e-6, fused=True)
+    recipe = settle_recipe(TrainConfig(model=cfg.model, **OFFICIAL), second=True)
     rows = []
     for setting, (boxes, hard) in cfg.settings().items():
         few = second_batch(model, min(cfg.compared, cfg.batch), boxes, hard).to(cfg.device)

@@ -175,6 +175,8 @@ def _bank_rows(cfg, p: Plan):
     yield "region loss rises by", rise, why
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #ce099f25
+SECOND_MODELS = tuple(name for name in PRESET_NAMES if name.startswith("fgclip2"))
+RANDOM_MODELS = (None, "", *PRESET_NAMES)  # no weight file behind them
 DUPLICATE_EFFECTS = {
     "ignore": "equal captions count as negatives: the loss cannot fall under this",
     "mask": "removed: equal captions are masked",
@@ -209,6 +211,7 @@ def _chance_rows(cfg, counts, p: Plan):
         hard_candidates=counts.get("hard_candidates") or 0,
         losses=loss_kind(cfg),
         bias=getattr(cfg, "logit_bias_init", None),
+        stored=getattr(cfg, "model", None) not in RANDOM_MODELS,
     )
     for term in TERMS.values():
         if term.takes_part(cfg):
@@ -217,10 +220,6 @@ def _chance_rows(cfg, counts, p: Plan):
     yield "duplicate floor", floor, DUPLICATE_EFFECTS[cfg.duplicates]
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #226aac28
-SECOND_MODELS = tuple(name for name in PRESET_NAMES if name.startswith("fgclip2"))
-RANDOM_MODELS = (None, "", *PRESET_NAMES)  # no weight file behind them
-
-
 def configured_scale(cfg) -> float | None:
     """The stored temperature that a run was to start with, after the clamp at ln 100.
 

@@ -126,16 +126,25 @@ def pair_cosines(features: dict, pair: str):
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #b0dda46f
 def similarity_values(forwards: list) -> dict:
-    "Spread of logits and cosines, image-text and region-phrase, over the forwards of a step."
+    """Spread of logits and cosines, image-text and region-phrase, over the forwards of a step.
+
+    Image-text logits hold the bias of the sigmoid loss, where the model has one."""
     import torch
 
     out = {}
     for pair in PAIRS:
-        pairs = [p for p in (pair_cosines(f, pair) for f in forwards) if p is not None]
-        if not pairs:
-            continue
-        out |= spread(f"logits_{pair}", torch.cat([(c * s).flatten() for c, s in pairs]))
-        out |= spread(f"cosine_{pair}", torch.cat([c.flatten() for c, _ in pairs]))
+        logits, cosines = [], []
+        for f in forwards:
+            found = pair_cosines(f, pair)
+            if found is None:
+                continue
+            cosines.append(found[0].flatten())
+            logits.append(cosines[-1] * found[1])
+            if pair == "i2t" and "logit_bias" in f:
+                logits[-1] = logits[-1] + f["logit_bias"].detach().float()
+        if cosines:
+            out |= spread(f"logits_{pair}", torch.cat(logits))
+            out |= spread(f"cosine_{pair}", torch.cat(cosines))
     return out
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #d827638f

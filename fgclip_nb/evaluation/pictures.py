@@ -199,6 +199,9 @@ def plot_curves(named):
     for label, videos in named.items():
         labels, scores = pooled_frames(videos)
         auc, ap = auc_and_ap(labels, scores)
+        if auc is None:  # no curve without both
+            left.plot([], label=literal(f"{label}: frames of one class only"))
+            continue
         left.plot(*roc_curve(labels, scores)[:2], label=literal(f"{label}: AUC {auc:.3f}"))
         precision, recall, _ = precision_recall_curve(labels, scores)
         right.plot(recall, precision, label=literal(f"{label}: AP {ap:.3f}"))
@@ -216,6 +219,7 @@ def plot_curves(named):
         title="precision-recall, dotted: chance",
     )
     for ax in (left, right):
-        ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
     fig.tight_layout()
     return fig

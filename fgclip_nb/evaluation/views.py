@@ -38,13 +38,15 @@ def shown_pictures(model, pixels, device, budget=0):
     """Photos as uint8 (height,width,3) -> what the model's methods take, on `device`.
 
     Squares of one size as normalised tensor (B,3,S,S); for FG-CLIP 2 photos of any size as
-    `Patches`. budget: patches of a photo; 0: its official own."""
+    `Patches`. budget: patches of a photo; 0: what the model was trained with, else the photo's
+    official own."""
     import torch
 
     if not reads_patches(model):
         return normalize(torch.from_numpy(np.stack(pixels)).to(device))
     patch = model.config.vision_config.patch_size
-    tensors = patch_batch(list(pixels), patch, budget or "own")
+    budget = budget or getattr(model.config, "patch_budget", 0) or "own"
+    tensors = patch_batch(list(pixels), patch, budget)
     return Patches({name: t.to(device) for name, t in tensors.items()})
 
 # %% ../../nbs/7_evaluation/01a_views.ipynb #a269a4bc

@@ -54,7 +54,8 @@ def group_pairs(r: Tensor, t: Tensor, sizes: Tensor, text_ids, scale, duplicates
 
 
 def group_contrast(p: Pairs, altered: Tensor, same_altered: Tensor | None) -> tuple:
-    """Symmetric loss, 0-dim, and the measures, of regions among all texts and texts among regions.
+    """Regions among all texts and texts among regions: the symmetric loss, 0-dim, its measures, and
+    the top-1 accuracy of features that know nothing.
 
     altered: (M, D) further candidates of the regions. same_altered: (R, M) bool or None."""
     everything = slice(0, len(p))
@@ -75,8 +76,9 @@ def group_contrast(p: Pairs, altered: Tensor, same_altered: Tensor | None) -> tu
     to_region = row_losses(p.scale * cosines.T, transposed(same), p.duplicates)
     measures, masked = measure(p, tallies), float(p.duplicates == "mask")
     left = [len(p) + len(altered) - masked * tallies[0].equals, len(p) - masked * tallies[1].equals]
-    measures[:2] = torch.cat(left).double().log().mean()
-    return (to_text.mean() + to_region.mean()) / 2, measures
+    left = torch.cat(left).double()
+    measures[:2] = left.log().mean()
+    return (to_text.mean() + to_region.mean()) / 2, measures, left.reciprocal().mean()
 
 # %% ../../nbs/5_losses/05c_hard_groups.ipynb #cd146f6e
 def hard_contrast_loss(
@@ -93,7 +95,8 @@ def hard_contrast_loss(
     region_features: (R, D); hard_text_features: (T, D), group after group, the right text first;
     group_sizes: (R,) int64 with sum T; any norm, any sizes. logit_scale: stored log value.
     text_ids: (T,) int64, equal numbers are equal texts. duplicates, gather: as in `global_loss`.
-    Groups without an altered copy are left out and counted. Source: FG-CLIP 2."""
+    Groups without an altered copy are left out and counted. `details` holds the `luck`: the top-1
+    accuracy of features that know nothing, mean of both directions. Source: FG-CLIP 2."""
     r, t, sizes, ids, dropped = unit_groups(
         region_features, hard_text_features, group_sizes, text_ids, gather
     )
@@ -101,9 +104,10 @@ def hard_contrast_loss(
         return empty_term(r.sum() + t.sum() + 0 * logit_scale.sum(), dropped)
     with full_precision(r):
         pairs = group_pairs(r, t, sizes, ids, logit_scale.exp(), duplicates)
-        loss, measures = group_contrast(*pairs)
-    candidates = (len(r) + len(t)) / 2
-    return LossTerm(loss, loss.detach(), candidates, candidates, len(r), measures, dropped)
+        loss, measures, luck = group_contrast(*pairs)
+    size = (len(r) + len(t)) / 2
+    details = dict(luck=luck)
+    return LossTerm(loss, loss.detach(), size, size, len(r), measures, dropped, details)
 
 # %% ../../nbs/5_losses/05c_hard_groups.ipynb #13263b36
 def ranking_loss(

@@ -93,8 +93,11 @@ def expected_global(facts):
     n = max(facts.batch, 1)
     if getattr(facts, "losses", "softmax") != "sigmoid":
         return [("", math.log(n), f"ln {facts.batch}")]
-    asked = getattr(facts, "bias", None)
-    bias = fitting_bias(n) if asked is None else asked
+    bias = getattr(facts, "bias", None)
+    if bias is None and getattr(facts, "stored", False):
+        why = "by the stored bias; as recorded, in the column chance_global"
+        return [("", None, why)]
+    bias = fitting_bias(n) if bias is None else bias
     why = f"softplus(-b) + {n - 1} softplus(b) at zero cosine, b = {bias:.2f}"
     return [("", sigmoid_chance(bias, n), why)]
 

@@ -28,7 +28,7 @@ def sigmoid_chance(bias: float, candidates: float, right: float = 1.0) -> float:
 
 def fitting_bias(candidates: float) -> float:
     "The bias at which a model that knows nothing expects one match among `candidates` (2 or more)."
-    return -math.log(max(candidates - 1, 1))
+    return 0.0 - math.log(max(candidates - 1, 1))  # without a zero of negative sign
 
 # %% ../../nbs/5_losses/05a_sigmoid.ipynb #f65033fe
 def equals_floor(equals: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from fgclip_nb.model.siglip_features import (
 )
 from fgclip_nb.model.siglip_batch import siglip_batch_features
 from fgclip_nb.model.siglip_loading import known_pieces, load_siglip, save_siglip
+from fgclip_nb.model.processor import Fgclip2Processor
 
 # %% ../../nbs/4_model/18_fgclip2.ipynb #7ca0d272
 class FGCLIP2(Siglip2PreTrainedModel):
@@ -248,20 +249,19 @@ class FGCLIP2(Siglip2PreTrainedModel):
         """Write the model to a folder under the official names, bitwise what it is.
 
         numbers: name -> value of a run, for the card. pieces: the tokenizer, to lie beside the
-        weights; None: the model's own. One file of weights, whatever `max_shard_size` (an argument
-        of the mixin) says."""
-        save_siglip(self, save_directory, numbers, pieces or self.pieces)
+        weights; None: the model's own, where it has one. One file of weights, whatever
+        `max_shard_size` (an argument of the mixin) says."""
+        save_siglip(self, save_directory, numbers, pieces)
 
 # %% ../../nbs/4_model/18_fgclip2.ipynb #0928cf6e
 def _register():
     "Make AutoConfig, AutoModel, AutoModelForCausalLM and AutoProcessor know the name `fgclip2`."
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
-    from transformers.models.siglip2.processing_siglip2 import Siglip2Processor
 
     AutoConfig.register("fgclip2", FGCLIP2Config, exist_ok=True)
     AutoModel.register(FGCLIP2Config, FGCLIP2, exist_ok=True)
     AutoModelForCausalLM.register(FGCLIP2Config, FGCLIP2, exist_ok=True)
-    AutoProcessor.register(FGCLIP2Config, Siglip2Processor, exist_ok=True)
+    AutoProcessor.register(FGCLIP2Config, Fgclip2Processor, exist_ok=True)
 
 
 _register()

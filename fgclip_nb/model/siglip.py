@@ -66,9 +66,11 @@ SIGLIP_PRESETS = {
 class FGCLIP2Config(Siglip2Config):
     """Siglip2Config under the name `fgclip2`.
 
-    Use `FGCLIP2Config.preset(name)`, `from_pretrained(folder)`, or Siglip2Config's arguments."""
+    Use `FGCLIP2Config.preset(name)`, `from_pretrained(folder)`, or Siglip2Config's arguments.
+    patch_budget: patches of a photo that it was trained with here; 0: by the official rule."""
 
     model_type = "fgclip2"
+    patch_budget: int = 0
     sub_configs_defaults = {"text_config": FGCLIP2TextConfig, "vision_config": FGCLIP2VisionConfig}
 
     @property

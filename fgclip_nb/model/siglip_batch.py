@@ -10,7 +10,7 @@ import torch
 from fgclip_nb.data.patches import LEVELS
 from fgclip_nb.model.features import named_pictures
 from fgclip_nb.model.siglip import FINE_SCALES
-from fgclip_nb.model.siglip_features import text_states, walk_features, walk_head
+from fgclip_nb.model.siglip_features import embed_together, text_states, walk_head
 
 # %% ../../nbs/4_model/16a_siglip_batch.ipynb #fc64cb17
 def byte_levels(pixel_values):
@@ -22,7 +22,9 @@ def byte_levels(pixel_values):
 # %% ../../nbs/4_model/16a_siglip_batch.ipynb #43ea5996
 def walked_texts(model, batch):
     "Features of a batch's texts by name; what the batch does not have is absent."
-    states = text_states(model, batch.texts.input_ids)[batch.texts.index]
+    tables = [t.input_ids for t in (batch.texts, batch.long_texts) if t is not None]
+    tokens = embed_together(model, tables)
+    states = text_states(model, tables[0], embedded=tokens[0])[batch.texts.index]
     captions, boxed = states.tensor_split([batch.n_captions])
     boxed = walk_head(model, "box")(boxed)
     phrases, hard = boxed.tensor_split([batch.n_regions])
@@ -32,8 +34,8 @@ def walked_texts(model, batch):
         hard_text_features=hard,
     )
     if batch.long_texts is not None:
-        long = walk_features(model, batch.long_texts.input_ids, "long")
-        out["long_text_features"] = long[batch.long_texts.index]
+        long = text_states(model, tables[1], "long", embedded=tokens[1])
+        out["long_text_features"] = walk_head(model, "long")(long)[batch.long_texts.index]
     return {name: rows for name, rows in out.items() if len(rows)}
 
 # %% ../../nbs/4_model/16a_siglip_batch.ipynb #b4196a19

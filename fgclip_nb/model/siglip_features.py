@@ -95,15 +95,26 @@ def check_ids(ids, walk, limit, attention_mask=None):
         )
 
 # %% ../../nbs/4_model/16_siglip_features.ipynb #db268e1c
-def text_states(model, ids, walk="short", attention_mask=None, position_ids=None):
+def embed_together(model, tables):
+    """Tables of ids (T,L) int64, of any sizes -> their token embeddings (T,L,W), one by one.
+
+    Looked up in one go, so that the token table, half of a base model, gets one gradient of its
+    size and not one per table."""
+    rows = model.text_model.embeddings.token_embedding(torch.cat([ids.flatten() for ids in tables]))
+    parts = rows.split([ids.numel() for ids in tables])
+    return [part.unflatten(0, ids.shape) for part, ids in zip(parts, tables)]
+
+
+def text_states(model, ids, walk="short", attention_mask=None, position_ids=None, embedded=None):
     """Padded ids (T,L) int64 -> state (T,D) of the last position behind the last norm.
 
-    Walks short and box have the same states, and part at their heads. Arguments as
-    `walk_features`."""
+    Walks short and box have the same states, and part at their heads. embedded: (T,L,W), the
+    tokens where they were looked up before. Other arguments as `walk_features`."""
     positions = walk_positions(model, walk)
     check_ids(ids, walk, len(positions), attention_mask)
     rows = positions[: ids.shape[-1]] if position_ids is None else positions[position_ids]
-    x = model.text_model.embeddings.token_embedding(ids) + rows
+    tokens = embed_together(model, [ids])[0] if embedded is None else embedded
+    x = tokens + rows
     seen = key_mask(attention_mask)
     *layers, last = model.text_model.encoder.layers
     for layer in layers:

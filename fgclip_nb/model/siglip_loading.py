@@ -250,13 +250,23 @@ def known_pieces(model) -> Pieces:
                 f"a model of {size:,} pieces without a vocabulary: set model.pieces = "
                 "Pieces(folder), a folder with the tokenizer.json of its checkpoint"
             )
-        model.pieces = Pieces(name, revision)
-        if len(model.pieces) > size:
+        pieces = Pieces(name, revision)
+        if len(pieces) > size:
             raise DataError(
-                f"{model.pieces.name}: the vocabulary has {len(model.pieces):,} pieces, the model "
+                f"{pieces.name}: the vocabulary has {len(pieces):,} pieces, the model "
                 f"{size:,}; they do not belong together"
             )
+        model.pieces = pieces
     return model.pieces
+
+# %% ../../nbs/4_model/17_siglip_loading.ipynb #356026dc
+def pieces_to_save(model) -> Pieces | None:
+    "The vocabulary of a model for its folder; None where it has none, which is logged."
+    try:
+        return known_pieces(model)
+    except DataError as e:
+        log.warning("saved without tokenizer.json: %s", e)
+        return None
 
 # %% ../../nbs/4_model/17_siglip_loading.ipynb #e78f8495
 SIGLIP_CARD = """---
@@ -299,9 +309,9 @@ def siglip_card(model, numbers=None):
 
 
 def save_siglip(model, save_directory, numbers=None, pieces=None):
-    """Write a model to a folder: config, weights, card, how photos are cut.
+    """Write a model to a folder: config, weights, card, how photos are cut, vocabulary.
 
-    pieces: the tokenizer, to lie beside them. numbers: name -> value of a run, for the card."""
+    pieces: another vocabulary than the model's. numbers: name -> value of a run, for the card."""
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = ["Fgclip2Model"]
@@ -314,5 +324,6 @@ def save_siglip(model, save_directory, numbers=None, pieces=None):
         max_num_patches=model.config.vision_config.num_patches,
     )
     write_atomic(folder / "preprocessor_config.json", json.dumps(photos, indent=2))
+    pieces = pieces or pieces_to_save(model)
     if pieces is not None:
         pieces.save(folder)

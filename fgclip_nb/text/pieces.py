@@ -91,6 +91,7 @@ REAL_PIECES = {
 }
 TOKENIZER_CONFIG = dict(
     tokenizer_class="GemmaTokenizer",
+    processor_class="Fgclip2Processor",
     model_input_names=["input_ids"],
     padding_side="right",
     add_bos_token=False,

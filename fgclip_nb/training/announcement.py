@@ -19,6 +19,7 @@ from fgclip_nb.data.roles import write_roles
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
 from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
+from fgclip_nb.training.build import recipe_by_name
 from fgclip_nb.training.sizes import count_parameters, size_rows
 from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.preparation import write_manifest
@@ -98,6 +99,7 @@ def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = Non
 
     Counts and chance levels, for clips what their frames show, and what the model weighs.
     `parameters`: how many it has, where that is not known from its preset."""
+    cfg = recipe_by_name(cfg)
     clips = has_clips(data.train)
     counts = count_samples(a_few(data.train), cfg) | dict(samples=len(data.train))
     expected = expect(cfg, counts, cfg.processes)

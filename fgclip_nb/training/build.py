@@ -16,7 +16,7 @@ from fgclip_nb.model.towers import SCALES
 from fgclip_nb.model.loading import log_scales
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.fgclip2 import FGCLIP2
-from fgclip_nb.model.opening import NAMES, open_model, preset_model
+from fgclip_nb.model.opening import NAMES, is_second, open_model, preset_model
 from fgclip_nb.losses.sigmoid import bias_advice, fitting_bias
 
 # %% ../../nbs/8_training/01_build.ipynb #f828af78
@@ -45,9 +45,10 @@ def random_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
 FURTHER = dict(spread_weight=0.1, hard_contrast_weight=0.3, ranking_weight=0.2)  # of FG-CLIP 2
 
 
-def settle_recipe(cfg: TrainConfig, model) -> TrainConfig:
-    "The configuration with what it leaves to the model: kind of loss, weights of further terms."
-    second = isinstance(model, FGCLIP2)
+def settle_recipe(cfg: TrainConfig, second: bool) -> TrainConfig:
+    """The configuration with what it leaves to the model: kind of loss, weights of further terms.
+
+    second: whether that is an FG-CLIP 2."""
     weights = {name: official * second for name, official in FURTHER.items()}
     chosen = {name: getattr(cfg, name) for name in FURTHER if getattr(cfg, name) is not None}
     kind = cfg.losses
@@ -108,6 +109,15 @@ def weights_source(name: str):
     path = resolve_path(name)
     return model_folder(path) if path.exists() else name
 
+# %% ../../nbs/8_training/01_build.ipynb #8e81b839
+def recipe_by_name(cfg: TrainConfig) -> TrainConfig:
+    "`settle_recipe` for a model that is not built yet; nothing is looked up where nothing is left."
+    left = [cfg.losses == "auto", *(getattr(cfg, name) is None for name in FURTHER)]
+    if not any(left):
+        return cfg
+    source = cfg.model if cfg.model in NAMES else str(weights_source(cfg.model))
+    return settle_recipe(cfg, is_second(source, cfg.revision or None))
+
 # %% ../../nbs/8_training/01_build.ipynb #252ebf3f
 def build_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
     """The model named by `cfg.model`, in float32 and on the CPU.
@@ -121,6 +131,8 @@ def build_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
         model = open_model(weights_source(cfg.model), cfg.revision or None, *asked)
     if cfg.image_size:
         resize_positions_(model, cfg.image_size)
+    if isinstance(model, FGCLIP2):
+        model.config.patch_budget = cfg.patch_budget  # so that its folder tells who evaluates it
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile_layers:
         model.compile_layers()

@@ -16,6 +16,7 @@ from fgclip_nb.core.params import nearest
 from fgclip_nb.core.config import TrainConfig, epochs_of, run_folder
 from fgclip_nb.data.order import TrainingOrder, balanced_order, block_order
 from fgclip_nb.model.fgclip import FGCLIP
+from fgclip_nb.model.fgclip2 import FGCLIP2
 from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
 from fgclip_nb.training.rundata import RunData, has_clips
@@ -247,7 +248,7 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
             f"{world} processes x batch_size {cfg.batch_size}"
         )
     model = model_for(cfg, data, log)
-    cfg = settle_recipe(cfg, model)
+    cfg = settle_recipe(cfg, isinstance(model, FGCLIP2))
     settle_bias(model, cfg, log)
     model = model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
