@@ -25,6 +25,7 @@ from fgclip_nb.diagnostics.canvas import (
     ORANGE,
     PURPLE,
     RED,
+    add_legend,
     empty_axes,
     label_axes,
     new_figure,
@@ -341,7 +342,8 @@ def plot_runs(runs, columns=()):
     kinds = (*SHIPPED_KINDS, *added)
     columns = columns or (*(f"{kind}/chance" for kind in kinds), "val_r10")
     known = [c for c in columns if any(len(_series(r, c)) for r in runs)]
-    fig, axes = new_figure("Runs side by side (mean, lowest and highest seed)", max(len(known), 1))
+    title = "Runs side by side (mean, lowest and highest seed)"
+    fig, axes = new_figure(title, max(len(known), 1))
     for ax, column in zip(axes, known):
         _overlay(ax, grouped, column)
     if not known:
@@ -350,9 +352,7 @@ def plot_runs(runs, columns=()):
         fig.legend(
             *axes[0].get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=2,
-            fontsize=8,
-            frameon=False,
+            ncols=1,
         )
     return fig
 
