@@ -226,9 +226,9 @@ def _one_line(value):
 
 def with_code(text):
     "Escaped text for a page; what stands between two backticks is code."
-    from markupsafe import Markup
+    from jinja2.utils import markupsafe
 
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape_html(text)))
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape_html(text)))
 
 
 @functools.cache
@@ -297,7 +297,7 @@ def plot_facts(name, plot, ev) -> dict:
         why = " ".join(figure.sentences)
     return dict(name=name, uri=figure_uri(figure) if figure and figure.axes else "", why=why)
 
-# %% ../../nbs/6_diagnostics/15_report.ipynb #3c4a3614
+# %% ../../nbs/6_diagnostics/15_report.ipynb #ae46d3b6
 def picture_facts(run: Run) -> list:
     "The pictures that a training left in its folder: dicts of title and data URI."
     folder = run.path / "pictures"

@@ -349,11 +349,7 @@ def plot_runs(runs, columns=()):
     if not known:
         empty_axes(axes[0], "these runs hold none of the columns")
     else:
-        fig.legend(
-            *axes[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=1,
-        )
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     return fig
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #f87e5203
