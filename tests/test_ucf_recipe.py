@@ -30,10 +30,8 @@ def track(first, last):
     return [dict(frame=f, bbox=[0.1, 0.1, 0.6, 0.7], enabled=f < last) for f in (first, last)]
 
 
-@pytest.fixture(scope="module")
-def ucf(tmp_path_factory):
-    "A folder as README describes it."
-    root = tmp_path_factory.mktemp("ucf")
+def make_ucf(root):
+    "A folder as docs/ucf_crime.md describes it."
     for place, source in PLACES.items():
         (root / "Videos" / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SHIPPED / source, root / "Videos" / place)
@@ -78,6 +76,11 @@ def ucf(tmp_path_factory):
         "Testing_Normal_Videos_Anomaly/Normal_Videos_004_x264.mp4\n"
     )
     return root
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory):
+    return make_ucf(tmp_path_factory.mktemp("ucf"))
 
 
 def test_videos_are_found_in_their_class_folders(ucf):

@@ -177,7 +177,7 @@ def show_the_end(ax, *series):
     "Choose the vertical axis by what is drawn boldly: plain, or logarithmic with a zero."
     from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 
-    drawn = np.concatenate([finite(s) for s in series])
+    drawn = np.concatenate([finite(s) for s in series]) if series else np.zeros(0)
     above = drawn[drawn > 0]
     if not len(above) or above.max() < 5 * above.min():
         return

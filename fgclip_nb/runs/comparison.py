@@ -29,6 +29,7 @@ from fgclip_nb.diagnostics.canvas import (
     empty_axes,
     label_axes,
     new_figure,
+    show_the_end,
 )
 from fgclip_nb.diagnostics.report import expected_and_observed
 
@@ -315,12 +316,14 @@ def _overlay(ax, grouped, column):
     "Draw a column of all groups: mean over the seeds, and from the lowest to the highest."
     import pandas as pd
 
+    means = []
     for colour, (label, members) in zip(itertools.cycle(COLOURS), grouped.items()):
         series = [s for s in (_series(r, column) for r in members) if len(s)]
         if not series:
             continue
         t = pd.concat(series, axis=1).sort_index()
         t = t.interpolate(method="index", limit_area="inside")  # not every step has every term
+        means.append(t.mean(axis=1))
         ax.plot(
             t.index, t.mean(axis=1), color=colour, lw=2, label=literal(f"{label} ({len(series)})")
         )
@@ -329,6 +332,7 @@ def _overlay(ax, grouped, column):
     over_chance = column.endswith("/chance")
     if over_chance:
         ax.axhline(1, color=GREY, ls="--", lw=1.2)
+        show_the_end(ax, *means)
     label_axes(ax, column, "loss / chance" if over_chance else column)
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #cfe34424
