@@ -36,13 +36,13 @@ def found(tmp_path_factory):
     return dict(out=out, **rehearse(out, "on_the_cpu", *RUNS, *OTHERS))
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [*RUNS, *OTHERS])
 def test_it_runs_where_tensors_lie_on_a_gpu(found, name):
     assert "failed" not in found[name], found[name]["failed"]
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [n for n in RUNS if n != "validation"])
 def test_a_step_waits_little_and_copies_little(found, name):
     for step in found[name]["steps"][1:]:  # the first makes what stays
@@ -52,7 +52,7 @@ def test_a_step_waits_little_and_copies_little(found, name):
         assert step["copies"] <= 4 * batches, (step, found[name]["copies"])
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_the_numbers_are_those_of_the_cpu(found):
     from fgclip_nb.core.folder import Run
 
@@ -87,7 +87,7 @@ with pretend.Rehearsal():
 """
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_the_rehearsal_sees_waits_and_mixing():
     done = subprocess.run(
         [sys.executable, "-c", BOTH.format(tests=str(HERE))], capture_output=True, text=True

@@ -14,7 +14,7 @@ from fgclip_nb.bench.table import Disagreement, benchmark, precision_of, ratios_
 from fgclip_nb.bench.growth import growth, straight_line
 from fgclip_nb.bench.second import second_benchmark
 from fgclip_nb.model.opening import SECOND
-from fgclip_nb.bench.gpu import run_gpu
+from fgclip_nb.bench.gpu import run_apart
 
 # %% ../../nbs/9a_bench/99_command.ipynb #06d2deb1
 def cell_text(value) -> str:
@@ -101,7 +101,7 @@ def main(args: list | None = None) -> int:
     try:
         cfg, do = arguments(args)
         if do["gpu"]:
-            told = run_gpu(do["gpu"], do["parts"], cfg.device, say=say)
+            told = run_apart(do["gpu"], do["parts"], cfg.device)
             return int(any("failed" in part for part in told["parts"].values()))
         say(
             f"{cfg.model} on {cfg.device}, {cfg.batch} photos, {cfg.boxes} boxes, "

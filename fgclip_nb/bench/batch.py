@@ -80,8 +80,14 @@ def joined_captions(captions: list, i: int, tokens: int = LONG_TOKENS) -> str:
 # %% ../../nbs/9a_bench/00_batch.ipynb #2dc23e5b
 @lru_cache
 def shipped_samples() -> list:
-    "The samples that come with the package, read once."
-    return load_samples("sample")[0]
+    "The samples that come with the package and have a caption, read once."
+    return [s for s in load_samples("sample")[0] if s.short_caption]
+
+
+@lru_cache
+def shipped_photo(media: str, size: int):
+    "A shipped photo as uint8 (size, size, 3), read once."
+    return read_image(media, size)
 
 
 def described_regions(samples: list) -> list:
@@ -108,7 +114,7 @@ def bench_example(
     long = joined_captions([s.short_caption for s in samples], i, tokens)
     return Example(
         stable_id(f"{i}"),
-        read_image(sample.media, size)[None],
+        shipped_photo(sample.media, size)[None],
         np.zeros(1, np.float32),
         np.ones(1, bool),
         numbered(sample.short_caption, round),

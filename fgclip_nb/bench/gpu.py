@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/9a_bench/06_gpu.ipynb #63f54a4a
-import json, os, subprocess, sys, time, traceback
+import json, math, os, subprocess, sys, time, traceback
 from pathlib import Path
 import torch
 from fgclip_nb.core.identity import ConfigError, project_root, hardware, versions
@@ -23,23 +23,20 @@ from fgclip_nb.bench.gpu_parts import (
 )
 
 # %% ../../nbs/9a_bench/06_gpu.ipynb #407194ec
-WHEELS = ("papermill", "ipykernel")
-
-
-def wheels_folder(root: Path) -> Path:
-    "The folder of carried wheels; `ConfigError` where it is missing."
-    folder = root / "wheels"
-    if not list(folder.glob("papermill-*.whl")):
-        raise ConfigError(f"{folder} has no wheel of papermill: see nbs/9a_bench/06_gpu.ipynb")
-    return folder
+def carried_wheels(root: Path) -> list:
+    "The carried wheels; `ConfigError` where papermill is not among them."
+    wheels = sorted(map(str, (root / "wheels").glob("*.whl")))
+    if not any("papermill-" in wheel for wheel in wheels):
+        raise ConfigError(f"{root}/wheels has no wheel of papermill: see nbs/9a_bench/06_gpu.ipynb")
+    return wheels
 
 
 def notebook_part(plan: Plan):
     "h: nbs/train.ipynb executed by papermill from carried wheels; a row."
     root = project_root()
-    wheels, aside = wheels_folder(root), plan.out / "packages"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--target", str(aside)]
-    subprocess.run([*pip, "--find-links", str(wheels), *WHEELS], check=True)
+    wheels, aside = carried_wheels(root), plan.out / "packages"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--upgrade", "--target", str(aside), *wheels], check=True)
     done = plan.out / "train.ipynb"
     command = [sys.executable, "-m", "papermill", str(root / "nbs/train.ipynb"), str(done)]
     command += ["-p", "output", str(plan.out / "notebook"), "-p", "logit_scale_init", "4.6052"]
@@ -59,7 +56,7 @@ PARTS = dict(
     e=(large_part, 20),
     f=(caching_part, 20),
     g=(video_part, 10),
-    h=(notebook_part, 60),
+    h=(notebook_part, 100),
 )
 
 
@@ -91,13 +88,24 @@ def answer(plan: Plan, letter: str, write) -> dict:
         told["failed"] = f"{type(e).__name__}: {e}"
         told["where"] = traceback.format_exc()[-2000:]
     told["seconds"] = time.perf_counter() - begun
-    plan.free()
     write(told)
+    plan.free()
     return told
 
 
+def answered(out: Path) -> dict:
+    "Letter -> part of the answers in a folder."
+    path = out / "gpu.json"
+    return json.loads(path.read_text())["parts"] if path.exists() else {}
+
+
+def write_answers(out: Path, told: dict):
+    "Put the answers into a folder's gpu.json."
+    write_atomic(out / "gpu.json", json.dumps(told, indent=1, default=str))
+
+
 def run_gpu(out, parts: str = "", device: str = "auto", seconds: float = 240, say=print) -> dict:
-    """Run the parts (`a,b,…`; empty: all) and return what `out/gpu.json` holds.
+    """Run the parts (`a,b,…`; empty: all), add them to `out/gpu.json` and return what it holds.
 
     device: auto is cuda where there is one, else the CPU at tiny size. seconds: no part begins
     that has not its own left. Raises `ConfigError` for an unknown part."""
@@ -106,11 +114,11 @@ def run_gpu(out, parts: str = "", device: str = "auto", seconds: float = 240, sa
     kind = "cuda" if device == "auto" and torch.cuda.is_available() else device
     plan = Plan(Path(out).absolute(), "cpu" if kind == "auto" else kind, small=not real)
     plan.out.mkdir(parents=True, exist_ok=True)
-    told = machine(plan.device) | dict(parts={})
+    told = machine(plan.device) | dict(parts=answered(plan.out))
 
     def write(part):
         told["parts"][part["part"]] = part
-        write_atomic(plan.out / "gpu.json", json.dumps(told, indent=1, default=str))
+        write_answers(plan.out, told)
 
     for letter in letters:
         left = seconds - (time.perf_counter() - begun)
@@ -119,4 +127,46 @@ def run_gpu(out, parts: str = "", device: str = "auto", seconds: float = 240, sa
             continue
         done = answer(plan, letter, write)
         say(f"{letter}: {done.get('failed', 'done')} ({done['seconds']:.0f} s)")
+    return told
+
+# %% ../../nbs/9a_bench/06_gpu.ipynb #6d7be012
+PROGRAM = """
+import sys
+from fgclip_nb.bench.gpu import run_gpu
+run_gpu(*sys.argv[1:4], seconds=float(sys.argv[4]))
+"""
+
+
+def in_process(out: Path, letters: list, device: str, seconds: float, program: str = PROGRAM):
+    "Answer parts in a process beside this one; what became of it, as words."
+    words = [str(out), ",".join(letters), device, str(seconds)]
+    with (out / "gpu.log").open("ab") as log:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-u", "-c", program, *words], stderr=log, timeout=seconds + 60
+            )
+        except subprocess.TimeoutExpired:
+            return f"its process was stopped {seconds + 60:.0f} s after its start"
+    return f"its process ended with status {done.returncode}"
+
+
+def run_apart(
+    out, parts: str = "", device: str = "auto", seconds: float = 240, program: str = PROGRAM
+) -> dict:
+    "As `run_gpu`, where a part that takes its process with it does not stop the rest."
+    letters, end, out = asked_parts(parts), time.monotonic() + seconds, Path(out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").unlink(missing_ok=True)
+    write_answers(out, machine("cpu") | dict(parts={}))
+    while letters:
+        became = in_process(out, letters, device, max(end - time.monotonic(), 0), program)
+        told = json.loads((out / "gpu.json").read_text())
+        parts = told["parts"]
+        letters = [k for k in letters if not {"seconds", "left_out"} & set(parts.get(k, {}))]
+        if letters:
+            log = (out / "gpu.log").read_text(errors="replace")[-2000:]
+            lost = parts.setdefault(letters[0], dict(part=letters[0], rows=[]))
+            lost |= dict(failed=became, where=log, seconds=math.nan)
+            write_answers(out, told)
+            letters = letters[1:]
     return told

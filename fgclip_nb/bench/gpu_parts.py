@@ -50,14 +50,15 @@ class Plan:
 # %% ../../nbs/9a_bench/05_gpu_parts.ipynb #59dff84f
 def told_waits(device: str, run) -> list:
     "Lines `file:number` at which the host waited for the GPU while `run()` ran, as torch tells."
+    counted = device == "cuda" and torch.backends.cuda.is_built()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        if device == "cuda":
+        if counted:
             torch.cuda.set_sync_debug_mode("warn")
         try:
             run()
         finally:
-            if device == "cuda":
+            if counted:
                 torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in told if "synchronizing" in str(w.message)]
     return [f"{Path(w.filename).name}:{w.lineno}" for w in waits]
@@ -115,7 +116,7 @@ def losses_in(model, batch, precision: str) -> tuple:
     terms = compute_losses(features, batch)
     allow_tf32("fp32", device)
     rows = {k: v.float().cpu() for k, v in features.items() if k.endswith("features")}
-    return {k: float(t.loss) for k, t in terms.items()}, rows
+    return {k: float(t.loss.detach()) for k, t in terms.items()}, rows
 
 
 def agreement_part(plan: Plan):
@@ -142,6 +143,7 @@ def job_part(plan: Plan):
             output=str(plan.out / "train"),
             logit_scale_init=4.6052,
             device=plan.device,
+            tracker="none",
             max_steps=3 if plan.small else 0,
         )
     )
@@ -177,15 +179,16 @@ def step_seconds(plan: Plan, step, repeats: int) -> tuple:
 def throughput_rows(plan: Plan, name: str, sizes, precision: str, compiled: bool):
     "Rows of the fast step by number of photos, until memory does not suffice."
     name = "tiny" if plan.small else name
-    rate = matmul_rate(plan.device, HALVES.get(precision, torch.float32))
+    half = HALVES.get(precision, torch.float32)
+    rate = matmul_rate(plan.device, half)
     cfg = BenchConfig(name, batch=2, device=plan.device, compiled=compiled)
     model, optimizer = bench_model(cfg)
     size = PRESETS[name]["vision_config"]["image_size"]
     for photos in sizes[:1] if plan.small else sizes:
         photos = 2 if plan.small else photos
         batch = bench_batch(size, [4] * photos, [2] * photos).to(plan.device)
-        work = multiplications(Step("fast", model, batch))
         try:
+            work = multiplications(Step("fast", model, batch, precision=half))
             queued, done, peak = step_seconds(
                 plan, lambda b=batch: queued_step(model, b, optimizer, precision), 3
             )
@@ -219,9 +222,38 @@ def parts_row(plan: Plan, name: str, photos: int) -> dict:
     return dict(photos=photos, parts={kind: taken[-1].parts for kind, taken in turns.items()})
 
 
+def kernels_row(plan: Plan, name: str, photos: int, most: int = 25) -> dict:
+    """Kernels of one fast step by torch's profiler: how often they were launched, microseconds in
+    all, and the `most` that took longest as (name, times, microseconds)."""
+    name, photos = ("tiny", 2) if plan.small else (name, photos)
+    model, optimizer = bench_model(BenchConfig(name, batch=photos, device=plan.device))
+    size = PRESETS[name]["vision_config"]["image_size"]
+    batch = bench_batch(size, [4] * photos, [2] * photos).to(plan.device)
+
+    def step():
+        queued_step(model, batch, optimizer, "bf16" if plan.device == "cuda" else "fp32")
+        plan.wait()
+
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    events = profile.key_averages()
+    kernels = [e for e in events if e.self_device_time_total and e.device_type.name == "CUDA"]
+    kernels = kernels or [e for e in events if e.self_cpu_time_total]
+    took = {e: e.self_device_time_total or e.self_cpu_time_total for e in kernels}
+    kernels.sort(key=took.get, reverse=True)
+    return dict(
+        photos=photos,
+        launches=sum(e.count for e in kernels),
+        microseconds=sum(took.values()),
+        longest=[(e.key[:120], e.count, took[e]) for e in kernels[:most]],
+    )
+
+
 def speed_part(plan: Plan):
     "d: ViT-B/16 with boxes and hard negatives, fast and plain, with and without compile; rows."
     yield parts_row(plan, "ViT-B/16", 64)
+    yield kernels_row(plan, "ViT-B/16", 64 if plan.small else 256)
     yield from throughput_rows(plan, "ViT-B/16", (64, 256, 512, 1024), "bf16", False)
     yield from throughput_rows(plan, "ViT-B/16", (64, 256), "bf16", True)
 

@@ -110,6 +110,9 @@ class ModelParams:
     compile_layers: bool = param(
         False, "compile layers for long GPU runs; the first step takes a minute"
     )
+    deterministic: bool = param(
+        False, "on a GPU: the same numbers in every run, with slower kernels"
+    )
 
 # %% ../../nbs/0_core/03_config.ipynb #2543afab
 @dataclass

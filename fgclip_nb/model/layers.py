@@ -89,10 +89,14 @@ def run_layer(model, function, *args):
     return checkpoint(function, *args, model.training, use_reentrant=False)
 
 # %% ../../nbs/4_model/03_layers.ipynb #cd220fb0
+GRAPHS = 64  # of all models of a process together; torch's 8 are spent by the second model
+
+
 def compile_layers(layers, **options):
     """Compile what `layers` do to each token by itself (norms, projections, MLP).
 
     `options` go to torch.compile. One graph serves every number of tokens."""
+    torch._dynamo.config.recompile_limit = GRAPHS
     compiled = {
         name: torch.compile(part, dynamic=True, **options) for name, part in TOKENWISE.items()
     }

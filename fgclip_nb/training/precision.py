@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/03a_precision.ipynb #3e1837ec
-import contextlib
+import contextlib, os
 import torch
 
 # %% ../../nbs/8_training/03a_precision.ipynb #856d7cd7
@@ -33,6 +33,16 @@ def forward_context(precision: str, device):
     if precision not in HALVES:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=HALVES[precision])
+
+# %% ../../nbs/8_training/03a_precision.ipynb #60c3d9e4
+def fix_order(deterministic: bool):
+    """Throw torch's switch for kernels that add in a fixed order.
+
+    cuBLAS reads its own from the environment when it is first used."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 # %% ../../nbs/8_training/03a_precision.ipynb #6420c855
 def make_scaler(precision: str, device):

@@ -20,7 +20,13 @@ from fgclip_nb.losses.bank import MemoryBank
 from fgclip_nb.diagnostics.board import Board, tagged, write_scalars
 from fgclip_nb.training.rundata import RunData, has_clips
 from fgclip_nb.training.build import build_model, parameter_groups, settle_bias, settle_recipe
-from fgclip_nb.training.precision import allow_tf32, chosen_precision, forward_context, make_scaler
+from fgclip_nb.training.precision import (
+    allow_tf32,
+    chosen_precision,
+    fix_order,
+    forward_context,
+    make_scaler,
+)
 
 # %% ../../nbs/8_training/04_state.ipynb #d3788f7e
 def tracker_names(cfg: TrainConfig) -> list:
@@ -258,6 +264,7 @@ def new_state(cfg: TrainConfig, data: RunData, accelerator, path, log, recorder=
     steps = total_steps(cfg, order)
     precision = chosen_precision(cfg.precision, accelerator.device)
     allow_tf32(precision, accelerator.device)
+    fix_order(cfg.deterministic)
     state = (cfg, path, log, accelerator, data, model, optimizer, bank, order, recorder, steps)
     scaler = make_scaler(precision, accelerator.device)
     return TrainState(*state, precision=precision, scaler=scaler)
