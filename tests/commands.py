@@ -38,7 +38,7 @@ SMALL = {  # notebook: parameters that make it small, where its text does not as
     "train": dict(
         max_steps=1, batch_size=2, eval_every=0, diag_every=1, device="cpu", model="tiny"
     ),
-    "evaluate": dict(permutations=2, device="cpu"),
+    "evaluate": dict(permutations=20, device="cpu"),
     "data_report": dict(pages=1),
 }
 SMALLER = dict(gradient_caching=1, num_workers=0, num_frames=4, max_regions=2)  # where it is given
