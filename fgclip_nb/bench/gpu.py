@@ -49,12 +49,12 @@ def notebook_part(plan: Plan):
 
 # %% ../../nbs/9a_bench/06_gpu.ipynb #9b492408
 PARTS = dict(
-    a=(waits_part, 20),
-    b=(agreement_part, 10),
-    c=(job_part, 30),
-    d=(speed_part, 30),
-    e=(large_part, 20),
-    f=(caching_part, 20),
+    a=(waits_part, 45),
+    b=(agreement_part, 15),
+    c=(job_part, 80),
+    d=(speed_part, 70),
+    e=(large_part, 35),
+    f=(caching_part, 30),
     g=(video_part, 10),
     h=(notebook_part, 100),
 )
