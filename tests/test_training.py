@@ -210,8 +210,8 @@ def test_trackers_by_name(world, tmp_path):
     tags = {
         "train/loss": "loss",
         "train/loss_region": "loss_region",
-        "memory_bank/len": "bank_len",
-        "diagnostics/lr": "lr",
+        "watch_memory_bank/len": "bank_len",
+        "watch_diagnostics/lr": "lr",
     }
     for tag, column in tags.items():
         assert [r["values"][tag] for r in rows] == pytest.approx([m[column] for m in metrics])
@@ -239,10 +239,10 @@ def test_tensorboard_holds_every_step_once_also_after_a_kill(world, tmp_path):
         "train/loss",
         "train/loss_global",
         "train/loss_region",
-        "memory_bank/ptr",
-        "diagnostics/grad_norm",
+        "watch_memory_bank/ptr",
+        "watch_diagnostics/grad_norm",
     } <= set(tags["scalars"])
-    assert "diagnostics/cosine_region" in tags["histograms"]
+    assert "watch_diagnostics/cosine_region" in tags["histograms"]
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11)), (
         "no scalar is written twice"
     )

@@ -12,7 +12,7 @@ from fgclip_nb.data import clips, splits, video
 from fgclip_nb.core.folder import read_jsonl
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.load import load_samples, sample_path
-from fgclip_nb.training.rundata import prepare_data
+from fgclip_nb.training.rundata import no_validation, prepare_data, retrieval_table
 from fgclip_nb.training.state import training_order
 from fgclip_nb.training.loop import train
 
@@ -22,6 +22,7 @@ PLACES = {
     "Robbery/Robbery002_x264.mp4": "visitors.mp4",
     "Training_Normal_Videos_Anomaly/Normal_Videos_003_x264.mp4": "visitors.mp4",
     "Testing_Normal_Videos_Anomaly/Normal_Videos_004_x264.mp4": "car_park.mp4",
+    "Arrest/Arrest005_x264.mp4": "visitors.mp4",
 }
 
 
@@ -29,10 +30,8 @@ def track(first, last):
     return [dict(frame=f, bbox=[0.1, 0.1, 0.6, 0.7], enabled=f < last) for f in (first, last)]
 
 
-@pytest.fixture(scope="module")
-def ucf(tmp_path_factory):
-    "A folder as README describes it."
-    root = tmp_path_factory.mktemp("ucf")
+def make_ucf(root):
+    "A folder as docs/ucf_crime.md describes it."
     for place, source in PLACES.items():
         (root / "Videos" / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SHIPPED / source, root / "Videos" / place)
@@ -64,29 +63,41 @@ def ucf(tmp_path_factory):
             duration=31.4, timestamps=[[2, 12]], sentences=["Cars pass by."]
         ),
     }
-    (root / "regions.json").write_text(json.dumps(regions))
+    (root / "regions_train.json").write_text(json.dumps(regions))
+    held_out = dict(
+        duration=31.4,
+        timestamps=[[0, 8], [8, 16], [16, 30]],
+        sentences=["An officer waits.", "A man is led away.", "The hall is empty."],
+    )
     (root / "UCFCrime_Train.json").write_text(json.dumps(uca))
-    (root / "data.txt").write_text("regions.json\nUCFCrime_Train.json\n")
+    (root / "UCFCrime_Val.json").write_text(json.dumps({"Arrest005_x264": held_out}))
+    (root / "data.txt").write_text("regions_train.json\nUCFCrime_Train.json\nUCFCrime_Val.json\n")
     (root / "Anomaly_Test.txt").write_text(
         "Testing_Normal_Videos_Anomaly/Normal_Videos_004_x264.mp4\n"
     )
     return root
 
 
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory):
+    return make_ucf(tmp_path_factory.mktemp("ucf"))
+
+
 def test_videos_are_found_in_their_class_folders(ucf):
     samples, rejects = load_samples(ucf / "data.txt", ucf / "Videos")
     assert {os.path.relpath(s.media, ucf / "Videos") for s in samples} == set(PLACES)
-    assert {s.label for s in samples} == {"Abuse", "Robbery", "Normal"} and len(samples) == 6
+    assert {s.label for s in samples} == {"Abuse", "Robbery", "Normal", "Arrest"}
+    assert len(samples) == 9
     assert [(r.rule, r.sample) for r in rejects] == [("missing_media", "Robbery137_x264.mp4")]
     left, out = splits.leave_out(samples, splits.read_names(ucf / "Anomaly_Test.txt"))
-    assert [r.rule for r in out] == ["test_medium"] and len(left) == 5
+    assert [r.rule for r in out] == ["test_medium"] and len(left) == 8
 
 
 def test_spans_are_counted(ucf):
     samples = load_samples(ucf / "data.txt", ucf / "Videos")[0]
     counts = splits.not_hit(samples, lambda first, last: clips.sample_frames((first, last), 8))
     assert counts == {
-        "captions": (3, 0),
+        "captions": (6, 0),
         "regions": (3, 1),
     }  # the short event lies between two of eight frames
     assert splits.not_hit(samples, lambda first, last: np.arange(512))["regions"] == (
@@ -143,7 +154,7 @@ def test_cache_then_training_opens_no_video(ucf, tmp_path, monkeypatch):
         stdin=subprocess.DEVNULL,
         env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
-    assert built.returncode == 0 and "4 clips" in built.stdout.splitlines()[-1], (
+    assert built.returncode == 0 and "5 clips" in built.stdout.splitlines()[-1], (
         built.stdout + built.stderr
     )
     decoded, real = [], video.decode_frames
@@ -155,3 +166,21 @@ def test_cache_then_training_opens_no_video(ucf, tmp_path, monkeypatch):
     assert run.finished and len(metrics) == 2 and np.isfinite(metrics.loss).all() and not decoded
     rules = {r["rule"] for r in read_jsonl(run.path / "rejects.jsonl")}
     assert rules == {"missing_media", "never_visible"}
+
+
+@pytest.mark.ci
+def test_the_recipe_has_a_best_and_a_held_out_table(ucf, tmp_path):
+    cfg = config(ucf, tmp_path / "run")
+    data = prepare_data(cfg)
+    assert {s.label for s in data.val} == {"Arrest"} and len(data.val) == 3
+    run = train(cfg)
+    assert run.best()["step"] == 2 and len(retrieval_table(run)) and not no_validation(run)
+
+
+@pytest.mark.ci
+def test_a_run_that_holds_nothing_out_says_so(ucf, tmp_path):
+    (ucf / "train_only.txt").write_text("regions_train.json\nUCFCrime_Train.json\n")
+    run = train(config(ucf, tmp_path / "run", data=str(ucf / "train_only.txt")))
+    assert not run.best() and not len(retrieval_table(run))
+    assert "Nothing is held out" in no_validation(run)
+    assert "Nothing was validated" in (run.path / "report.html").read_text()

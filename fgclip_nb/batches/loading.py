@@ -132,12 +132,12 @@ def _draw_boxes(ax, pixels, boxes):
         corner, width, height = (x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h
         ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
         ax.annotate(
-            literal(textwrap.shorten(phrase, 56, placeholder="…")),
+            literal(textwrap.shorten(phrase, 34, placeholder="…")),
             (0, 0),
-            (0, -3 - 9 * k),
+            (0, -3 - 13 * k),
             xycoords="axes fraction",
             textcoords="offset points",
-            fontsize=7,
+            fontsize=11,  # 8 on a telephone: the figure is 6 inches wide
             color=colour,
             va="top",
         )
@@ -162,20 +162,21 @@ def plot_samples(samples, n: int = 6, most: int = 4):
     import matplotlib.pyplot as plt
 
     shown = _chosen(samples, n)
-    columns = min(3, max(1, len(shown)))
+    columns = min(2, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
     fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_axis_off()
+        ax.set_anchor("N")  # pictures of any shape hang from one line
     highest = 0
     for ax, s in zip(axes.flat, shown):
         pixels, boxes = _picture_of(s)
         highest = max(highest, _draw_boxes(ax, pixels, boxes[:most]))
         title = (s.captions[:1] or (s.short_caption or s.caption,))[0]
-        title = textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 52)
-        ax.set_title(literal(title), fontsize=8)
-    fig.set_size_inches(3.6 * columns, rows * (3.3 * min(highest, 1) + 0.45 + 0.15 * most) + 0.4)
+        title = textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 32)
+        ax.set_title(literal(title), fontsize=11, loc="left")
+    fig.set_size_inches(3 * columns, rows * (2.9 * min(highest, 1) + 0.6 + 0.2 * most) + 0.5)
     fig.get_layout_engine().set(h_pad=0.12)
     counted = f"{len(shown)} of {len(samples)} samples with their boxes"
-    fig.suptitle(f"{counted} (at most {most} drawn per picture)", fontsize=10)
+    fig.suptitle(f"{counted}, at most {most} each", fontsize=12)
     return fig

@@ -16,7 +16,11 @@ def board_tag(key: str) -> str:
     "TensorBoard's name of a column."
     if key == "loss" or key.startswith("loss_") and key.removeprefix("loss_") in TERMS:
         return f"train/{key}"
-    return f"memory_bank/{key[5:]}" if key.startswith("bank_") else f"diagnostics/{key}"
+    if key.startswith("val_"):
+        return f"val/{key.removeprefix('val_')}"
+    if key.startswith("bank_"):
+        return f"watch_memory_bank/{key.removeprefix('bank_')}"
+    return f"watch_diagnostics/{key}"
 
 # %% ../../nbs/6_diagnostics/02_board.ipynb #595348e4
 def tagged(row: dict) -> dict:

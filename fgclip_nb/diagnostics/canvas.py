@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #056a3117
-from functools import lru_cache
+import io, sys, textwrap
+from functools import lru_cache, partial
 import numpy as np
-from fgclip_nb.core.plain import literal
+from fgclip_nb.core.plain import literal, markdown_text, plain_line
 from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNKNOWN, UNLIKE
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #9ea4406d
@@ -20,35 +21,70 @@ PURPLE = "#CC79A7"
 GREY = "#6B6B6B"
 RESULT_COLOURS = {PASS: GREEN, FAIL: RED, UNLIKE: "#B37400", LATER: GREY, UNKNOWN: GREY}
 
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #363b4db8
+def packed_png(figure, dpi=110) -> bytes:
+    "A figure as PNG of 96 colours, without metadata: a third of the size, equal bytes."
+    from PIL import Image
+
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(96).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
+
+
+def show_figure(figure):
+    "What a notebook does with a figure of this room."
+    shown = sys.modules["IPython.display"]  # IPython calls this, so it is there
+    shown.display(shown.Image(packed_png(figure)))
+
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #fe00cf25
+WIDTH = 6  # inches
+LETTERS = 11  # points: 8 on a screen of 420 pixels
+
+
 @lru_cache
 def _pyplot():
     import matplotlib.pyplot as plt, seaborn as sns
 
-    sns.set_theme(
-        context="notebook",
-        style="whitegrid",
-        font_scale=0.85,
-        rc={"axes.titleweight": "bold", "legend.frameon": False, "figure.dpi": 100},
-    )
+    sizes = ("font", "axes.title", "axes.label", "xtick.label", "ytick.label", "legend.font")
+    letters = {f"{name}.size" if name == "font" else f"{name}size": LETTERS for name in sizes}
+    frames = {"axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False}
+    sns.set_theme(style="whitegrid", rc=letters | frames | {"figure.dpi": 100})
     return plt
 
 
-def new_figure(title, columns=1, rows=1, width=None, height=2.9):
-    """A figure with a title and a list of its axes, row by row; sizes in inches, height of a row.
+def new_figure(title, panels=1, height=2.3, share=False):
+    """A figure with a title and a list of its axes, from the top; `height` of one in inches.
 
-    It is closed for pyplot, so that a notebook shows it once."""
+    share: all panels have the same horizontal axis. The figure is closed for pyplot, so that a
+    notebook shows it once."""
     plt = _pyplot()
-    fig, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(width or min(4.6 * columns + 0.6, 13), height * rows + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
-    fig.suptitle(literal(title), fontsize=12, fontweight="bold", x=0.01, ha="left")
+    size = (WIDTH, height * panels + 0.4)
+    fig = plt.figure(figsize=size, layout="constrained")
+    axes = list(fig.subplots(panels, 1, squeeze=False, sharex=share).flat) if panels else []
+    fig.suptitle(literal(title), fontsize=LETTERS + 1, fontweight="bold", x=0.01, ha="left")
     plt.close(fig)
-    return fig, list(axes.flat)
+    fig._ipython_display_ = partial(show_figure, fig)
+    return fig, axes
+
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #b47d5c52
+def show_words(title, sentences):
+    "A figure of words alone in a notebook: text, not a picture of it."
+    shown = sys.modules["IPython.display"]
+    text = " ".join(map(markdown_text, sentences))
+    shown.display(shown.Markdown(f"**{markdown_text(title)}.** {text}"))
+
+
+def say(fig, title, sentences):
+    "Write sentences under the panels of a figure, which has them as `sentences` from now on."
+    fig.sentences = [plain_line(s) for s in sentences]
+    lines = [line for s in fig.sentences for line in textwrap.wrap(s, 74)]
+    if lines:
+        fig.supxlabel(literal("\n".join(lines)), x=0.01, ha="left", fontsize=LETTERS)
+        fig.set_figheight(fig.get_figheight() + 0.2 * len(lines))
+    if not fig.axes:
+        fig._ipython_display_ = partial(show_words, title, fig.sentences)
+    return fig
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #8b559e48
 def empty_axes(ax, reason: str):
@@ -58,18 +94,36 @@ def empty_axes(ax, reason: str):
     ax.set(xticks=[], yticks=[])
 
 
-def add_legend(ax, reason: str, **options):
-    "A small legend, or `reason` when no line was drawn."
-    if ax.lines:
-        ax.legend(fontsize=8, **options)
-    else:
-        empty_axes(ax, reason)
+def add_legend(ax):
+    "The names of two lines or more, above the axes and under their title."
+    named = len(ax.get_legend_handles_labels()[1])
+    room = 0.82 * ax.figure.get_figwidth() * ax.figure.dpi
+    place = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1)
+    tight = dict(handlelength=1.4, handletextpad=0.4, columnspacing=1.0, labelspacing=0.2)
+    for columns in range(named, 0, -1) if named > 1 else ():
+        legend = ax.legend(ncols=columns, **place, **tight)
+        box = legend.get_window_extent()
+        if box.width <= room or columns == 1:
+            ax.set_title(ax.get_title("left"), pad=6 + box.height * 72 / ax.figure.dpi)
+            break
 
 
 def label_axes(ax, title: str, ylabel: str, **limits):
     "Title and units of axes over optimiser steps."
-    words = dict(title=literal(title), ylabel=literal(ylabel))
-    ax.set(xlabel="optimiser step", **words, **limits)
+    ax.set_title(literal(title))
+    ax.set(xlabel="optimiser step", ylabel=literal(ylabel), **limits)
+
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #443145ec
+def draw_panels(title, panels, height=2.3):
+    "A figure over steps: functions of `panels` draw, its sentences stand below."
+    drawing = [panel for panel in panels if callable(panel)]
+    fig, axes = new_figure(title, len(drawing), height, share=True)
+    for ax, draw in zip(axes, drawing):
+        draw(ax)
+        add_legend(ax)
+    for ax in axes[:-1]:
+        ax.set_xlabel("")
+    return say(fig, title, [panel for panel in panels if not callable(panel)])
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #1fe08793
 POINTS = 2000  # of a line: more than a screen has columns
@@ -117,6 +171,33 @@ def mark_bank(ax, ev):
     on = ev.series("bank_enabled")
     if (on > 0).any() and not (on > 0).all():
         ax.axvline((on > 0).idxmax(), color=PURPLE, ls=":", lw=1.5, label="bank on")
+
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #c10404b4
+def show_the_end(ax, *series):
+    "Choose the vertical axis by what is drawn boldly: plain, or logarithmic with a zero."
+    from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
+
+    drawn = np.concatenate([finite(s) for s in series]) if series else np.zeros(0)
+    above = drawn[drawn > 0]
+    if not len(above) or above.max() < 5 * above.min():
+        return
+    low = max(float(above.min()), float(above.max()) * 1e-4)
+    linear = 10 ** np.floor(np.log10(low))
+    few = above.max() / linear > 300
+    ax.set_yscale("symlog", linthresh=linear, linscale=0.4)
+    marks = [1.0] if few else [1.0, 2.0, 5.0]
+    ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=marks))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.minorticks_off()
+    ax.set_ylim(min(0, float(drawn.min()) * 1.2), float(above.max()) * 1.4)
+
+# %% ../../nbs/6_diagnostics/13_canvas.ipynb #a34f8844
+def constant(series):
+    "The value that a series has throughout, but for rounding; None where there is no such."
+    values = finite(series)
+    if not len(values) or np.ptp(values) > 1e-6 * np.abs(values).max():
+        return None
+    return float(values.iloc[-1])
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #9df21003
 BANDS = (

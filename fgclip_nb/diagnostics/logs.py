@@ -48,7 +48,7 @@ ALIASES = {
     "global_batch_size": "batch_size",
     "train_batch_size": "batch_size",
 }
-OWN_PREFIX = re.compile(r"^(train|training|trainer|diagnostics)[/_ ]")
+OWN_PREFIX = re.compile(r"^(train|training|trainer|(watch_)?diagnostics)[/_ ]")
 HELD_OUT = re.compile(r"^(eval|val|valid|validation)[/_ ]")
 SECOND_COPY = re.compile(r"(^(?!val_|valid|eval).*_epoch|__min|__max)$")  # the same number again
 
@@ -62,8 +62,8 @@ def column_of(name: str) -> str:
     if SECOND_COPY.search(name):
         return f"copy_of_{name}"
     name = re.sub(r"/(pg\d+|param_group_\d+)$", "", name)
-    if name.startswith(("memory_bank/", "memory_bank_")):
-        return "bank_" + name[12:]
+    if name.startswith(("memory_bank/", "memory_bank_", "watch_memory_bank/")):
+        return "bank_" + name.removeprefix("watch_")[12:]
     if m := HELD_OUT.match(name):
         rest = re.sub(r"(?<=loss)_(epoch|step)$", "", name[m.end() :].replace(" ", "_"))
         return "val_" + ALIASES.get(rest, rest)

@@ -7,6 +7,7 @@ __all__ = ['plot_losses', 'plot_similarities', 'plot_positives', 'plot_temperatu
            'plot_validation', 'plot_updates', 'plot_time']
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #8fcc3e7b
+from functools import partial
 import numpy as np
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE
 from fgclip_nb.diagnostics.measures import PAIRS
@@ -21,83 +22,117 @@ from fgclip_nb.diagnostics.canvas import (
     ORANGE,
     PURPLE,
     RED,
-    add_legend,
+    constant,
     draw_band,
     draw_between,
     draw_line,
+    draw_panels,
     draw_smooth,
-    empty_axes,
     finite,
     label_axes,
     mark_bank,
-    new_figure,
+    show_the_end,
     thinned,
 )
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #ebe29bf1
+KIND_COLOURS = {"global": BLUE, "region": GREEN, "hard": ORANGE}
+
+
+def smoothed(series, n=20):
+    "The mean of the last `n` steps, or fewer at the beginning."
+    return series.rolling(min(n, max(1, len(series) // 3)), min_periods=1).mean()
+
+
+def share_of_chance(ev, kind):
+    "A loss over its chance level by step; of the region loss the in-batch part."
+    inside = kind == "region" and len(in_batch(ev))
+    loss = in_batch(ev) if inside else ev.series(f"loss_{kind}")
+    level = chance(ev, "region_in_batch" if inside else kind)
+    return (loss / level[level > 0]).dropna()
+
+
+def _plot_shares(ax, ev, kinds):
+    means = []
+    for kind in kinds:
+        share = share_of_chance(ev, kind)
+        if not len(share):
+            continue
+        draw_smooth(ax, share, kind, KIND_COLOURS.get(kind, PURPLE))
+        means.append(smoothed(share))
+    ax.axhline(1, color=GREY, ls="--", lw=1.2, label="chance")
+    mark_bank(ax, ev)
+    label_axes(ax, "all losses as shares of chance", "loss / chance")
+    show_the_end(ax, *means)
+
+
 def _plot_loss(ax, ev, kind):
     "One loss and, of the region loss, its in-batch part; each with its chance level."
     series = [(f"loss_{kind}", kind, "loss", "chance", BLUE)]
     if kind == "region":
         inside = ("in batch", "chance, in batch")
         series.append(("loss_region_in_batch", "region_in_batch", *inside, GREEN))
+    drawn = []
     for column, level, label, chance_label, colour in series:
         if not ev.has(column):
             continue
         draw_smooth(ax, ev.series(column), label, colour)
+        drawn.append(smoothed(ev.series(column)))
         known = thinned(chance(ev, level))
         if len(known):
             ax.plot(known.index, known, "--", color=colour, lw=1.2, label=chance_label)
+            drawn.append(known)
     mark_bank(ax, ev)
     n = candidates(ev, kind).tail(20).mean()
-    label_axes(ax, f"{kind} ({n:.0f} candidates)" if n == n else kind, "loss (nats)")
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.35)  # room for the legend
-    ax.legend(fontsize=8, ncols=2, loc="upper right")
+    label_axes(ax, f"{kind} ({n:.0f} candidates)" if n == n else kind, "nats")
+    show_the_end(ax, *drawn)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #83a8915a
 def plot_losses(source):
-    "Each loss with its moving mean and its chance level."
+    "Losses as shares of their chance levels, and each with its moving mean in nats."
     ev = as_evidence(source)
     kinds = loss_kinds(ev)
-    fig, axes = new_figure("Losses against chance", max(len(kinds), 1))
-    for ax, kind in zip(axes, kinds):
-        _plot_loss(ax, ev, kind)
-    if not kinds:
-        empty_axes(axes[0], "no loss was recorded")
-    return fig
+    panels = [partial(_plot_loss, ev=ev, kind=kind) for kind in kinds]
+    if any(len(share_of_chance(ev, kind)) for kind in kinds):
+        panels.insert(0, partial(_plot_shares, ev=ev, kinds=kinds))
+    return draw_panels("Losses against chance", panels or ["No loss was recorded."])
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #de4f6cad
+_PAIR_NAMES = dict(i2t="image–text", region="region–phrase")
+
+
+def _plot_band(ax, ev, what, pair):
+    draw_band(ax, ev, f"{what}_{pair}", BLUE if what == "logits" else GREEN)
+    unit = what.rstrip("s")
+    label_axes(ax, f"{_PAIR_NAMES[pair]} {unit}s", unit)
+
+
 def plot_similarities(source):
     "Logits and cosines, image-text and region-phrase, as percentile bands over steps."
     ev = as_evidence(source)
-    title = "Logits and cosines: the scale stretches logits, it aligns nothing"
-    fig, axes = new_figure(title, 2, 2, width=9.5)
-    words = dict(i2t="image–text", region="region–phrase")
-    for ax, (what, pair) in zip(axes, ((w, p) for p in PAIRS for w in ("logits", "cosine"))):
-        if not ev.has(f"{what}_{pair}_min"):
-            empty_axes(ax, f"no {words[pair]} {what} recorded")
-            continue
-        draw_band(ax, ev, f"{what}_{pair}", BLUE if what == "logits" else GREEN)
-        unit = what.rstrip("s")
-        label_axes(ax, f"{words[pair]} {unit}s", unit)
-        ax.legend(fontsize=8, ncols=2)
-    return fig
+    panels = []
+    for what, pair in ((w, p) for p in PAIRS for w in ("logits", "cosine")):
+        if ev.has(f"{what}_{pair}_min"):
+            panels.append(partial(_plot_band, ev=ev, what=what, pair=pair))
+        else:
+            panels.append(f"No {_PAIR_NAMES[pair]} {what} recorded.")
+    return draw_panels("The scale stretches logits, it aligns nothing", panels, 2.1)
 
-# %% ../../nbs/6_diagnostics/14_plots.ipynb #cf22210f
+# %% ../../nbs/6_diagnostics/14_plots.ipynb #2fc1fbbe
+def _plot_gap(ax, ev, kind):
+    draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "positive", GREEN)
+    if ev.has(f"hardest_negative_cosine_{kind}"):
+        draw_smooth(ax, ev.series(f"hardest_negative_cosine_{kind}"), "hardest negative", RED)
+    label_axes(ax, kind, "cosine")
+
+
 def plot_positives(source):
     "Cosine of the matching pair against the hardest wrong candidate: learning is the gap."
     ev = as_evidence(source)
     kinds = [k for k in loss_kinds(ev) if ev.has(f"positive_cosine_{k}")]
-    fig, axes = new_figure("Positive against hardest negative", max(len(kinds), 1))
-    for ax, kind in zip(axes, kinds):
-        draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "positive", GREEN)
-        if ev.has(f"hardest_negative_cosine_{kind}"):
-            draw_smooth(ax, ev.series(f"hardest_negative_cosine_{kind}"), "hardest negative", RED)
-        label_axes(ax, kind, "cosine")
-        ax.legend(fontsize=8)
-    if not kinds:
-        empty_axes(axes[0], "no positive or negative cosines recorded")
-    return fig
+    panels = [partial(_plot_gap, ev=ev, kind=kind) for kind in kinds]
+    nothing = ["No positive or negative cosines were recorded."]
+    return draw_panels("Positive against hardest negative", panels or nothing)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #740077f6
 SCALES = (
@@ -106,52 +141,78 @@ SCALES = (
     ("logit_scale_hardneg", "hard negatives", ORANGE),
 )
 
+
+def _plot_stored(ax, ev):
+    top = max(finite(ev.series(c)).max() for c, _, _ in SCALES if ev.has(c))
+    for column, label, colour in SCALES:
+        draw_line(ax, ev, column, label, colour)
+    if top > 4:
+        ax.axhline(MAX_STORED_SCALE, color=GREY, ls="--", lw=1.2, label="clamp, ln 100")
+    label_axes(ax, "stored (log)", "log scale")
+
+
+def _plot_multiplier(ax, ev):
+    for column, label, colour in SCALES:
+        s = thinned(ev.series(column))
+        if len(s):
+            ax.plot(s.index, np.exp(s), color=colour, lw=1.6, label=label)
+    label_axes(ax, "multiplier of the cosines", "exp(scale)")
+
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #aac0bfb7
 def plot_temperatures(source):
     "The stored temperatures and what they multiply by."
     ev = as_evidence(source)
-    fig, axes = new_figure("Temperatures", 2)
-    for column, label, colour in SCALES:
-        s = thinned(ev.series(column))
-        if not len(s):
-            continue
-        axes[0].plot(s.index, s, color=colour, lw=1.8, label=label)
-        axes[1].plot(s.index, np.exp(s), color=colour, lw=1.8, label=label)
-    top = max((ev.series(c).max() for c, _, _ in SCALES if ev.has(c)), default=0)
-    if top > 4:
-        axes[0].axhline(MAX_STORED_SCALE, color=GREY, ls="--", lw=1.2, label="clamp, ln 100")
-    label_axes(axes[0], "stored (log)", "log scale")
-    label_axes(axes[1], "multiplier of the cosines", "exp(scale)")
-    for ax in axes:
-        add_legend(ax, "no temperature recorded")
-    return fig
+    known = [(column, label) for column, label, _ in SCALES if len(finite(ev.series(column)))]
+    still = {label: constant(ev.series(column)) for column, label in known}
+    panels = [
+        f"{label.capitalize()}: {value:.4f} at all steps, times {np.exp(value):.4g}."
+        for label, value in still.items()
+        if value is not None
+    ]
+    if len(panels) < len(known):
+        panels = [partial(_plot_stored, ev=ev), partial(_plot_multiplier, ev=ev)]
+    return draw_panels("Temperatures", panels or ["No temperature was recorded."])
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #e45d2ea2
+def _plot_norm(ax, ev):
+    for kind, colour in (("image", BLUE), ("text", ORANGE), ("region", GREEN)):
+        draw_line(ax, ev, f"norm_{kind}_mean", kind, colour)
+    label_axes(ax, "mean norm before normalising", "norm")
+
+
 def _plot_zero_share(ax, ev):
-    if not draw_line(ax, ev, "zero_share_region", "zero-norm regions", RED):
-        empty_axes(ax, "no region norms recorded")
-        return
+    draw_line(ax, ev, "zero_share_region", "zero-norm regions", RED)
     ax.axhline(ev.limit("zero_norm_limit"), color=GREY, ls="--", lw=1.2, label="limit")
-    ax.set(ylim=(-0.02, max(0.25, float(finite(ev.series("zero_share_region")).max()) * 1.1)))
+    top = max(0.25, float(finite(ev.series("zero_share_region")).max()) * 1.1)
+    label_axes(ax, "regions of norm zero", "share", ylim=(-0.02, top))
+
+
+def _plot_rank(ax, ev):
+    for kind, colour in (("image", BLUE), ("region", GREEN)):
+        draw_line(ax, ev, f"effective_rank_{kind}", kind, colour)
+        draw_line(ax, ev, f"rows_{kind}", f"rows ({kind})", colour, ":", 1.1)
+    label_axes(ax, "effective rank of the batch", "directions")
+
+# %% ../../nbs/6_diagnostics/14_plots.ipynb #c4b4f900
+def zero_share_panel(ev):
+    "The share of zero regions as a panel, or as a sentence where it was always the same."
+    shares = finite(ev.series("zero_share_region"))
+    if not len(shares):
+        return "No region norms were recorded."
+    if (shares == 0).all():
+        return f"No region had norm zero (looked at {len(shares)} times)."
+    return partial(_plot_zero_share, ev=ev)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #6644dde9
 def plot_norms(source):
     "Embedding norms, share of zero regions, and effective rank."
     ev = as_evidence(source)
-    fig, axes = new_figure("Embeddings", 3, width=13)
-    for kind, colour in (("image", BLUE), ("text", ORANGE), ("region", GREEN)):
-        draw_line(axes[0], ev, f"norm_{kind}_mean", kind, colour)
-    _plot_zero_share(axes[1], ev)
-    for kind, colour in (("image", BLUE), ("region", GREEN)):
-        draw_line(axes[2], ev, f"effective_rank_{kind}", kind, colour)
-        draw_line(axes[2], ev, f"rows_{kind}", f"rows ({kind})", colour, ":", 1.1)
-    label_axes(axes[0], "mean norm before normalising", "norm")
-    label_axes(axes[1], "regions of norm zero", "share")
-    label_axes(axes[2], "effective rank of the batch", "directions")
-    for ax in axes:
-        if ax.lines:
-            ax.legend(fontsize=8)
-    return fig
+    panels = [zero_share_panel(ev)]
+    if any(ev.has(f"norm_{kind}_mean") for kind in ("image", "text", "region")):
+        panels.insert(0, partial(_plot_norm, ev=ev))
+    if any(ev.has(f"effective_rank_{kind}") for kind in ("image", "region")):
+        panels.append(partial(_plot_rank, ev=ev))
+    return draw_panels("Embeddings", panels)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #f7b73df3
 def _plot_fill(ax, ev):
@@ -164,39 +225,58 @@ def _plot_fill(ax, ev):
 
 
 def _plot_age(ax, ev):
-    "Age in region forwards, and on the right the drift where it was seen."
-    if draw_line(ax, ev, "bank_age_mean", "mean age", BLUE):
-        draw_line(ax, ev, "bank_age_max", "oldest", ORANGE)
-    else:
-        empty_axes(ax, "the bank never held an entry")
+    draw_line(ax, ev, "bank_age_mean", "mean age", BLUE)
+    draw_line(ax, ev, "bank_age_max", "oldest", ORANGE)
     label_axes(ax, "age", "region forwards")
-    if not ev.has("bank_drift_cosine"):
-        return
-    other = ax.twinx()
-    draw_line(other, ev, "bank_drift_cosine", "same region, now and then (right)", GREEN, "--")
-    lowest = min(0, float(finite(ev.series("bank_drift_cosine")).min()))
-    other.set(ylabel="cosine", ylim=(lowest, 1.02))
-    other.grid(False)
-    ax.plot([], [], "--", color=GREEN, label="same region then and now (right)")
+
+
+def _plot_drift(ax, ev):
+    draw_line(ax, ev, "bank_drift_cosine", "same region then and now", GREEN)
+    low = min(0, float(finite(ev.series("bank_drift_cosine")).min()))
+    label_axes(ax, "drift: the same region then and now", "cosine", ylim=(low, 1.02))
+
+# %% ../../nbs/6_diagnostics/14_plots.ipynb #5dd75732
+def fill_panel(ev):
+    "The bank's fill as a panel, or as a sentence where it was full or empty at every step."
+    held = finite(ev.series("bank_len"))
+    some = held[held > 0]
+    if not len(some):
+        return f"The bank held no entry in {len(held)} steps."
+    if constant(some) is None:
+        return partial(_plot_fill, ev=ev)
+    size = ev.params.get("memory_bank_size")
+    share = f"{some.iloc[0]:.0f} of {size} entries" if size else f"{some.iloc[0]:.0f} entries"
+    return f"The bank holds {share} from step {int(some.index[0])} on; it filled at once."
+
+
+def age_panel(ev):
+    "The age of the entries as a panel, or as a sentence where it was always the same."
+    held = ev.series("bank_len")
+    ages = {k: ev.series(f"bank_age_{k}").reindex(held[held > 0].index) for k in ("mean", "max")}
+    mean, oldest = map(constant, ages.values())
+    if not len(finite(ages["mean"])):
+        return "No age of entries was recorded."
+    if mean is None or oldest is None:
+        return partial(_plot_age, ev=ev)
+    unit = "region forwards at every step"
+    return f"Age of its entries: {mean:.3g} on average and {oldest:.3g} at most, {unit}."
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #42c39e3d
 def plot_bank(source):
     "Fill, age and drift of the memory bank."
     ev = as_evidence(source)
-    fig, axes = new_figure("Memory bank", 2)
-    if not ev.has("bank_len"):
-        for ax in axes:
-            empty_axes(ax, "this run has no memory bank")
-        return fig
-    _plot_fill(axes[0], ev)
-    _plot_age(axes[1], ev)
-    for ax in axes:
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-    return fig
+    panels = ["This run has no memory bank."]
+    if ev.has("bank_len"):
+        panels = [fill_panel(ev)]
+        if finite(ev.series("bank_len")).any():
+            panels.append(age_panel(ev))
+        if len(finite(ev.series("bank_drift_cosine"))):
+            panels.append(partial(_plot_drift, ev=ev))
+    return draw_panels("Memory bank", panels)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #1637a2e0
 def _plot_held_out_loss(ax, ev):
+    drawn = []
     added = [(kind, PURPLE) for kind in added_kinds(ev)]
     for kind, colour in (("global", BLUE), ("region", GREEN), *added):
         train = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
@@ -205,8 +285,10 @@ def _plot_held_out_loss(ax, ev):
             continue
         ax.plot(val.index, val, "o-", color=colour, lw=1.8, ms=4, label=f"held-out {kind}")
         mean = thinned(train.rolling(20, min_periods=1).mean())
-        label = f"training {kind}, 20-step mean"
-        ax.plot(mean.index, mean, "--", color=colour, lw=1.2, label=label)
+        ax.plot(mean.index, mean, "--", color=colour, lw=1.2, label=f"training {kind}")
+        drawn += [val, mean]
+    label_axes(ax, "loss: held out, and training (20-step mean)", "nats")
+    show_the_end(ax, *drawn)
 
 
 def _plot_retrieval(ax, ev):
@@ -215,62 +297,71 @@ def _plot_retrieval(ax, ev):
     if ev.has("val_r10_chance", "val_r10_chance_high"):
         draw_line(ax, ev, "val_r10_chance", "chance", GREY, "--")
         draw_between(ax, ev, "val_r10_chance", "val_r10_chance_high", GREY, 0.2, "luck, up to 95 %")
+    label_axes(ax, "caption found among the first 10", "share", ylim=(0, None))
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #5287b5a1
 def plot_validation(source):
     "Held-out loss and retrieval beside training and chance."
     ev = as_evidence(source)
-    fig, axes = new_figure("Held-out", 2)
-    _plot_held_out_loss(axes[0], ev)
-    _plot_retrieval(axes[1], ev)
-    label_axes(axes[0], "loss", "loss (nats)")
-    label_axes(axes[1], "caption retrieval", "share found in the first 10", ylim=(0, None))
-    for ax in axes:
-        add_legend(ax, "no validation yet")
-    return fig
+    kinds = ("global", "region", *added_kinds(ev))
+    panels = []
+    if any(len(finite(val_loss(ev, kind))) for kind in kinds):
+        panels.append(partial(_plot_held_out_loss, ev=ev))
+    if len(finite(ev.series("val_r10"))):
+        panels.append(partial(_plot_retrieval, ev=ev))
+    nothing = ["Nothing was validated: no sample is held out, or no validation was reached yet."]
+    return draw_panels("Held-out", panels or nothing, 2.5)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #27577c14
 MODULE_COLOURS = dict(vision=BLUE, text=ORANGE, projections=GREEN, positions=PURPLE, scales=GREY)
 UPDATE_AXES = (
     ("grad_norm", "gradient norm per module", "norm"),
     ("update_norm", "update norm per module", "norm"),
-    ("changed_share", "elements that really changed", "share of those with a gradient"),
+    ("changed_share", "elements with a gradient that changed", "share"),
 )
+
+
+def _log_if_positive(ax):
+    if any(np.greater(line.get_ydata(), 0).any() for line in ax.lines):
+        ax.set_yscale("log")
+
+
+def _plot_gradient(ax, ev):
+    limit = ev.params.get("max_grad_norm")
+    draw_line(ax, ev, "grad_norm", "gradient norm", BLUE, width=0.9)
+    if limit:
+        ax.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
+    label_axes(ax, "gradient norm, whole model", "norm")
+    _log_if_positive(ax)
+
+
+def _plot_modules(ax, ev, key, title, unit):
+    for module, colour in MODULE_COLOURS.items():
+        draw_line(ax, ev, f"{key}/{module}", module, colour)
+    label_axes(ax, title, unit)
+    if key == "changed_share":
+        ax.set_ylim(-0.03, 1.05)
+    else:
+        _log_if_positive(ax)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #849c4b8f
 def plot_updates(source):
     "Gradient norm of the model; gradient, update and changed share per module."
     ev = as_evidence(source)
-    fig, axes = new_figure("Does everything move?", 4, width=14)
-    whole, *each = axes
-    limit = ev.params.get("max_grad_norm")
-    measured = draw_line(whole, ev, "grad_norm", "gradient norm", BLUE, width=0.9)
-    label_axes(whole, "gradient norm, whole model", "norm")
-    for ax, (key, title, unit) in zip(each, UPDATE_AXES):
-        for m, colour in MODULE_COLOURS.items():
-            draw_line(ax, ev, f"{key}/{m}", m, colour)
-        label_axes(ax, title, unit)
-    for ax in axes:
-        if ax is not axes[3] and any(np.greater(line.get_ydata(), 0).any() for line in ax.lines):
-            ax.set_yscale("log")
-    if measured and limit:
-        whole.axhline(limit, color=GREY, ls="--", lw=1.2, label="clipped above")
-    for ax in axes:
-        add_legend(ax, "not recorded")
-    if axes[3].lines:
-        axes[3].set_ylim(-0.03, 1.05)
-    return fig
+    panels = []
+    if len(finite(ev.series("grad_norm"))):
+        panels.append(partial(_plot_gradient, ev=ev))
+    for key, title, unit in UPDATE_AXES:
+        columns = [ev.series(f"{key}/{module}") for module in MODULE_COLOURS]
+        recorded = [c for c in columns if len(finite(c))]
+        if recorded and key == "changed_share" and all((c == 1).all() for c in recorded):
+            panels.append("Every element with a gradient changed, at every look.")
+        elif recorded:
+            panels.append(partial(_plot_modules, ev=ev, key=key, title=title, unit=unit))
+    return draw_panels("Does everything move?", panels or ["No gradient was recorded."])
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #a318992c
-def plot_time(source):
-    "Step time and the part of it spent waiting for data."
-    ev = as_evidence(source)
-    fig, (ax,) = new_figure("Where the time goes", 1, width=7)
-    if ev.timing is None or not {"step_time_s", "data_time_s"} <= set(ev.timing):
-        empty_axes(ax, "no wall-clock figures")
-        return fig
-    t = ev.timing.set_index("step")
-    whole, waiting = finite(t["step_time_s"]), finite(t["data_time_s"])
+def _plot_seconds(ax, whole, waiting):
     for seconds, colour, alpha, label in (
         (thinned(whole), BLUE, 0.3, "whole step"),
         (thinned(waiting), ORANGE, 0.8, "waiting for data"),
@@ -279,8 +370,17 @@ def plot_time(source):
     label_axes(ax, "", "seconds")
     if (top := float(whole.quantile(0.98)) * 1.3) > 0:
         ax.set_ylim(0, top)
-    ax.legend(fontsize=8)
-    return fig
+
+
+def plot_time(source):
+    "Step time and the part of it spent waiting for data."
+    ev = as_evidence(source)
+    title = "Where the time goes"
+    if ev.timing is None or not {"step_time_s", "data_time_s"} <= set(ev.timing):
+        return draw_panels(title, ["No wall-clock figures were recorded."])
+    t = ev.timing.set_index("step")
+    seconds = (finite(t["step_time_s"]), finite(t["data_time_s"]))
+    return draw_panels(title, [partial(_plot_seconds, whole=seconds[0], waiting=seconds[1])])
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #5b977ba6
 PLOTS = dict(

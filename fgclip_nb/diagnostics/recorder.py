@@ -171,7 +171,7 @@ def histogram_values(notes: list) -> dict:
     "The last forward's cosines, image-text and region-phrase, by the tag of their histogram."
     features = [n["features"] for n in notes if n["features"]]
     pairs = {p: pair_cosines(features[-1], p) for p in PAIRS} if features else {}
-    return {f"diagnostics/cosine_{p}": c[0] for p, c in pairs.items() if c is not None}
+    return {f"watch_diagnostics/cosine_{p}": c[0] for p, c in pairs.items() if c is not None}
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fd36f5f9
 def timing_row(step: int, times, images: int) -> dict:

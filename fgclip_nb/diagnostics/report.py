@@ -6,9 +6,9 @@
 __all__ = ['Verdicts', 'judge', 'report_html', 'conclude']
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #846e322d
-import functools, json
+import base64, functools, json, re
 from fgclip_nb.core.plain import escape_html, plain_line
-from fgclip_nb.core.folder import Run, get_logger, write_atomic
+from fgclip_nb.core.folder import Run, get_logger, read_json, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.expectations import html_table, show
@@ -17,7 +17,7 @@ from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.judgement import as_evidence, by_cause, headline, run_evidence, verdicts
-from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS
+from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS, packed_png
 from fgclip_nb.diagnostics.plots import PLOTS
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #d6511756
@@ -167,6 +167,9 @@ margin:.8rem 0;border-radius:.3rem} .cause p{margin:.2rem 0}
 table{border-collapse:collapse;width:100%;font-size:.88rem}\
  th,td{padding:.35rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;\
 text-align:left;overflow-wrap:break-word}
+code{background:var(--card);border:1px solid var(--line);border-radius:.2rem;padding:0 .2rem}
+.flow{columns:2 23rem;column-gap:1.5rem} .flow>*{break-inside:avoid} figure{margin:0 0 .6rem}
+.flow img{width:100%}
 .r{color:#fff;border-radius:.25rem;padding:.05rem .45rem;white-space:nowrap;font-weight:600;\
 font-size:.8rem} img{max-width:100%;height:auto;background:#fff;border-radius:.3rem;\
 margin:.3rem 0}
@@ -180,7 +183,7 @@ TEMPLATE = """
 {%- macro table(head, rows) -%}
 <table><thead><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {%- for row in rows %}<tr>{% for cell in row -%}
-<td data-h="{{ head[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>{% endfor -%}
+<td data-h="{{ head[loop.index0] }}">{{ cell|code }}</td>{% endfor %}</tr>{% endfor -%}
 </tbody></table>
 {%- endmacro -%}
 {%- macro badge(verdict) -%}
@@ -191,7 +194,7 @@ TEMPLATE = """
 <title>{{ name }}</title><style>{{ style|safe }}</style></head><body>
 <h1>{{ name }}</h1><p class="soft">{{ state }}, {{ steps }}</p>
 <div class="cause" style="--tone:{{ cause.tone }}"><p><b>{{ cause.name }}</b>
-{%- if cause.why %}: {{ cause.why }}.</p><p>{{ cause.action }}{% endif %}</p>
+{%- if cause.why %}: {{ cause.why|code }}.</p><p>{{ cause.action|code }}{% endif %}</p>
 {%- if cause.others %}<p class="soft">Also tripped: {{ cause.others|join(", ") }}</p>{% endif -%}
 </div>
 {% if phases %}<h2>By phase</h2>
@@ -200,13 +203,17 @@ TEMPLATE = """
 <table><thead><tr>{% for h in verdict_head %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {%- for v in verdicts %}<tr><td data-h="verdict">{{ v.name }}</td>
 <td data-h="result">{{ badge(v) }}</td>
-{%- for h in verdict_head[2:] %}<td data-h="{{ h }}">{{ v[h] }}</td>{% endfor %}</tr>{% endfor -%}
+{%- for h in verdict_head[2:] %}<td data-h="{{ h }}">{{ v[h]|code }}</td>
+{%- endfor %}</tr>{% endfor -%}
 </tbody></table>
 {% if expectations %}<h2>Expected and observed</h2>
 {{ table(("quantity", "expected", "observed", "explanation"), expectations) }}{% endif %}
-<h2>Plots</h2>
-{% for plot in plots %}{% if plot.uri %}<img alt="{{ plot.name }}" src="{{ plot.uri }}">
-{%- else %}<p class="soft">{{ plot.why }}</p>{% endif %}{% endfor %}
+{% if pictures %}<h2>Pictures</h2><div class="flow">
+{%- for picture in pictures %}<figure><img alt="{{ picture.title }}" src="{{ picture.uri }}">
+<figcaption>{{ picture.title }}</figcaption></figure>{% endfor %}</div>{% endif %}
+<h2>Plots</h2><div class="flow">
+{%- for plot in plots %}{% if plot.uri %}<img alt="{{ plot.name }}" src="{{ plot.uri }}">
+{%- else %}<p><b>{{ plot.name }}:</b> {{ plot.why }}</p>{% endif %}{% endfor %}</div>
 <h2>Parameters</h2>
 {{ table(("parameter", "value"), parameters.items()) }}
 </body></html>
@@ -217,12 +224,20 @@ def _one_line(value):
     return value if hasattr(value, "__html__") else plain_line(value)
 
 
+def with_code(text):
+    "Escaped text for a page; what stands between two backticks is code."
+    from jinja2.utils import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape_html(text)))
+
+
 @functools.cache
 def page_template():
     "The page's template; what is put into it is escaped and written as one line."
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, finalize=_one_line, undefined=StrictUndefined)
+    environment.filters["code"] = with_code
     return environment.from_string(TEMPLATE)
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #fdb0aa78
@@ -260,15 +275,9 @@ def verdict_facts(judged: list) -> list:
     ]
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #1d9715ae
-def figure_uri(figure, dpi=80) -> str:
-    "A figure as a data URI (PNG without metadata, so equal figures give equal text)."
-    import base64, io
-    from PIL import Image
-
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
-    Image.open(drawn).convert("RGB").quantize(96).save(packed, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
+def figure_uri(figure, dpi=110) -> str:
+    "A figure as a data URI; equal figures give equal text."
+    return "data:image/png;base64," + base64.b64encode(packed_png(figure, dpi)).decode()
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #7d2e5a02
 def drawn(name, plot, ev) -> tuple:
@@ -284,7 +293,23 @@ def drawn(name, plot, ev) -> tuple:
 def plot_facts(name, plot, ev) -> dict:
     "A plot for the page: its name, and the address of its picture or why there is none."
     figure, why = drawn(name, plot, ev)
-    return dict(name=name, uri=figure_uri(figure) if figure else "", why=why)
+    if figure and not figure.axes:
+        why = " ".join(figure.sentences)
+    return dict(name=name, uri=figure_uri(figure) if figure and figure.axes else "", why=why)
+
+# %% ../../nbs/6_diagnostics/15_report.ipynb #ae46d3b6
+def picture_facts(run: Run) -> list:
+    "The pictures that a training left in its folder: dicts of title and data URI."
+    folder = run.path / "pictures"
+    titles = read_json(folder / "pictures.json")
+    known = [(title, folder / name) for name, title in titles.items() if (folder / name).exists()]
+    return [
+        dict(
+            title=title,
+            uri="data:image/jpeg;base64," + base64.b64encode(file.read_bytes()).decode(),
+        )
+        for title, file in known
+    ]
 
 # %% ../../nbs/6_diagnostics/15_report.ipynb #dd67c667
 def planned_steps(run: Run, ev: Evidence):
@@ -315,6 +340,7 @@ def page_facts(run: Run, ev: Evidence, judged: list) -> dict:
         verdicts=verdict_facts(judged),
         expectations=expected_and_observed(run.expectations() or [], ev),
         plots=[plot_facts(name, plot, ev) for name, plot in PLOTS.items()],
+        pictures=picture_facts(run),
         parameters=ev.params,
     )
 
@@ -342,7 +368,7 @@ def conclude(run, figures=True) -> list:
         board = Board(run.path / "tensorboard")
         for name, plot in PLOTS.items():
             figure, _ = drawn(name, plot, ev)
-            if figure:
-                board.figure(f"plots/{name}", figure, ev.last_step or 0)
+            if figure and figure.axes:
+                board.figure(f"watch_plots/{name}", figure, ev.last_step or 0)
         board.close()
     return judged

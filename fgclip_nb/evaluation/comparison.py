@@ -85,16 +85,17 @@ def plot_paired(paired, names=("first", "second")):
     import matplotlib.pyplot as plt
 
     paired = paired[paired.metric != "mean_rank"].iloc[::-1]
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.22 * len(paired)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6, 1.6 + 0.45 * len(paired)), layout="constrained")
     for y, r in enumerate(paired.itertuples()):
         ax.plot([r.low, r.high], [y, y], color="tab:blue", lw=1.5)
         fill = "tab:blue" if r.decided else "white"
         ax.plot(r.difference, y, "o", color="tab:blue", mfc=fill, ms=5)
     ax.axvline(0, color="black", lw=1)
-    labels = [f"{r.task} {r.list} {r.metric} ({r.items})" for r in paired.itertuples()]
-    ax.set_yticks(range(len(paired)), [literal(s) for s in labels], fontsize=7)
-    ax.set(xlabel="difference on the same items, with 95 % interval (hollow: undecided)")
-    ax.set_title(f"{literal(names[1])}\nminus {literal(names[0])}", fontsize=9)
+    labels = [f"{r.task}\n{r.list} {r.metric} ({r.items})" for r in paired.itertuples()]
+    ax.set_yticks(range(len(paired)), [literal(s) for s in labels], fontsize=11)
+    ax.tick_params(axis="x", labelsize=11)
+    ax.set_xlabel("difference, 95 % interval\n(hollow: undecided)", fontsize=11)
+    ax.set_title(f"{literal(names[1])}\nminus {literal(names[0])}", fontsize=11)
     return fig
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #f1c9ecd1
@@ -200,8 +201,8 @@ def plot_side_by_side(named, title="Models side by side"):
 
     tables = {name: share_table(e) for name, e in named.items()}
     lines = list(dict.fromkeys(k for t in tables.values() for k in t.index))[::-1]
-    height = 1.4 + (0.1 + 0.09 * len(named)) * len(lines)
-    fig, ax = plt.subplots(figsize=(8.5, height), layout="constrained")
+    height = 1.8 + 0.3 * len(named) + max(0.45, 0.1 + 0.09 * len(named)) * len(lines)
+    fig, ax = plt.subplots(figsize=(6, height), layout="constrained")
     for i, (name, t) in enumerate(tables.items()):
         y = np.array([lines.index(k) for k in t.index]) + 0.7 * (0.5 - (i + 0.5) / len(named))
         ax.hlines(y, t.low.astype(float), t.high.astype(float), color=f"C{i}", lw=1.5)
@@ -209,8 +210,11 @@ def plot_side_by_side(named, title="Models side by side"):
     for t in tables.values():
         y = [lines.index(k) for k in t.index]
         ax.plot(t.chance.astype(float), y, "|", color="black", ms=11, zorder=0)
-    ax.set_yticks(range(len(lines)), [literal(" ".join(k)) for k in lines], fontsize=7)
-    ax.set(xlabel="share right, with 95 % interval (black: chance)", xlim=(-0.02, 1.02))
-    ax.set_title(literal(title))
-    fig.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    names = [literal(f"{k[0]}\n{' '.join(k[1:])}") for k in lines]
+    ax.set_yticks(range(len(lines)), names, fontsize=11)
+    ax.tick_params(axis="x", labelsize=11)
+    ax.set_xlabel("share right, 95 % interval\n(black: chance)", fontsize=11)
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_title(literal(title), fontsize=12)
+    fig.legend(loc="outside lower center", fontsize=11, frameon=False)
     return fig

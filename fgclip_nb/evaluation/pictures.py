@@ -21,7 +21,10 @@ from fgclip_nb.evaluation.comparison import share_table
 from fgclip_nb.evaluation.frames import auc_and_ap, pooled_frames
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #62b9d1fb
-def panels(n, columns=4, size=2.6):
+LETTERS = 11  # points: 8 where a figure 6 inches wide is 420 pixels wide
+
+
+def panels(n, columns=2, size=3.0):
     "A figure with n axes without ticks, `size` inches wide each: (figure, axes (n,))."
     import matplotlib.pyplot as plt
 
@@ -40,7 +43,7 @@ def panels(n, columns=4, size=2.6):
     return fig, axes.flatten()[:n]
 
 
-def wrapped(text, width=30, lines=4):
+def wrapped(text, width=32, lines=3):
     "Text in at most `lines` lines of `width` characters, drawn as it is written."
     start = plain_line(str(text)[: 2 * width * lines])
     return literal("\n".join(textwrap.wrap(start, width, max_lines=lines, placeholder=" …")))
@@ -73,7 +76,7 @@ def _mistake_title(row):
     answer = row["predicted"]
     if str(answer).startswith("/"):
         answer = Path(answer).name
-    place = f"rank {row['rank']} of {row['options']}, lead {row['margin']:.3f}"
+    place = f"rank {row['rank']} of {row['options']}, by {row['margin']:.3f}"
     return f"{wrapped('right: ' + str(row['answer']))}\n{wrapped(f'answered: {answer}')}\n{place}"
 
 
@@ -82,7 +85,7 @@ def plot_mistakes(mistakes, title="Worst mistakes", samples=()):
 
     What was right, what was answered, and by how much. samples: needed where photos are embedded in
     shards."""
-    fig, axes = panels(len(mistakes), size=3)
+    fig, axes = panels(len(mistakes))
     known = {s.media: s for s in samples}
     for ax, row in zip(axes, mistakes.to_dict("records")):
         item = known.get(row["media"], row["media"])
@@ -90,8 +93,8 @@ def plot_mistakes(mistakes, title="Worst mistakes", samples=()):
         ax.imshow(image)
         if row.get("box") is not None:
             draw_box(ax, row["box"], *image.shape[:2])
-        ax.set_title(_mistake_title(row), fontsize=7)
-    fig.suptitle(literal(title))
+        ax.set_title(_mistake_title(row), fontsize=LETTERS)
+    fig.suptitle(literal(title), fontsize=LETTERS + 1)
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #4f11bafb
@@ -107,9 +110,9 @@ def plot_similarity(model, photo, texts, image_size=None):
     encoder = as_encoder(model, image_size)
     maps = similarity_map(encoder, photo, texts)
     image = read_image(encoded_of(photo), encoder.image_size)
-    fig, axes = panels(len(texts) + 1, 4)
+    fig, axes = panels(len(texts) + 1)
     axes[0].imshow(image)
-    axes[0].set_title(f"the photo, read as {encoder.grid} x {encoder.grid} patches", fontsize=8)
+    axes[0].set_title(f"the photo, {encoder.grid} x {encoder.grid} patches", fontsize=LETTERS)
     for ax, text, values in zip(axes[1:], texts, maps):
         ax.imshow(image)
         shown = ax.imshow(
@@ -121,20 +124,22 @@ def plot_similarity(model, photo, texts, image_size=None):
             vmin=maps.min(),
             vmax=maps.max(),
         )
-        ax.set_title(wrapped(text), fontsize=8)
-    fig.colorbar(shown, ax=list(axes), label="cosine of patch and text", shrink=0.8)
+        ax.set_title(wrapped(text), fontsize=LETTERS)
+    bar = fig.colorbar(shown, ax=list(axes), orientation="horizontal", shrink=0.8, aspect=40)
+    bar.set_label("cosine of patch and text", fontsize=LETTERS)
+    bar.ax.tick_params(labelsize=LETTERS)
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #bd8515f0
 def plot_neighbours(model, samples, queries, k=4, image_size=None):
-    """For each query text the k photos nearest to it, best first, with cosines.
+    """For each query text the k photos nearest to it, best first; the numbers are cosines.
 
     A green frame marks a photo that the query is a caption of."""
     encoder = as_encoder(model, image_size)
     samples = [s for s in samples if not is_clip(s)]
     images, rows = encoder.images(samples)
     scores = cosines(unit(encoder.texts(queries)), unit(images))
-    fig, axes = panels(k * len(queries), k, 2.4)
+    fig, axes = panels(k * len(queries), k, 6 / k)
     for q, text in enumerate(queries):
         for place, i in enumerate(np.argsort(-scores[q], kind="stable")[:k]):
             ax, sample = axes[q * k + place], samples[rows[i]]
@@ -142,8 +147,9 @@ def plot_neighbours(model, samples, queries, k=4, image_size=None):
             ax.imshow(image)
             if text in captions_of(sample, most=10**6):
                 draw_box(ax, (0, 0, 1, 1), *image.shape[:2], color="tab:green")
-            start = wrapped(text, 38) + "\n" if place == 0 else ""
-            ax.set_title(f"{start}cosine {scores[q, i]:.3f}", fontsize=7, loc="left")
+            start = wrapped(text, 60, 2) + "\n" if place == 0 else ""
+            title = ax.set_title(f"{start}{scores[q, i]:.3f}", fontsize=LETTERS, loc="left")
+            title.set_in_layout(not start)  # the query runs on over the photos beside it
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #5f627d07
@@ -156,17 +162,22 @@ def plot_scores(evaluation, title=""):
     table = share_table(evaluation).iloc[::-1].reset_index()
     columns = ["value", "low", "high", "chance", "chance_low", "chance_high"]
     numbers, y = table[columns].astype(float), table.index
-    fig, ax = plt.subplots(figsize=(8, 1.4 + 0.22 * len(table)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6, 1.8 + 0.45 * len(table)), layout="constrained")
     band = {"color": "0.8", "lw": 7, "label": "pictures shuffled (95 %)"}
     ax.hlines(y, numbers["chance_low"], numbers["chance_high"], **band)
     ax.hlines(y, numbers["low"], numbers["high"], color="tab:blue", lw=1.5)
     point = {"color": "tab:blue", "ms": 4, "label": "score, with its 95 % interval"}
     ax.plot(numbers["value"], y, "o", **point)
     ax.plot(numbers["chance"], y, "|", color="black", ms=9, label="blind guess")
-    labels = [f"{r.task} {r.list} {r.metric} ({r.scored} of {r.asked})" for r in table.itertuples()]
-    ax.set_yticks(y, [literal(s) for s in labels], fontsize=7)
-    ax.set(xlabel="share right", xlim=(-0.02, 1.02), title=literal(title))
-    fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    labels = [
+        f"{r.task}\n{r.list} {r.metric} ({r.scored} of {r.asked})" for r in table.itertuples()
+    ]
+    ax.set_yticks(y, [literal(s) for s in labels], fontsize=LETTERS)
+    ax.tick_params(axis="x", labelsize=LETTERS)
+    ax.set_xlabel("share right", fontsize=LETTERS)
+    ax.set_xlim(-0.02, 1.02)
+    fig.suptitle(literal(title), fontsize=LETTERS + 1)
+    fig.legend(loc="outside lower center", fontsize=LETTERS, frameon=False)
     return fig
 
 # %% ../../nbs/7_evaluation/14_pictures.ipynb #dfdae292
@@ -174,18 +185,20 @@ def plot_anomaly(videos, threshold=0.5):
     "Scores over time of videos (`FrameScores` of `match_scores`), annotated spans shaded."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(len(videos), 1, figsize=(9, 1.7 * len(videos)), squeeze=False)
+    fig, axes = plt.subplots(len(videos), 1, figsize=(6, 1.9 * len(videos)), squeeze=False)
     for ax, v in zip(axes[:, 0], videos):
         ax.plot(v.scores, lw=1, color="tab:blue")
         for first, last in v.video.spans:
             ax.axvspan(first, last, color="tab:red", alpha=0.25, lw=0)
         ax.axhline(threshold, color="0.5", lw=0.8, ls="--")
-        ax.set(ylim=(-0.03, 1.03), xlim=(0, max(1, len(v.scores) - 1)), ylabel="score")
+        ax.set(ylim=(-0.03, 1.03), xlim=(0, max(1, len(v.scores) - 1)))
+        ax.set_ylabel("score", fontsize=LETTERS)
+        ax.tick_params(labelsize=LETTERS)
         kind = "normal"
         if v.video.spans:
             kind = f"{', '.join(v.video.classes)}, annotated frames in red"
-        ax.set_title(literal(f"{v.video.name}: {kind}"), fontsize=8, loc="left")
-    axes[-1, 0].set_xlabel("frame")
+        ax.set_title(literal(f"{v.video.name}: {kind}"), fontsize=LETTERS, loc="left")
+    axes[-1, 0].set_xlabel("frame", fontsize=LETTERS)
     fig.tight_layout()
     return fig
 
@@ -195,7 +208,7 @@ def plot_curves(named):
     import matplotlib.pyplot as plt
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    fig, (left, right) = plt.subplots(2, 1, figsize=(6, 7))
     for label, videos in named.items():
         labels, scores = pooled_frames(videos)
         auc, ap = auc_and_ap(labels, scores)
@@ -220,6 +233,6 @@ def plot_curves(named):
     )
     for ax in (left, right):
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
+            ax.legend(fontsize=LETTERS)
     fig.tight_layout()
     return fig

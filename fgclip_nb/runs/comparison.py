@@ -25,9 +25,11 @@ from fgclip_nb.diagnostics.canvas import (
     ORANGE,
     PURPLE,
     RED,
+    add_legend,
     empty_axes,
     label_axes,
     new_figure,
+    show_the_end,
 )
 from fgclip_nb.diagnostics.report import expected_and_observed
 
@@ -314,12 +316,14 @@ def _overlay(ax, grouped, column):
     "Draw a column of all groups: mean over the seeds, and from the lowest to the highest."
     import pandas as pd
 
+    means = []
     for colour, (label, members) in zip(itertools.cycle(COLOURS), grouped.items()):
         series = [s for s in (_series(r, column) for r in members) if len(s)]
         if not series:
             continue
         t = pd.concat(series, axis=1).sort_index()
         t = t.interpolate(method="index", limit_area="inside")  # not every step has every term
+        means.append(t.mean(axis=1))
         ax.plot(
             t.index, t.mean(axis=1), color=colour, lw=2, label=literal(f"{label} ({len(series)})")
         )
@@ -328,6 +332,7 @@ def _overlay(ax, grouped, column):
     over_chance = column.endswith("/chance")
     if over_chance:
         ax.axhline(1, color=GREY, ls="--", lw=1.2)
+        show_the_end(ax, *means)
     label_axes(ax, column, "loss / chance" if over_chance else column)
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #cfe34424
@@ -341,19 +346,14 @@ def plot_runs(runs, columns=()):
     kinds = (*SHIPPED_KINDS, *added)
     columns = columns or (*(f"{kind}/chance" for kind in kinds), "val_r10")
     known = [c for c in columns if any(len(_series(r, c)) for r in runs)]
-    fig, axes = new_figure("Runs side by side (mean, lowest and highest seed)", max(len(known), 1))
+    title = "Runs side by side (mean, lowest and highest seed)"
+    fig, axes = new_figure(title, max(len(known), 1))
     for ax, column in zip(axes, known):
         _overlay(ax, grouped, column)
     if not known:
         empty_axes(axes[0], "these runs hold none of the columns")
     else:
-        fig.legend(
-            *axes[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=2,
-            fontsize=8,
-            frameon=False,
-        )
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     return fig
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #f87e5203

@@ -22,6 +22,7 @@ from fgclip_nb.training.progress import Progress
 from fgclip_nb.training.parent import end_with_parent, under_launcher
 from fgclip_nb.training.launcher import launch, leave_group, settle_processes, wait_for_the_first
 from fgclip_nb.training.announcement import announce
+from fgclip_nb.training.pictures import leave_pictures
 from fgclip_nb.training.resuming import checkpoint, restore
 
 # %% ../../nbs/8_training/13_loop.ipynb #77afecb4
@@ -97,15 +98,16 @@ def finish(s: TrainState, val_samples):
     from fgclip_nb.evaluation.captions import caption_retrieval
 
     captioned = [v for v in val_samples if v.captions or v.short_caption]
+    s.model.eval()
+    size, budget = s.cfg.image_size or None, s.cfg.patch_budget
+    encoder = Encoder(s.model, size, frames=clip_frames(s.cfg), budget=budget)
     if len(captioned) > 1:
-        s.model.eval()
-        size, budget = s.cfg.image_size or None, s.cfg.patch_budget
-        encoder = Encoder(s.model, size, frames=clip_frames(s.cfg), budget=budget)
         # as the validations before it: one caption, one photo
         score = caption_retrieval(encoder, captioned, captions=1)
         if all(v.caption for v in captioned):
             score["long"] = caption_retrieval(encoder, captioned, long=True)
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
+    leave_pictures(s.path, encoder, val_samples or s.data.train)
     if s.textless:
         s.log.info(f"batches without text, passed over: {s.textless}")
     for v in conclude(Ended(s.path)):

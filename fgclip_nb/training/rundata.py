@@ -197,3 +197,18 @@ def retrieval_table(run: Run):
         for k, title in titles.items()
     ]
     return pd.DataFrame(rows).round(3)
+
+# %% ../../nbs/8_training/00_rundata.ipynb #7b94abcd
+def no_validation(run: Run) -> str:
+    "One sentence for a run without held-out retrieval; empty where there is a table of it."
+    if len(retrieval_table(run)):
+        return ""
+    if any(column.startswith("val_") for column in run.metrics()):
+        return (
+            "Fewer than two held-out samples have captions, so there is no table of retrieval; "
+            "their losses are below."
+        )
+    return (
+        "Nothing is held out, so there is no held-out table, no best checkpoint and no early stop: "
+        'give some entries `"split": "val"`, or add a file with `val` in its name.'
+    )
