@@ -25,7 +25,6 @@ from fgclip_nb.diagnostics.canvas import (
     ORANGE,
     PURPLE,
     RED,
-    add_legend,
     empty_axes,
     label_axes,
     new_figure,
