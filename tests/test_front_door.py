@@ -62,6 +62,7 @@ def test_train_records_its_metrics_and_shows_its_plots(trained):
     assert "scale_as_asked" in said(cells) or "scale as asked" in said(cells)
 
 
+@pytest.mark.ci
 def test_evaluate_scores_the_trained_run(trained, tmp_path):
     run, _ = trained
     params = dict(
@@ -74,6 +75,7 @@ def test_evaluate_scores_the_trained_run(trained, tmp_path):
     assert pictures(cells) >= 1
 
 
+@pytest.mark.ci
 def test_data_report_finds_nothing_wrong_with_the_shipped_photos(tmp_path):
     done, cells = papermill("data_report.ipynb", tmp_path / "o.ipynb", output=tmp_path / "report")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -82,6 +84,7 @@ def test_data_report_finds_nothing_wrong_with_the_shipped_photos(tmp_path):
     assert pictures(cells) >= 3
 
 
+@pytest.mark.ci
 def test_compare_sets_runs_side_by_side(trained, tmp_path):
     run, _ = trained
     done, cells = papermill("compare.ipynb", tmp_path / "o.ipynb", runs=run.path)
@@ -89,6 +92,7 @@ def test_compare_sets_runs_side_by_side(trained, tmp_path):
     assert run.path.name in said(cells)
 
 
+@pytest.mark.ci
 def test_a_misspelt_name_in_the_notebook_ends_the_run(tmp_path):
     "What a typo in a cell must do: papermill's status says so, and the notebook keeps the error."
     broken = json.loads((ROOT / "nbs/train.ipynb").read_text())

@@ -417,7 +417,7 @@ def test_captions_and_phrases_are_drawn_as_they_are_written(tmp_path, text):
     sample = Sample(id=text, media=str(tmp_path / "a.png"), captions=(text,), regions=[region])
     fig = plot_samples([sample])
     fig.canvas.draw()
-    drawn = [t for ax in fig.axes for t in (ax.title, *ax.texts)]
+    drawn = [t for ax in fig.axes for t in (ax._left_title, *ax.texts)]
     assert len(drawn) == 2
     for t in drawn:
         shown, as_math = t._preprocess_math(t.get_text())

@@ -131,7 +131,7 @@ def test_figures_of_runs(tmp_path, text):
     canvas.draw_line(ax, canvas_evidence(text), text, text)
     canvas.draw_smooth(ax, canvas_evidence(text).series(text), text, "black")
     canvas.label_axes(ax, text, text)
-    canvas.add_legend(ax, "")
+    canvas.add_legend(ax)
     canvas.empty_axes(empty, text)
     assert_literal(figure, text)
 

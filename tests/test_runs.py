@@ -109,6 +109,7 @@ def toy(tmp_path):
     return path
 
 
+@pytest.mark.ci
 def test_a_sweep_goes_on_after_failures_and_resumes(toy, tmp_path):
     pytest.importorskip("submitit")
     command = [

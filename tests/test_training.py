@@ -485,6 +485,7 @@ class WorkerDies:
         worker_dies()
 
 
+@pytest.mark.ci
 def test_a_dead_worker_is_reported_and_replaced(world, finished, tmp_path):
     params = dict(world, output=str(tmp_path / "run"), num_workers=2)
     assert micro.run(params, change=WorkerDies(tmp_path / "died")) == 0
