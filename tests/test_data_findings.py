@@ -139,7 +139,7 @@ def test_a_set_of_every_format_can_be_mended(tmp_path):
 @pytest.mark.long
 def test_a_plot_that_fails_costs_neither_report_nor_end(tmp_path, monkeypatch):
     from fgclip_nb.diagnostics import report as room
-    from fgclip_nb.diagnostics.synthetic import synthetic_run
+    from synthetic_runs import synthetic_run
 
     run = synthetic_run(tmp_path / "run")
     (run.path / "tensorboard").mkdir(exist_ok=True)

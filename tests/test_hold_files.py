@@ -692,7 +692,7 @@ def test_one_writer_also_where_the_disk_has_no_locks(tmp_path, monkeypatch, floc
 def test_parameters_of_another_kind_are_a_sentence(tmp_path, name, value):
     import yaml
     from fgclip_nb.diagnostics.judgement import run_evidence
-    from fgclip_nb.diagnostics.synthetic import synthetic_run
+    from synthetic_runs import synthetic_run
 
     run = synthetic_run(tmp_path / "run", steps=3)
     (run.path / "params.yaml").write_text(yaml.safe_dump(run.params() | {name: value}))

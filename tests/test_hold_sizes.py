@@ -13,7 +13,7 @@ from fgclip_nb.core.folder import table_of
 
 def long_run(folder, steps):
     "A run folder of many steps: metrics as a real run writes them, diagnostics on every tenth."
-    from fgclip_nb.diagnostics.synthetic import synthetic_run
+    from synthetic_runs import synthetic_run
 
     run = synthetic_run(folder, steps=40, bank=128)
     rows = [json.loads(line) for line in open(run.path / "metrics.jsonl")]

@@ -116,7 +116,7 @@ def test_figures_of_an_evaluation(tmp_path, small_model, text):
 @pytest.mark.parametrize("text", MATHS[:1], ids=ascii)
 def test_figures_of_runs(tmp_path, text):
     from fgclip_nb.diagnostics import canvas
-    from fgclip_nb.diagnostics.synthetic import synthetic_run
+    from synthetic_runs import synthetic_run
     from fgclip_nb.runs.comparison import plot_runs
 
     for k in range(2):

@@ -12,7 +12,7 @@ from fgclip_nb.diagnostics.judgement import run_evidence
 from fgclip_nb.diagnostics.logs import column_of
 from fgclip_nb.diagnostics.plots import PLOTS
 from fgclip_nb.diagnostics.report import report_html
-from fgclip_nb.diagnostics.synthetic import synthetic_run
+from synthetic_runs import synthetic_run
 
 TELEPHONE, EIGHT_POINTS = 420, 8 * 96 / 72  # both in pixels
 
