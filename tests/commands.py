@@ -19,6 +19,7 @@ SKIPPED = {  # how a command begins: why it is not run
     "make train": "its recipe is the line below it, which is run; that they agree is asserted",
     "make gpu": "GPU: its rehearsal is a test of its own (test_pretend.py)",
     "python -m fgclip_nb.bench --gpu": "GPU: as `make gpu`",
+    "python -m fgclip_nb.model": "weights of 1.5 GB; tests/test_fgclip2.py runs it on small ones",
     "torchrun --nnodes 2": "network: two machines",
     "nohup make train": "it is `make train`, which is run, behind a shell's idiom",
     "tail -f": "never ends",

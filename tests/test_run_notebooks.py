@@ -6,9 +6,8 @@ import pytest
 
 from test_front_door import papermill, pictures, said
 
-pytestmark = pytest.mark.ci
 
-
+@pytest.mark.ci
 def test_benchmark(tmp_path):
     "Agreement first, then times, growth and what surrounds the step."
     small = dict(model="tiny", batch=2, boxes=2, hard=1, repeats=1, compared=2)
@@ -18,6 +17,7 @@ def test_benchmark(tmp_path):
     assert "plain" in said(cells) and "fast" in said(cells) and pictures(cells) >= 1
 
 
+@pytest.mark.long
 def test_video_benchmark(tmp_path):
     small = dict(repeats=1, clips=3, epochs=1, num_frames=8, batch_size=2, gradient_caching=1)
     small |= dict(model="tiny", step_frames=1)
@@ -26,6 +26,7 @@ def test_video_benchmark(tmp_path):
     assert "Extrapolated" in said(cells) and pictures(cells) >= 1
 
 
+@pytest.mark.long
 def test_ablation(tmp_path):
     small = dict(steps=6, output=tmp_path / "runs")
     done, cells = papermill("ablation.ipynb", tmp_path / "o.ipynb", **small)
