@@ -119,18 +119,24 @@ def _picture_of(sample) -> tuple:
     return read_frames(sample.media, [frame])[0], visible[frame]
 
 # %% ../../nbs/3_batches/02_loading.ipynb #c2001ef9
+def draw_box(ax, box, height, width, color="tab:red"):
+    "A 0-1 xyxy box on an image of the given size in pixels."
+    from matplotlib.patches import Rectangle
+
+    x1, y1, x2, y2 = np.asarray(box) * (width, height, width, height)
+    for edge, line in (("white", 3.5), (color, 1.8)):
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=edge, lw=line))
+
+
 def _draw_boxes(ax, pixels, boxes):
     """Boxes (0-1 xyxy) over a picture, and below it their phrases in the boxes' colours.
 
     Returns height over width."""
-    from matplotlib.patches import Rectangle
-
     ax.imshow(pixels)
     h, w = pixels.shape[:2]
-    for k, (phrase, (x1, y1, x2, y2)) in enumerate(boxes):
+    for k, (phrase, box) in enumerate(boxes):
         colour = f"C{k % 10}"
-        corner, width, height = (x1 * w, y1 * h), (x2 - x1) * w, (y2 - y1) * h
-        ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
+        draw_box(ax, box, h, w, colour)
         ax.annotate(
             literal(textwrap.shorten(phrase, 34, placeholder="…")),
             (0, 0),

@@ -121,7 +121,7 @@ def struck(points, a, length) -> list:
 
 # %% ../../nbs/2_data/02c_motion.ipynb #851c7620
 @dataclass(frozen=True)
-class Clip:
+class MadeClip:
     "One made clip: its paths, and what happens to the actor, which is the first of them."
 
     part: str
@@ -163,7 +163,7 @@ def _quiet_lane(rng, lane, kind, part) -> tuple:
     return paths, span
 
 
-def clip_of(seed, part, kind, index) -> Clip:
+def made_clip(seed, part, kind, index) -> MadeClip:
     "The clip of this number and kind, the same everywhere."
     rng = random.Random(f"clip/{seed}/{part}/{kind}/{index}")
     quiet = rng.randrange(len(LANES))
@@ -173,7 +173,7 @@ def clip_of(seed, part, kind, index) -> Clip:
     light = tuple(rng.uniform(0.88, 1.06) for _ in range(3))
     offset = rng.random(), rng.random()
     ground = Scene(seed, part, index, rng.choice(GROUNDS), (), light, offset)
-    return Clip(part, kind, ground, tuple(paths), span)
+    return MadeClip(part, kind, ground, tuple(paths), span)
 
 
 def draw_frame(clip, frame):
@@ -205,4 +205,4 @@ def clip_at(address):
     if not found or found[2] not in ("Normal", *EVENTS):
         return None
     part, index = divmod(int(found[3]), MOST_CLIPS)
-    return clip_of(int(found[1]), PARTS[part], found[2], index)
+    return made_clip(int(found[1]), PARTS[part], found[2], index)

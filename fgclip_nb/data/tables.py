@@ -272,7 +272,7 @@ def is_table(path) -> bool:
 
 
 @reader("csv", is_table, of="file", rank=30, suffixes=TABLES)
-def read_table(path, src):
+def read_text_table(path, src):
     "Samples of a table; its rows are read as entries of JSON with these keys are."
     for src.entry, value in table_rows(path):
         known = "" if isinstance(value, Fault) else format_of(value)

@@ -14,6 +14,7 @@ from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.samples import is_video
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
+from fgclip_nb.batches.loading import draw_box
 from fgclip_nb.evaluation.ranking import cosines, unit
 from fgclip_nb.evaluation.encoder import encoded_of, is_clip, media_of
 from fgclip_nb.evaluation.captions import as_encoder, captions_of
@@ -47,15 +48,6 @@ def wrapped(text, width=32, lines=3):
     "Text in at most `lines` lines of `width` characters, drawn as it is written."
     start = plain_line(str(text)[: 2 * width * lines])
     return literal("\n".join(textwrap.wrap(start, width, max_lines=lines, placeholder=" …")))
-
-
-def draw_box(ax, box, height, width, color="tab:red"):
-    "A 0-1 xyxy box on an image of the given size in pixels."
-    from matplotlib.patches import Rectangle
-
-    x1, y1, x2, y2 = np.asarray(box) * (width, height, width, height)
-    for edge, line in (("white", 3.5), (color, 1.8)):
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=edge, lw=line))
 
 
 def picture_of(item, frame=None, span=None):
