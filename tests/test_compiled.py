@@ -24,8 +24,10 @@ def losses(params):
     ]
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("change", [only_trace, pytest.param(None, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(only_trace, marks=pytest.mark.ci), pytest.param(None, marks=pytest.mark.long)],
+)
 def test_the_same_steps(tmp_path, change):
     world = dict(micro.micro_world(tmp_path), max_steps=4)
     plain, compiled = (

@@ -7,7 +7,7 @@ import pytest
 from test_front_door import papermill, pictures, said
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_benchmark(tmp_path):
     "Agreement first, then times, growth and what surrounds the step."
     small = dict(model="tiny", batch=2, boxes=2, hard=1, repeats=1, compared=2)
