@@ -5,7 +5,8 @@ answers it; whole runs and logs, which no cell holds."""
 import importlib, sys
 from pathlib import Path
 import pytest
-from fgclip_nb.diagnostics import judgement, synthetic
+from fgclip_nb.diagnostics import judgement
+from synthetic_runs import synthetic_run
 
 sys.path.insert(0, str(Path(__file__).parent / "faultbench"))
 bench = importlib.import_module("bench")
@@ -40,7 +41,7 @@ def test_each_point_of_the_list_has_its_verdict(packed, name, rule):
 
 
 def test_a_bank_whose_counter_does_not_tick(tmp_path):
-    run = synthetic.synthetic_run(tmp_path / "run", bank=128, bank_off=True)
+    run = synthetic_run(tmp_path / "run", bank=128, bank_off=True)
     assert leads(run) == "bank_comes_on"
 
 
@@ -54,6 +55,6 @@ def test_the_diagnostics_alone_say_it(tmp_path):
 
 
 def test_a_scale_set_again_after_loading(tmp_path):
-    run = synthetic.synthetic_run(tmp_path / "run")
+    run = synthetic_run(tmp_path / "run")
     (run.path / "training.log").write_text("Loaded logit_scale = 4.6052 (exp=100.0)\n")
     assert leads(run) == "scale_as_asked"

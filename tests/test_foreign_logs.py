@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fgclip_nb import diagnostics as dx
 from fgclip_nb.diagnostics.board import Board
-from fgclip_nb.diagnostics import __main__, judgement, report, rules, synthetic
+from fgclip_nb.diagnostics import __main__, judgement, report, rules
+from synthetic_runs import synthetic_run
 from fgclip_nb.core.identity import DataError
 
 LOGS = Path(__file__).parent / "logs"
@@ -136,7 +137,7 @@ def test_the_command_exits_with_2_for_an_unreadable_source():
 
 
 def test_a_running_folder_is_judged_by_phase(tmp_path):
-    run = synthetic.synthetic_run(tmp_path / "run", steps=70, bank=128, finished=False)
+    run = synthetic_run(tmp_path / "run", steps=70, bank=128, finished=False)
     with open(run.path / "metrics.jsonl", "a") as f:
         f.write('{"step": 71, "loss": 0.')  # the writer is at it
     states = {p["phase"]: p["state"] for p in report.phases(run)}
@@ -155,7 +156,7 @@ def test_a_running_folder_is_judged_by_phase(tmp_path):
 
 
 def test_a_fault_shows_in_the_first_phase(tmp_path):
-    run = synthetic.synthetic_run(tmp_path / "run", steps=12, dead="text", finished=False)
+    run = synthetic_run(tmp_path / "run", steps=12, dead="text", finished=False)
     first = report.phases(run)[0]
     assert first["state"] == "judged" and [v.name for v in first["tripped"]] == ["modules_train"]
 

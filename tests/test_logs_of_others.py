@@ -4,7 +4,8 @@ import json, math, random, struct
 import pytest
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb import diagnostics as dx
-from fgclip_nb.diagnostics import __main__, expectations, judgement, synthetic
+from fgclip_nb.diagnostics import __main__, expectations, judgement
+from synthetic_runs import synthetic_run
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.rules import RULES
 
@@ -252,7 +253,7 @@ def test_what_a_rule_lacks_is_listed(tmp_path):
 
 
 def test_one_run_one_answer(tmp_path):
-    run = synthetic.synthetic_run(tmp_path / "run", bank=128, bank_off=True)
+    run = synthetic_run(tmp_path / "run", bank=128, bank_off=True)
     (run.path / "training.log").write_text("[LOSS] Step 1 total=2.0 region=1.0\n")
     board = Board(run.path / "tensorboard")
     board.scalars(dict(step=1, loss=2.0))

@@ -4,7 +4,8 @@ and nothing spills over."""
 import re, shutil, subprocess
 import pytest
 from fgclip_nb import diagnostics as dx
-from fgclip_nb.diagnostics import plots, synthetic
+from fgclip_nb.diagnostics import plots
+from synthetic_runs import synthetic_run
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -13,7 +14,7 @@ BROWSER = next(
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    run = synthetic.synthetic_run(
+    run = synthetic_run(
         tmp_path_factory.mktemp("report") / "broken", steps=60, bank=128, dead="text"
     )
     dx.conclude(run, figures=False)
@@ -40,7 +41,7 @@ def test_the_cause_stands_before_everything_else(page):
 
 
 def test_equal_runs_give_equal_reports(page, tmp_path):
-    run = synthetic.synthetic_run(tmp_path / "broken", steps=60, bank=128, dead="text")
+    run = synthetic_run(tmp_path / "broken", steps=60, bank=128, dead="text")
     assert dx.report_html(run) == page.read_text()
 
 

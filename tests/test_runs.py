@@ -9,7 +9,7 @@ import nbformat as nbf, pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import planted
 from fgclip_nb import diagnostics as dx, model, runs
-from fgclip_nb.diagnostics import synthetic
+from synthetic_runs import synthetic_run
 from fgclip_nb.runs import reproduction
 from fgclip_nb.core.identity import DataError
 
@@ -157,6 +157,6 @@ def test_a_misspelt_name_in_a_sweep_says_what_was_meant(toy):
 
 
 def test_runs_of_other_data_are_not_comparable(short, tmp_path):
-    other = synthetic.synthetic_run(tmp_path / "other", steps=6)
+    other = synthetic_run(tmp_path / "other", steps=6)
     notes = " ".join(runs.compare_runs([short, other]).notes)
     assert "Different data" in notes and "candidates" in notes
