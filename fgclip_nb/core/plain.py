@@ -83,12 +83,12 @@ def cell_as_written(text: str) -> str:
     return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
 
 # %% ../../nbs/0_core/00a_plain.ipynb #9b06b5d3
-def yaml_value(text: str):
-    "What a short YAML text says; ValueError for one that is broken, endless or deep."
+def yaml_value(text: str, most: int = 1 << 16):
+    "What a YAML text of at most `most` letters says; ValueError for a broken, endless or deep one."
     import yaml
 
-    if len(text) > 1 << 16:
-        raise ValueError(f"{len(text):,} letters are more than {1 << 16:,}")
+    if len(text) > most:
+        raise ValueError(f"{len(text):,} letters are more than {most:,}")
     if text.count("[") + text.count("{") > 1000:
         raise ValueError("more than a thousand brackets")
     try:

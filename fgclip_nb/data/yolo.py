@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000003
 import os
 from pathlib import Path
+from fgclip_nb.core.plain import yaml_value
 from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import check_number, check_text
 from fgclip_nb.data.entries import open_text
@@ -48,17 +49,10 @@ MOST_TEXT = 300_000  # letters of a data.yaml
 
 def load_description(path) -> dict:
     "What a data.yaml holds; a Fault when it is not readable."
-    import yaml
-
     try:
         with open_text(path) as f:
-            text = f.read(MOST_TEXT + 1)
-        if len(text) > MOST_TEXT:
-            raise ValueError(f"more than {MOST_TEXT:,} letters")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has references (*name), which are not read")
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, OSError, ValueError, EOFError, RecursionError) as e:
+            value = yaml_value(f.read(MOST_TEXT + 1), MOST_TEXT)
+    except (OSError, ValueError, EOFError) as e:
         reason = f"not readable as YAML: {e}"[:300]
         raise Fault("file", Path(path).name, reason, "broken_yaml") from e
     if not isinstance(value, dict):
