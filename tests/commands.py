@@ -135,9 +135,11 @@ def user_folder(root: Path) -> Path:
 
 
 def environment() -> dict:
-    "Programs of this Python, this checkout's library, one thread, no network."
+    "Programs of this Python, this checkout's library, one thread, no network, no outer make."
     import os
 
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")  # `make test-ci` runs the tests
+    here = {name: value for name, value in os.environ.items() if name not in outer}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     quiet = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    return dict(os.environ, PATH=path, PYTHONPATH=f"{ROOT}", **quiet)
+    return dict(here, PATH=path, PYTHONPATH=f"{ROOT}", **quiet)
