@@ -39,7 +39,7 @@ def mean_rank(similarity) -> float:
 
 def luck_reaches(n: int) -> tuple:
     "Mean rank among n by luck, and the rank that luck falls under once in forty times."
-    return (n + 1) / 2, (n + 1) / 2 - 1.96 * np.sqrt((n * n - 1) / 12 / n)
+    return (n + 1) / 2, (n + 1) / 2 - 1.96 * float(np.sqrt((n * n - 1) / 12 / n))
 
 # %% ../../nbs/2_data/21b_straight_line.ipynb #c3a10012
 FEWEST = 10  # held-out photos, below which a rank says nothing
