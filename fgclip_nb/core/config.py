@@ -143,7 +143,7 @@ class LossParams:
     duplicates: str = param(
         "mask", "what equal captions are as candidates", choices=("mask", "positive", "ignore")
     )
-    memory_bank_size: int = param(256, "regions kept as extra candidates; 0: none", 0, 10_000_000)
+    memory_bank_size: int = param(128, "regions kept as extra candidates; 0: none", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(
         50, "region forwards, not steps, before it is on", 0, 10_000_000
     )
