@@ -248,6 +248,7 @@ def headline(judged: list) -> str:
     if first:
         return f"{first.name}: {first.why}."
     passed = sum(v.result == PASS for v in judged)
-    if passed < ENOUGH_PASSED and not any(v.result == LATER for v in judged):
+    later = sum(v.result == LATER for v in judged)
+    if passed + later < ENOUGH_PASSED:
         return f"{passed} of {len(RULES)} rules could be judged: nothing seen in those."
     return f"No rule tripped: {counted(judged)}. {remarks(judged)}".strip()
