@@ -359,25 +359,6 @@ def epochs_of(cfg) -> int:
     shipped = dict(video_sample=520, world=20, world_video=10)
     return cfg.epochs or shipped.get(cfg.data.partition(":")[0], 120)
 
-# %% ../../nbs/0_core/03_config.ipynb #c3a20002
-def _shipped_recipe(cfg) -> bool:
-    "Whether a run is the shipped photos' own: no other data, no other length."
-    return cfg.data == "sample" and not cfg.max_steps and not cfg.epochs
-
-
-def patience_of(cfg) -> int:
-    "Validations without a better one after which a run ends; 0: it never does."
-    if cfg.early_stop is not None:
-        return cfg.early_stop
-    return 3 if _shipped_recipe(cfg) else 0
-
-
-def judged_by(cfg) -> str:
-    "`loss` or `rank`: what the best checkpoint has least of."
-    if cfg.best_by != "auto":
-        return cfg.best_by
-    return "rank" if _shipped_recipe(cfg) else "loss"
-
 # %% ../../nbs/0_core/03_config.ipynb #ca53b531
 NOT_IDENTITY = (
     "output",

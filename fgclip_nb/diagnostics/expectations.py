@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.core.plain import escape_html
-from fgclip_nb.core.config import PRESET_NAMES, epochs_of, judged_by, patience_of
+from fgclip_nb.core.config import PRESET_NAMES, epochs_of
+from fgclip_nb.core.patience import judged_by, patience_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #05512b0e

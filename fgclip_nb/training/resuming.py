@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/8_training/12a_resuming.ipynb #59ae9587
 import shutil
 from safetensors.torch import load_file
-from fgclip_nb.core.config import patience_of
+from fgclip_nb.core.patience import patience_of
 from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, checkpoint_fault, checkpoint_state, get_logger, shown
 from fgclip_nb.diagnostics.numbers import whole_steps

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import get_logger
-from fgclip_nb.core.config import TrainConfig, judged_by, patience_of
+from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.core.patience import judged_by, patience_of
 from fgclip_nb.data.findings import can_contrast
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.table import TERMS
