@@ -119,7 +119,6 @@ ROOMS = {
     "save_features": ".evaluation.features",
     "show": ".diagnostics.expectations",
     "sigmoid_loss": ".losses.sigmoid",
-    "single_maps": ".evaluation.temporal_heads",
     "spread_loss": ".losses.spread",
     "tokenize": ".text.packing",
     "total_loss": ".losses.objective",

@@ -22,7 +22,6 @@ ROOMS = {
     "retrieval": ".scores",
     "save_evaluation": ".results",
     "save_features": ".features",
-    "single_maps": ".temporal_heads",
 }
 __all__ = sorted(ROOMS)
 
