@@ -12,6 +12,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.tokenizer import encode
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.filters import area, folded
+from fgclip_nb.data.straight_line import straight_line
 
 # %% ../../nbs/2_data/22a_audit.ipynb #11580cd5
 def rejected_boxes(rejects) -> list:
@@ -263,12 +264,26 @@ def shared_photos(train, held_out, train_thumbs, val_thumbs) -> list:
     return pairs
 
 
+def line_of(train, cells, held_out, held_out_cells) -> dict:
+    """`straight_line` of samples with captions; cells (n,K): their thumbnails."""
+    said = [" ".join((*s.captions, s.short_caption, s.caption)) for s in train]
+    asked = [next(iter(s.captions), s.short_caption) for s in held_out]
+    rows = [k for k, text in enumerate(said) if text.strip()]
+    held_out_rows = [k for k, text in enumerate(asked) if text]
+    return straight_line(
+        np.asarray(cells)[rows],
+        [said[k] for k in rows],
+        np.asarray(held_out_cells)[held_out_rows],
+        [asked[k] for k in held_out_rows],
+    )
+
+
 def photo_facts(train, val, most=1000) -> dict:
     """What photos of both splits look like, of at most `most` each.
 
     n, flat_share, grey_share, mean and std (grey levels), repeated_share (training photos that
     equal an earlier one), leaked_share (held-out photos that are trained on) and leaked (names);
-    fit: see `fit_of`, of 300 photos. Empty where there is no photo."""
+    fit: see `fit_of`, of 300 photos; line: see `straight_line`. Empty where there is no photo."""
     train, pixels = read_small(looked_at(train, most))
     held_out, val_pixels = read_small(looked_at(val, most))
     if not train:
@@ -278,10 +293,9 @@ def photo_facts(train, val, most=1000) -> dict:
     thumbs = np.stack([thumbnail(p) for p in pixels])
     uneven = np.flatnonzero(deviation >= FLAT)
     others = [k for k, p in enumerate(val_pixels) if p.std(axis=(0, 1)).max() >= FLAT]
-    val_thumbs = np.array([thumbnail(val_pixels[k]) for k in others]).reshape(-1, thumbs.shape[1])
-    shared = shared_photos(
-        [train[k] for k in uneven], [held_out[k] for k in others], thumbs[uneven], val_thumbs
-    )
+    val_thumbs = np.array([thumbnail(p) for p in val_pixels]).reshape(-1, thumbs.shape[1])
+    of_train, of_others = [train[k] for k in uneven], [held_out[k] for k in others]
+    shared = shared_photos(of_train, of_others, thumbs[uneven], val_thumbs[others])
     with_boxes = [k for k in uneven if any(r.box for r in train[k].regions)][:300]
     boxes = [np.array([r.box for r in train[k].regions if r.box]) for k in with_boxes]
     return dict(
@@ -295,6 +309,7 @@ def photo_facts(train, val, most=1000) -> dict:
         leaked_share=len(shared) / max(1, len(others)),
         leaked=shared[:5],
         fit=fit_of([pixels[k] for k in with_boxes], boxes) if with_boxes else {},
+        line=line_of(train, thumbs, held_out, val_thumbs),
     )
 
 

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #543ad2e2
 import math
+from fgclip_nb.diagnostics.expectations import TOO_SMALL
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, UNKNOWN, chance_share, rule
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #d216a705
@@ -114,6 +115,8 @@ def regions_lost(ev):
     if share <= 0.2:
         return PASS, share, f"{lost} of {total} regions were rejected"
     why = f"{lost} of {total} regions ({share:.0%}) were rejected, most by {top}"
+    if top == "min_area" and TOO_SMALL in ev.facts.get("expected", {}):
+        return PASS, share, f"{why}, as announced: they are much smaller than a patch of the model"
     return FAIL, share, f"{why}: {box_mistake(ev, top)}", BOX_ADVICE
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #528a4d8a

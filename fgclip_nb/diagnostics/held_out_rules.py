@@ -18,6 +18,8 @@ from fgclip_nb.diagnostics.rules import (
     in_batch,
     rule,
 )
+from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS
+from fgclip_nb.diagnostics.data_rules import audit_of
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
@@ -86,6 +88,21 @@ def val_share(ev, kind: str):
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c7
 ENOUGH_HELD_OUT = 10
 
+
+def as_much_as_the_data_give(ev, s: dict) -> str:
+    """In words, that a model from random weights ranks no worse than a straight line that ranks
+    little better than luck; empty where that is not so, or not known."""
+    line = audit_of(ev, "photos", "line")
+    if not line or ev.params.get("model") not in RANDOM_MODELS:
+        return ""
+    if line["rank"] <= LITTLE * line["luck"] or s["rank"] > line["rank"]:
+        return ""
+    return (
+        f"as much as {line['photos']} photos carry over without pretrained weights: a straight "
+        f"line from their colours to words reaches {line['rank']:.1f}"
+    )
+
+
 APART = (
     "Tell them apart: train on the held-out photos for a moment; if they are learnt, it is too "
     "little data or another domain; if the captions of twenty photos do not fit them, the pairing."
@@ -117,6 +134,9 @@ def held_out_above_chance(ev):
         return LATER, s["rank"], f"still like luck, judged from step 40 on: {summary}"
     if ever_carried_over(ev):
         return UNKNOWN, s["rank"], f"earlier validations were better than luck, now {summary}"
+    enough = as_much_as_the_data_give(ev, s)
+    if beyond and enough:
+        return PASS, s["rank"], f"{summary}; {enough}"
     if learnt < 0.9:
         hardly = "hardly anything" if beyond else "nothing"
         found = "hardly better than by luck" if beyond else "by luck"

@@ -75,6 +75,8 @@ def run_evidence(run) -> Evidence:
     for name, file in (("retrieval", retrieval), ("audit", run.path / "audit.json")):
         if file.exists():
             facts[name] = read_json(file)
+    expected = {row["name"]: row.get("value") for row in run.expectations()}
+    facts |= dict(expected=expected) if expected else {}
     if (run.path / "bad_steps.jsonl").exists():
         facts["bad_steps"] = list(read_jsonl(run.path / "bad_steps.jsonl"))
     timing = metrics_frame(run.timing())
