@@ -16,6 +16,7 @@ from fgclip_nb.data.samples import Fault, Reject
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.parts import do_parts, own_readers, part_file, part_results, pass_folder
 from fgclip_nb.data.known import REGISTERED  # noqa: F401 (registers the readers)
+from fgclip_nb.data.readers import readers_of
 from fgclip_nb.data.reading import format_of, read_row
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shard_sources import (
@@ -41,11 +42,21 @@ class InRow:
         return self.path, True
 
 
+def _media_key(entry) -> str:
+    "The key that an entry's format has its picture under, by the other keys; else `image`."
+    for r in readers_of("entry"):
+        key = r.marks[0] if r.marks else ""
+        if key in ("f_path", "img_path") and any(mark in entry for mark in r.marks[1:]):
+            if format_of({key: "", **entry}) == r.name:
+                return key
+    return "image"
+
+
 def _entry_of(row):
-    "The row's entry; where no reader knows it, with the picture's name as `image`."
+    "The row's entry; where no reader knows it, with the picture's name as `image` or `f_path`."
     entry = row.entry
     if not isinstance(entry, Fault) and row.picture and not format_of(entry):
-        entry = {"image": row.picture, **entry}
+        entry = {_media_key(entry): row.picture, **entry}
     return entry
 
 
@@ -55,6 +66,9 @@ def row_samples(src, row, root) -> list:
     src.root = InRow(src.file, row.picture) if row.picture else root
     entry = _entry_of(row)
     found = read_row(entry, src, "" if isinstance(entry, Fault) else format_of(entry))
+    if row.picture:  # no other row can be about it
+        found += src.groups.values()
+        src.groups.clear()
     waiting = sum(map(len, (src.groups, src.coco, src.crepe)))
     if waiting:
         for held in (src.groups, src.coco, src.crepe):
