@@ -80,3 +80,17 @@ def region_presence(region, first, last) -> np.ndarray:
     if region.span is None:
         return frames
     return frames[(frames >= region.span[0]) & (frames <= region.span[1])]
+
+# %% ../../nbs/2_data/16_clips.ipynb #49ebee61
+def beyond_fault(region, frames) -> Fault | None:
+    """Why a region's track or span leaves a clip of so many frames, or None.
+
+    Rule `beyond_end` where all of it does, `partly_beyond` where some of it does."""
+    field, ends = "span", region.span
+    if region.keyframes:
+        field, ends = "keyframes", (region.keyframes[0].frame, region.keyframes[-1].frame)
+    if ends is None or ends[1] < frames:
+        return None
+    rule = "beyond_end" if ends[0] >= frames else "partly_beyond"
+    reason = f"frames {ends[0]} to {ends[1]} of a clip of {frames} frames: is it another file?"
+    return Fault(field, ends, reason, rule)

@@ -8,10 +8,11 @@ __all__ = []
 # %% ../../nbs/2_data/06_coco.ipynb #b0c24c7b
 import re
 from collections import defaultdict
+from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row, check_int, check_text
 from fgclip_nb.data.media import address_names
-from fgclip_nb.data.photos import same_shape
+from fgclip_nb.data.photos import photo_size, same_shape
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.coco_texts import NOT_NEEDED, OWN_WORDS, image_captions, words_of
 
@@ -74,7 +75,16 @@ def boxed_annotations(pairs) -> dict:
             of_image[id].append(a)
     return of_image
 
+# %% ../../nbs/2_data/06_coco.ipynb #fe3ba856
+def _size_of_file(sample):
+    "(width, height) of a sample's photo as it is shown, or None when it cannot be opened."
+    try:
+        (width, height), orientation = photo_size(sample.media)
+    except DataError:
+        return None
+    return (height, width) if orientation >= 5 else (width, height)
 
+# %% ../../nbs/2_data/06_coco.ipynb #cafe0002
 def coco_images(src, pairs) -> dict:
     """image id -> (sample, its size as this file has it or None), one entry each.
 
@@ -86,7 +96,7 @@ def coco_images(src, pairs) -> dict:
             id, row = coco_id(image, "id"), Row(image)
             sample = _coco_image(row, src)
             sample.captions += image_captions(row, boxed[id])
-            samples[id] = (sample, row.size())
+            samples[id] = (sample, row.size() or (_size_of_file(sample) if boxed[id] else None))
             src.watch(row, "images[]")
         except Fault as f:
             src.reject(f, entries=1)

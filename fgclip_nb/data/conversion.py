@@ -192,6 +192,12 @@ def _stream_of(path, media_root):
     whole = isinstance(path, (str, Path)) and (is_sharded(path) or has_reader(path))
     return None if whole else open_stream(path, media_root)
 
+# %% ../../nbs/2_data/12_conversion.ipynb #76cc5679
+def common_folder(files) -> str:
+    "The folder that all data files of `data_files` lie in."
+    folders = [os.path.realpath(Path(file).parent) for file, _ in files]
+    return os.path.commonpath(folders)
+
 # %% ../../nbs/2_data/12_conversion.ipynb #2bd95616
 def convert(path, out, media_root=None, embed=False, split="auto") -> dict:
     """Write any data set as Parquet shards to the folder `out`, or to JSON lines; returns counts.
@@ -203,7 +209,7 @@ def convert(path, out, media_root=None, embed=False, split="auto") -> dict:
     `DataError` when `out` holds a finished conversion."""
     tally, stream = Tally(), _stream_of(path, media_root)
     files = data_files(path) if stream is None else [(path, "")]
-    root = os.path.realpath(media_root or Path(files[0][0]).parent)
+    root = os.path.realpath(media_root or common_folder(files))
     as_json = str(out).lower().endswith(".jsonl")
     if as_json and (embed or stream is not None):
         raise DataError(f"{out}: JSON holds no images: give a folder, or leave `embed` out")
@@ -225,4 +231,6 @@ def convert(path, out, media_root=None, embed=False, split="auto") -> dict:
     get_logger().info(
         f"{out}: {totals['samples']} samples in {totals['shards']} file(s); {sums(totals)}"
     )
+    if as_json and os.path.realpath(Path(out).parent) != root:
+        get_logger().info(f"{out}: its media paths start from {root}: give that as media_root")
     return totals

@@ -29,7 +29,7 @@ from fgclip_nb.data.parts import do_parts, part_results, pass_folder
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video_index import video_info
 from fgclip_nb.data.declared_size import file_size, fit_to_file
-from fgclip_nb.data.clips import span_fault
+from fgclip_nb.data.clips import beyond_fault, span_fault
 
 # %% ../../nbs/2_data/19_filters.ipynb #f74c90c4
 RULES = dict(
@@ -45,6 +45,7 @@ RULES = dict(
     test_medium="the photo or video stands in the list of test media",
     unreadable_media="the photo or video cannot be decoded",
     beyond_end="it speaks of a time at which the clip is over",
+    partly_beyond="its track goes on when the clip is over",
     other_size="the declared width and height are those of another picture",
     turned="the photo or clip is turned when shown, and its boxes were turned with it",
     perhaps_turned="the photo or clip is turned when shown; were its boxes drawn before that?",
@@ -74,6 +75,8 @@ READING = dict(
     unread_content="a key with text or boxes that no reader asks for",
     unread_key="a key that no reader asks for",
     unread_answers="later answers of a conversation",
+    unread_split="a split that is neither train, val nor test",
+    unread_authors="several annotations of one task",
 )
 
 # %% ../../nbs/2_data/19_filters.ipynb #a5e5329c
@@ -419,6 +422,19 @@ def _log_media(total, kept, rejects, changes):
         first = next(c for c in changes if c.rule == rule)
         get_logger().warning(f"{rule}: {count} samples; the first: {first}")
 
+# %% ../../nbs/2_data/19_filters.ipynb #a93f4ca4
+def within_clip(sample) -> tuple:
+    "(sample without the regions that begin behind its clip's last frame, notes)."
+    if sample.kind != "video" or not any(r.keyframes or r.span for r in sample.regions):
+        return sample, []
+    frames, kept, notes = video_info(sample.media).frames, [], []
+    for region in sample.regions:
+        fault = beyond_fault(region, frames)
+        lost = fault is not None and fault.rule == "beyond_end"
+        kept += [] if lost else [region]
+        notes += [_note(sample, region, fault, int(lost))] if fault else []
+    return dataclasses.replace(sample, regions=kept), notes
+
 # %% ../../nbs/2_data/19_filters.ipynb #d871e0c9
 class MediaCheck:
     "What is known of media that were opened once: their faults and their sizes, by path."
@@ -438,7 +454,9 @@ class MediaCheck:
         fault = self.faults[sample.media] or span_fault(sample)
         if fault is not None:
             return None, [sample_reject(sample, fault)]
-        return fit_to_file(sample, self.size_of)
+        within, notes = within_clip(sample)
+        fitted, more = fit_to_file(within, self.size_of)
+        return fitted, notes + more
 
 
 def check_media(samples) -> tuple:

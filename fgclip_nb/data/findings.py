@@ -120,7 +120,7 @@ def _examples(rejects, most=2) -> str:
     "The first of some rejects: the media that are missing, else file and entry."
     names = []
     for r in rejects:
-        lost = r.rule in ("missing_media", "unreadable_media")
+        lost = r.rule in ("missing_media", "unreadable_media") and r.field != "member"
         name = r.value.strip("'\"") if lost else f"{os.path.basename(r.file)} {r.entry}"
         names.append(os.path.basename(name) if lost else name)
     names = list(dict.fromkeys(names))
@@ -146,6 +146,14 @@ def rule_findings(rejects, counts, of) -> list:
     return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #7880b331
+RENAME = "Rename the key, or delete it if it says nothing."
+UNREAD_ADVICE = dict(
+    unread_answers=("look", RENAME),
+    unread_split=("fix", "Write train, val or test, or name the part for the whole file."),
+    unread_authors=("look", "Export one annotation of each task."),
+)
+
+
 def unread_findings(rejects) -> list:
     "A finding for each key with text, boxes or a value that no reader asked for."
     findings = []
@@ -153,13 +161,11 @@ def unread_findings(rejects) -> list:
         if not r.rule.startswith("unread_"):
             continue
         known = "nearest known name" in r.reason or "reads it" in r.reason
-        level = "look" if r.rule == "unread_answers" else "know"
+        level, do = UNREAD_ADVICE.get(r.rule, ("know", RENAME))
         if r.rule == "unread_content":
             level = "fix" if known else "look"
         where = f"{os.path.basename(r.file)}: {r.field}: {r.reason}"
-        findings.append(
-            Finding(level, where, 1, 1, "Rename the key, or delete it if it says nothing.")
-        )
+        findings.append(Finding(level, where, 1, 1, do))
     return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #7cccc4b0
@@ -260,6 +266,7 @@ def negative_findings(samples) -> list:
 
 # %% ../../nbs/2_data/22_findings.ipynb #49317ff1
 CHANGE_ADVICE = dict(
+    partly_beyond=("look", "Another frame rate, or another cut of the video?"),
     out_of_range=("know", "Look at some: `out_of_range=reject` leaves them out."),
     turned=("know", "Their boxes were drawn on the picture as stored, and turned with it."),
     other_size=("look", "Another picture than the annotation speaks of? Its captions are kept."),
@@ -279,6 +286,16 @@ def change_findings(changes, of) -> list:
     return findings
 
 # %% ../../nbs/2_data/22_findings.ipynb #9f2eb713
+MEET = "Let an entry say all there is about a photo: each is trained on by itself."
+NAMES = "Write the names of the categories: a number says nothing to the text tower."
+
+
+def has_word(phrase) -> bool:
+    "Whether a phrase says more than a number: `a 0` is the name of a category that nobody wrote."
+    words = [w for w in phrase.split() if w not in ("a", "an")]
+    return any(map(str.isalpha, "".join(words)))
+
+
 def repeat_findings(samples) -> list:
     """Phrases that repeat inside an image, captions that repeat between samples.
 
@@ -289,12 +306,17 @@ def repeat_findings(samples) -> list:
     phrases = sum(map(repeated_phrases, samples))
     regions = sum(len(s.regions) for s in samples)
     empty = sum(not s.regions for s in samples)
+    wordless = sum(not has_word(r.phrase) for s in samples for r in s.regions)
+    photos = Counter(s.media for s in samples if s.kind == "image")
+    again = sum(k for k in photos.values() if k > 1)
     floor = "Keep `duplicates=mask`: as negatives they set a floor under the loss."
     repeated = "regions whose phrase stands more than once in their image"
     nothing = "They add nothing to the {} loss.".format
     return [
         Finding("look", repeated, phrases, regions, floor),
         Finding("look", "captions that stand more than once", equal, n, floor),
+        Finding("look", "samples that share their photo with another", again, n, MEET),
+        Finding("fix", "regions whose phrase has no letter", wordless, regions, NAMES),
         Finding("know", "samples without a caption", silent, n, nothing("global")),
         Finding("know", "samples without a region", empty, n, nothing("region")),
     ]

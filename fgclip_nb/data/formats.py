@@ -154,10 +154,11 @@ def _own_object(r, id, size) -> Region:
 # %% ../../nbs/2_data/07_formats.ipynb #d2627e0e
 def _own_captions(row) -> dict:
     "caption, short_caption, captions and caption_negatives of a row."
-    captions = row.texts("captions")
+    several = isinstance(row.get("caption"), list)  # alternatives, as ALBEF has them
+    captions = row.texts("captions") or (row.texts("caption") if several else ())
     short = row.text("short_caption", "") or (captions[0] if captions else "")
     negatives = [Row(n, name) for name, n in row.items("caption_negatives")]
-    long = row.text("caption", "") or paragraph(captions)
+    long = paragraph(captions) if several else row.text("caption", "") or paragraph(captions)
     return dict(
         captions=captions or ((short,) if short else ()),
         short_caption=short,

@@ -343,6 +343,23 @@ def build_cache(cache, samples, count=256, say=print) -> list:
     say(f"cache {cache.folder}: {held} clips, {_mebibytes(cache.bytes())}, {len(rejects)} rejected")
     return rejects
 
+# %% ../../nbs/2_data/17_frame_cache.ipynb #18c01da4
+def _kind(size, encoding) -> str:
+    return f"{size} x {size} pixels ({encoding})"
+
+
+def held_sizes(cache, path) -> str:
+    "In which sizes and encodings the folder holds a clip of this name; '' for none."
+    kinds = set()
+    for file in sorted(cache.folder.glob("*.arrow"))[:10_000]:
+        try:
+            head, _ = _load_table(str(file))
+        except DataError:
+            continue
+        if head.get("clip") == Path(path).name:
+            kinds.add(_kind(head["size"], head["encoding"]))
+    return ", ".join(sorted(kinds))
+
 # %% ../../nbs/2_data/17_frame_cache.ipynb #9d03ff3a
 def cache_share(cache, paths) -> str:
     "`11 of 12 clips from the cache`, with the first that is not; clips that are not here count."
@@ -351,4 +368,8 @@ def cache_share(cache, paths) -> str:
     held = f"{len(paths) - len(absent)} of {len(paths)} clips from the cache {cache.folder}"
     if not absent:
         return held
-    return f"{held}; the others are decoded at every step, the first is {Path(absent[0]).name}"
+    first, sizes = Path(absent[0]).name, held_sizes(cache, absent[0])
+    text = f"{held}; the others are decoded at every step, the first is {first}"
+    if not sizes:
+        return text
+    return f"{text}, which is there in {sizes}: this run needs {_kind(cache.size, cache.encoding)}"

@@ -293,8 +293,15 @@ def studio_names(address, video) -> list:
 
 # %% ../../nbs/2_data/08a_label_studio.ipynb #8a5d0002
 def note_left_out(row, results, src):
-    "A reject, without a loss, for a task whose only results are predictions or cancelled."
-    if results or "annotations" not in row:
+    "A reject, without a loss, for a task of several people, or of predictions or cancelled alone."
+    if "annotations" not in row:
+        return
+    done = [a for _, a in row.items("annotations") if isinstance(a, dict)]
+    done = [a for a in done if a.get("result") and not a.get("was_cancelled")]
+    if len(done) > 1:
+        reason = f"{len(done)} annotations of one task: all their boxes count, equal ones as well"
+        src.reject(Fault("annotations", len(done), reason, "unread_authors"))
+    if results:
         return
     for key, why in (
         ("predictions", "a model's predictions: accept them in Label Studio, then export again"),

@@ -6,7 +6,7 @@
 __all__ = ['load_samples']
 
 # %% ../../nbs/2_data/11_load.ipynb #32e4be4a
-import dataclasses, os
+import dataclasses, itertools, os
 from pathlib import Path
 from collections import Counter
 from fgclip_nb.core.identity import ConfigError, DataError
@@ -16,9 +16,10 @@ from fgclip_nb.data.rows import Row, mark_duplicates
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import ObjectPairs, open_text, read_entries
 from fgclip_nb.data.known import REGISTERED  # noqa: F401 (all readers are known from here on)
-from fgclip_nb.data.readers import reader_of, readers_of
+from fgclip_nb.data.readers import READERS, reader_of, readers_of
 from fgclip_nb.data.reading import as_samples, format_of, read_row
 from fgclip_nb.data.source import Source, Tally, paragraph
+from fgclip_nb.data.shard_sources import holds_pictures
 from fgclip_nb.data.shards import is_sharded, open_shards
 from fgclip_nb.data.stream import open_stream
 from fgclip_nb.data.world import is_world, world_options, world_samples
@@ -34,12 +35,25 @@ def _first_format(pairs) -> str:
     whole = _as_dict(pairs)
     return format_of(whole, "document") or format_of(whole)
 
+# %% ../../nbs/2_data/11_load.ipynb #c22755d6
+def _unknown_object(pairs) -> Fault:
+    "The Fault of a file that is one object of no known format; where its entries may stand."
+    keys = ", ".join(str(key)[:40] for key, _ in pairs[:8])
+    lists = [str(k)[:40] for k, v in pairs if isinstance(v, list) and v and isinstance(v[0], dict)]
+    reason = "no known format is one object with these keys"
+    if lists:
+        reason += f"; if `{lists[0]}` holds the entries, write that list alone into a file"
+    return Fault("keys", keys, reason, "unknown_format")
+
 # %% ../../nbs/2_data/11_load.ipynb #26b78249
 def _read_videos(pairs, src):
     """Samples of a dict of videos or of numbered pairs.
 
     A name that stands there twice is rejected the second time."""
     seen = set()
+    if pairs and not src.format and not any(isinstance(v, (dict, Fault)) for _, v in pairs):
+        yield from read_row(_unknown_object(pairs), src, "")
+        return
     for key, value in pairs:
         src.entry, src.key = key[:100].encode(errors="replace").decode(), key
         if key in seen:
@@ -151,17 +165,45 @@ def _is_asked_for(path) -> bool:
     own = file_reader(path)
     return own is not None and path.name.lower().endswith(own.suffixes)
 
+# %% ../../nbs/2_data/11_load.ipynb #32882492
+def _first_known(path) -> str:
+    "The format of a file: of its reader, or of its first entry."
+    own = file_reader(path)
+    entries = [] if own else itertools.islice(read_entries(path), 1)
+    values = [_as_dict(e.value) if isinstance(e.value, ObjectPairs) else e.value for e in entries]
+    return own.name if own else next((format_of(v) for v in values), "")
 
+
+def _is_looked_up(path, files) -> bool:
+    "Whether the reader of another of `files` looks things up in this one, in its folder."
+    users = {r.name for r in READERS.values() if path.name in r.beside}
+    near = [f for f in files if f.parent == path.parent and f != path] if users else []
+    return any(_first_known(f) in users for f in near)
+
+
+YOLO_HINT = "put a classes.txt with a class a line, or a data.yaml, beside its photos and texts"
+
+
+def _why_none(folder, found) -> str:
+    "Why a folder has no data file: what is there and is of no known form, or what is looked for."
+    if found:
+        return f"holds no file of a known form; the first of its {len(found)} is {found[0].name}"
+    photos = (p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if any(p.with_suffix(".txt").is_file() for p in itertools.islice(photos, 100)):
+        return f"holds photos and texts of their names, as YOLO has them: {YOLO_HINT}"
+    return f"holds no {', '.join(dict.fromkeys(_data_suffixes()))} file"
+
+# %% ../../nbs/2_data/11_load.ipynb #cafe0001
 def _folder_files(folder) -> list:
     "(file, '') of the data files anywhere below a folder, by name."
     suffixes = _data_suffixes()
     named = (p for p in folder.rglob("*") if p.name.lower().endswith(suffixes))
     found = sorted(p for p in named if p.is_file())
     # a table of something else, such as results.csv, is no data file
-    known = (p for p in found if p.name.lower().endswith(DATA_SUFFIXES) or _is_asked_for(p))
-    files = [(p, "") for p in known]
+    known = [p for p in found if p.name.lower().endswith(DATA_SUFFIXES) or _is_asked_for(p)]
+    files = [(p, "") for p in known if not _is_looked_up(p, known)]
     if not files:
-        raise DataError(f"data folder {str(folder)!r} holds no {', '.join(suffixes)} file")
+        raise DataError(f"data folder {str(folder)!r} {_why_none(folder, found)}")
     return files
 
 
@@ -219,18 +261,50 @@ def _made_samples(address, tally):
         tally.regions += len(sample.regions)
         yield sample
 
+# %% ../../nbs/2_data/11_load.ipynb #62561f84
+ONE_OF = ("caption", "label", "span", "width", "height", "split", "data")
+
+
+def _joined(a, b):
+    "One sample of two files about the same photo, or None where they say different things."
+    if a.file == b.file:
+        return None
+    same = {k: getattr(a, k) or getattr(b, k) for k in ONE_OF}
+    if any(getattr(b, k) not in (same[k], None, "") for k in ONE_OF):
+        return None
+    alone = [s for s in (a, b) if s.short_caption and s.short_caption not in s.captions]
+    if a.caption_negatives or b.caption_negatives or (alone and a.short_caption != b.short_caption):
+        return None
+    regions = a.regions + [
+        dataclasses.replace(r, id=f"{a.id}#m{len(a.regions) + i}") for i, r in enumerate(b.regions)
+    ]
+    return dataclasses.replace(
+        a,
+        **same,
+        regions=regions,
+        short_caption=a.short_caption or b.short_caption,
+        captions=tuple(dict.fromkeys(a.captions + b.captions)),
+        entries=a.entries + b.entries,
+    )
+
+
+def meet(samples) -> list:
+    "Samples with those of one photo joined where nothing is lost by it; the first keeps its place."
+    out, place = [], {}
+    for sample in samples:
+        at = place.get(sample.media) if sample.kind == "image" else None
+        both = None if at is None else _joined(out[at], sample)
+        if both is None:
+            place.setdefault(sample.media, len(out))
+            out.append(sample)
+        else:
+            out[at] = both
+    return out
+
 # %% ../../nbs/2_data/11_load.ipynb #07dba6b4
-def iter_samples(path, media_root=None, tally=None, split="auto"):
-    """Samples one after the other, in the order of the files; `tally` collects rejects and counts.
-
-    `split`: of entries that name none: by the file's name (auto), none, train, val or test.
-
-    Only FG-OVD, COCO and SugarCrepe files are held whole (their entries belong together), and a
-    file that is one JSON object. Raises `DataError` when path or media root does not exist."""
-    tally, images, crepe, roots = tally or Tally(), {}, {}, {}
-    if media_root and not os.path.isdir(media_root):
-        raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
-    files, split = data_files(path), "" if split == "none" else split
+def _read_files(files, media_root, tally, split):
+    "Samples of data files, one after the other."
+    images, crepe, roots = {}, {}, {}
     before_ids = id_folders(files, media_root)
     for file, where in files:
         folder = str(media_root or Path(file).parent)
@@ -248,6 +322,25 @@ def iter_samples(path, media_root=None, tally=None, split="auto"):
         short = "".join(s.captions[:1])
         yield dataclasses.replace(s, short_caption=short, caption=paragraph(s.captions))
     yield from crepe.values()
+
+
+MEET_BYTES = 500_000_000  # of data files that are held whole, so that their samples can meet
+
+
+def iter_samples(path, media_root=None, tally=None, split="auto"):
+    """Samples one after the other, in the order of the files; `tally` collects rejects and counts.
+
+    `split`: of entries that name none: by the file's name (auto), none, train, val or test.
+
+    Only FG-OVD, COCO and SugarCrepe files are held whole (their entries belong together), a file
+    that is one JSON object, and several small files, so that their samples about one photo meet.
+    Raises `DataError` when path or media root does not exist."""
+    if media_root and not os.path.isdir(media_root):
+        raise DataError(f"media_root {str(media_root)!r}: no such folder (seen from {Path.cwd()})")
+    files, tally = data_files(path), tally or Tally()
+    samples = _read_files(files, media_root, tally, "" if split == "none" else split)
+    sizes = [os.path.getsize(file) for file, _ in files if os.path.isfile(file)]
+    yield from meet(list(samples)) if len(sizes) > 1 and sum(sizes) <= MEET_BYTES else samples
 
 # %% ../../nbs/2_data/11_load.ipynb #bf2baf29
 def drop_missing(samples, tally, missing="auto") -> list:
@@ -270,9 +363,14 @@ def drop_missing(samples, tally, missing="auto") -> list:
     return [s for s in samples if s.media not in tally.missing]
 
 # %% ../../nbs/2_data/11_load.ipynb #479f34d3
-def has_reader(path) -> bool:
-    "Whether a path is a file that a reader of whole files takes."
-    return isinstance(path, (str, Path)) and os.path.isfile(path) and bool(file_reader(path))
+def has_reader(path, columns="") -> bool:
+    """Whether a path is a file that a reader of whole files takes.
+
+    A table of Parquet whose columns hold pictures, or are given names, is streamed instead."""
+    if not isinstance(path, (str, Path)) or not os.path.isfile(path):
+        return False
+    own = file_reader(path)
+    return own is not None and not (own.name == "parquet" and (columns or holds_pictures(path)))
 
 # %% ../../nbs/2_data/11_load.ipynb #5f2dcb05
 def sums(c) -> str:
@@ -334,7 +432,7 @@ def load_samples(path, media_root=None, missing="auto", split="auto", columns=""
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     if is_sharded(path):
         return open_shards(path, media_root), []
-    streamed = None if has_reader(path) else open_stream(path, media_root, columns, split)
+    streamed = None if has_reader(path, columns) else open_stream(path, media_root, columns, split)
     if streamed:
         return streamed
     tally = Tally()

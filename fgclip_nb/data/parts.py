@@ -43,9 +43,9 @@ def part_file(folder, number) -> Path:
 
 
 @contextmanager
-def alone_in(folder):
-    "One process at a time works in `folder`; others wait, and then find what it did."
-    with FileLock(Path(folder) / ".lock"):
+def alone_in(folder, task=""):
+    "One process at a time does a `task` in `folder`; others wait, and then find what it did."
+    with FileLock(Path(folder) / f".{task}lock"):
         yield
 
 # %% ../../nbs/2_data/10d_parts.ipynb #176f7273

@@ -26,6 +26,7 @@ class Reader:
     ignored: frozenset = frozenset()  # keys that nobody needs to read
     suffixes: tuple = ()  # of a `file`: what a folder's files of this format end with
     watched: bool = True  # whether keys that are not read are named
+    beside: tuple = ()  # names of files that it looks things up in; they are no data of their own
 
 
 READERS = {}  # name -> Reader
@@ -36,7 +37,7 @@ def has_keys(*keys):
     return lambda row: all(key in row for key in keys)
 
 # %% ../../nbs/2_data/04a_readers.ipynb #5b449ed7
-def reader(name, recognises, of="entry", rank=0, marks=(), ignored=(), suffixes=(), watched=True):
+def reader(name, recognises, of="entry", rank=0, marks=(), ignored=(), suffixes=(), **more):
     """Decorator: from now on the function reads the data that `recognises` says yes to.
 
     `name`: of the format; a second reader of that name replaces the first. `recognises`: a
@@ -44,14 +45,15 @@ def reader(name, recognises, of="entry", rank=0, marks=(), ignored=(), suffixes=
     `rank`: lower is asked earlier; the package's own have 10 and more. `marks`: keys that hints
     know the format by. `ignored`: keys nobody needs to read; other keys that the function does not
     ask for are reported, unless `watched` is False. `suffixes`: of a file reader, what it looks
-    for in a folder. Raises ConfigError for another `of`."""
+    for in a folder. `beside`: names of files in the same folder that it looks things up in.
+    Raises ConfigError for another `of`."""
     if of not in KINDS:
         raise ConfigError(f"reader {name!r}: `of` = {of!r} must be one of {', '.join(KINDS)}")
     recognise = recognises if callable(recognises) else has_keys(*recognises)
 
     def register(read):
-        about = dict(marks=tuple(marks), ignored=frozenset(ignored), watched=watched)
-        READERS[name] = Reader(name, recognise, read, of, rank, suffixes=tuple(suffixes), **about)
+        about = dict(marks=tuple(marks), ignored=frozenset(ignored), suffixes=tuple(suffixes))
+        READERS[name] = Reader(name, recognise, read, of, rank, **about, **more)
         return read
 
     return register

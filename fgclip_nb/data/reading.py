@@ -10,6 +10,7 @@ import dataclasses
 from fgclip_nb.data.samples import Fault
 from fgclip_nb.data.rows import Row
 from fgclip_nb.data.readers import READERS, reader_of
+from fgclip_nb.data.unread import with_meant_key
 
 # %% ../../nbs/2_data/05d_reading.ipynb #5d1a0006
 def format_of(thing, kind="entry") -> str:
@@ -28,7 +29,7 @@ def as_samples(samples) -> list:
 def read_row(value, src, format) -> list:
     "Samples of one entry; its faults are noted, and the keys that nobody asked for."
     src.tally.entries += 1
-    kept = src.tally.kept
+    kept, row = src.tally.kept, None
     try:
         if isinstance(value, Fault):
             raise value
@@ -39,7 +40,7 @@ def read_row(value, src, format) -> list:
             raise Fault("entry", value, "no known format has these keys", "unknown_format")
         samples = as_samples(READERS[src.format].read(row, src))
     except Fault as f:
-        src.reject(f, entries=1)
+        src.reject(with_meant_key(f, row), entries=1)
         return []
     src.tally.formats.setdefault(src.file, src.format)
     if src.tally.kept > kept:

@@ -99,6 +99,7 @@ def _place(row, src) -> tuple:
     ("ref_id", "sentences"),
     rank=8,
     marks=("ref_id", "ann_id", "sentences"),
+    beside=("instances.json",),
     ignored=("sent_ids", "category_id", "file_name", "raw_sentences", "raw_anns", "image_path"),
 )
 def read_referring(row, src):
@@ -135,7 +136,14 @@ def is_refs_pickle(path) -> bool:
     return name.startswith("refs") and name.endswith((".p", ".pkl", ".pickle"))
 
 
-@reader("refcoco_pickle", is_refs_pickle, of="file", rank=20, suffixes=(".p", ".pkl", ".pickle"))
+@reader(
+    "refcoco_pickle",
+    is_refs_pickle,
+    of="file",
+    rank=20,
+    suffixes=(".p", ".pkl", ".pickle"),
+    beside=("instances.json",),
+)
 def read_refs(path, src):
     "No sample at once: the expressions of an official list, read as entries of JSON."
     src.entry = "the whole file"

@@ -74,6 +74,7 @@ def _is_genome(row) -> bool:
     _is_genome,
     rank=7,
     marks=("image_id", "phrase"),
+    beside=("image_data.json",),
     ignored=(
         "id",
         "object_id",

@@ -188,6 +188,17 @@ def _pixel_columns(schema) -> dict:
     return found
 
 
+def holds_pictures(path) -> bool:
+    "Whether a Parquet file has a column of pictures; False where it cannot be read."
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        return bool(_pixel_columns(pq.read_schema(path)))
+    except (pyarrow.ArrowException, OSError):
+        return False
+
+
 def _without_pixels(row, pictures) -> dict:
     "A scanned row with an empty picture where pixels were not read."
     return row | {

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/05_source.ipynb #541efa64
-import re
+import os, re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 from fgclip_nb.data.samples import Fault, LEVELS, Reject, Sample, shorten
 from fgclip_nb.data.rows import Row
 from fgclip_nb.data.readers import READERS
-from fgclip_nb.data.unread import KeyUse, level_of, unread_faults
+from fgclip_nb.data.unread import KeyUse, level_of, unread_faults, with_meant_key
 
 # %% ../../nbs/2_data/05_source.ipynb #7b06ba50
 def split_of(name) -> str:
@@ -30,11 +30,11 @@ def split_named(text) -> str:
 
     A name that is none of them stays as written."""
     word = text.strip().lower()
-    if re.match(r"test(?![a-z]{2})|testing", word):
+    if word.startswith("test"):  # testA, test-dev, testdev2017
         return "test"
-    if re.match(r"(mini)?val(?![a-z])|valid|dev$", word):
+    if re.match(r"(mini)?val(?!u)|eval|dev", word):
         return "val"
-    if re.match(r"train(?![a-z])|training|restval", word):
+    if re.match(r"train|restval", word):
         return "train"
     return text.strip()
 
@@ -72,31 +72,53 @@ class Tally:
             samples=len(samples),
         )
 
+# %% ../../nbs/2_data/05_source.ipynb #76e6793b
+SPLIT_NAMES = ("train", "val", "test")
+
+
+def _folder_under(root, file) -> str:
+    "The folder of a data file, seen from a MediaRoot that holds it; '' where they are the same."
+    base = getattr(root, "root", None)
+    inside = os.path.relpath(os.path.realpath(Path(file).parent), base) if base else "."
+    return "" if inside == "." or inside.startswith("..") else Path(inside).as_posix()
+
 # %% ../../nbs/2_data/05_source.ipynb #920624d4
 class Source:
     "One data file while it is read: where its media lie, which entry is being read, who counts."
 
     def __init__(self, file, root, tally, split="auto", folder=""):
         self.file, self.root, self.tally = str(file), root, tally
+        self.beside = _folder_under(root, file)  # where media may lie that are not under the root
         self.folder = folder  # put before ids where several folders are read, each with its media
         self.file_split = split
         if split == "auto":
-            self.file_split = split_of(Path(file).name) or split_of(folder)
+            self.file_split = split_of(Path(file).name) or split_of(folder or self.beside)
         if split == "auto" and self.file_split:
             tally.hints[self.file] = self.file_split
         self.split = self.file_split  # of what is being read
+        self.found_in = ""  # `beside` where the last medium was found there
+        self.odd_splits = set()  # values of `split` that say nothing, each told once
         self.entry = self.key = self.format = ""  # of what is being read
         # samples that several entries add to; the last two also several files
         self.groups, self.coco, self.crepe = {}, {}, {}
 
     def split_in(self, value) -> str:
-        "The split that a JSON object or a Row names under `split`, else the file's."
+        """The split that a JSON object or a Row names under `split`, else the file's.
+
+        A value that is none of the three is told: its samples would be trained on in silence."""
         split = value.get("split")
-        return (split_named(split) if isinstance(split, str) else "") or self.file_split
+        named = split_named(split) if isinstance(split, str) else ""
+        told = str(split)
+        if split not in (None, "") and named not in SPLIT_NAMES and told not in self.odd_splits:
+            self.odd_splits.add(told)
+            reason = "neither train, val nor test: what has it is trained on; write one of them"
+            self.reject(Fault("split", split, reason, "unread_split"))
+        return named or self.file_split
 
     def named(self, id) -> str:
         "An id that stays apart from equal ids about media of another folder."
-        return f"{self.folder}/{id}" if self.folder else id
+        folder = self.folder or self.found_in
+        return f"{folder}/{id}" if folder else id
 
     def reject(self, fault, entries=0, regions=0, sample=""):
         "Note a fault with what is lost by it."
@@ -107,11 +129,31 @@ class Source:
     def media(self, names, field) -> str:
         """The absolute path of the first of `names` that exists, else of the first.
 
-        Noted in `tally.missing` when there is none; a Fault when it leads out of the root."""
-        path, exists = self.root.find(names, field)
+        They start from the root, or from the annotation file's own folder under it. Noted in
+        `tally.missing` when there is none; a Fault when it leads out of the root."""
+        self.found_in, fault = "", None
+        try:
+            path, exists = self.root.find(names, field)
+        except Fault as f:
+            path, exists, fault = "", False, f
+        if not exists and self.beside:
+            near = self._found_beside(names, field)
+            path, exists, fault = near or path, bool(near), None if near else fault
+        if fault:
+            raise fault
         if not exists:
             self.tally.missing.add(path)
         return path
+
+    def _found_beside(self, names, field):
+        "The path of the first of `names` that lies in the annotation file's own folder, or None."
+        inside = [f"{self.beside}/{name}" for name in names if isinstance(name, str)]
+        try:
+            path, exists = self.root.find(inside, field) if inside else ("", False)
+        except Fault:
+            return None
+        self.found_in = self.beside if exists else ""
+        return path if exists else None
 
     def watch(self, row, level=None):
         "Note which keys of a Row, and of the Rows it handed out, nobody asked for."
@@ -135,12 +177,13 @@ class Source:
         regions = []
         for i, (name, item) in enumerate(items):
             self.tally.regions += 1
+            row = None
             try:
                 row = Row(item, name)
                 regions.append(parse(row, i))
                 self.watch(row, level)
             except Fault as f:
-                self.reject(f, regions=1, sample=sample)
+                self.reject(with_meant_key(f, row), regions=1, sample=sample)
         return regions
 
     def shared(self, groups, name, media, size, split="") -> Sample:

@@ -14,8 +14,16 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger, write_atomic
 from fgclip_nb.data.samples import Fault, Reject
 from fgclip_nb.data.media import MediaRoot
-from fgclip_nb.data.parts import do_parts, own_readers, part_file, part_results, pass_folder
+from fgclip_nb.data.parts import (
+    alone_in,
+    do_parts,
+    own_readers,
+    part_file,
+    part_results,
+    pass_folder,
+)
 from fgclip_nb.data.known import REGISTERED  # noqa: F401 (registers the readers)
+from fgclip_nb.data.readers import readers_of
 from fgclip_nb.data.reading import format_of, read_row
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shard_sources import (
@@ -41,11 +49,21 @@ class InRow:
         return self.path, True
 
 
+def _media_key(entry) -> str:
+    "The key that an entry's format has its picture under, by the other keys; else `image`."
+    for r in readers_of("entry"):
+        key = r.marks[0] if r.marks else ""
+        if key in ("f_path", "img_path") and any(mark in entry for mark in r.marks[1:]):
+            if format_of({key: "", **entry}) == r.name:
+                return key
+    return "image"
+
+
 def _entry_of(row):
-    "The row's entry; where no reader knows it, with the picture's name as `image`."
+    "The row's entry; where no reader knows it, with the picture's name as `image` or `f_path`."
     entry = row.entry
     if not isinstance(entry, Fault) and row.picture and not format_of(entry):
-        entry = {"image": row.picture, **entry}
+        entry = {_media_key(entry): row.picture, **entry}
     return entry
 
 
@@ -55,6 +73,9 @@ def row_samples(src, row, root) -> list:
     src.root = InRow(src.file, row.picture) if row.picture else root
     entry = _entry_of(row)
     found = read_row(entry, src, "" if isinstance(entry, Fault) else format_of(entry))
+    if row.picture:  # no other row can be about it
+        found += src.groups.values()
+        src.groups.clear()
     waiting = sum(map(len, (src.groups, src.coco, src.crepe)))
     if waiting:
         for held in (src.groups, src.coco, src.crepe):
@@ -434,6 +455,23 @@ def _plain_path(path):
     return str(path) if isinstance(path, (str, Path)) else ""
 
 
+def _make_index(folder, source, spec, processes):
+    "The index of a source, unless it is there; of several processes one puts it together."
+    if (folder / "about.json").exists():
+        return
+    with alone_in(folder, "index"):
+        if (folder / "about.json").exists():
+            return  # another process made it while this one waited
+        total = len(source.names)
+        get_logger().info(f"data: the texts of {total} shard(s) are read once, for an index")
+
+        def work(number):
+            return index_shard(source, number, spec["media_root"], spec["split"])
+
+        do_parts(folder, "index", total, work, processes)
+        merge_index(folder, total)
+
+
 def open_stream(path, media_root="", columns="", split="auto", processes=0):
     """(Stream, rejects) of a streamed set, or None where `path` is none.
 
@@ -449,15 +487,7 @@ def open_stream(path, media_root="", columns="", split="auto", processes=0):
     once = tempfile.TemporaryDirectory() if given and source.kind == "iterable" else None
     spec = dict(path=plain, media_root=media_root, columns=columns, split=split, stamp=stamp)
     folder = pass_folder(once.name if once else _beside(path, source), "index", spec)
-    if not (folder / "about.json").exists():
-        total = len(source.names)
-        get_logger().info(f"data: the texts of {total} shard(s) are read once, for an index")
-
-        def work(number):
-            return index_shard(source, number, media_root, split)
-
-        do_parts(folder, "index", total, work, 1 if alone else processes)
-        merge_index(folder, total)
+    _make_index(folder, source, spec, 1 if alone else processes)
     stream = Stream(source, folder, media_root, split)
     stream.once = once  # an index that nobody can use again goes with the stream
     _log_stream(stream)

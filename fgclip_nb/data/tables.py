@@ -276,7 +276,8 @@ def read_text_table(path, src):
     "Samples of a table; its rows are read as entries of JSON with these keys are."
     for src.entry, value in table_rows(path):
         known = "" if isinstance(value, Fault) else format_of(value)
-        yield from read_row(value, src, "table" if "table" in known or not known else known)
+        plain = known in ("", "table", "unknown_table", "regions")  # cells hold no lists of regions
+        yield from read_row(value, src, "table" if plain else known)
 
 
 @reader("unknown_table", lambda path: str(path).lower().endswith(TABLES), of="file", rank=900)

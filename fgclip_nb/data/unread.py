@@ -44,7 +44,8 @@ ALIKE = (
     "bbox_info regions region boxes bboxes bbox_infos box_infos objects annotations",
     "bbox box xyxy xywh bounding_box rect",
     "caption captions text description sentence sentences raw global_caption short_caption title",
-    "caption short_expr pos_expression phrase expression referring_expression label name category",
+    "caption short_expr expr pos_expression phrase expression label name category",
+    "expression referring_expression sentence",
     "negatives neg_expression short_expr_negs hard_negatives negative_captions neg_captions",
     "split subset partition fold",
 )
@@ -104,3 +105,14 @@ def unread_faults(use, level, format):
         reason += f"; {_hint(key, use.asked, format)}"
         rule = "unread_content" if holds_content(value) else "unread_key"
         yield Fault(where, value, reason, rule)
+
+# %% ../../nbs/2_data/04b_unread.ipynb #2a15f9ed
+def with_meant_key(fault, row) -> Fault:
+    "The fault; where a key is absent from its Row, with the key that stands there in its place."
+    if row is None or fault.value is not None:
+        return fault
+    absent = str(fault.field).rpartition(".")[2]
+    name = nearest_name(absent, {str(k) for k in row.value if k not in row.asked} - {absent})
+    if name and absent not in row.value:
+        fault.reason += f"; `{name}` stands there, which is not read: rename it to `{absent}`?"
+    return fault

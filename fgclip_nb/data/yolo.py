@@ -13,7 +13,7 @@ from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import check_number, check_text
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.readers import reader
-from fgclip_nb.data.source import with_article
+from fgclip_nb.data.source import split_of, with_article
 
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000006
 def yolo_box(numbers, field) -> tuple:
@@ -165,6 +165,46 @@ def read_yolo(path, src):
                     yield read_yolo_photo(photo, names, part, src)
                 except Fault as f:
                     src.reject(f, entries=1)
+
+# %% ../../nbs/2_data/09h_yolo.ipynb #4ce22a33
+CLASS_FILES = ("classes.txt", "obj.names")
+
+
+def _has_yaml(folder) -> bool:
+    return any(is_yolo(p) for ending in ("*.yaml", "*.yml") for p in folder.glob(ending))
+
+
+def is_class_list(path) -> bool:
+    "Whether a file lists the classes of a folder of photos that has no data.yaml."
+    path = Path(path)
+    if path.name.lower() not in CLASS_FILES:
+        return False
+    return not _has_yaml(path.parent) and not _has_yaml(path.parent.parent)
+
+
+def labelled_photos(path) -> list:
+    "The photos of a list of classes: below its folder, or below `images` beside a folder `labels`."
+    folder = Path(path).parent
+    if folder.name == "labels" and (folder.parent / "images").is_dir():
+        folder = folder.parent / "images"
+    return sorted(p for p in folder.rglob("*") if p.name.lower().endswith(PHOTOS))
+
+
+@reader(
+    "yolo_classes", is_class_list, of="file", rank=20, suffixes=CLASS_FILES, beside=("notes.json",)
+)
+def read_class_list(path, src):
+    "Samples of labelImg's folder, or of darknet's and CVAT's `obj.names`: a class a line."
+    src.entry = "the whole file"
+    with open_text(path) as f:
+        lines = [line.strip() for line in f.read(MOST_TEXT).splitlines()]
+    names = class_names([line for line in lines if line])
+    for photo in labelled_photos(path):
+        src.entry, src.tally.entries = photo.name, src.tally.entries + 1
+        try:
+            yield read_yolo_photo(photo, names, split_of(photo.parent.name), src)
+        except Fault as f:
+            src.reject(f, entries=1)
 
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000016
 def _is_yaml(path) -> bool:
