@@ -177,23 +177,25 @@ COLOUR_WORDS = frozenset(
 def text_facts_of(texts: list, limit: int) -> dict:
     """n, distinct, top_share (of the commonest), cut_share (of those over `limit` tokens).
 
-    colour_share: of the texts that name a colour."""
+    tokens: mean of those that are read; colour_share: of the texts that name a colour."""
     if not texts:
         return dict(n=0)
     times = collections.Counter(map(folded, texts))
-    cut = [len(tokens) > limit for tokens in encode(times)]
+    lengths = np.array([len(tokens) for tokens in encode(times)])
     counts = np.array(list(times.values()))
     named = [bool(COLOUR_WORDS & set(text.split())) for text in times]
     return dict(
         n=len(texts),
         distinct=len(times),
         top_share=float(counts.max() / len(texts)),
-        cut_share=float(counts[cut].sum() / len(texts)),
+        cut_share=float(counts[lengths > limit].sum() / len(texts)),
+        tokens=float((counts * lengths.clip(max=limit)).sum() / len(texts)),
         colour_share=float(counts[named].sum() / len(texts)),
     )
 
 # %% ../../nbs/2_data/22a_audit.ipynb #e9ecef82
 THUMB, FLAT, SAME = 8, 6.0, 3.0  # cells a side, and grey levels
+ALIKE = 0.2  # most that copies differ by, beside how much a photo varies in itself
 
 
 def thumbnail(pixels):
@@ -204,13 +206,16 @@ def thumbnail(pixels):
 
 
 def equal_rows(a, b) -> np.ndarray:
-    "(n,) row of b (m,K) that equals each row of a (n,K) up to `SAME`, else -1."
+    """(n,) row of b (m,K) that equals each row of a (n,K), else -1.
+
+    Equal: up to `SAME` grey levels, and up to `ALIKE` of the deviation inside the row of a."""
     if not len(a) or not len(b):
         return np.full(len(a), -1)
     squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     nearest = squares.argmin(1)
     apart = np.sqrt(np.maximum(squares[np.arange(len(a)), nearest], 0) / a.shape[1])
-    return np.where(apart < SAME, nearest, -1)
+    inside = a.reshape(len(a), -1, 3).std(1).mean(1)  # what varies over the photo, not its tint
+    return np.where(apart < np.minimum(SAME, ALIKE * inside), nearest, -1)
 
 # %% ../../nbs/2_data/22a_audit.ipynb #fac31edf
 PHOTO_SIDE = 96
@@ -236,13 +241,25 @@ def read_small(samples) -> tuple:
     return kept, pixels
 
 
+STAND_INS = 0.1  # share of all photos that one picture makes up when it stands for lost ones
+
+
+def stands_in(thumbs, row: int) -> bool:
+    "Whether the picture of a thumbnail (one of n,K) stands for over a tenth of them all."
+    same = (equal_rows(thumbs, thumbs[row : row + 1]) == 0).sum()
+    return bool(same > max(5, STAND_INS * len(thumbs)))
+
+
 def shared_photos(train, held_out, train_thumbs, val_thumbs) -> list:
-    "(held-out name, training name) of photos that are in both, by path or by thumbnail."
+    """(held-out name, training name) of photos that are in both, by path or by thumbnail.
+
+    A picture that stands for many that are gone is no photo that could be shared."""
     by_path = {s.media: s.id for s in train}
     equal = equal_rows(val_thumbs, train_thumbs)
+    many = {row: stands_in(train_thumbs, row) for row in set(equal) - {-1}}
     pairs = []
     for s, row in zip(held_out, equal):
-        if s.media in by_path or row >= 0:
+        if s.media in by_path or (row >= 0 and not many[row]):
             pairs.append((s.id, by_path.get(s.media) or train[row].id))
     return pairs
 
@@ -318,6 +335,11 @@ def entries_by_rule(rejects) -> dict:
     return {rule: n for rule, n in lost.most_common() if n}
 
 
+def unread_keys(rejects) -> dict:
+    "Key with text or boxes that no reader asks for -> the first words about it."
+    return {r.field: r.reason for r in rejects if r.rule == "unread_content"}
+
+
 def leaked_clips(train, val) -> list:
     "(held-out name, training name) of clips whose very span is trained on."
     known = {(s.media, s.span): s.id for s in train if s.kind == "video"}
@@ -329,7 +351,7 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
     """What can be counted of the samples of both splits and of what was rejected.
 
     train, val: how many; regions: kept in both, train_regions: in training; rejected_regions,
-    rejected_entries: by rule;
+    rejected_entries: by rule; unread: keys with text or boxes that nobody read;
     boxes, captions, long_captions, phrases, photos: see the functions above. Of more than `most`
     samples an even part is looked at."""
     seen, seen_val = looked_at(train, most), looked_at(val, most)
@@ -347,6 +369,7 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
         train_regions=sum(len(s.regions) for s in seen),
         rejected_regions=lost_by_rule(rejects),
         rejected_entries=entries_by_rule(rejects),
+        unread=unread_keys(rejects),
         boxes=box_facts(kept, rejected_boxes(rejects)),
         captions=text_facts_of(captions, 77),
         long_captions=text_facts_of([s.caption for s in seen if s.caption], context_length),

@@ -201,8 +201,21 @@ def rank_worsened(ev):
     return float(rank.iloc[-1] - rank.min()) > 0.04 * float(level.iloc[-1])
 
 
-def only_surer(ev) -> bool:
-    "Whether the ranks did not worsen and end at less than half of what luck gives."
+def regions_worsened(ev):
+    "Whether held-out phrases are found clearly less often than at best; None where unknown."
+    top1, luck = ev.series("val_top1_region"), ev.series("val_luck_region")
+    if len(top1) < 3 or not len(luck):
+        return None
+    best, chance = float(top1.max()), float(luck.mean())
+    return best - float(top1.iloc[-1]) > 0.1 * (best - chance)
+
+
+def only_surer(ev, kind="") -> bool:
+    """Whether the ranks did not worsen and end at less than half of what luck gives.
+
+    kind: `region`, of whose held-out loss is asked; then regions must not be found less often."""
+    if kind == "region" and regions_worsened(ev):
+        return False
     rank, level = ev.series("val_mean_rank"), ev.series("val_mean_rank_chance")
     if rank_worsened(ev) is not False:
         return False
@@ -242,7 +255,7 @@ def overfitting(ev):
     if rise < ev.limit("overfit_limit"):
         return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     climbed = f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f}"
-    if only_surer(ev):
+    if only_surer(ev, kind.strip()):
         return PASS, rise, f"{climbed}, and the ranks did not worsen"
     if ev.has("val_mean_rank") and not ever_carried_over(ev, kind.strip()):
         return PASS, rise, f"{climbed}; it was never better than chance"
@@ -264,7 +277,7 @@ def overfitting(ev):
 def overconfident(ev):
     "The held-out loss climbs while held-out ranks do not worsen: the temperature is too high."
     worst = worst_rise(ev)
-    if worst is None or not only_surer(ev):
+    if worst is None or not only_surer(ev, worst[0].strip()):
         return None
     kind, rise, best, low, last = worst
     if not ever_carried_over(ev, kind.strip()):

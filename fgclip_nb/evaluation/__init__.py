@@ -14,12 +14,15 @@ ROOMS = {
     "evaluate": ".results",
     "evaluate_config": ".config",
     "fit_heads": ".heads",
+    "fit_temporal_heads": ".temporal_heads",
     "frame_auc": ".frames",
     "load_evaluation": ".results",
     "load_model": ".features",
+    "motion_maps": ".temporal_heads",
     "retrieval": ".scores",
     "save_evaluation": ".results",
     "save_features": ".features",
+    "single_maps": ".temporal_heads",
 }
 __all__ = sorted(ROOMS)
 
