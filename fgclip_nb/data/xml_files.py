@@ -60,11 +60,11 @@ def refuse_doctype(path):
 def _events(path):
     "(`start` or `end`, element) of an XML file, one after the other."
     parser = ElementTree.XMLPullParser(("start", "end"))
-    count = 0
-    for part in _grown_parts(path, lambda: count):
+    seen = [0]
+    for part in _grown_parts(path, seen.copy):
         parser.feed(part)
         for event in parser.read_events():
-            count += 1
+            seen[0] += 1
             yield event
     parser.close()
     yield from parser.read_events()
