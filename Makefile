@@ -31,7 +31,7 @@ gpu: setup
 world: setup
 	$(BIN)/papermill nbs/train.ipynb runs/world.ipynb -p data world -p augment none -p batch_size 32 -p max_regions 4 \
 	  -p learning_rate 1.0e-3 -p lr_warmup_steps 50 -p hard_weight 1.0 -p memory_bank_size 256 -p max_steps 1000 \
-	  -p eval_every 200 --log-output
+	  -p eval_every 200 -p best_by rank --log-output
 
 test: setup
 	$(BIN)/python tests/check.py

@@ -54,7 +54,7 @@ def faces() -> dict:
     for floor in house.FLOORS:
         names = {}
         for path in house.library_notebooks():
-            room = house.Room(path)
+            room = house.room(path)
             if room.module.startswith(f"{floor}."):
                 names |= {n: room.module for n in room.public()}
         made[house.PACKAGE / floor / "__init__.py"] = face(FLOOR_DOCS[floor], names, f"{floor}.")
@@ -70,7 +70,7 @@ def face(doc: str, names: dict, inside: str, version: str = "") -> str:
 
 def room_line(path) -> str:
     "One line of the map: number and title, linked, and the notebook's sentence."
-    cell = house.source(house.Room(path).cells[0])
+    cell = house.source(house.room(path).cells[0])
     title, sentence = re.match(r"# (.+?)\n\n?> (.+)", cell).groups()
     return f"* [{path.stem[:3].strip('_')} {title}]({path.relative_to(house.ROOT)}): {sentence}"
 

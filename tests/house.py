@@ -121,6 +121,12 @@ class Room:
         ]
 
 
+@cache
+def room(path: Path) -> Room:
+    "A library notebook, read once in a process."
+    return Room(path)
+
+
 def public_names(file: Path) -> list:
     "A module's `__all__`."
     for n in ast.parse(file.read_text()).body:
@@ -201,17 +207,16 @@ def ladders() -> list:
 
 def report(path: Path) -> str:
     "The facts of one room in a few lines."
-    room = Room(path)
-    shown, lines = room.shown_at_once(), [room.module]
-    lines.append(
-        f"{room.lines()} lines, {len(room.public())} public names, {path.stat().st_size // 1000} KB"
-    )
+    notebook = room(path)
+    shown, lines = notebook.shown_at_once(), [notebook.module]
+    size = path.stat().st_size // 1000
+    lines.append(f"{notebook.lines()} lines, {len(notebook.public())} public names, {size} KB")
     lines.append(f"{sum(shown)} of {len(shown)} exported cells shown at once")
     for name in ("unshown", "used_before_defined"):
-        names = getattr(room, name)()
+        names = getattr(notebook, name)()
         lines += [f"{name}: {', '.join(names)}"] * bool(names)
-    lines += wrong_way_imports(room.module, room.file.read_text())
-    if not any(c.outputs for c in room.code):
+    lines += wrong_way_imports(notebook.module, notebook.file.read_text())
+    if not any(c.outputs for c in notebook.code):
         lines.append("stored without outputs")
     return "\n  ".join(lines)
 

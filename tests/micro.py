@@ -1,8 +1,8 @@
 """A data set and a model that train in seconds, and trainings in real processes that kill
 themselves at a chosen event.
 
-Children come from a fork server that has imported the library once, so that twenty of them cost
-seconds, not minutes."""
+Children come from a fork server that has imported the library once, and what it imports late, so
+that twenty of them cost seconds, not minutes."""
 
 import json, multiprocessing, os, signal
 from pathlib import Path
@@ -10,7 +10,8 @@ from pathlib import Path
 import planted
 from rebind import rebind
 
-MODULES = ["fgclip_nb.training.__main__", "fgclip_nb.evaluation.results", "planted"]
+LATE = "torch._dynamo accelerate matplotlib.pyplot seaborn pandas scipy.stats jinja2".split()
+MODULES = ["fgclip_nb.training.__main__", "fgclip_nb.evaluation.results", "planted", *LATE]
 
 
 def micro_world(folder, photos=20, held_out=4):

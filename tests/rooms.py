@@ -1,8 +1,10 @@
 """Runs every library notebook, each in a fresh process: what one registers or logs is not there
-for the next. The processes are forked from one that has loaded torch, so that this is cheap.
+for the next. The processes are forked from one that has loaded what others wrote and nothing of
+the library, so that this is cheap.
 
     python tests/rooms.py [nbs/5_losses …]"""
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -10,6 +12,12 @@ import time
 from pathlib import Path
 
 import house
+
+# What rooms take a second or two to import; the slowest first.
+LOADED = """torch._dynamo torch.distributed.tensor torch.utils.tensorboard accelerate datasets
+transformers.models.clip.modeling_clip transformers.models.siglip.modeling_siglip
+transformers.models.siglip2.modeling_siglip2 transformers.models.auto scipy.stats scipy.ndimage
+sklearn.metrics seaborn matplotlib.pyplot pandas jinja2 IPython nbdev.test papermill""".split()
 
 
 def run_room(path) -> tuple:
@@ -24,8 +32,10 @@ def run_room(path) -> tuple:
 
 
 def main(wanted) -> int:
-    import matplotlib.pyplot, nbdev.test, pandas, torch, transformers  # noqa: F401
+    import torch
 
+    for name in LOADED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     os.environ["IN_TEST"] = "1"
     folders = [Path(w).resolve() for w in wanted]

@@ -148,6 +148,7 @@ def test_a_rank_cannot_choose_where_nothing_is_ranked(world, tmp_path):
         check_best_by(TrainConfig(best_by="rank"), [])
 
 
+@pytest.mark.ci
 def test_a_best_between_two_saves_outlives_a_kill(worsening, tmp_path):
     """Killed after the best was found: the same command ends bit for bit as without."""
     from fgclip_nb.core.folder import Run

@@ -73,7 +73,7 @@ def test_the_map_in_readme_is_that_of_the_notebooks():
 
 def test_no_public_name_is_that_of_a_room():
     rooms = {part for room in house.order_of_rooms() for part in room.split(".")}
-    public = [n for p in LIBRARY for n in house.Room(p).public()]
+    public = [n for p in LIBRARY for n in house.room(p).public()]
     assert not rooms & set(public)
     assert not {n for n in public if public.count(n) > 1}, "one name, one meaning"
 
@@ -83,7 +83,7 @@ def test_no_public_name_is_that_of_a_room():
 
 @every_room
 def test_imports_point_upwards(path):
-    room = house.Room(path)
+    room = house.room(path)
     assert not house.wrong_way_imports(room.module, room.file.read_text())
 
 
@@ -102,7 +102,7 @@ def test_a_planted_import_is_noticed():
 
 @every_room
 def test_a_room_is_small_and_reads_from_top_to_bottom(path):
-    room = house.Room(path)
+    room = house.room(path)
     assert room.lines() <= house.MOST_LINES
     assert len(room.public()) <= house.MOST_PUBLIC
     assert not room.used_before_defined()
@@ -113,7 +113,7 @@ def test_a_room_is_small_and_reads_from_top_to_bottom(path):
 
 @every_room
 def test_a_room_shows_what_it_defines(path):
-    room = house.Room(path)
+    room = house.room(path)
     shown = room.shown_at_once()
     if not shown:
         return
@@ -127,7 +127,7 @@ def test_a_room_shows_what_it_defines(path):
 
 def test_what_is_not_shown_at_work_only_gets_less():
     listed = UNSHOWN.read_text().split()
-    rooms = [house.Room(p) for p in LIBRARY]
+    rooms = [house.room(p) for p in LIBRARY]
     now = [f"{room.module}.{n}" for room in rooms for n in room.unshown()]
     assert not set(now) - set(listed), "show these at work in a later cell of their notebook"
     assert not set(listed) - set(now), f"now shown or gone: take them out of {UNSHOWN.name}"

@@ -122,6 +122,7 @@ ASKED = """
 """
 
 
+@pytest.mark.ci
 def test_papermill_and_yaml_know_its_weight(world):
     folder, _ = world
     (folder / "params.yaml").write_text("extensions: my_terms\ndense_weight: 0.25\n")

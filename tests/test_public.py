@@ -6,7 +6,7 @@ import ast
 import house
 
 LISTED = (house.ROOT / "tests/public.txt").read_text().split()
-ROOMS = [house.Room(path) for path in house.library_notebooks()]
+ROOMS = [house.room(path) for path in house.library_notebooks()]
 PLAIN = ("PRESETS",)  # data, explained where it stands
 
 

@@ -82,9 +82,8 @@ def test_twenty_kills(world, tmp_path, name, streamed):
     killed_like_uninterrupted(params, tmp_path, TWENTY)
 
 
-@pytest.mark.parametrize(
-    "name, status", [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.ci)]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_polite_signal_saves_and_ends_with_its_own_status(world, tmp_path, name, status):
     params = dict(world, output=str(tmp_path / "run"), gradient_caching=2)
     assert micro.run(params, f"{name}:5") == status

@@ -28,8 +28,16 @@ def test_video_benchmark(tmp_path):
 
 @pytest.mark.long
 def test_ablation(tmp_path):
-    small = dict(steps=6, output=tmp_path / "runs")
+    small = dict(steps=6, seeds="[0, 1]", output=tmp_path / "runs")
     done, cells = papermill("ablation.ipynb", tmp_path / "o.ipynb", **small)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "The claim" in said(cells) and "Accumulating 4 × 4" in said(cells)
-    assert pictures(cells) >= 3
+    assert "Accumulating 4 × 4" in said(cells) and "Hard negatives help" in said(cells)
+    assert pictures(cells) >= 3 and (tmp_path / "runs.jsonl.gz").exists()
+
+
+@pytest.mark.long
+def test_world_video(tmp_path):
+    small = dict(size=20, every=8, steps=4)
+    done, cells = papermill("world_video.ipynb", tmp_path / "o.ipynb", **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Where nothing could be known" in said(cells) and pictures(cells) >= 3

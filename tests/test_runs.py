@@ -1,7 +1,7 @@
 """Runs made again from their folders, and sweeps over processes: both need whole trainings and
 processes of their own."""
 
-import json, subprocess, sys
+import gzip, json, shutil, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 import nbformat as nbf, pytest
@@ -32,6 +32,17 @@ def test_a_run_reproduces_bitwise_from_its_folder(short):
     result = again(short, tell=said.append)
     assert result.equal and result.steps == 6 and said == [] and "bitwise equal" in str(result)
     assert (short.path.parent / "run-again" / "metrics.jsonl").exists()
+
+
+def test_a_packed_run_as_it_is_committed_reproduces(short, tmp_path):
+    packed = tmp_path / "committed"
+    packed.mkdir()
+    for name in ("params.yaml", "manifest.json"):
+        shutil.copy(short.path / name, packed / name)
+    metrics = (short.path / "metrics.jsonl").read_bytes()
+    (packed / "metrics.jsonl.gz").write_bytes(gzip.compress(metrics))
+    result = again(packed, tmp_path / "again")
+    assert result.equal and result.alike and result.steps == 6
 
 
 def test_what_differs_first_is_named(short, tmp_path):

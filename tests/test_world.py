@@ -131,6 +131,60 @@ def test_files_of_made_clips_say_what_the_clips_are(tmp_path, monkeypatch):
     )
 
 
+def made_clip_parts(size):
+    "{part: {name: (features, AnomalyVideo)}} of made clips and a model with random weights."
+    import torch
+    from fgclip_nb import FGCLIP, FGCLIPConfig
+    from fgclip_nb.evaluation.annotations import video_name
+    from fgclip_nb.evaluation.anomaly import track_annotations, video_features
+
+    samples = load_samples(f"world_video:size={size}")[0]
+    torch.manual_seed(0)
+    model = FGCLIP(FGCLIPConfig.preset("tiny"))
+    boxes = np.array([(x, y, x + 1, y + 1) for y in (1, 3, 5) for x in range(7)]) / 7  # the lanes
+    features = video_features(model, [s.media for s in samples], every=2, boxes=boxes)
+    truth = track_annotations(samples, lambda sample, region: region.id == "event")
+    parts = {"train": {}, "val": {}, "test": {}}
+    for s in samples:
+        name = video_name(s.media)
+        parts[s.split][name] = (features[name].regions, truth[name])
+    return parts
+
+
+@pytest.mark.ci
+def test_events_are_found_over_time_and_in_no_single_frame():
+    "Frame AUC on unseen combinations; half, where nothing could be known."
+    from fgclip_nb.evaluation.temporal_heads import (
+        fit_temporal_heads,
+        motion_maps,
+        segment_labels,
+        single_maps,
+    )
+
+    parts = made_clip_parts(100)
+
+    def measured(maps_of, mixed=False, **options):
+        rng = np.random.default_rng(0)
+        made = {}
+        for part, clips in parts.items():
+            made[part] = {
+                n: (maps_of(f, 3, 7), segment_labels(video, len(f), 2))
+                for n, (f, video) in clips.items()
+            }
+            if mixed and part != "test":
+                every = rng.permutation(np.concatenate([y for _, y in made[part].values()]))
+                rows = every.reshape(len(made[part]), -1)
+                made[part] = {n: (m, y) for (n, (m, _)), y in zip(made[part].items(), rows)}
+        heads = fit_temporal_heads(made["train"], made["val"], steps=200, **options)
+        tested = {n: maps for n, (maps, _) in made["test"].items()}
+        truth = {n: video for n, (_, video) in parts["test"].items()}
+        return heads.report(tested, truth, segment=2, repeats=0)["auc"]["mean"]
+
+    assert measured(motion_maps) > 0.9
+    assert 0.35 < measured(motion_maps, mixed=True) < 0.65
+    assert 0.35 < measured(single_maps, reach=0) < 0.65
+
+
 @pytest.mark.long
 def test_several_processes_draw_the_same_world(tmp_path):
     runs = [

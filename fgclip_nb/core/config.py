@@ -46,7 +46,7 @@ class DataParams:
         "reject", "boxes that leave the image: reject or clip them", choices=("reject", "clip")
     )
     max_regions: int = param(
-        8, "regions drawn per image and step (the reference takes the first 4)", 1, 1000
+        4, "regions drawn per image and step (the reference takes the first 4)", 1, 1000
     )
     augment: str = param(
         "crop",
@@ -143,7 +143,7 @@ class LossParams:
     duplicates: str = param(
         "mask", "what equal captions are as candidates", choices=("mask", "positive", "ignore")
     )
-    memory_bank_size: int = param(16, "regions kept as extra candidates; 0: none", 0, 10_000_000)
+    memory_bank_size: int = param(128, "regions kept as extra candidates; 0: none", 0, 10_000_000)
     memory_bank_warmup_steps: int = param(
         50, "region forwards, not steps, before it is on", 0, 10_000_000
     )
@@ -201,11 +201,11 @@ class RunParams:
     eval_every: int = param(
         100, "optimiser steps between validations; 0: only at the end", 0, 1_000_000_000
     )
-    early_stop: int = param(
-        0, "validations without improvement before stopping; 0: never", 0, 1_000_000
+    early_stop: int | None = param(
+        None, "validations without a better one; 0: no stop; none: as data take", 0, 1_000_000
     )
     best_by: str = param(
-        "loss", "what the best checkpoint has least of, held out", choices=("loss", "rank")
+        "auto", "least held out; auto: as data take", choices=("auto", "loss", "rank")
     )
     tracker: str = param(
         "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"

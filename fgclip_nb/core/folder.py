@@ -405,7 +405,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        "Whether the run has come to its end; a `finished.json` that is no JSON object says nothing."
+        "Whether the run has come to its end; a `finished.json` that is no object says nothing."
         end = self.path / "finished.json"
         try:
             read_json(end)

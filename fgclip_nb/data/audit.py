@@ -12,6 +12,7 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.text.tokenizer import encode
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.filters import area, folded
+from fgclip_nb.data.straight_line import straight_line
 
 # %% ../../nbs/2_data/22a_audit.ipynb #11580cd5
 def rejected_boxes(rejects) -> list:
@@ -176,23 +177,25 @@ COLOUR_WORDS = frozenset(
 def text_facts_of(texts: list, limit: int) -> dict:
     """n, distinct, top_share (of the commonest), cut_share (of those over `limit` tokens).
 
-    colour_share: of the texts that name a colour."""
+    tokens: mean of those that are read; colour_share: of the texts that name a colour."""
     if not texts:
         return dict(n=0)
     times = collections.Counter(map(folded, texts))
-    cut = [len(tokens) > limit for tokens in encode(times)]
+    lengths = np.array([len(tokens) for tokens in encode(times)])
     counts = np.array(list(times.values()))
     named = [bool(COLOUR_WORDS & set(text.split())) for text in times]
     return dict(
         n=len(texts),
         distinct=len(times),
         top_share=float(counts.max() / len(texts)),
-        cut_share=float(counts[cut].sum() / len(texts)),
+        cut_share=float(counts[lengths > limit].sum() / len(texts)),
+        tokens=float((counts * lengths.clip(max=limit)).sum() / len(texts)),
         colour_share=float(counts[named].sum() / len(texts)),
     )
 
 # %% ../../nbs/2_data/22a_audit.ipynb #e9ecef82
 THUMB, FLAT, SAME = 8, 6.0, 3.0  # cells a side, and grey levels
+ALIKE = 0.2  # most that copies differ by, beside how much a photo varies in itself
 
 
 def thumbnail(pixels):
@@ -203,13 +206,16 @@ def thumbnail(pixels):
 
 
 def equal_rows(a, b) -> np.ndarray:
-    "(n,) row of b (m,K) that equals each row of a (n,K) up to `SAME`, else -1."
+    """(n,) row of b (m,K) that equals each row of a (n,K), else -1.
+
+    Equal: up to `SAME` grey levels, and up to `ALIKE` of the deviation inside the row of a."""
     if not len(a) or not len(b):
         return np.full(len(a), -1)
     squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     nearest = squares.argmin(1)
     apart = np.sqrt(np.maximum(squares[np.arange(len(a)), nearest], 0) / a.shape[1])
-    return np.where(apart < SAME, nearest, -1)
+    inside = a.reshape(len(a), -1, 3).std(1).mean(1)  # what varies over the photo, not its tint
+    return np.where(apart < np.minimum(SAME, ALIKE * inside), nearest, -1)
 
 # %% ../../nbs/2_data/22a_audit.ipynb #fac31edf
 PHOTO_SIDE = 96
@@ -235,15 +241,41 @@ def read_small(samples) -> tuple:
     return kept, pixels
 
 
+STAND_INS = 0.1  # share of all photos that one picture makes up when it stands for lost ones
+
+
+def stands_in(thumbs, row: int) -> bool:
+    "Whether the picture of a thumbnail (one of n,K) stands for over a tenth of them all."
+    same = (equal_rows(thumbs, thumbs[row : row + 1]) == 0).sum()
+    return bool(same > max(5, STAND_INS * len(thumbs)))
+
+
 def shared_photos(train, held_out, train_thumbs, val_thumbs) -> list:
-    "(held-out name, training name) of photos that are in both, by path or by thumbnail."
+    """(held-out name, training name) of photos that are in both, by path or by thumbnail.
+
+    A picture that stands for many that are gone is no photo that could be shared."""
     by_path = {s.media: s.id for s in train}
     equal = equal_rows(val_thumbs, train_thumbs)
+    many = {row: stands_in(train_thumbs, row) for row in set(equal) - {-1}}
     pairs = []
     for s, row in zip(held_out, equal):
-        if s.media in by_path or row >= 0:
+        if s.media in by_path or (row >= 0 and not many[row]):
             pairs.append((s.id, by_path.get(s.media) or train[row].id))
     return pairs
+
+
+def line_of(train, cells, held_out, held_out_cells) -> dict:
+    """`straight_line` of samples with captions; cells (n,K): their thumbnails."""
+    said = [" ".join((*s.captions, s.short_caption, s.caption)) for s in train]
+    asked = [next(iter(s.captions), s.short_caption) for s in held_out]
+    rows = [k for k, text in enumerate(said) if text.strip()]
+    held_out_rows = [k for k, text in enumerate(asked) if text]
+    return straight_line(
+        np.asarray(cells)[rows],
+        [said[k] for k in rows],
+        np.asarray(held_out_cells)[held_out_rows],
+        [asked[k] for k in held_out_rows],
+    )
 
 
 def photo_facts(train, val, most=1000) -> dict:
@@ -251,7 +283,7 @@ def photo_facts(train, val, most=1000) -> dict:
 
     n, flat_share, grey_share, mean and std (grey levels), repeated_share (training photos that
     equal an earlier one), leaked_share (held-out photos that are trained on) and leaked (names);
-    fit: see `fit_of`, of 300 photos. Empty where there is no photo."""
+    fit: see `fit_of`, of 300 photos; line: see `straight_line`. Empty where there is no photo."""
     train, pixels = read_small(looked_at(train, most))
     held_out, val_pixels = read_small(looked_at(val, most))
     if not train:
@@ -261,10 +293,9 @@ def photo_facts(train, val, most=1000) -> dict:
     thumbs = np.stack([thumbnail(p) for p in pixels])
     uneven = np.flatnonzero(deviation >= FLAT)
     others = [k for k, p in enumerate(val_pixels) if p.std(axis=(0, 1)).max() >= FLAT]
-    val_thumbs = np.array([thumbnail(val_pixels[k]) for k in others]).reshape(-1, thumbs.shape[1])
-    shared = shared_photos(
-        [train[k] for k in uneven], [held_out[k] for k in others], thumbs[uneven], val_thumbs
-    )
+    val_thumbs = np.array([thumbnail(p) for p in val_pixels]).reshape(-1, thumbs.shape[1])
+    of_train, of_others = [train[k] for k in uneven], [held_out[k] for k in others]
+    shared = shared_photos(of_train, of_others, thumbs[uneven], val_thumbs[others])
     with_boxes = [k for k in uneven if any(r.box for r in train[k].regions)][:300]
     boxes = [np.array([r.box for r in train[k].regions if r.box]) for k in with_boxes]
     return dict(
@@ -278,6 +309,7 @@ def photo_facts(train, val, most=1000) -> dict:
         leaked_share=len(shared) / max(1, len(others)),
         leaked=shared[:5],
         fit=fit_of([pixels[k] for k in with_boxes], boxes) if with_boxes else {},
+        line=line_of(train, thumbs, held_out, val_thumbs),
     )
 
 
@@ -303,6 +335,11 @@ def entries_by_rule(rejects) -> dict:
     return {rule: n for rule, n in lost.most_common() if n}
 
 
+def unread_keys(rejects) -> dict:
+    "Key with text or boxes that no reader asks for -> the first words about it."
+    return {r.field: r.reason for r in rejects if r.rule == "unread_content"}
+
+
 def leaked_clips(train, val) -> list:
     "(held-out name, training name) of clips whose very span is trained on."
     known = {(s.media, s.span): s.id for s in train if s.kind == "video"}
@@ -314,7 +351,7 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
     """What can be counted of the samples of both splits and of what was rejected.
 
     train, val: how many; regions: kept in both, train_regions: in training; rejected_regions,
-    rejected_entries: by rule;
+    rejected_entries: by rule; unread: keys with text or boxes that nobody read;
     boxes, captions, long_captions, phrases, photos: see the functions above. Of more than `most`
     samples an even part is looked at."""
     seen, seen_val = looked_at(train, most), looked_at(val, most)
@@ -332,6 +369,7 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
         train_regions=sum(len(s.regions) for s in seen),
         rejected_regions=lost_by_rule(rejects),
         rejected_entries=entries_by_rule(rejects),
+        unread=unread_keys(rejects),
         boxes=box_facts(kept, rejected_boxes(rejects)),
         captions=text_facts_of(captions, 77),
         long_captions=text_facts_of([s.caption for s in seen if s.caption], context_length),

@@ -53,6 +53,19 @@ def read_uca(row, src) -> list:
     return [s for s in samples if s]
 
 # %% ../../nbs/2_data/09_ucf_crime.ipynb #1ca78473
+def frame_spans(numbers) -> list:
+    """Pairs (first, last) of frame numbers, both included, of texts `start end start end …`.
+
+    `-1 -1` fills the place of a span that is not there. ValueError says what is wrong."""
+    if len(numbers) % 2:
+        raise ValueError(f"{len(numbers)} numbers do not pair off as start end")
+    for n in numbers:
+        if not re.fullmatch(r"-?\d{1,12}", n):
+            raise ValueError(f"{n!r} is no frame number")
+    values = [int(n) for n in numbers]
+    return [p for p in zip(values[::2], values[1::2]) if p != (-1, -1)]
+
+# %% ../../nbs/2_data/09_ucf_crime.ipynb #c04f0764
 TEMPORAL = re.compile(r"\s*(\S+)\s+([A-Za-z]+)((?:\s+-?\d+){2,})\s*")
 
 
@@ -61,9 +74,12 @@ def _temporal_sample(line, src) -> Sample:
     m = TEMPORAL.fullmatch(line)
     if not m:
         raise Fault("line", line.strip(), "not `name class start end …`")
-    name, label, numbers = m[1], m[2], [int(n) for n in m[3].split()]
+    name, label = m[1], m[2]
     media = src.media(video_names(name), "name")
-    pairs = [p for p in zip(numbers[::2], numbers[1::2]) if p != (-1, -1)]
+    try:
+        pairs = frame_spans(m[3].split())
+    except ValueError as e:
+        raise Fault("line", line.strip(), str(e)) from None
 
     def parse(r, i):
         return Region(label, span=r.pair("span", check_int), source="label", id=f"{name}#{i}")

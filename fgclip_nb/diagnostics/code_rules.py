@@ -114,13 +114,13 @@ def batches_repeat(ev):
 
 # %% ../../nbs/6_diagnostics/08a_code_rules.ipynb #af15e681
 PIXEL_MISTAKES = (
-    (lambda low, high: high > 20, "left at 0 to 255"),
-    (lambda low, high: high - low < 0.1, "divided by 255 twice"),
+    (lambda low, high, inside: high > 20, "left at 0 to 255"),
+    (lambda low, high, inside: inside < 0.05, "divided by 255 twice"),
     (
-        lambda low, high: low > -0.01 and high < 1.01,
+        lambda low, high, inside: low > -0.01 and high < 1.01,
         "left at 0 to 1, without CLIP's mean and deviation",
     ),
-    (lambda low, high: low < -4 or high > 5, "scaled or shifted twice"),
+    (lambda low, high, inside: low < -4 or high > 5, "scaled or shifted twice"),
 )
 
 
@@ -132,8 +132,9 @@ def pixels_not_normalised(ev):
     value = f"{mean:.2f} ± {std:.2f}"
     if (audit_of(ev, "photos", "flat_share") or 0) > 0.5:
         return None
+    inside = ev.series("pixel_contrast") if ev.has("pixel_contrast") else ev.series("pixel_std")
     for is_so, how in PIXEL_MISTAKES:
-        if is_so(low, high):
+        if is_so(low, high, float(inside.median())):
             why = (
                 f"pixels reach the model with mean {mean:.3g} and deviation {std:.3g} "
                 f"({low:.3g} to {high:.3g}): they were {how}"

@@ -7,7 +7,26 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #543ad2e2
 import math
-from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, chance_share, rule
+from fgclip_nb.diagnostics.expectations import TOO_SMALL
+from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, UNKNOWN, chance_share, rule
+
+# %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #d216a705
+LEFT_IN_THE_FOLDER = dict(
+    numbers="the run's numbers alone, without its parameters, its audit of the data and its report "
+    "on loaded weights",
+    log="the run's log alone, without its parameters, its audit of the data and the diagnostics of "
+    "its steps",
+)
+
+
+@rule(threshold="the whole folder", source="a part of a run of this package", rank=TARGET)
+def whole_run_read(ev):
+    "A part of a run is judged without the rest of its folder: other rules lead there."
+    part = ev.facts.get("part")
+    if part is None:
+        return None
+    why = f"read were {LEFT_IN_THE_FOLDER[part]}: rules that need those are silent"
+    return UNKNOWN, part, why, "Give the run folder."
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #ea586b38
 def audit_of(ev, *path):
@@ -64,10 +83,19 @@ BOX_ADVICE = (
 )
 
 
+def unread_words(ev, kind: str) -> str:
+    "What is said of the keys that nobody read, where the data have nothing of a kind; else empty."
+    unread = audit_of(ev, "unread") or {}
+    return "" if audit_of(ev, kind, "n") else "; ".join(list(unread.values())[:2])
+
+
 @rule(threshold="at most half", source="audit.json", rank=CAUSE + 10)
 def boxes_rejected(ev):
-    "Over half of the regions were rejected: their boxes mean something else, or are too small."
+    "Over half of the regions were rejected or not read: their boxes mean something else."
     lost, total, top = lost_regions(ev)
+    if not total and (unread := unread_words(ev, "phrases")):
+        why = f"no region was read, while the file has content that nobody reads: {unread}"
+        return FAIL, 1.0, why, "Name the key as the format does, or say it with `columns`."
     if not total:
         return None
     share = lost / total
@@ -87,6 +115,8 @@ def regions_lost(ev):
     if share <= 0.2:
         return PASS, share, f"{lost} of {total} regions were rejected"
     why = f"{lost} of {total} regions ({share:.0%}) were rejected, most by {top}"
+    if top == "min_area" and TOO_SMALL in ev.facts.get("expected", {}):
+        return PASS, share, f"{why}, as announced: they are much smaller than a patch of the model"
     return FAIL, share, f"{why}: {box_mistake(ev, top)}", BOX_ADVICE
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #528a4d8a
@@ -259,12 +289,9 @@ def photos_repeated(ev):
 def leak(ev):
     "Held-out photos stand among the training ones: held-out figures say nothing."
     share = audit_of(ev, "photos", "leaked_share")
-    grey = audit_of(ev, "photos", "grey_share") or 0
-    if share is None or not audit_of(ev, "val") or (grey > 0.5 and share < 0.3):
-        return None  # without colour, different photos look alike
+    if share is None or not audit_of(ev, "val"):
+        return None
     pairs = audit_of(ev, "photos", "leaked") or []
-    if (audit_of(ev, "photos", "repeated_share") or 0) >= 0.3 and len({b for _, b in pairs}) == 1:
-        return None  # one picture stands for many: told by `photos_repeated`
     if share < 0.02 or not pairs:
         return PASS, share, "no held-out photo was found among those of training"
     named = ", ".join(f"{a} = {b}" for a, b in pairs[:2])
@@ -306,20 +333,51 @@ def texts_few(ev):
     return PASS, min(t["distinct"] for t in looked.values()), f"{told} differ"
 
 
+KEPT_AT_LEAST = 0.75  # of the tokens that texts have in the file
+
+
+def cut_at(ev, kind: str) -> int:
+    "The tokens at which texts of a kind are cut, as far as it is known."
+    if kind == "long_captions":
+        return int(ev.params.get("context_length", 248))
+    longest = ev.series("tokens_most")
+    return int(longest.max()) if kind not in TEXT_NAMES and len(longest) else 77
+
+
+def cut_on_the_way(ev) -> tuple:
+    "(share kept, why) where texts reach the model much shorter than they stand in the file; or ()."
+    for kind in ("captions", "phrases"):
+        written, read = audit_of(ev, kind, "tokens"), ev.series(f"tokens_{kind}")
+        if not written or len(read) < 3 or not read.mean() < KEPT_AT_LEAST * written:
+            continue
+        why = (
+            f"the {TEXT_NAMES[kind]} have {written:.1f} tokens in the file and {read.mean():.1f} "
+            "where the model reads them: they are cut on the way"
+        )
+        return float(read.mean()) / written, why
+    return ()
+
+
 @rule(threshold="under 30 % cut", source="audit.json or cut_share", rank=CAUSE + 41)
 def texts_cut(ev):
-    "Texts are longer than the model reads: what comes last is cut off."
+    "Texts are longer than the model reads, or than a fork lets through: what comes last is cut."
     shares = {
         kind: audit_of(ev, kind, "cut_share") or 0 for kind in TEXT_NAMES if audit_of(ev, kind, "n")
     }
     if ev.has("cut_share"):
         shares["texts of a batch"] = float(ev.series("cut_share").median())
+    if lost := cut_on_the_way(ev):
+        return FAIL, *lost, "Look at what cuts the texts between the file and the batch."
     if not shares:
         return None
     kind = max(shares, key=shares.get)
     if shares[kind] < 0.3:
         return PASS, shares[kind], f"at most {shares[kind]:.0%} are cut"
-    limit = ev.params.get("context_length", 248) if kind == "long_captions" else 77
+    limit = cut_at(ev, kind)
     why = f"{shares[kind]:.0%} of the {TEXT_NAMES.get(kind, kind)} are cut at {limit} tokens"
+    if ev.has("kept_share") and kind not in TEXT_NAMES:
+        why += f" and keep {float(ev.series('kept_share').median()):.0%} of all their tokens"
+    if limit < 77:
+        return FAIL, shares[kind], why, "The model reads 77: look at what cuts them harder."
     advice = "Put what matters first, shorten them, or give them as the long caption (248 tokens)."
     return FAIL, shares[kind], why, advice

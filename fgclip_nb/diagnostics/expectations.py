@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from fgclip_nb.core.identity import stable_id
 from fgclip_nb.core.plain import escape_html
 from fgclip_nb.core.config import PRESET_NAMES, epochs_of
+from fgclip_nb.core.patience import judged_by, patience_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #05512b0e
@@ -151,6 +152,8 @@ def _plan_rows(cfg, counts, p: Plan):
     "How long the run is and what a step holds."
     per_step = f"{p.accumulation} batch(es) of {p.batch} per optimiser step"
     length = "optimiser steps" if cfg.max_steps else f"{epochs_of(cfg)} epochs"
+    if patience_of(cfg):
+        length += f"; less where {patience_of(cfg)} validations bring no better {judged_by(cfg)}"
     meaning = "accumulation adds forwards, not negatives; every bank figure counts forwards"
     density = f"{counts['regions_per_sample']:.3g} per sample, {p.batch} samples"
     yield "samples", counts["samples"], "training samples after the filters"
@@ -218,6 +221,33 @@ def _chance_rows(cfg, counts, p: Plan):
             yield from term_levels(term, facts)
     floor = duplicate_floor(counts.get("phrases", []), p.batch)
     yield "duplicate floor", floor, DUPLICATE_EFFECTS[cfg.duplicates]
+
+# %% ../../nbs/6_diagnostics/04_expectations.ipynb #c3a30002
+LITTLE = 0.7  # of the rank of luck: what is not under it carries hardly anything over
+TOO_SMALL = "regions too small for the model"
+
+
+def hope_rows(line):
+    "Rows of what held-out ranks can be hoped for from random weights; `line`: see `straight_line`."
+    if not line:
+        return
+    of = f"{line['held_out']} held-out captions; luck is under {line['luck_low']:.1f} once in forty"
+    yield "held-out rank by luck", line["luck"], of
+    hope = "a model that learns should do better"
+    if line["rank"] > LITTLE * line["luck"]:
+        hope = "starting from random weights, hope for little more than that"
+    how = f"from coarse colours of {line['photos']} photos to words, nothing trained: {hope}"
+    yield "held-out rank by a straight line", line["rank"], how
+
+
+def small_box_rows(cfg, rejects, patch: float | None):
+    "A row of regions that `min_area` left out, where it is under half a patch (share of a photo)."
+    lost = sum(r.regions or 0 for r in rejects if r.rule == "min_area")
+    if not lost or not patch or cfg.min_area > patch / 2:
+        return
+    share = cfg.min_area / patch
+    why = f"left out: under `min_area` = {cfg.min_area:g} of their photo, {share:.2f} of a patch"
+    yield TOO_SMALL, lost, why
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #226aac28
 def configured_scale(cfg) -> float | None:

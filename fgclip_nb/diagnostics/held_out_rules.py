@@ -18,6 +18,8 @@ from fgclip_nb.diagnostics.rules import (
     in_batch,
     rule,
 )
+from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS
+from fgclip_nb.diagnostics.data_rules import audit_of
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
@@ -86,6 +88,21 @@ def val_share(ev, kind: str):
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c7
 ENOUGH_HELD_OUT = 10
 
+
+def as_much_as_the_data_give(ev, s: dict) -> str:
+    """In words, that a model from random weights ranks no worse than a straight line that ranks
+    little better than luck; empty where that is not so, or not known."""
+    line = audit_of(ev, "photos", "line")
+    if not line or ev.params.get("model") not in RANDOM_MODELS:
+        return ""
+    if line["rank"] <= LITTLE * line["luck"] or s["rank"] > line["rank"]:
+        return ""
+    return (
+        f"as much as {line['photos']} photos carry over without pretrained weights: a straight "
+        f"line from their colours to words reaches {line['rank']:.1f}"
+    )
+
+
 APART = (
     "Tell them apart: train on the held-out photos for a moment; if they are learnt, it is too "
     "little data or another domain; if the captions of twenty photos do not fit them, the pairing."
@@ -117,6 +134,9 @@ def held_out_above_chance(ev):
         return LATER, s["rank"], f"still like luck, judged from step 40 on: {summary}"
     if ever_carried_over(ev):
         return UNKNOWN, s["rank"], f"earlier validations were better than luck, now {summary}"
+    enough = as_much_as_the_data_give(ev, s)
+    if beyond and enough:
+        return PASS, s["rank"], f"{summary}; {enough}"
     if learnt < 0.9:
         hardly = "hardly anything" if beyond else "nothing"
         found = "hardly better than by luck" if beyond else "by luck"
@@ -181,8 +201,21 @@ def rank_worsened(ev):
     return float(rank.iloc[-1] - rank.min()) > 0.04 * float(level.iloc[-1])
 
 
-def only_surer(ev) -> bool:
-    "Whether the ranks did not worsen and end at less than half of what luck gives."
+def regions_worsened(ev):
+    "Whether held-out phrases are found clearly less often than at best; None where unknown."
+    top1, luck = ev.series("val_top1_region"), ev.series("val_luck_region")
+    if len(top1) < 3 or not len(luck):
+        return None
+    best, chance = float(top1.max()), float(luck.mean())
+    return best - float(top1.iloc[-1]) > 0.1 * (best - chance)
+
+
+def only_surer(ev, kind="") -> bool:
+    """Whether the ranks did not worsen and end at less than half of what luck gives.
+
+    kind: `region`, of whose held-out loss is asked; then regions must not be found less often."""
+    if kind == "region" and regions_worsened(ev):
+        return False
     rank, level = ev.series("val_mean_rank"), ev.series("val_mean_rank_chance")
     if rank_worsened(ev) is not False:
         return False
@@ -222,7 +255,7 @@ def overfitting(ev):
     if rise < ev.limit("overfit_limit"):
         return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     climbed = f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f}"
-    if only_surer(ev):
+    if only_surer(ev, kind.strip()):
         return PASS, rise, f"{climbed}, and the ranks did not worsen"
     if ev.has("val_mean_rank") and not ever_carried_over(ev, kind.strip()):
         return PASS, rise, f"{climbed}; it was never better than chance"
@@ -244,7 +277,7 @@ def overfitting(ev):
 def overconfident(ev):
     "The held-out loss climbs while held-out ranks do not worsen: the temperature is too high."
     worst = worst_rise(ev)
-    if worst is None or not only_surer(ev):
+    if worst is None or not only_surer(ev, worst[0].strip()):
         return None
     kind, rise, best, low, last = worst
     if not ever_carried_over(ev, kind.strip()):

@@ -6,6 +6,7 @@
 __all__ = ['evidence', 'verdicts', 'headline']
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #f36edc42
+import re
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_json, read_jsonl
@@ -41,8 +42,6 @@ from fgclip_nb.diagnostics import (
     setting_rules,
     weight_rules,
 )
-
-ENOUGH_PASSED = 16  # fewer say little: most rules lack what they look at
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #1c4c75ed
 RULE_ROOMS = (
@@ -93,6 +92,8 @@ def run_evidence(run) -> Evidence:
         if file.exists():
             facts[name] = read_json(file)
     _check_audit(run.path / "audit.json", facts.get("audit", {}))
+    expected = {row["name"]: row.get("value") for row in run.expectations()}
+    facts |= dict(expected=expected) if expected else {}
     if (run.path / "bad_steps.jsonl").exists():
         facts["bad_steps"] = list(read_jsonl(run.path / "bad_steps.jsonl"))
     timing = metrics_frame(run.timing())
@@ -113,6 +114,18 @@ def run_evidence(run) -> Evidence:
     )
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #34e46af2
+OWN_COLUMN = "batch_mark"  # no other trainer has it
+OWN_LINES = re.compile(r"^.*(run folder |expected: )\S.*$", re.M)
+
+
+def own_part(rows: list, text: str = "") -> dict:
+    "The fact that a log is a part of a run of this package, read without the rest; else nothing."
+    if any(OWN_COLUMN in row for row in rows):
+        return dict(part="numbers")
+    own = OWN_LINES.search(text) and "[LOSS] Step" in text
+    return dict(part="log") if own else {}
+
+
 def log_text_rows(text: str) -> list:
     "Rows of a text log: `[LOSS]` and `[DIAG]` lines where there are any, else any trainer's lines."
     if "[LOSS]" in text or "[DIAG]" in text:
@@ -128,7 +141,7 @@ def foreign_evidence(path: Path) -> Evidence:
 
     A folder with a log somewhere in it, TensorBoard events, a table (trainer_state.json, JSON
     lines, CSV), or text. Raises DataError when nothing in it can be judged."""
-    facts = {}
+    facts, text = {}, ""
     if path.is_dir():
         rows = folder_rows(path)
     elif "tfevents" in path.name:
@@ -143,6 +156,8 @@ def foreign_evidence(path: Path) -> Evidence:
         raise DataError(
             f"{path}: {names:,} names of numbers, a log has fewer than {MOST_COLUMNS:,}"
         )
+    if own := own_part(rows, text):
+        return Evidence(metrics_frame(rows), facts=facts | own, source=str(path))
     rows, facts = with_implied_columns(rows, facts)
     if not rows and not facts:
         raise DataError(
@@ -182,7 +197,8 @@ def evidence(source) -> Evidence:
     if folder := run_folder_of(path):
         return run_evidence(folder)
     if path.name == "metrics.jsonl":
-        return Evidence(metrics_frame(read_jsonl(path)), source=str(path))
+        rows = list(read_jsonl(path))
+        return Evidence(metrics_frame(rows), facts=own_part(rows), source=str(path))
     try:
         return foreign_evidence(path)
     except DataError:
@@ -246,18 +262,19 @@ def counted(judged: list) -> str:
     counts = {result: sum(v.result == result for v in judged) for result in results}
     return ", ".join(f"{n} {result}" for result, n in counts.items() if n)
 
-# %% ../../nbs/6_diagnostics/12_judgement.ipynb #73d1b78e
-ENOUGH_PASSED = 16  # fewer say little: most rules lack what they look at
-
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #1d6ada2e
 def headline(judged: list) -> str:
-    "The most likely cause among verdicts, in a sentence."
+    "The most likely cause among verdicts, in a sentence; before it what could not be read."
     if not judged:
         return "Nothing to judge yet."
+    if alone := [v.why for v in judged if v.name == "whole_run_read" and v.result == UNKNOWN]:
+        others = [v for v in judged if v.name != "whole_run_read"]
+        return f"{alone[0]}. {headline(others)}"
     first = leading(judged)
     if first:
         return f"{first.name}: {first.why}."
     passed = sum(v.result == PASS for v in judged)
-    if passed < ENOUGH_PASSED and not any(v.result == LATER for v in judged):
+    later = sum(v.result == LATER for v in judged)
+    if passed + later < ENOUGH_PASSED:
         return f"{passed} of {len(RULES)} rules could be judged: nothing seen in those."
     return f"No rule tripped: {counted(judged)}. {remarks(judged)}".strip()

@@ -15,6 +15,8 @@ ALIASES = {
     "total": "loss",
     "total_loss": "loss",
     "loss_step": "loss",
+    "epoch_loss": "loss",
+    "batch_loss": "loss",
     "contrastive_loss": "loss_contrastive",
     "clip_val_loss": "val_loss",
     "global": "loss_global",

@@ -31,7 +31,8 @@ from fgclip_nb.diagnostics.rules import (
 @rule("duplicate_floor_region", threshold="0.1 above the floor", rank=CAUSE + 39)
 def duplicate_floor_reached(ev):
     "Equal captions are counted as negatives: the loss stands on a floor no training removes."
-    if ev.params.get("duplicates", "ignore") != "ignore":
+    masked = ev.series("masked_share_region").max() > 0
+    if masked or ev.params.get("duplicates", "ignore") != "ignore":
         return PASS, 0.0, "equal captions are not counted as negatives"
     floor = float(ev.series("duplicate_floor_region").tail(20).mean())
     loss = float(ev.series("loss_region").tail(20).mean())
@@ -155,6 +156,16 @@ def chance_hint(ev, kind: str) -> tuple:
     )
 
 
+def chance_words(ev, kind: str, level: float) -> str:
+    "What a chance level (nats) is made of, in words: the ln of candidates, or of another loss."
+    size = candidates(ev, "region_in_batch") if kind == "region" else ()
+    size = (size if len(size) else candidates(ev, kind)).tail(20)
+    count = float(size.mean()) if len(size) else math.exp(level)
+    if count > 0 and abs(math.log(count) - level) < max(0.05, 0.03 * level):
+        return f"ln of {count:.3g} candidates is {level:.3f}"
+    return f"features that know nothing have {level:.3f}, of {count:.3g} candidates"
+
+
 def _judge_chance(ev, kind):
     loss, level = _loss_and_level(ev, kind)
     ratio = (loss / level).dropna()
@@ -166,7 +177,7 @@ def _judge_chance(ev, kind):
         return PASS, value, f"loss {mean:.3f}, chance {ln:.3f}"
     if ev.last_step is not None and ev.last_step < 50:
         return LATER, value, f"at chance ({mean:.3f}), as expected before step 50"
-    level_words = f"ln of {math.exp(ln):.3g} candidates is {ln:.3f}"
+    level_words = chance_words(ev, kind, ln)
     stands = "at chance" if value < 1.1 else f"above chance ({value:.0%} of it)"
     why = f"the {kind} loss {mean:.3f} is {stands}: {level_words}"
     if above_luck(ev, kind, 20):

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #c2736181
+import re
 from fgclip_nb.data.photos import constants
 from fgclip_nb.diagnostics.numbers import mean_of
 from fgclip_nb.diagnostics.fetch import Fetch, mean_of_known
@@ -278,23 +279,26 @@ def gradient_norm(params: list):
     return torch.nn.utils.get_total_norm(grads) if grads else 0.0
 
 
-def sample_weights(params: list, most: int):
-    "How many elements each sampled one stands for, one after the other, on the parameters' device."
+def sampled_numbers(params: list, numbers: list, most: int):
+    "A number per parameter for each of its sampled elements, on the parameters' device."
     import torch
 
     looked = [len(even_sample(p, most)) for p in params]
-    each = torch.tensor([p.numel() / k for p, k in zip(params, looked)])
-    return each.repeat_interleave(torch.tensor(looked)).to(params[0].device)
+    return torch.tensor(numbers).repeat_interleave(torch.tensor(looked)).to(params[0].device)
 
 
-def update_values(params: list, old, live, weights, most: int) -> dict:
+def sample_weights(params: list, most: int):
+    "How many elements each sampled one stands for, one after the other, on the parameters' device."
+    looked = [len(even_sample(p, most)) for p in params]
+    return sampled_numbers(params, [p.numel() / k for p, k in zip(params, looked)], most)
+
+
+def update_values(params: list, old, new, live, weights) -> dict:
     """How parameters differ from their sampled values `old` before the optimiser's step.
 
-    update_norm: length of the update, estimated from the sample; changed_share: changed elements
-    among those with a gradient (`live`); weights: of
+    new: the same elements after it. update_norm: length of the update, estimated from the sample;
+    changed_share: changed elements among those with a gradient (`live`); weights: of
     `sample_weights`; trainable_share: elements with requires_grad."""
-
-    new = sampled_values(params, most)
     sizes = [p.numel() for p in params]
     return dict(
         update_norm=((new.float() - old.float()).square() * weights).sum().sqrt(),
@@ -302,9 +306,37 @@ def update_values(params: list, old, live, weights, most: int) -> dict:
         trainable_share=sum(n for p, n in zip(params, sizes) if p.requires_grad) / sum(sizes),
     )
 
+# %% ../../nbs/6_diagnostics/01_measures.ipynb #1e8ca7ff
+THIRDS = ("first", "middle", "last")
+BLOCK = re.compile(r"\blayers\.(\d+)\.")
+
+
+def thirds_of(names: list) -> list:
+    "The third of its tower (0, 1, 2) that the block of each named parameter lies in; 3 for none."
+    blocks = [int(m[1]) if (m := BLOCK.search(name)) else -1 for name in names]
+    depth = max(blocks, default=-1) + 1
+    return [3 if block < 0 else 3 * block // depth for block in blocks]
+
+
+def third_values(module: str, old, new, weights, thirds) -> dict:
+    """`weight_norm/<module>_<third>` and `update_ratio/<module>_<third>`: how large the weights of
+    blocks are, and the length of an update over it, both estimated from the sample.
+
+    thirds: of each sampled element, int64 (see `thirds_of`)."""
+    import torch
+
+    squares = torch.stack([(new.float() - old.float()).square(), new.float().square()]) * weights
+    moved, size = squares.new_zeros(2, 4).index_add(1, thirds, squares).sqrt()
+    names = [f"{module}_{third}" for third in THIRDS]
+    ratio = moved / size.clamp(min=1e-12)
+    return {f"weight_norm/{n}": size[k] for k, n in enumerate(names)} | {
+        f"update_ratio/{n}": ratio[k] for k, n in enumerate(names)
+    }
+
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #563f448e
 class UpdateProbe:
-    """Gradient norm, update norm and share of really changed elements per module.
+    """Gradient norm, update norm and share of really changed elements per module; of the towers
+    also the update beside the weights, by thirds of their blocks.
 
     At most about `sample` elements of each parameter are compared."""
 
@@ -312,13 +344,16 @@ class UpdateProbe:
         self.sample = sample
         self.before = {}
         self.norms = {}
-        self.weights = {}  # by module, made once: they cross to the device
+        self.weights = {}  # (weights, thirds) by module, made once: they cross to the device
+        self.names = {}
 
     def snapshot(self, model):
         "Look at the model after backward and before the optimiser's step."
         params = {m: [] for m in MODULES}
+        self.names = {m: [] for m in MODULES}
         for name, p in model.named_parameters():
             params[module_of(name)].append(p)
+            self.names[module_of(name)].append(name)
         self.before = {
             m: (ps, sampled_values(ps, self.sample), sampled_live(ps, self.sample))
             for m, ps in params.items()
@@ -331,12 +366,22 @@ class UpdateProbe:
         out = {}
         for m, (params, old, live) in self.before.items():
             out[f"grad_norm/{m}"] = self.norms[m]
-            if m not in self.weights:
-                self.weights[m] = sample_weights(params, self.sample)
-            changes = update_values(params, old, live, self.weights[m], self.sample)
+            new = sampled_values(params, self.sample)
+            weights, thirds = self._weights(m, params)
+            changes = update_values(params, old, new, live, weights)
             out |= {f"{k}/{m}": v for k, v in changes.items()}
+            if thirds is not None:
+                out |= third_values(m, old, new, weights, thirds)
         self.before = {}
         return out
+
+    def _weights(self, module, params):
+        if module not in self.weights:
+            numbers = thirds_of(self.names[module])
+            deep = {0, 1, 2} <= set(numbers)  # a tower of fewer than three blocks has no thirds
+            thirds = sampled_numbers(params, numbers, self.sample) if deep else None
+            self.weights[module] = sample_weights(params, self.sample), thirds
+        return self.weights[module]
 
 # %% ../../nbs/6_diagnostics/01_measures.ipynb #b436b776
 def bank_values(bank) -> dict:

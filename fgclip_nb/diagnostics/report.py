@@ -16,7 +16,14 @@ from fgclip_nb.diagnostics.rules import Evidence, candidates, chance
 from fgclip_nb.diagnostics.weight_rules import loaded_scale
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
 from fgclip_nb.diagnostics.loss_rules import added_kinds
-from fgclip_nb.diagnostics.judgement import as_evidence, by_cause, headline, run_evidence, verdicts
+from fgclip_nb.diagnostics.judgement import (
+    as_evidence,
+    by_cause,
+    headline,
+    leading,
+    run_evidence,
+    verdicts,
+)
 from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS, packed_png
 from fgclip_nb.diagnostics.plots import PLOTS
 
@@ -50,7 +57,8 @@ class Verdicts:
 
     def __repr__(self):
         lines = [plain_line(headline(self.judged))]
-        others = [v.name.replace("_", " ") for v in by_cause(self.judged)[1:]]
+        first = leading(self.judged)
+        others = [v.name.replace("_", " ") for v in by_cause(self.judged) if v is not first]
         if others:
             lines.append(f"Also tripped: {', '.join(others)}.")
         rows = [map(plain_line, row) for row in self.rows()]
@@ -246,15 +254,14 @@ VERDICT_HEAD = ("verdict", "result", "value", "threshold", "why", "next")
 
 def cause_facts(judged: list) -> dict:
     "The banner: name of the cause, why, what to do, what else tripped, and its colour."
-    tripped = by_cause(judged)
-    if not tripped:
+    first, tripped = leading(judged), by_cause(judged)
+    if first is None:
         return dict(name=headline(judged), why="", action="", others=[], tone=GREEN)
-    first = tripped[0]
     return dict(
         name=first.name.replace("_", " "),
         why=first.why,
         action=first.next_action,
-        others=[v.name.replace("_", " ") for v in tripped[1:]],
+        others=[v.name.replace("_", " ") for v in tripped if v is not first],
         tone=RESULT_COLOURS[first.result],
     )
 

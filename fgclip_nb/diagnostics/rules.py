@@ -170,14 +170,24 @@ def luck_of(ev: Evidence, kind: str, n: int) -> float:
     return float(named.mean()) if len(named) else float((1 / candidates(ev, kind).tail(n)).mean())
 
 
+def rows_of(ev: Evidence, kind: str):
+    """How many rows of a term each step asked, by step.
+
+    Its candidates without those of the bank; of hard negatives, whose candidates are the sentences
+    of a group, the regions."""
+    if kind == "hard" and ev.has("regions"):
+        return ev.series("regions")
+    in_batch = candidates(ev, f"{kind}_in_batch") if kind == "region" else ()
+    return in_batch if len(in_batch) else candidates(ev, kind)
+
+
 def above_luck(ev: Evidence, kind: str, n: int) -> bool:
-    "Whether top-1 accuracy is above 1/N beyond its sampling error over the last `n` steps."
+    "Whether top-1 accuracy is above luck beyond its sampling error over the last `n` steps."
     top1 = ev.series(f"top1_{kind}").tail(n)
-    size = candidates(ev, kind).tail(n)
     if not len(top1):
         return False
     luck = luck_of(ev, kind, n)
-    rows = float(size.min()) * len(top1)
+    rows = float(rows_of(ev, kind).tail(n).sum())
     return float(top1.mean()) > luck + 3 * math.sqrt(luck * (1 - luck) / max(rows, 1))
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #69e9d8c5

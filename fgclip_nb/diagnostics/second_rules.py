@@ -33,12 +33,23 @@ def bias_fits(ev):
     return FAIL, last, why, "Set logit_bias_init to that, or leave it unset from scratch."
 
 # %% ../../nbs/6_diagnostics/10c_second_rules.ipynb #38dfac7a
+def filled_up(share: float) -> tuple:
+    "The verdict on texts of FG-CLIP that are not read at their first end mark."
+    why = (
+        f"{share:.0%} of the texts are not read at their first end mark: they were filled up and "
+        "the filling is read, or the mark is missing"
+    )
+    return FAIL, share, why, "CLIP's text feature stands at the first end mark, padding behind it."
+
+
 @rule("padding_wrong_share", threshold="no text without end mark and full padding", rank=CAUSE + 15)
 def texts_padded(ev):
-    "Texts end with the end mark and padding up to the full length."
+    "Texts are filled up, and read, as their model was trained with."
     share = float(ev.series("padding_wrong_share").max())
     if share == 0:
-        return PASS, share, "each row is text, end mark, padding to its full length"
+        return PASS, share, "each row ends with its end mark, and padding where there is some"
+    if not ev.has("capitals_share"):  # the pieces of FG-CLIP 2 have capitals
+        return filled_up(share)
     why = (
         f"{share:.0%} of the texts have no end mark, padding on the left, or are cut to the "
         "longest of their batch: FG-CLIP 2 reads its feature at the last position, padding in sight"

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #2584b2df
-from fgclip_nb.diagnostics.measures import MODULES, module_of
+from fgclip_nb.text.tokenizer import EOS
+from fgclip_nb.diagnostics.measures import MODULES, equal_share, module_of
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #c86fcbda
 def pixel_values(pixels) -> dict:
@@ -51,11 +52,40 @@ def batch_mark(sample_ids):
     return (sample_ids % MARK).double().sum()
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #9bf832e1
-def cut_texts(texts, limit: int):
-    "Share of the distinct texts of a TextBatch that fill all of their `limit` tokens."
-    return (texts.lengths >= limit).float().mean()
+def cut_texts(texts) -> dict:
+    """What was cut off the texts of a TextBatch, from the tokens that they had before.
+
+    cut_share: texts that lost some; kept_share: tokens kept, of all; tokens_most: of the longest
+    one as it is read. Where nobody counted before, texts of 77 tokens count as cut."""
+    most = texts.lengths.max()
+    if texts.whole is None:
+        return dict(cut_share=(texts.lengths >= 77).float().mean(), tokens_most=most)
+    kept = texts.lengths[texts.index]
+    return dict(
+        cut_share=(kept < texts.whole).float().mean(),
+        kept_share=kept.sum() / texts.whole.sum(),
+        tokens_most=most,
+    )
 
 
+def tokens_read(batch) -> dict:
+    "Mean tokens of the captions and of the phrases of a batch, as they are read."
+    texts = batch.texts
+    kept = texts.lengths[texts.index].float()
+    captions, regions = batch.n_captions, batch.n_regions
+    parts = dict(captions=kept[:captions], phrases=kept[captions : captions + regions])
+    return {f"tokens_{name}": part.mean() for name, part in parts.items() if len(part)}
+
+
+def marks_wrong(texts):
+    "Share of the distinct texts of a TextBatch that do not end at their first end mark."
+    import torch
+
+    ends = texts.input_ids.eq(EOS)
+    first = torch.where(ends.any(1), ends.int().argmax(1) + 1, -1)
+    return first.ne(texts.lengths).float().mean()
+
+# %% ../../nbs/6_diagnostics/01a_signs.ipynb #9c807ec9
 def patch_pixels(batch):
     """The real patches of a batch of FG-CLIP 2 as pictures (F,3,1,pixels) uint8.
 
@@ -70,6 +100,14 @@ def patch_pixels(batch):
     return rows.reshape(len(rows), -1, 3).transpose(1, 2)[:, :, None]
 
 
+def text_values(batch, pieces: bool) -> dict:
+    "Columns about the length of a batch's texts; `pieces`: they are filled up, as FG-CLIP 2's."
+    if pieces:
+        return dict(cut_share=batch.texts.input_ids[:, -1].ne(0).float().mean())
+    out = cut_texts(batch.texts) | dict(padding_wrong_share=marks_wrong(batch.texts))
+    return out | (tokens_read(batch) if hasattr(batch, "n_captions") else {})
+
+
 def batch_values(batch) -> dict:
     "Identities, texts and pixels of a batch; what it does not have is left out."
     patches = getattr(batch, "spatial_shapes", None) is not None
@@ -79,8 +117,7 @@ def batch_values(batch) -> dict:
     if getattr(batch, "pixel_values", None) is not None:
         out |= pixel_values(patch_pixels(batch) if patches else batch.pixel_values)
     if getattr(batch, "texts", None) is not None and len(batch.texts.lengths):
-        full = batch.texts.input_ids[:, -1].ne(0).float().mean() if patches else None
-        out["cut_share"] = cut_texts(batch.texts, 77) if full is None else full
+        out |= text_values(batch, patches)
     for kind, ids in (("global", "caption_ids"), ("region", "region_caption_ids")):
         known = getattr(batch, ids, None)
         if known is not None and len(known):
@@ -215,6 +252,19 @@ def alike_values(features: dict) -> dict:
         out[f"alike_{kind}"] = (unit.sum(0).square().sum() - n) / (n * (n - 1))
     return out
 
+
+TEXT_IDS = dict(text="caption_ids", phrase="region_caption_ids")
+
+
+def equal_texts(features: dict, batch) -> dict:
+    "`equal_share_<kind>`: share of texts whose vector is that of another text, of other identity."
+    out = {}
+    for kind, name in TEXT_IDS.items():
+        rows, ids = features.get(ALIKE[kind]), getattr(batch, name, None)
+        if rows is not None and ids is not None and 2 <= len(rows) == len(ids):
+            out[f"equal_share_{kind}"] = equal_share(rows, ids)
+    return out
+
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #546badf8
 def form_values(batch, model) -> dict:
     """Shares of a batch's distinct texts that FG-CLIP 2 was not trained with: `capitals_share`,
@@ -277,12 +327,17 @@ def fresh_share(model) -> dict:
     return out
 
 # %% ../../nbs/6_diagnostics/01a_signs.ipynb #1b1982fb
+def signs_of(features: dict, batch, losses="softmax") -> dict:
+    "The signs of one forward with its batch."
+    return batch_values(batch) | equal_texts(features, batch) | loss_checks(features, batch, losses)
+
+
 def sign_values(features: list, batches: list, losses="softmax") -> dict:
     """The signs of a diagnostic step from its forwards' features and batches, 0-dim tensors.
 
     losses: kind of the global loss."""
     rows = [
-        alike_values(f) | ({} if b is None else batch_values(b) | loss_checks(f, b, losses))
+        alike_values(f) | ({} if b is None else signs_of(f, b, losses))
         for f, b in zip(features, batches)
     ]
     names = dict.fromkeys(k for row in rows for k in row)

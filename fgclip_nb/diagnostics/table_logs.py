@@ -9,7 +9,7 @@ __all__ = []
 import csv, json
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.diagnostics.logs import column_of, read_text
+from fgclip_nb.diagnostics.logs import HELD_OUT, column_of, read_text
 from fgclip_nb.diagnostics.text_logs import likely_batch
 
 # %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #823745c6
@@ -114,6 +114,18 @@ def _checkpoint_number(path: Path) -> tuple:
     return int(digits or 10**9), path.stat().st_mtime
 
 
+def writer_rows(folder: Path) -> list:
+    "Rows of the events of one writer; one in a folder called validation or so wrote of that."
+    held_out = HELD_OUT.match(f"{folder.name}/")
+    rows = event_rows(folder)
+    if not held_out:
+        return rows
+    return [
+        {k if k == "step" or k.startswith("val_") else f"val_{k}": v for k, v in row.items()}
+        for row in rows
+    ]
+
+
 def folder_rows(folder: Path) -> list:
     """Rows of the log that lies somewhere in a folder.
 
@@ -123,7 +135,7 @@ def folder_rows(folder: Path) -> list:
     if tables := sorted(folder.rglob("metrics.csv"), key=lambda p: p.stat().st_mtime):
         return csv_rows(tables[-1])
     if events := sorted({p.parent for p in folder.rglob("*tfevents*")}):
-        parts = [(r["step"], k, v) for p in events for r in event_rows(p) for k, v in r.items()]
+        parts = [(r["step"], k, v) for p in events for r in writer_rows(p) for k, v in r.items()]
         return rows_by_step(part for part in parts if part[1] != "step")
     for suffix, reader in ((".jsonl", json_rows), (".csv", csv_rows)):
         if files := sorted(folder.rglob(f"*{suffix}"), key=lambda p: p.stat().st_mtime):

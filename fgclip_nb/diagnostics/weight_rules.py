@@ -10,6 +10,7 @@ import math
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, bf16_spacing, round_bf16
 from fgclip_nb.diagnostics.measures import MODULES
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS, configured_scale
+from fgclip_nb.diagnostics.data_rules import audit_of
 from fgclip_nb.diagnostics.setting_rules import STEP_TOO_LARGE, step_sizes
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, SYMPTOM, above_luck, chance, rule
 
@@ -196,9 +197,40 @@ def region_embeddings_differ(ev):
     return _differ(ev, "region")
 
 
-@rule("alike_text", threshold="mean cosine < 0.99", rank=SYMPTOM + 13)
+def texts_equal(ev) -> float:
+    """Largest share, at the first look, of captions or phrases with the vector of another one.
+
+    Of older runs, which do not know it, 1 where the captions' mean cosine is 1; 0 where their texts
+    are one themselves, or were cut to one."""
+    cut = max(audit_of(ev, "captions", "cut_share") or 0, ev.series("cut_share").median())
+    if cut > 0.3 or ev.series("distinct_global").max() < 1.5:
+        return 0.0
+    shares = [ev.series(f"equal_share_{kind}") for kind in ("text", "phrase")]
+    known = [float(share.iloc[0]) for share in shares if len(share)]
+    return max(
+        known, default=float(ev.has("alike_text") and ev.series("alike_text").iloc[0] > 0.9999)
+    )
+
+
+@rule(threshold="one vector per text", source="alike_text, equal_share_text", rank=CAUSE + 14)
 def text_embeddings_differ(ev):
-    "Text embeddings of a batch all point the same way."
+    "Different texts have one vector from the first step on."
+    if not (ev.has("alike_text") or ev.has("equal_share_phrase")):
+        return None
+    share = texts_equal(ev)
+    if share < 0.5:
+        return PASS, share, f"{share:.0%} of the texts had the vector of another text at first"
+    why = (
+        f"{share:.0%} of the texts have the vector of a different text from the first step on: "
+        "they are one to the model"
+    )
+    advice = "Look at which position is pooled (the end mark), at the mask, and at caches of texts."
+    return FAIL, share, why, advice
+
+
+@rule("alike_text", threshold="mean cosine < 0.99", rank=SYMPTOM + 13)
+def text_embeddings_collapse(ev):
+    "Text embeddings of a batch have come to point the same way."
     alike = float(ev.series("alike_text").tail(5).median())
     if (ev.last_step or 0) < 20:
         return LATER, alike, "judged from step 20 on"
@@ -236,6 +268,17 @@ def bf16_twin(value, configured):
             return scale
     return None
 
+# %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #7561ecc5
+SCALE_LOSSES = dict(logit_scale="loss_global", logit_scale_finegraind="loss_region")
+
+
+def stuck_steps(ev, column) -> int:
+    "Steps over which a temperature should have moved and did not; 0 if it moves or is clamped."
+    scale, lr = ev.series(column), ev.series("lr")
+    if len(scale) < 20 or scale.nunique() > 1 or abs(scale.iloc[0] - MAX_STORED_SCALE) < 1e-5:
+        return 0
+    return int((lr > 0).sum())
+
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #2e61f2ec
 def _printed(scale):
     return f"{scale:.6f} (exp={math.exp(scale):.4f})"
@@ -255,6 +298,16 @@ def _scale_fault(value, room, configured, tolerance):
     return None
 
 
+def frozen_elsewhere(ev, configured) -> bool:
+    """Whether the temperature stands at a value that nobody asked for and never leaves it.
+
+    Told by `scale_can_move`; one that is only rounded to bfloat16 is told here."""
+    first = first_scale(ev)[0]
+    column = "logit_scale_finegraind" if ev.has("logit_scale_finegraind") else "logit_scale"
+    rounded = first is not None and bf16_twin(first, configured)
+    return ev.has(SCALE_LOSSES[column]) and bool(stuck_steps(ev, column)) and not rounded
+
+
 @rule(
     limit="scale_tolerance",
     threshold="asked ± {:g}",
@@ -269,33 +322,23 @@ def scale_as_asked(ev):
     first, moved = first_scale(ev)
     stated = any(name in ev.facts for name in ("loaded_scale_finegraind", "loaded_scale"))
     configured = configured_scale(ev.params) if ev.params else None
-    if loaded is None:
+    if loaded is None or frozen_elsewhere(ev, configured):
         return None
     for value, room in ((loaded, 0.0 if stated else moved), (first, moved)):
         if value is None:
             continue
         if fault := _scale_fault(value, room, configured, ev.limit("scale_tolerance")):
             return fault
-    if configured is None and loaded > MAX_STORED_SCALE + 0.001:
-        why = f"the multiplier {math.exp(loaded):.4g} is over the clamp: 100 is the most"
-        return FAIL, loaded, why, "Clamp the stored temperature at ln 100 after every step."
+    highest = max(loaded, *(float(ev.series(c).max()) for c in SCALE_LOSSES if ev.has(c)), 0.0)
+    if configured is None and highest > MAX_STORED_SCALE + 0.001:
+        why = f"the multiplier {math.exp(highest):.4g} is over the clamp: 100 is the most"
+        return FAIL, highest, why, "Clamp the stored temperature at ln 100 after every step."
     if configured is None:
         remark = "nothing was asked, and it is no bfloat16 rounding"
         return PASS, loaded, f"{_printed(loaded)}; {remark}"
     return PASS, loaded, f"{_printed(loaded)}, asked {configured:.6f}"
 
-# %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #7561ecc5
-def stuck_steps(ev, column) -> int:
-    "Steps over which a temperature should have moved and did not; 0 if it moves or is clamped."
-    scale, lr = ev.series(column), ev.series("lr")
-    if len(scale) < 20 or scale.nunique() > 1 or abs(scale.iloc[0] - MAX_STORED_SCALE) < 1e-5:
-        return 0
-    return int((lr > 0).sum())
-
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #139182b7
-SCALE_LOSSES = dict(logit_scale="loss_global", logit_scale_finegraind="loss_region")
-
-
 @rule("lr", threshold="moves while lr > 0", source="logit_scale", rank=CAUSE + 27)
 def scale_can_move(ev):
     "The temperatures move; one that cannot is frozen or rounded away."
@@ -312,6 +355,9 @@ def scale_can_move(ev):
     spacing = bf16_spacing(value)
     span = stuck_steps(ev, stuck[0])
     why = f"{' and '.join(stuck)} stayed at {value:.6g} for {span} steps"
+    asked = configured_scale(ev.params) if ev.params else None
+    if asked is not None and abs(asked - value) > ev.limit("scale_tolerance"):
+        why += f" (exp = {math.exp(value):.4g}), and {asked:.6g} was asked for"
     if round_bf16(value) == value and lr < spacing / 2:
         why += f": bfloat16 numbers lie {spacing:.3g} apart there, a step moves by about {lr:.1g}"
     return (

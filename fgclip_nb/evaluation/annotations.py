@@ -13,6 +13,7 @@ import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import read_json
 from fgclip_nb.data.samples import VIDEO_SUFFIXES, Reject
+from fgclip_nb.data.ucf_crime import frame_spans
 from fgclip_nb.evaluation.features import read_plain_npy
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #d61c18a8
@@ -50,14 +51,7 @@ def _classes(fields):
 
 def _spans(numbers):
     "Spans from the number fields of a line; ValueError says what is wrong."
-    if len(numbers) % 2:
-        raise ValueError(f"{len(numbers)} numbers do not pair off as start end")
-    try:
-        values = [int(n) for n in numbers]
-    except ValueError:
-        wrong = next(n for n in numbers if not n.lstrip("-").isdigit())
-        raise ValueError(f"{wrong!r} is no frame number") from None
-    spans = [(a, b) for a, b in zip(values[::2], values[1::2]) if (a, b) != (-1, -1)]
+    spans = frame_spans(numbers)
     for a, b in spans:
         if a < 0 or b < 0:
             raise ValueError(f"span {a} {b}: a frame number is negative")

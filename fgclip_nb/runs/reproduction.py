@@ -6,7 +6,7 @@
 __all__ = ['reproduce']
 
 # %% ../../nbs/9_runs/01_reproduction.ipynb #16c3b6ed
-import itertools, math
+import gzip, itertools, math
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.core.identity import DataError, code_identity, versions
@@ -15,6 +15,9 @@ from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.runs.comparison import flat
 
 # %% ../../nbs/9_runs/01_reproduction.ipynb #ace2791d
+EARLY, EARLY_TOLERANCE = 5, 1e-3  # steps, and relative difference of their losses
+
+
 @dataclass
 class Reproduction:
     "Outcome of a comparison of two metrics files; printed it is a sentence."
@@ -24,11 +27,19 @@ class Reproduction:
     first: tuple | None = None  # (step, column, before, now) of what differs first
     largest: tuple | None = None  # (step, column, relative difference)
     mismatches: list = field(default_factory=list)  # what is not as the manifest says
+    early: float = 0.0  # largest relative difference of a loss in the first five steps
+
+    @property
+    def alike(self) -> bool:
+        "Equal, or as near as another machine comes: losses of the first five steps within 0.001."
+        return self.equal or self.early <= EARLY_TOLERANCE
 
     def __str__(self):
         known = "".join(f"\n  differs: {m}" for m in self.mismatches)
         if self.equal:
             return f"bitwise equal over {self.steps} steps{known}"
+        near = "within" if self.alike else "beyond"
+        known = f"; losses of the first five steps {near} {EARLY_TOLERANCE:g}{known}"
         step, column, a, b = self.first
         worst = ""
         if self.largest:
@@ -50,10 +61,26 @@ def _gap(a, b) -> float:
     return abs(a - b) / max(abs(a), abs(b), 1e-12)
 
 
+def packed_or_not(path) -> tuple:
+    "(rows, bytes) of a JSON-lines file, or of the one that is packed beside its name as `.gz`."
+    path = Path(path)
+    if path.exists():
+        return list(read_jsonl(path)), path.read_bytes()
+    packed = Path(f"{path}.gz")
+    return list(read_jsonl(packed)), gzip.decompress(packed.read_bytes())
+
+
+def early_gap(a, b) -> float:
+    "Largest relative difference of a loss in the first steps of two tables of rows."
+    pairs = [(x, y) for x, y in zip(a, b) if x.get("step", 0) <= EARLY]
+    gaps = [_gap(x[k], y.get(k)) for x, y in pairs for k in x if k.startswith("loss")]
+    return max(gaps, default=math.inf)
+
+
 def compare_metrics(before, now) -> Reproduction:
-    "Compare two metrics.jsonl, byte by byte and then value by value."
-    a, b = list(read_jsonl(before)), list(read_jsonl(now))
-    if Path(before).read_bytes() == Path(now).read_bytes():
+    "Compare two metrics.jsonl (packed or not), byte by byte and then value by value."
+    (a, bytes_before), (b, bytes_now) = packed_or_not(before), packed_or_not(now)
+    if bytes_before == bytes_now:
         return Reproduction(True, len(a))
     diffs = [
         (x.get("step"), k, x.get(k), y.get(k))
@@ -66,7 +93,8 @@ def compare_metrics(before, now) -> Reproduction:
     elif not diffs:
         diffs = [(1, "formatting", "", "")]
     gaps = [(s, k, _gap(x, y)) for s, k, x, y in diffs if k != "number of steps"]
-    return Reproduction(False, len(b), diffs[0], max(gaps, key=lambda d: d[2], default=None))
+    largest = max(gaps, key=lambda d: d[2], default=None)
+    return Reproduction(False, len(b), diffs[0], largest, early=early_gap(a, b))
 
 # %% ../../nbs/9_runs/01_reproduction.ipynb #55cd8427
 def unlike_now(run) -> list:

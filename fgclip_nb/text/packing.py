@@ -118,12 +118,14 @@ class TextBatch:
     lengths (U,) int64, tokens of each row with both marks
     index (T,) int64, row of each text
     caption_ids (T,) int64, identity of each text (see `stable_id`)
+    whole (T,) int64, tokens of each text before it was cut; None where nobody counted
     packed: how to compute the rows without repetition (see `pack`)"""
 
     input_ids: torch.Tensor
     lengths: torch.Tensor
     index: torch.Tensor
     caption_ids: torch.Tensor
+    whole: torch.Tensor | None = field(default=None, repr=False)
     packed: PackedText | None = field(default=None, repr=False)
 
     def __len__(self):
@@ -155,7 +157,9 @@ class TextBatch:
         rows, index = self.index[which].unique(return_inverse=True)
         lengths = self.lengths[rows]
         width = int(lengths.max()) if len(rows) else 0
-        return TextBatch(self.input_ids[rows, :width], lengths, index, self.caption_ids[which])
+        whole = None if self.whole is None else self.whole[which]
+        ids = self.caption_ids[which]
+        return TextBatch(self.input_ids[rows, :width], lengths, index, ids, whole)
 
 # %% ../../nbs/1_text/01_packing.ipynb #f8e3ceda
 def _cut(ids, context_length):
@@ -173,8 +177,9 @@ def tokenize(texts, context_length=77) -> TextBatch:
             f"context_length is {context_length}; it has to lie between 2 and {MAX_LENGTH}"
         )
     texts = [texts] if isinstance(texts, str) else list(texts)
+    whole = encode(texts)
     rows, index = {}, []
-    for ids in encode(texts):
+    for ids in whole:
         index.append(rows.setdefault(_cut(ids, context_length), len(rows)))
     lengths = np.array([len(ids) for ids in rows], dtype=np.int64)
     input_ids = np.full((len(rows), lengths.max(initial=0)), EOS, dtype=np.int64)
@@ -185,6 +190,7 @@ def tokenize(texts, context_length=77) -> TextBatch:
         torch.from_numpy(lengths),
         torch.tensor(index, dtype=torch.int64),
         torch.tensor([stable_id(t) for t in texts], dtype=torch.int64),
+        torch.tensor([len(ids) for ids in whole], dtype=torch.int64),
     )
     batch.pack()
     return batch

@@ -14,10 +14,19 @@ from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import a_few, write_rejects
-from fgclip_nb.data.audit import audit
+from fgclip_nb.data.audit import audit, photo_facts
 from fgclip_nb.data.roles import write_roles
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
-from fgclip_nb.diagnostics.expectations import Expectations, count_samples, expect, show
+from fgclip_nb.diagnostics.expectations import (
+    RANDOM_MODELS,
+    Expectations,
+    count_samples,
+    expect,
+    hope_rows,
+    show,
+    small_box_rows,
+)
+from fgclip_nb.model.config import PRESETS, FGCLIPConfig
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
 from fgclip_nb.training.build import recipe_by_name
 from fgclip_nb.training.sizes import count_parameters, size_rows
@@ -93,16 +102,31 @@ def coverage_rows(data: RunData, cfg: TrainConfig):
         f"{within:.0f} of {annotated:.0f} s of all regions together",
     )
 
+# %% ../../nbs/8_training/12_announcement.ipynb #c3a40002
+def patch_share(cfg: TrainConfig) -> float | None:
+    "Share of a photo that a patch of the model covers; None where that is not known by its name."
+    if cfg.model not in PRESETS:
+        return None
+    vision = FGCLIPConfig.preset(cfg.model).vision_config
+    return 1 / ((cfg.image_size or vision.image_size) // vision.patch_size) ** 2
+
 # %% ../../nbs/8_training/12_announcement.ipynb #8bf27672
-def what_to_expect(cfg: TrainConfig, data: RunData, parameters: int | None = None) -> Expectations:
+def what_to_expect(
+    cfg: TrainConfig, data: RunData, parameters: int | None = None, photos: dict | None = None
+) -> Expectations:
     """What can be known before the first step.
 
-    Counts and chance levels, for clips what their frames show, and what the model weighs.
-    `parameters`: how many it has, where that is not known from its preset."""
+    Counts and chance levels, what held-out ranks can be hoped for from random weights, for clips
+    what their frames show, and what the model weighs. `parameters`: how many it has, where that is
+    not known from its preset; `photos`: their `photo_facts`, where they are known already."""
     cfg = recipe_by_name(cfg)
     clips = has_clips(data.train)
     counts = count_samples(a_few(data.train), cfg) | dict(samples=len(data.train))
     expected = expect(cfg, counts, cfg.processes)
+    expected.rows += small_box_rows(cfg, data.rejects, patch_share(cfg))
+    if cfg.model in RANDOM_MODELS and not clips:
+        photos = photo_facts(data.train, data.val) if photos is None else photos
+        expected.rows += hope_rows(photos.get("line"))
     if clips:
         expected.rows += coverage_rows(data, cfg)
     parameters = parameters or count_parameters(cfg, clips)
@@ -130,7 +154,8 @@ def announce(s: TrainState, shown: bool = False):
         clips = [x.media for part in parts for x in part if x.kind == "video"]
         size = s.cfg.image_size or s.model.config.vision_config.image_size
         s.log.info(f"frames: {cache_share(FrameCache(s.cfg.frame_cache, size), clips)}")
-    expected = what_to_expect(s.cfg, s.data, sum(p.numel() for p in s.model.parameters()))
+    parameters = sum(p.numel() for p in s.model.parameters())
+    expected = what_to_expect(s.cfg, s.data, parameters, facts["photos"])
     write_atomic(s.path / "expectations.json", json.dumps(expected.as_dicts(), indent=1))
     for row in expected.as_dicts():
         line = f"expected: {row['name']} = {show(row['value'])} ({row['explanation']})"

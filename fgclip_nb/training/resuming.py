@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/8_training/12a_resuming.ipynb #59ae9587
 import shutil
 from safetensors.torch import load_file
+from fgclip_nb.core.patience import patience_of
 from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, checkpoint_fault, checkpoint_state, get_logger, shown
 from fgclip_nb.diagnostics.numbers import whole_steps
@@ -142,7 +143,8 @@ def restore(s: TrainState):
         if s.scaler and state.get("scaler"):
             s.scaler.load_state_dict(state["scaler"])
         s.step = step
-        s.done = bool(s.cfg.early_stop) and s.best.get("waited", 0) >= s.cfg.early_stop
+        patience = patience_of(s.cfg)
+        s.done = bool(patience) and s.best.get("waited", 0) >= patience
         s.log.info(
             f"resumed from {folder.name} ({s.total_steps - step} of {s.total_steps} steps to go)"
         )

@@ -12,6 +12,7 @@ import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.config import TrainConfig
+from fgclip_nb.core.patience import judged_by, patience_of
 from fgclip_nb.data.findings import can_contrast
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.table import TERMS
@@ -122,7 +123,7 @@ def best_score(columns: dict, cfg: TrainConfig) -> float:
     """What the best checkpoint has least of, by `best_by`.
 
     Infinite where it was not measured, as where no pair had anything to be contrasted with."""
-    if cfg.best_by == "rank":
+    if judged_by(cfg) == "rank":
         return float(columns.get("val_mean_rank", math.inf))
     if not any(v for k, v in columns.items() if k.startswith("val_chance_")):
         return math.inf
@@ -132,7 +133,7 @@ def best_score(columns: dict, cfg: TrainConfig) -> float:
 def check_best_by(cfg: TrainConfig, samples):
     "Raise `ConfigError` where a rank is to choose and the held-out samples cannot be ranked."
     captioned = sum(bool(v.captions or v.short_caption) for v in samples)
-    if cfg.best_by == "rank" and captioned < 2:
+    if judged_by(cfg) == "rank" and captioned < 2:
         raise ConfigError(
             f"parameter `best_by` = 'rank' needs two held-out samples with captions, and there "
             f"are {captioned}: hold out more, or choose by 'loss'"
@@ -148,10 +149,10 @@ def check_best_by(cfg: TrainConfig, samples):
 def note_validation(s: TrainState, columns: dict) -> bool:
     """Log a validation and keep it where it is the best so far.
 
-    True when `early_stop` validations in a row brought no improvement."""
+    True when as many validations in a row brought no improvement as the run has patience for."""
     if not columns:
         return False
-    by = s.cfg.best_by
+    by = judged_by(s.cfg)
     score = best_score(columns, s.cfg)
     if s.best.get("by", "loss") != by:
         s.best = {}  # resumed with another measure: scores of the two do not compare
@@ -172,4 +173,5 @@ def note_validation(s: TrainState, columns: dict) -> bool:
         rank = f"mean rank {mean:.1f} (chance {chance:.1f})"
     total = f"score={validation_score(columns, s.cfg):.4f}"
     s.log.info(f"[VAL] Step {s.step} {total} {''.join(levels)}{rank}")
-    return bool(s.cfg.early_stop) and s.best["waited"] >= s.cfg.early_stop
+    patience = patience_of(s.cfg)
+    return bool(patience) and s.best["waited"] >= patience

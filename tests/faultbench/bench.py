@@ -93,7 +93,7 @@ def train_case(case: Case, folder: Path, seed: int = 0) -> Path:
     return folder / "run"
 
 
-KEPT = (
+KEPT = (  # without timing.jsonl: wall-clock figures tell what else the machine did
     "params.yaml",
     "manifest.json",
     "metrics.jsonl",
