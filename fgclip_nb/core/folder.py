@@ -108,7 +108,7 @@ def asset(*names) -> Path:
 def resolve_path(path: str) -> Path:
     "A path as given, or under the project's root when it is relative and only exists there."
     p = Path(path).expanduser()
-    return p if p.is_absolute() or p.exists() else project_root() / p
+    return p if p.is_absolute() or os.path.exists(p) else project_root() / p
 
 # %% ../../nbs/0_core/01_folder.ipynb #7bbb4355
 class PlainFormatter(logging.Formatter):
@@ -405,8 +405,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        "Whether the run has come to its end."
-        return (self.path / "finished.json").exists()
+        "Whether the run has come to its end; a `finished.json` that is no object says nothing."
+        end = self.path / "finished.json"
+        try:
+            read_json(end)
+        except DataError:
+            return False
+        return end.exists()
 
     def params(self) -> dict:
         "Every parameter of the run, as `params.yaml` holds it."

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/0_core/05_hub.ipynb #275ce376
-import re
+import os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
@@ -47,9 +47,9 @@ class HubFolder:
 
     def __post_init__(self):
         self.name = str(self.name)
-        if Path(self.name).is_dir():
+        if os.path.isdir(self.name):  # False for names too long for the disk, where Path raises
             return
-        if Path(self.name).exists():
+        if os.path.exists(self.name):
             raise DataError(
                 f"{self.name} is a file; a folder with config.json and weights is needed "
                 "(OpenAI's single files: from_openai)"
@@ -59,7 +59,7 @@ class HubFolder:
 
     def get(self, filename):
         "Path of a file of the source, or None where the source does not have it."
-        if Path(self.name).is_dir():
+        if os.path.isdir(self.name):
             path = Path(self.name, self.options.get("subfolder", ""), filename)
             return path if path.is_file() else None
         return _from_hub(self, filename)

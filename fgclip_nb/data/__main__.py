@@ -10,6 +10,7 @@ import argparse, json, sys
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.plain import plain_line
 from fgclip_nb.data.conversion import convert
 from fgclip_nb.data.frame_cache import FrameCache, build_cache, cache_share
 from fgclip_nb.data.load import SPLITS, load_samples
@@ -139,7 +140,7 @@ def report(arguments) -> int:
         samples = Samples([samples[i] for i in some], samples.formats, samples.counts)
     looked = look_at(samples, rejects, cfg)
     findings = all_findings(looked, cfg, GRID, names, tested)
-    print(*findings, sep="\n")
+    print(*map(plain_line, findings), sep="\n")
     if arguments.fix:
         root = media_folder(arguments.data, arguments.media_root)
         write_mended(*mend(looked.readable, rejects + looked.unreadable), arguments.fix, root)
@@ -170,7 +171,7 @@ def main(argv=None) -> int:
             help_with(arguments.kind, arguments.folder, arguments.numbers)
         return fill_cache(arguments) if arguments.command == "cache" else 0
     except (ConfigError, DataError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(plain_line(f"error: {e}"), file=sys.stderr)
         return 1
 
 # %% ../../nbs/2_data/99_command.ipynb #5ea9f271

@@ -53,6 +53,12 @@ def _members(stream):
     tar = tarfile.open(fileobj=stream, mode="r:")
     for member in tar:
         tar.members = []  # it would keep them all
+        end = member.offset_data + member.size
+        if member.isreg() and not member.offset_data <= end <= size:
+            reason = (
+                f"{member.name!r} should end at byte {end:,} of {size:,}: the file is cut short"
+            )
+            raise tarfile.ReadError(reason)
         yield member
     stream.seek(min(tar.offset, size))
     rest = stream.read(BLOCK)

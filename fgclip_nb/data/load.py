@@ -231,9 +231,9 @@ def data_files(path) -> list:
     if is_world(path) or is_world_video(path):
         return [(path, "")]
     path = Path(path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # False for names too long for the disk, where Path raises
         return _folder_files(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"data {str(path)!r}: no such file or folder (seen from {Path.cwd()})")
     listing = path.suffix == ".txt" and not file_reader(path)
     return _listed_files(path) if listing else [(path, "")]

@@ -207,7 +207,7 @@ def shard_files(path) -> dict:
 # %% ../../nbs/2_data/10g_stream.ipynb #afcb5d72
 def _is_saved(path) -> bool:
     "Whether a folder was written by `save_to_disk` of `datasets`."
-    return isinstance(path, (str, Path)) and (Path(path) / "state.json").is_file()
+    return isinstance(path, (str, Path)) and os.path.isfile(Path(path) / "state.json")
 
 
 def _hub_stamp(name) -> str:

@@ -63,15 +63,17 @@ def _is_numbers(value) -> bool:
     return len(value) >= 4 and all(isinstance(v, (int, float)) for v in value[:4])
 
 
-def holds_content(value) -> bool:
-    "Whether a value can be text or boxes: a sentence, four numbers, or a list or dict of such."
+def holds_content(value, deep=20) -> bool:
+    "Whether a value can be text or boxes: a sentence, four numbers, a list or dict of such."
     if isinstance(value, str):
         return len(value.split()) > 1 and "://" not in value
     if isinstance(value, dict):
-        return any(holds_content(v) or isinstance(v, dict) for v in list(value.values())[:20])
-    if not isinstance(value, list):
+        return any(isinstance(v, dict) or holds_content(v) for v in list(value.values())[:20])
+    if not isinstance(value, list) or not deep:
         return False
-    return _is_numbers(value) or any(holds_content(v) or isinstance(v, dict) for v in value[:20])
+    return _is_numbers(value) or any(
+        isinstance(v, dict) or holds_content(v, deep - 1) for v in value[:20]
+    )
 
 # %% ../../nbs/2_data/04b_unread.ipynb #e327a6df
 def is_bookkeeping(key, value) -> bool:

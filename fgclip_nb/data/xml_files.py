@@ -13,6 +13,25 @@ from fgclip_nb.data.rows import check_number
 from fgclip_nb.data.readers import reader
 
 # %% ../../nbs/2_data/09e_xml_files.ipynb #9e000006
+MOST_XML = 64 << 20  # bytes without an element
+
+
+def _grown_parts(path, met):
+    """The bytes of a file in parts, twice as long each time while `met()` stays as it is.
+
+    Expat starts a tag that is not complete anew with each part: equal parts of a long one would
+    take for ever."""
+    size, idle, before = 1 << 16, 0, met()
+    with open(path, "rb") as file:
+        while part := file.read(size):
+            yield part
+            moved = met() != before
+            size, idle = (1 << 16, 0) if moved else (2 * size, idle + len(part))
+            before = met()
+            if idle > MOST_XML:
+                raise ValueError(f"more than {MOST_XML:,} bytes without an element")
+
+
 class _Begun(Exception):
     "The first element has been met, so there is no DOCTYPE."
 
@@ -29,14 +48,28 @@ def refuse_doctype(path):
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler, parser.StartElementHandler = doctype, begun
     try:
-        with open(path, "rb") as file:
-            parser.ParseFile(file)
+        for part in _grown_parts(path, bool):
+            parser.Parse(part)
+        parser.Parse(b"", True)
     except _Begun:
         return
     except (expat.ExpatError, OSError, ValueError, LookupError) as e:
         raise Fault("file", None, f"not readable as XML: {e}", "unreadable_file") from e
 
 # %% ../../nbs/2_data/09e_xml_files.ipynb #9e000009
+def _events(path):
+    "(`start` or `end`, element) of an XML file, one after the other."
+    parser = ElementTree.XMLPullParser(("start", "end"))
+    seen = [0]
+    for part in _grown_parts(path, seen.copy):
+        parser.feed(part)
+        for event in parser.read_events():
+            seen[0] += 1
+            yield event
+    parser.close()
+    yield from parser.read_events()
+
+
 def elements(path, names):
     """The elements of these names, one after the other; a Fault where the file breaks off.
 
@@ -44,7 +77,7 @@ def elements(path, names):
     refuse_doctype(path)
     depth = 0  # of wanted elements that have begun and not ended
     try:
-        for event, element in ElementTree.iterparse(path, events=("start", "end")):
+        for event, element in _events(path):
             wanted = element.tag in names
             depth += wanted and event == "start"
             if wanted and event == "end":

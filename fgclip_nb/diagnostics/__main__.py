@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/99_command.ipynb #3a26b89a
 import sys
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.plain import plain_line
 from fgclip_nb.diagnostics.rules import RULES
 from fgclip_nb.diagnostics.judgement import evidence, verdicts
 from fgclip_nb.diagnostics.report import Verdicts, phase_lines
@@ -19,7 +20,7 @@ def verdict_text(source) -> str:
     judged = verdicts(ev)
     names = {v.name for v in judged}
     silent = {n: rule.lacks(ev) for n, rule in RULES.items() if n not in names}
-    lines = [f"{source}", repr(Verdicts(judged))]
+    lines = [plain_line(source), repr(Verdicts(judged))]
     if not ev.finished:
         lines += ["by phase:", *phase_lines(ev)]
     if silent:
@@ -45,7 +46,7 @@ def main(argv) -> int:
             print(verdict_text(source) + "\n")
         except (DataError, ValueError, KeyError, OSError) as e:
             status = 2
-            print(f"{source}: cannot be read: {e}", file=sys.stderr)
+            print(plain_line(f"{source}: cannot be read: {e}"), file=sys.stderr)
     return status
 
 # %% ../../nbs/6_diagnostics/99_command.ipynb #c14a47ee

@@ -63,6 +63,22 @@ def causes() -> dict:
     return catalogue(RULES)
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #027a5f35
+COUNTS = ("train", "val", "regions", "train_regions")
+
+
+def _check_audit(path, audit, inside=""):
+    "DataError, which names the entry, where an audit is something else than numbers in groups."
+    for name, value in audit.items():
+        if inside:
+            kinds = (dict, int, float, type(None), {"best": str, "leaked": list}.get(name, dict))
+        else:
+            kinds = (int,) if name in COUNTS else (dict,)
+        if not isinstance(value, kinds):
+            raise DataError(f"{path}: `{inside}{name}` cannot be {value!r:.40}")
+        if isinstance(value, dict):
+            _check_audit(path, value, f"{name}.")
+
+
 def run_evidence(run) -> Evidence:
     "Evidence of a run folder (a Run or its path), finished or not."
     run = run if isinstance(run, Run) else Run(run)
@@ -75,13 +91,21 @@ def run_evidence(run) -> Evidence:
     for name, file in (("retrieval", retrieval), ("audit", run.path / "audit.json")):
         if file.exists():
             facts[name] = read_json(file)
+    _check_audit(run.path / "audit.json", facts.get("audit", {}))
     expected = {row["name"]: row.get("value") for row in run.expectations()}
     facts |= dict(expected=expected) if expected else {}
     if (run.path / "bad_steps.jsonl").exists():
         facts["bad_steps"] = list(read_jsonl(run.path / "bad_steps.jsonl"))
     timing = metrics_frame(run.timing())
+    frame = metrics_frame(run.metrics())
+    if "step" in frame and (twice := frame["step"].duplicated()).any():
+        step = frame["step"][twice].iloc[0]
+        raise DataError(
+            f"{run.path / 'metrics.jsonl'}: step {step:.0f} stands more than once: two "
+            "trainings wrote into one folder, or lines were copied; keep one line of each step"
+        )
     return Evidence(
-        metrics_frame(run.metrics()),
+        frame,
         sound_params(run),
         timing if len(timing) else None,
         facts,

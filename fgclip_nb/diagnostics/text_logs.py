@@ -14,7 +14,7 @@ VALUE = rf"({NUMBER}|NaN|-?Infinity|null)"
 QUOTED = re.compile(rf"""["']([\w./ @-]+)["']\s*:\s*["']?{VALUE}(?![\w.])""")
 SPOKEN = re.compile(
     rf"{NAME}((?:[A-Za-z][\w/]{{0,99}} ){{0,2}}[A-Za-z][\w/-]{{0,99}})(?: \(t\))?"
-    r"(?:\s*[:=]\s*|\s+(?=[\d.]))\[?"
+    r"(?:\s*[:=]\s*|\s+(?=[\d.]|nan\b|-?inf))\[?"
     rf"{VALUE}(?![\w/]|\.\d)",
     re.IGNORECASE,
 )

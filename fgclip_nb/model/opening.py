@@ -6,7 +6,7 @@
 __all__ = ['open_model']
 
 # %% ../../nbs/4_model/19_opening.ipynb #62b92bc8
-import logging, math
+import logging, math, os
 from pathlib import Path
 import torch
 from fgclip_nb.core.folder import read_json
@@ -38,7 +38,7 @@ def kind_of(source: str, revision=None) -> str:
     """What lies at a file, folder or hub repository: `file`, `open_clip`, or the model_type.
 
     A config.json without model_type is CLIP's. DataError where nothing says."""
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return "file"
     where = HubFolder(source, revision)
     path = where.get("config.json")

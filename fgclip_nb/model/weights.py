@@ -64,10 +64,12 @@ def read_pickle(path):
             raise DataError(f"it is a TorchScript archive, which holds code. {HOW_TO_CONVERT}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = (str(e).splitlines() or [""])[0]
+        met = re.search(r"Trying to load ([^\n]*)|nsupported [^\n]*", str(e))
+        if not met:
+            raise DataError(f"{path}: not a readable PyTorch file") from e
         raise DataError(
             f"{path}: refused, the file holds more than tensors "
-            f"and could run code when opened ({reason})"
+            f"and could run code when opened ({met[1] or met[0]})"
         ) from e
     except Exception as e:
         raise DataError(f"{path}: not a readable PyTorch file ({e})") from e
@@ -266,6 +268,10 @@ def as_weight(name, tensor, source):
         raise DataError(
             f"{source}: {name} has {tensor.numel() - finite} of {tensor.numel()} values that are "
             "NaN or infinite; the file is damaged, or its training had diverged"
+        )
+    if name.startswith("logit_scale") and tensor.numel() == 1 and abs(tensor.item()) > 100:
+        raise DataError(
+            f"{source}: {name} is {tensor.item():.4g}; a log temperature lies between -100 and 100"
         )
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

@@ -15,7 +15,7 @@ if __name__ == "__main__" and under_launcher():
 # %% ../../nbs/8_training/99_command.ipynb #9322cf7b
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import read_yaml
-from fgclip_nb.core.plain import yaml_value
+from fgclip_nb.core.plain import plain_line, yaml_value
 from fgclip_nb.core.params import short
 from fgclip_nb.core.config import TrainConfig, describe_parameter, known_parameters
 from fgclip_nb.diagnostics.expectations import show
@@ -67,7 +67,7 @@ def usage() -> str:
 
 
 def _failed(error, status: int) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(plain_line(f"{type(error).__name__}: {error}"), file=sys.stderr)
     return status
 
 

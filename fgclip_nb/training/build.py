@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/01_build.ipynb #ad89f4c8
-import dataclasses, math
+import dataclasses, math, os
 import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import model_folder, resolve_path
@@ -107,7 +107,7 @@ def resize_positions_(model, size: int):
 def weights_source(name: str):
     "What a loader gets: the best checkpoint of a run folder, an existing path, or the name."
     path = resolve_path(name)
-    return model_folder(path) if path.exists() else name
+    return model_folder(path) if os.path.exists(path) else name
 
 # %% ../../nbs/8_training/01_build.ipynb #8e81b839
 def recipe_by_name(cfg: TrainConfig) -> TrainConfig:

@@ -33,7 +33,15 @@ COUNTERS = ("forwards", "bad_in_a_row", "skipped", "textless", "loads", "load_re
 def checkpoint(s: TrainState):
     """Save the state after a step and remove what is no longer kept.
 
-    The lines of metrics are on the disk before the checkpoint that counts on them."""
+    The lines of metrics are on the disk before the checkpoint that counts on them. Weights that are
+    NaN or infinite are not saved: FloatingPointError, on every process."""
+    spoilt = [name for name, p in s.model.named_parameters() if not p.isfinite().all()]
+    if spoilt:
+        raise FloatingPointError(
+            f"after step {s.step} {len(spoilt)} weights hold NaN or Inf, {spoilt[0]} for one; "
+            "nothing is saved, the checkpoints before it are kept: lower `learning_rate`, "
+            "or go on from an older checkpoint"
+        )
     if not s.is_main:
         return
     state = dict(
