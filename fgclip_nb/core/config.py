@@ -202,11 +202,9 @@ class RunParams:
         100, "optimiser steps between validations; 0: only at the end", 0, 1_000_000_000
     )
     early_stop: int | None = param(
-        None, "validations without a better one; 0: no stop; none: as data take", 0, 1_000_000
+        None, "validations without a better one; 0: no stop; none: by data", 0, 1_000_000
     )
-    best_by: str = param(
-        "auto", "least held out; auto: as data take", choices=("auto", "loss", "rank")
-    )
+    best_by: str = param("auto", "least held out; auto: by data", choices=("auto", "loss", "rank"))
     tracker: str = param(
         "tensorboard", "accelerate's trackers by name (tensorboard, wandb, ...), or none"
     )

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #1c7edb08
-import io, os
+import contextlib, io, os
 from pathlib import Path
 from typing import NamedTuple
 from fgclip_nb.core.identity import ConfigError, DataError
@@ -41,6 +41,18 @@ def open_bytes(path):
         return fsspec.open(path, "rb").open()
     except (ImportError, ValueError) as e:  # no package for this kind of address
         raise DataError(f"{path}: cannot be opened: {e}") from e
+
+
+@contextlib.contextmanager
+def reaching(path):
+    "Whatever the libraries raise over an address inside the block is a DataError that names it."
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as e:  # each kind of address has errors of its own
+        reason = f"{type(e).__name__}: {e}"[:300]
+        raise DataError(f"{path}: cannot be reached or read ({reason})") from e
 
 
 def read_range(path, start, size) -> bytes:

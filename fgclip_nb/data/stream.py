@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10g_stream.ipynb #f77e8ac3
-import contextlib, copy, glob, json, os, tempfile
+import copy, glob, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -33,6 +33,7 @@ from fgclip_nb.data.shard_sources import (
     StreamRow,
     TarSource,
     is_address,
+    reaching,
 )
 from fgclip_nb.data.shards import no_bars
 from fgclip_nb.data.source import Source, Tally
@@ -138,18 +139,6 @@ SHARDS = (".tar", ".parquet")
 def _suffix(name) -> str:
     "`.tar` or `.parquet` where a name ends like one, else ''."
     return next((s for s in SHARDS if str(name).lower().endswith(s)), "")
-
-
-@contextlib.contextmanager
-def reaching(path):
-    "Whatever the libraries raise over an address inside the block is a DataError that names it."
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as e:  # each kind of address has errors of its own
-        reason = f"{type(e).__name__}: {e}"[:300]
-        raise DataError(f"{path}: cannot be reached or read ({reason})") from e
 
 
 def _remote_shards(path) -> dict:

@@ -69,7 +69,9 @@ COUNTS = ("train", "val", "regions", "train_regions")
 def _check_audit(path, audit, inside=""):
     "DataError, which names the entry, where an audit is something else than numbers in groups."
     for name, value in audit.items():
-        if inside:
+        if inside == "unread.":
+            kinds = (str,)
+        elif inside:
             kinds = (dict, int, float, type(None), {"best": str, "leaked": list}.get(name, dict))
         else:
             kinds = (int,) if name in COUNTS else (dict,)

@@ -7,7 +7,6 @@ __all__ = ['open_model']
 
 # %% ../../nbs/4_model/19_opening.ipynb #62b92bc8
 import logging, math, os
-from pathlib import Path
 import torch
 from fgclip_nb.core.folder import read_json
 from fgclip_nb.core.hub import HubFolder
