@@ -15,30 +15,40 @@ from fgclip_nb.data.findings import Finding
 
 # %% ../../nbs/2_data/22b_duplicates.ipynb #9b5d2b9a
 SIDE, FLAT = 9, 3.0  # cells a side; grey levels of deviation under which nothing is to be seen
+BITS, AGREE = 18, 0.95  # bytes that are bits, before those of colours; least correlation of colours
 
 
 def dhash(source) -> np.ndarray | None:
-    """Difference hash of a photo: uint8 (18,), 144 bits; None where it is flat or cannot be read.
+    """What a photo shows: uint8 (261,), 144 bits of differences, then the colours of its cells.
 
+    None where it is flat or cannot be read.
     `source`: a path or the bytes of a picture file. JPEG is decoded small, about 2 ms a photo."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.draft("L", (8 * SIDE, 8 * SIDE))
-            small = ImageOps.exif_transpose(image.convert("L"))
-            cells = np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BOX), np.int16)
+            image.draft("RGB", (8 * SIDE, 8 * SIDE))
+            small = ImageOps.exif_transpose(image.convert("RGB"))
+            colours = small.resize((SIDE, SIDE), Image.Resampling.BOX)
+            cells = np.asarray(colours.convert("L"), np.int16)
     except Exception:  # what cannot be read is named by the check of media
         return None
     if cells.std() < FLAT:
         return None
     along = np.concatenate([(np.diff(cells, axis=a) > 0).ravel() for a in (0, 1)])
-    return np.packbits(along)
+    return np.concatenate([np.packbits(along), np.asarray(colours).ravel()])
 
 
 def bits_apart(a, b) -> np.ndarray:
-    "How many bits differ between hashes (…,18) and (18,)."
-    return np.unpackbits(a ^ b, axis=-1).sum(-1)
+    "How many bits differ between hashes (…,261) and (261,)."
+    return np.unpackbits(a[..., :BITS] ^ b[..., :BITS], axis=-1).sum(-1)
+
+
+def colours_agree(a, b) -> np.ndarray:
+    "Correlation of the colours of hashes (…,261) and (261,): light does not count."
+    x, y = (h[..., BITS:].astype(float) for h in (a, b))
+    x, y = (c - c.mean(-1, keepdims=True) for c in (x, y))
+    return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
 # %% ../../nbs/2_data/22b_duplicates.ipynb #d820d31d
 SAME, CROWD = 11, 500  # bits; photos that share a piece, beyond which only equal hashes count
@@ -47,20 +57,22 @@ SAME, CROWD = 11, 500  # bits; photos that share a piece, beyond which only equa
 def _close_in(rows, hashes):
     "Yield (row, row) of the photos among `rows` whose hashes are close; of a crowd, equal ones."
     if len(rows) > CROWD:
-        _, first = np.unique(hashes[rows], axis=0, return_inverse=True)
+        _, first = np.unique(hashes[rows][:, :BITS], axis=0, return_inverse=True)
         firsts = {}
         for row, group in zip(rows, first.ravel()):
-            if firsts.setdefault(group, row) != row:
-                yield firsts[group], row
+            other = firsts.setdefault(group, row)
+            if other != row and colours_agree(hashes[other], hashes[row]) > AGREE:
+                yield other, row
         return
     for k, row in enumerate(rows):
         later = np.array(rows[k + 1 :], int)
-        for other in later[bits_apart(hashes[later], hashes[row]) <= SAME]:
+        near = later[bits_apart(hashes[later], hashes[row]) <= SAME]
+        for other in near[colours_agree(hashes[near], hashes[row]) > AGREE]:
             yield row, int(other)
 
 
 def alike(hashes) -> list:
-    "Groups (lists of numbers, rising) of hashes (n,18) that are close to each other."
+    "Groups (lists of numbers, rising) of hashes (n,261) that are close to each other."
     group = list(range(len(hashes)))
 
     def find(k):
@@ -69,7 +81,7 @@ def alike(hashes) -> list:
             k = group[k]
         return k
 
-    bits = np.unpackbits(hashes, axis=1).reshape(len(hashes), SAME + 1, 144 // (SAME + 1))
+    bits = np.unpackbits(hashes[:, :BITS], axis=1).reshape(len(hashes), SAME + 1, 144 // (SAME + 1))
     pieces = bits @ (1 << np.arange(bits.shape[2]))
     for piece in pieces.T:
         sharing = defaultdict(list)
@@ -100,7 +112,9 @@ def photo_hashes(samples, most=MOST) -> dict:
 def same_photos(hashes) -> list:
     "Groups of media that show the same, each a list of paths; `hashes`: medium -> hash."
     media = list(hashes)
-    stacked = np.stack(list(hashes.values())) if media else np.zeros((0, 18), np.uint8)
+    stacked = (
+        np.stack(list(hashes.values())) if media else np.zeros((0, BITS + 3 * SIDE**2), np.uint8)
+    )
     return [[media[k] for k in g] for g in alike(stacked)]
 
 # %% ../../nbs/2_data/22b_duplicates.ipynb #edba3f9f
