@@ -110,6 +110,11 @@ def finish(s: TrainState, val_samples):
     leave_pictures(s.path, encoder, val_samples or s.data.train)
     if s.textless:
         s.log.info(f"batches without text, passed over: {s.textless}")
+    if s.best.get("step", s.step) != s.step:
+        s.log.info(
+            f"verdicts and report are about all steps up to the last, {s.step}; the best by "
+            f"{s.best['by']} is step {s.best['step']}: checkpoints/best, which `-p model RUN` takes"
+        )
     for v in conclude(Ended(s.path)):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
     summary = dict(

@@ -174,4 +174,10 @@ def note_validation(s: TrainState, columns: dict) -> bool:
     total = f"score={validation_score(columns, s.cfg):.4f}"
     s.log.info(f"[VAL] Step {s.step} {total} {''.join(levels)}{rank}")
     patience = patience_of(s.cfg)
-    return bool(patience) and s.best["waited"] >= patience
+    ends = bool(patience) and s.best["waited"] >= patience
+    if ends:
+        s.log.info(
+            f"ends early, at step {s.step} of {s.total_steps}: {patience} validations in a row "
+            f"brought no better {by} than {s.best['score']:.4g} of step {s.best['step']}"
+        )
+    return ends
