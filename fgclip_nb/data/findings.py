@@ -237,12 +237,24 @@ def can_contrast(samples, cfg, in_step=2, bank=0) -> bool:
     return bool(by_captions or by_regions or cfg.hard_weight and texts["hard negatives"])
 
 
-def check_contrast(samples, cfg):
+def lost_regions_said(rejects) -> list:
+    "A sentence about regions that were refused, with the first of them; none where all were kept."
+    refused = [r for r in rejects if r.regions]
+    if not refused:
+        return []
+    n, first = sum(r.regions for r in refused), refused[0]
+    return [f"{n} regions were rejected; the first: {first}"]
+
+
+def check_contrast(samples, cfg, rejects=()):
     """Raise DataError when no loss of a run has anything to contrast; warn of each that has not.
 
-    `cfg`: anything with the three weights, `batch_size`, `processes` and `memory_bank_size`."""
+    `cfg`: anything with the three weights, `batch_size`, `processes` and `memory_bank_size`;
+    `rejects`: what was refused, named where no region is left."""
     samples, in_step = a_few(samples, MOST_LOOKED_AT), cfg.batch_size * cfg.processes
     said = [f"{f.count} {f.what}. {f.do}" for f in contrast_findings(samples)]
+    if not any(s.regions for s in samples):
+        said += lost_regions_said(rejects)
     if in_step == 1:
         said.append(ONE_SAMPLE)
     if not can_contrast(samples, cfg, in_step, cfg.memory_bank_size):

@@ -144,7 +144,7 @@ def prepare_data(cfg: TrainConfig) -> RunData:
         raise DataError(
             f"data `{cfg.data}`: no training sample is left (validation has {len(val)}){why}"
         )
-    check_contrast(train, cfg)
+    check_contrast(train, cfg, rejects)
     return RunData(train, val, rejects, data_fingerprint(samples))
 
 # %% ../../nbs/8_training/00_rundata.ipynb #f265dcc5
