@@ -129,7 +129,8 @@ def chance(ev: Evidence, kind: str):
 
     named = ev.series(f"chance_{kind}")
     if not len(named):
-        named = np.log(candidates(ev, kind))
+        with np.errstate(divide="ignore"):  # a step without regions has 0 candidates
+            named = np.log(candidates(ev, kind))
     no_bank = kind == "region_in_batch" and not ev.series("bank_enabled").any()
     return chance(ev, "region") if no_bank and not len(named) else named
 
