@@ -264,6 +264,12 @@ def counted(judged: list) -> str:
     counts = {result: sum(v.result == result for v in judged) for result in results}
     return ", ".join(f"{n} {result}" for result, n in counts.items() if n)
 
+
+def carried_over(judged: list) -> str:
+    "What held-out captions say of a run in which nothing failed; '' where nothing was held out."
+    said = [v.why for v in judged if v.name == "held_out_above_chance" and v.result == PASS]
+    return "".join(f"Held out: {why}. " for why in said)
+
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #1d6ada2e
 def headline(judged: list) -> str:
     "The most likely cause among verdicts, in a sentence; before it what could not be read."
@@ -279,4 +285,4 @@ def headline(judged: list) -> str:
     later = sum(v.result == LATER for v in judged)
     if passed + later < ENOUGH_PASSED:
         return f"{passed} of {len(RULES)} rules could be judged: nothing seen in those."
-    return f"No rule tripped: {counted(judged)}. {remarks(judged)}".strip()
+    return f"No rule tripped: {counted(judged)}. {carried_over(judged)}{remarks(judged)}".strip()
