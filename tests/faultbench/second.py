@@ -184,19 +184,23 @@ def class_token_early():
 
 
 def indices(change):
-    "The samples of a batch are change(those that should come, number of the batch)."
+    "The (epoch, sample) of a batch are change(those that should come, number of the batch)."
     order = importlib.import_module("fgclip_nb.data.order").TrainingOrder
     whole = order.indices
 
     def changed(self, number, rank=0):
-        return [int(i) for i in change(list(whole(self, number, rank)), number)]
+        return change(list(whole(self, number, rank)), number)
 
     return patch.object(order, "indices", changed)
 
 
 def debug_subset():
     "The first 16 samples, in another order each time."
-    return indices(lambda rows, number: np.random.default_rng(number).permutation(16))
+    return indices(
+        lambda rows, number: [
+            (rows[0][0], int(i)) for i in np.random.default_rng(number).permutation(16)
+        ]
+    )
 
 
 def workers_alike():
