@@ -159,8 +159,9 @@ SUMMED = dict(loss_global=2.0, loss_region=1.0, loss_hard=1.0)  # global: of sho
 def weighted_parts(ev) -> dict:
     "Column of each term -> weight times loss, mean of the first five steps."
     parts = {}
-    for column, name in WEIGHTS.items():
-        if ev.has(column) and name in ev.params:
+    others = {f"loss_{n.removesuffix('_weight')}": n for n in ev.params if n.endswith("_weight")}
+    for column, name in (others | WEIGHTS).items():
+        if ev.has(column) and (column in WEIGHTS or ev.params.get(name)) and name in ev.params:
             texts = sum(ev.has(f"loss_global_{kind}") for kind in ("short", "long"))
             times = max(texts, 1) if column == "loss_global" else 1
             parts[column] = ev.params[name] * times * float(ev.series(column).head(5).mean())
@@ -174,7 +175,7 @@ def term_unweighted(ev):
     total = sum(parts.values())
     if not parts:
         return None
-    off = [c for c, part in parts.items() if part == 0 and ev.params[WEIGHTS[c]] == 0]
+    off = [c for c, part in parts.items() if c in WEIGHTS and part == ev.params[WEIGHTS[c]] == 0]
     if "loss_hard" in off and not chance_share(ev, "hard") > 0.9:
         off.remove("loss_hard")  # the region loss teaches it as well
     if off:
@@ -188,7 +189,7 @@ def term_unweighted(ev):
     share = parts[top] / total
     if share < 0.99 or len(parts) == 1:
         return PASS, share, f"the {top.removeprefix('loss_')} loss makes up {share:.0%} of the sum"
-    name = WEIGHTS[top]
+    name = WEIGHTS.get(top, f"{top.removeprefix('loss_')}_weight")
     if all(part == 0 for column, part in parts.items() if column != top):
         return None  # nothing is contrasted in the others: not a matter of weights
     why = (

@@ -286,7 +286,9 @@ def _printed(scale):
 
 def _scale_fault(value, room, configured, tolerance):
     "The failed result for a temperature that is not the configured one within `room`, or None."
-    if twin := bf16_twin(value, configured):
+    moved = configured is not None and abs(value - configured) <= room
+    held = round_bf16(value) == value  # a step that only comes close to such a number is none
+    if (held or not moved) and (twin := bf16_twin(value, configured)):
         why = f"{value:.6g} is {twin:.5g} rounded to bfloat16 (exp {math.exp(value):.4f})"
         return FAIL, value, why, "Keep temperatures and master weights in fp32; use autocast."
     if configured is not None and abs(value - configured) > tolerance + room:

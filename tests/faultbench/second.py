@@ -113,9 +113,7 @@ def plain_sgd():
 
 def schedule(rate):
     "The rate of a step is rate(whole schedule, step, cfg, total)."
-    return lambda: rebound(
-        "learning_rate_at", lambda whole: lambda *a: rate(lambda: whole(*a), *a)
-    )
+    return lambda: rebound("learning_rate_at", lambda whole: lambda *a: rate(lambda: whole(*a), *a))
 
 
 def l2_in_gradient():
@@ -174,7 +172,9 @@ def class_token_early():
         def features(model, pixels, dense=None, interpolate=None):
             _, patches, grid = whole(model, pixels, dense, interpolate)
             vision = model.vision_model
-            token = vision.embeddings.class_embedding + vision.embeddings.position_embedding.weight[0]
+            token = (
+                vision.embeddings.class_embedding + vision.embeddings.position_embedding.weight[0]
+            )
             token = vision.post_layernorm(vision.pre_layrnorm(token))
             return model.visual_projection(token).expand(len(pixels), -1), patches, grid
 
@@ -462,9 +462,7 @@ FAULTS = dict(
         plant=phrases_first,
     ),
     bank_one_vector=Case(
-        "the bank is filled with one mean vector per batch",
-        ("bank_clean",),
-        plant=bank_one_vector,
+        "the bank is filled with one mean vector per batch", ("bank_clean",), plant=bank_one_vector
     ),
 )
 
@@ -496,7 +494,9 @@ CONTROLS = dict(
     steps_20=Case(
         "20 steps", params=dict(max_steps=20, lr_warmup_steps=4, memory_bank_warmup_steps=5)
     ),
-    sigmoid_cached=Case("the sigmoid loss, cached", params=dict(losses="sigmoid", gradient_caching=8)),
+    sigmoid_cached=Case(
+        "the sigmoid loss, cached", params=dict(losses="sigmoid", gradient_caching=8)
+    ),
     all_terms=Case(
         "every loss with a weight",
         params=dict(region_weight=3.0, hard_weight=1.0, spread_weight=0.1, ranking_weight=0.2),
