@@ -106,6 +106,17 @@ def make_accelerator(cfg: TrainConfig):
         kwargs_handlers=[InitProcessGroupKwargs(timeout=group_timeout())],
     )
 
+# %% ../../nbs/8_training/04_state.ipynb #46ca67ba
+def note_parameters(writer, params: dict):
+    """Put a run's parameters on TensorBoard's HPARAMS page, beside the loss it ended with.
+
+    Into the events that `writer` has open: its own `add_hparams` makes a folder of another name."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in params.items()}
+    for part in hparams(plain, {"train/loss": 0.0}):
+        writer.file_writer.add_summary(part)
+
 # %% ../../nbs/8_training/04_state.ipynb #da677bcc
 class Trackers(Board):
     "The recorder's board in a training: rows go to all trackers, pictures to TensorBoard alone."
@@ -132,6 +143,7 @@ class Trackers(Board):
         for t in self.accelerator.trackers:
             if t.name == "tensorboard":
                 self.writer = t.tracker
+                note_parameters(self.writer, self.cfg.as_dict())
             else:
                 t.store_init_configuration(self.cfg.as_dict())
 
