@@ -97,7 +97,11 @@ ADVICE = dict(
         "Pixels for fractions, or another image's size? "
         "`out_of_range=clip` keeps boxes that only lean over the edge.",
     ),
-    min_area=("look", "Lower `min_area`, or raise the image size, if small things matter."),
+    min_area=(
+        "look",
+        "Lower `min_area`, or raise the image size, if small things matter. Are nearly all lost: "
+        "shares, where the format counts pixels?",
+    ),
     never_visible=("look", "Raise `num_frames` or shorten the clips: these regions teach nothing."),
     empty_caption=("fix", "Write the phrase or delete the box."),
     positive_among_negatives=(
