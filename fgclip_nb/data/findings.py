@@ -99,8 +99,8 @@ ADVICE = dict(
     ),
     min_area=(
         "look",
-        "Lower `min_area`, or raise the image size, if small things matter. Are nearly all lost: "
-        "shares, where the format counts pixels?",
+        "Lower `min_area`, or raise the image size, if small things matter. Nearly all lost? "
+        "Then shares may have been given where the format counts pixels.",
     ),
     never_visible=("look", "Raise `num_frames` or shorten the clips: these regions teach nothing."),
     empty_caption=("fix", "Write the phrase or delete the box."),
