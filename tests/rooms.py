@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import house
@@ -20,15 +21,31 @@ transformers.models.siglip2.modeling_siglip2 transformers.models.auto scipy.stat
 sklearn.metrics seaborn matplotlib.pyplot pandas jinja2 IPython nbdev.test papermill""".split()
 
 
-def run_room(path) -> tuple:
-    "(notebook, whether all its cells ran, seconds)."
+def run_room(path):
+    "Run all cells of a notebook; the process ends with 1 where one fails."
     from nbdev.test import test_nb
 
-    multiprocessing.current_process()._config["daemon"] = False  # a room may start loader processes
     os.chdir(path.parent)
-    begun = time.perf_counter()
-    passed = test_nb(path)[0]
-    return path, passed, time.perf_counter() - begun
+    sys.exit(not test_nb(path)[0])
+
+
+def run_all(rooms) -> int:
+    "Two rooms at a time; how many failed. One whose process is killed has failed."
+    context, waiting, running, failed = multiprocessing.get_context("fork"), rooms[::-1], {}, 0
+    while waiting or running:
+        while waiting and len(running) < 2:
+            path = waiting.pop()
+            process = context.Process(target=run_room, args=(path,))
+            process.start()
+            running[process.sentinel] = process, path, time.perf_counter()
+        for sentinel in wait(list(running)):
+            process, path, begun = running.pop(sentinel)
+            process.join()
+            seconds, code = time.perf_counter() - begun, process.exitcode
+            failed += code != 0
+            result = f"FAILED with status {code}" if code else "passed"
+            print(f"{path.relative_to(house.ROOT)}: {result} in {seconds:.1f} s", flush=True)
+    return failed
 
 
 def main(wanted) -> int:
@@ -40,13 +57,7 @@ def main(wanted) -> int:
     os.environ["IN_TEST"] = "1"
     folders = [Path(w).resolve() for w in wanted]
     rooms = [p for p in house.library_notebooks() if not folders or {p, p.parent} & set(folders)]
-    failed = 0
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        for path, passed, seconds in pool.imap_unordered(run_room, rooms, chunksize=1):
-            failed += not passed
-            result = "passed" if passed else "FAILED"
-            print(f"{path.relative_to(house.ROOT)}: {result} in {seconds:.1f} s", flush=True)
-    return bool(failed)
+    return bool(run_all(rooms))
 
 
 if __name__ == "__main__":

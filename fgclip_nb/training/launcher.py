@@ -79,32 +79,35 @@ def follow(command, tell, env=None) -> tuple:
     """Run a command, `tell` its lines as they come, pass signals on to it.
 
     Returns (status, its last 40 lines, name of the first signal or '')."""
-    passed = []
+    passed, child = [], None
     last = collections.deque(maxlen=40)
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=end_with_parent,
-        env=env,
-    )
 
     def pass_on(number, frame):
         passed.append(signal.Signals(number).name)
-        child.send_signal(number)
+        if child is not None:
+            child.send_signal(number)
 
-    try:
-        with on_signals(pass_on):
+    with on_signals(pass_on):
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+            env=env,
+        )
+        try:
+            if passed:  # it came while the child was made
+                child.send_signal(signal.Signals[passed[0]])
             for line in lines_of(child):
                 last.append(line)
                 tell(line)
             return child.wait(), list(last), "".join(passed[:1])
-    finally:
-        if child.poll() is None:
-            child.terminate()
-        child.stdout.close()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+            child.stdout.close()
 
 # %% ../../nbs/8_training/11_launcher.ipynb #57a0bbc2
 class LaunchFailed(RuntimeError):
