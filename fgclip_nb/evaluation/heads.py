@@ -158,6 +158,25 @@ class AnomalyHeads:
         same = {k: runs[0][k] for k in ("videos", "frames", "missing", "rejects")}
         return spread | chosen | same
 
+# %% ../../nbs/7_evaluation/12_heads.ipynb #dec6c55b
+def distinct_seeds(seeds) -> list:
+    "The different ones of `seeds`; `ConfigError` for fewer than three, which give no spread."
+    seeds = list(dict.fromkeys(seeds))
+    if len(seeds) < 3:
+        raise ConfigError(
+            f"seeds: at least three different ones are needed for a spread, got {seeds}"
+        )
+    return seeds
+
+
+def seen_videos(train_names, val_names) -> set:
+    "Bare names of the videos of both splits; `DataError` for a video that stands in both."
+    train, val = ({video_name(n) for n in names} for names in (train_names, val_names))
+    both = train & val
+    if both:
+        raise DataError(f"{len(both)} videos stand in train and in val, e.g. {sorted(both)[0]}")
+    return train | val
+
 # %% ../../nbs/7_evaluation/12_heads.ipynb #287668c6
 def fit_heads(
     train,
@@ -175,15 +194,9 @@ def fit_heads(
     Each seed's step is chosen on `val`. label: class name or bool; `Normal` and False are normal.
     top_k: the top S/top_k segments make a video's score. Raises `ConfigError` for fewer than three
     seeds, `DataError` for a video in both splits or a split with one class only."""
-    seeds = list(dict.fromkeys(seeds))
-    if len(seeds) < 3:
-        raise ConfigError(
-            f"seeds: at least three different ones are needed for a spread, got {seeds}"
-        )
+    seeds = distinct_seeds(seeds)
     names, features, labels = zip(*(bags_of(v) for v in (train, val)))
-    both = {video_name(n) for n in names[0]} & {video_name(n) for n in names[1]}
-    if both:
-        raise DataError(f"{len(both)} videos stand in train and in val, e.g. {sorted(both)[0]}")
+    seen = seen_videos(*names)
     for name, y in zip(("train", "val"), labels):
         if len(y.unique()) < 2:
             raise DataError(
@@ -193,4 +206,4 @@ def fit_heads(
     fits = [
         fit_head(*bags, seed, steps, batch, top_k, hidden, learning_rate, every) for seed in seeds
     ]
-    return AnomalyHeads(fits, {video_name(n) for split in names for n in split})
+    return AnomalyHeads(fits, seen)

@@ -8,10 +8,9 @@ __all__ = ['motion_maps', 'fit_temporal_heads']
 # %% ../../nbs/7_evaluation/12a_temporal_heads.ipynb #d4a10003
 import copy
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.evaluation.annotations import video_name
+from fgclip_nb.core.identity import DataError
 from fgclip_nb.evaluation.frames import auc_and_ap
-from fgclip_nb.evaluation.heads import AnomalyHeads
+from fgclip_nb.evaluation.heads import AnomalyHeads, distinct_seeds, seen_videos
 
 # %% ../../nbs/7_evaluation/12a_temporal_heads.ipynb #d4a10006
 def motion_maps(features, rows: int, columns: int):
@@ -131,12 +130,8 @@ def fit_temporal_heads(
     three seeds, `DataError` for a video in both splits or segments of one class in a split."""
     import torch
 
-    seeds = list(dict.fromkeys(seeds))
-    if len(seeds) < 3:
-        raise ConfigError(f"seeds: at least three different ones are needed, got {seeds}")
-    both = {video_name(n) for n in train} & {video_name(n) for n in val}
-    if both:
-        raise DataError(f"{len(both)} videos stand in train and in val, e.g. {sorted(both)[0]}")
+    seeds = distinct_seeds(seeds)
+    seen = seen_videos(train, val)
     parts = []
     for title, videos in (("train", train), ("val", val)):
         clips = [torch.as_tensor(videos[n][0], dtype=torch.float32) for n in sorted(videos)]
@@ -148,4 +143,4 @@ def fit_temporal_heads(
         fit_temporal_head(*parts, seed, steps, batch, window, reach, hidden, learning_rate, every)
         for seed in seeds
     ]
-    return AnomalyHeads(fits, {video_name(n) for videos in (train, val) for n in videos})
+    return AnomalyHeads(fits, seen)
