@@ -19,7 +19,7 @@ from fgclip_nb.diagnostics.rules import (
     rule,
 )
 from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS
-from fgclip_nb.diagnostics.data_rules import audit_of
+from fgclip_nb.diagnostics.data_rules import audit_of, usual
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
@@ -85,6 +85,26 @@ def val_share(ev, kind: str):
     ]
     return sum(parts) / len(parts) if parts else pd.Series(dtype=float)
 
+# %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c8
+def inputs_apart(ev) -> str:
+    "How inputs of training differ from held-out ones or from their files, in words; '' if nothing."
+    found = []
+    for column, what in dict(
+        tokens_captions="tokens a caption", pixel_std="pixel deviation"
+    ).items():
+        here, there = usual(ev, column), ev.series(f"val_{column}").mean()
+        if there > 1.4 * here or here > 1.4 * there:
+            found.append(f"{what} {here:.3g} in training and {there:.3g} held out")
+    here, there = usual(ev, "pixel_mean"), ev.series("val_pixel_mean").mean()
+    if abs(here - there) > 0.4:
+        found.append(f"mean of pixels {here:.2f} in training and {there:.2f} held out")
+    gap, exchanged = usual(ev, "photo_gap"), usual(ev, "photo_gap_bgr")
+    if gap > 5:
+        found.append(f"training photos are {gap:.0f} grey levels away from what stands in the data")
+    if exchanged < 0.3 * gap:
+        found[-1] += ", and are those with red and blue exchanged"
+    return "; ".join(found)
+
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c7
 ENOUGH_HELD_OUT = 10
 
@@ -145,6 +165,8 @@ def held_out_above_chance(ev):
             f"captions are found {found} ({summary}): captions are mispaired, held-out photos are "
             "of another domain, or there are too few data"
         )
+        if apart := inputs_apart(ev):
+            why += f". Inputs differ: {apart}"
         return FAIL, s["rank"], why, APART
     why = f"held-out captions are found by luck: {summary}"
     return FAIL, s["rank"], why, "See the verdicts on the training loss: it hardly fell either."

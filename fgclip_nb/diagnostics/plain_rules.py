@@ -34,10 +34,17 @@ def steps_skipped(ev):
     )
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #487edf4c
-@rule("grad_norm", threshold="> 0, under 1,000 times its usual size", rank=CAUSE + 60)
+@rule("grad_norm", threshold="> 0, under 1,000 times its usual size", rank=CAUSE + 13)
 def gradient_size(ev):
-    "Gradients are 0, or explode."
+    "Gradients are 0, explode, or are never set to zero."
     norm = ev.series("grad_norm")
+    left = ev.series("grad_left")
+    if (left > 0).sum() >= 3:
+        why = (
+            f"gradients stand before {(left > 0).sum()} steps began, of norm {left.median():.3g}: "
+            "they are not set to zero, so each step adds to all that came before"
+        )
+        return FAIL, float(left.median()), why, "Call `optimizer.zero_grad()` after each step."
     norm = norm[norm.abs() < math.inf]
     if not is_plain(ev) or not len(norm):
         return None

@@ -92,6 +92,23 @@ def learnt_little(ev) -> bool:
     return any(little) if ev.params.get("model") in RANDOM_MODELS else bool(known) and all(little)
 
 
+STILL_RANDOM = 0.03  # of their size, were all steps to point the same way
+HALF_LEARNT = 0.6  # of chance
+
+
+def still_random(ev) -> float:
+    """How far the weights can have come from their random start, of their size, where that is next
+    to nothing and a loss is far from learnt; else 0."""
+    far = {}
+    for tower in ("vision", "text"):
+        moved, weight = ev.series(f"update_norm/{tower}"), ev.series(f"weight_norm/{tower}")
+        far[tower] = float((moved / weight).mean()) * (ev.last_step or 0)
+    most = max(far.values())
+    ends = [chance_share(ev, k) for k in ("global", "region")]
+    random = ev.params.get("model") in RANDOM_MODELS and bool(ev.params)
+    return most if random and most < STILL_RANDOM and max(ends) > HALF_LEARNT else 0.0
+
+
 def has_broken(ev) -> str:
     "How a training broke, in words: a collapse, a loss above its start, not finite; or ''."
     for kind in ("image", "text", "region"):
@@ -134,7 +151,7 @@ STEP_TOO_LARGE, STEP_TOO_SMALL = 0.03, 5e-4
     "lr",
     threshold="a step over 0.05 % of the weights",
     source="update_norm/<tower>",
-    rank=CAUSE + 31,
+    rank=CAUSE + 34,
 )
 def learning_rate_low(ev):
     "Steps hardly move the weights, and the loss hardly falls: the learning rate is too low."
@@ -142,14 +159,21 @@ def learning_rate_low(ev):
     if not sizes or (ev.last_step or 0) < 40:
         return None
     size = max(sizes.values())
-    if size > STEP_TOO_SMALL or not learnt_little(ev):
+    little, random = learnt_little(ev), still_random(ev)
+    if size > STEP_TOO_SMALL or not (little or random):
         return PASS, size, f"a step moves the weights by up to {size:.2%}"
     steps = ev.last_step
     why = (
         f"the learning rate {float(ev.series('lr').max()):.2g} is too low: a step moves the "
-        f"weights by {size:.4%} of their size, and after {steps} steps losses are still at chance"
+        f"weights by {size:.4%} of their size, and after {steps} steps "
     )
-    return FAIL, size, why, "Multiply `learning_rate` by 10 to 100, or train much longer."
+    why += "losses are still at chance" if little else f"they are at most {random:.1%} away from "
+    why += "" if little else "their random start"
+    advice = (
+        "Multiply `learning_rate` by 10 to 100, train much longer, or see whether the optimiser "
+        "is the one that this rate is meant for (AdamW)."
+    )
+    return FAIL, size, why, advice
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #4af35c37
 WEIGHTS = dict(loss_global="global_weight", loss_region="region_weight", loss_hard="hard_weight")

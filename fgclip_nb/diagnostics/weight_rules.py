@@ -371,6 +371,9 @@ def scale_can_move(ev):
     )
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #bcb47f6c
+HARDLY_MOVES = 1e-4  # of its size; a fifth of what is too small for all towers together
+
+
 def module_fault(ev, module: str) -> str:
     "Why a module does not train, or an empty text."
     lr = ev.series("lr")
@@ -396,6 +399,12 @@ def module_fault(ev, module: str) -> str:
         return (
             "never updated although it has a gradient "
             "(not in the optimiser, learning rate 0, or rounded away)"
+        )
+    sizes = step_sizes(ev)
+    size, most = sizes.get(module, 1.0), max(sizes.values(), default=0.0)
+    if size < HARDLY_MOVES and most > 20 * size:
+        return (
+            f"a step moves it by {size:.4%} of its size, {most / size:.0f} times less than others"
         )
     changed = last("changed_share").median()
     if not changed < ev.limit("changed_share_limit"):
