@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/08a_code_rules.ipynb #de12eb53
 import math
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, chance_share, rule
+from fgclip_nb.diagnostics.expectations import LITTLE
 from fgclip_nb.diagnostics.inputs import expected_winners, samples_behind
 from fgclip_nb.diagnostics.data_rules import FEW_TEXTS, audit_of, boxes_fit, turned_photos, usual
 
@@ -234,16 +235,21 @@ def belongs_elsewhere(ev, at_luck: bool) -> tuple:
     "(why, advice) where texts seem to belong to other photos, boxes being sound; else empty."
     few = (audit_of(ev, "phrases", "distinct") or 0) <= FEW_TEXTS
     sound = boxes_fit(ev) > 0.4 and not math.isinf(boxes_fit(ev)) and not few
-    if not sound or not chance_share(ev, "region") > 0.9 or (ev.last_step or 0) < 60:
+    at_chance = 0.9 < chance_share(ev, "region") < 1.1
+    if not sound or not at_chance or (ev.last_step or 0) < 60:
         return ()
     captions = chance_share(ev, "global")
-    if captions < 0.8:
+    negatives = not at_luck and chance_share(ev, "hard") > 0.98  # those contradict the phrases
+    if captions < 0.8 and not negatives:
         return (
             f"the boxes lie on edges of their photos and captions are learnt ({captions:.0%} of "
             "chance), yet regions stay at chance: phrases do not belong to their boxes, in the "
             "file or in what pairs them",
             "Look at photos with boxes and phrases: order, rows joined one too late.",
         )
+    line = audit_of(ev, "photos", "line") or {}
+    if line and line["rank"] < LITTLE * line["luck"]:
+        return ()  # colours of photos tell their captions: those belong to them
     if captions > 0.9 and chance_share(ev, "hard") > 0.9 and at_luck and inputs_differ(ev):
         return (
             "every loss is at chance and inside a photo phrases are found by luck only, while "
@@ -268,6 +274,9 @@ def of_other_samples(ev) -> tuple:
     learnt, or hardly anything; else (). Texts that somebody has put another way may be learnt."""
     if not nothing_learnt(ev):
         return ()
+    here, there = (ev.series(f"{part}flat_share").mean() for part in ("", "val_"))
+    if here > there + 0.3:
+        return ()  # photos are painted over
     named = [f"{usual(ev, c):.0%} of the {k}" for c, k in OWN_TEXTS.items() if usual(ev, c) < 0.8]
     if named:
         return (

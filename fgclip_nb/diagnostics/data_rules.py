@@ -142,6 +142,7 @@ def usual(ev, column) -> float:
     return float(values.median()) if len(values) >= 3 else math.nan
 
 
+WHOLE_AT_MOST = 0.6  # share of boxes that may be the whole photo
 TURNS = dict(
     mirrored="mirrored",
     turned_over="turned upside down",
@@ -176,7 +177,7 @@ def wrong_reading(ev) -> str:
     if changed := changed_boxes(ev):
         return changed
     boxes, fit = audit_of(ev, "boxes") or {}, audit_of(ev, "photos", "fit") or {}
-    if one_box_for_all(ev):
+    if one_box_for_all(ev) or boxes.get("whole_share", 0) > WHOLE_AT_MOST:
         return ""  # told by another rule
     if fit.get("t", 0) > 10 and fit["gain"] > 1.4:
         return (
@@ -185,7 +186,8 @@ def wrong_reading(ev) -> str:
         )
     late = (ev.last_step or 0) >= 60
     own_photos = not (audit_of(ev, "photos", "repeated_share") or 0) > 0.5  # else told of copies
-    if late and own_photos and boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
+    alone = chance_share(ev, "global") < 0.9  # else captions do not belong to the photos either
+    if late and own_photos and alone and boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
         return (
             "their borders lie on edges of their photo hardly more often than the boxes of "
             "another photo do, and regions are not learnt: mirrored, counted from below, or joined "
@@ -231,7 +233,7 @@ def boxes_constant(ev):
         return None
     share, whole = audit_of(ev, "boxes", "distinct_share"), audit_of(ev, "boxes", "whole_share")
     advice = "Draw a box around what each phrase names, or train captions alone (region_weight=0)."
-    if whole > 0.8:
+    if whole > WHOLE_AT_MOST:
         why = f"constant boxes: {whole:.0%} of the {kept} boxes are the whole photo"
         return FAIL, whole, why, advice
     if one_box_for_all(ev):
@@ -240,6 +242,11 @@ def boxes_constant(ev):
     return PASS, share, f"{share:.0%} of the {kept} boxes differ"
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #442c17bd
+def finished_all(ev) -> bool:
+    "Whether a run has done all its steps, as far as they are known."
+    return ev.finished and (ev.last_step or 0) >= int(ev.params.get("max_steps") or 0)
+
+
 @rule(threshold="under 5 % lost", source="audit.json", rank=CAUSE + 12)
 def media_missing(ev):
     "Photos or clips are not there or cannot be read, and their entries are not trained."
@@ -252,6 +259,11 @@ def media_missing(ev):
     count = sum(gone.values())
     total = count + audit_of(ev, "train") + audit_of(ev, "val")
     share = count / max(total, 1)
+    late = ev.facts.get("lost_on_the_way", 0)
+    if late >= 3 and ev.params and not finished_all(ev):
+        why = f"{late} photos or clips that were there at first could no longer be read: the run "
+        why += f"ended after step {ev.last_step or 0}"
+        return FAIL, late, why, "See rejects.jsonl; look at the disk or the network drive."
     if share < 0.05:
         return PASS, share, f"{count} of {total} photos or clips could not be used"
     how = " and ".join(name.replace("_", " ") for name in gone)
@@ -273,6 +285,10 @@ def photos_blank(ev):
         return FAIL, share, why, advice
     if len(contrast) and contrast.median() < 1e-3:
         return FAIL, 0.0, "the photos that reach the model are each of one colour", advice
+    here, there = (ev.series(f"{part}flat_share").mean() for part in ("", "val_"))
+    if here > there + 0.3:
+        why = f"{here:.0%} of a training photo is of one colour, {there:.0%} of a held-out one"
+        return FAIL, here, why, "Look at what paints over photos: an augmentation, a mask, borders."
     return PASS, share or 0.0, "photos have contrast"
 
 
@@ -299,6 +315,9 @@ def photos_grey(ev):
     )
     if grey is None:
         return None
+    copies = audit_of(ev, "photos", "repeated_share") or 0
+    if copies > 0.3 and grey - copies < GREY_AT_MOST:
+        return PASS, grey, f"{grey:.0%} of the photos are grey, and are copies of one another"
     why = f"{grey:.0%} of the photos are grey"
     if grey < GREY_AT_MOST:
         why = tone_lost(ev) or why
@@ -370,6 +389,15 @@ def texts_few(ev):
     looked = {kind: audit_of(ev, kind) for kind in TEXT_NAMES if audit_of(ev, kind, "n")}
     for kind, t in looked.items():
         n, distinct, top = t["n"], t["distinct"], t["top_share"]
+        few = t.get("few_share", 0)  # phrases are names of things, which may well come back
+        if n >= 50 and few > 0.5 and kind != "phrases" and distinct > FEW_TEXTS and top <= 0.6:
+            why = f"{few:.0%} of the {n} {TEXT_NAMES[kind]} are one of {FEW_TEXTS} texts"
+            return (
+                FAIL,
+                few,
+                f"{why}: they say nothing of a photo",
+                "Leave them out, or write them anew.",
+            )
         if n >= 50 and (distinct <= FEW_TEXTS or top > 0.6):
             why = (
                 f"the {n} {TEXT_NAMES[kind]} are {distinct} different texts, the commonest stands "

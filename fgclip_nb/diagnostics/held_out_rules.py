@@ -68,7 +68,8 @@ def ever_carried_over(ev, kind="global") -> bool:
     """Whether a held-out figure was clearly better than chance at any validation.
 
     kind: `region`, its loss; else the caption ranks or the losses of captions."""
-    if val_share(ev, "region" if kind == "region" else "global").min() < 0.9:
+    ranked = kind != "region" and ev.has("val_mean_rank", "val_mean_rank_chance_low")
+    if not ranked and val_share(ev, "region" if kind == "region" else "global").min() < 0.9:
         return True
     looks = range(len(ev.series("val_mean_rank")) if kind != "region" else 0)
     return any(clearly_better(retrieval_scores(ev, k)) for k in looks)
@@ -109,10 +110,28 @@ def inputs_apart(ev) -> str:
 ENOUGH_HELD_OUT = 10
 
 
+def inside_alone(ev) -> str:
+    """In words, that a straight line carries over from one half of the training photos to the
+    other and not to held-out ones: those are prepared or captioned otherwise. Else empty."""
+    within, line = audit_of(ev, "photos", "line_within"), audit_of(ev, "photos", "line")
+    if not within or not line:
+        return ""
+    good, bad = within["rank"] < 0.5 * within["luck"], line["rank"] > LITTLE * line["luck"]
+    if not (good and bad):
+        return ""
+    return (
+        "a straight line from colours to words carries over to other training photos (rank "
+        f"{within['rank']:.0f}, luck {within['luck']:.0f}) and not to held-out ones "
+        f"({line['rank']:.0f}, luck {line['luck']:.0f}): those are prepared or captioned otherwise"
+    )
+
+
 def as_much_as_the_data_give(ev, s: dict) -> str:
     """In words, that a model from random weights ranks no worse than a straight line that ranks
     little better than luck; empty where that is not so, or not known."""
     line = audit_of(ev, "photos", "line")
+    if line and inside_alone(ev):
+        return ""
     if not line or ev.params.get("model") not in RANDOM_MODELS:
         return ""
     if line["rank"] <= LITTLE * line["luck"] or s["rank"] > line["rank"]:
@@ -165,7 +184,7 @@ def held_out_above_chance(ev):
             f"captions are found {found} ({summary}): captions are mispaired, held-out photos are "
             "of another domain, or there are too few data"
         )
-        if apart := inputs_apart(ev):
+        if apart := "; ".join(filter(None, (inside_alone(ev), inputs_apart(ev)))):
             why += f". Inputs differ: {apart}"
         return FAIL, s["rank"], why, APART
     why = f"held-out captions are found by luck: {summary}"

@@ -81,6 +81,15 @@ def _check_audit(path, audit, inside=""):
             _check_audit(path, value, f"{name}.")
 
 
+def lost_on_the_way(path) -> int:
+    "How many samples of a rejects.jsonl were there before the first step and not in training."
+    rows = read_jsonl(path)
+    return sum(r.get("rule") == "unreadable_media" and TRIED in str(r.get("reason")) for r in rows)
+
+
+TRIED = "(tried "  # how `unreadable` ends its reasons
+
+
 def run_evidence(run) -> Evidence:
     "Evidence of a run folder (a Run or its path), finished or not."
     run = run if isinstance(run, Run) else Run(run)
@@ -96,6 +105,8 @@ def run_evidence(run) -> Evidence:
     _check_audit(run.path / "audit.json", facts.get("audit", {}))
     expected = {row["name"]: row.get("value") for row in run.expectations()}
     facts |= dict(expected=expected) if expected else {}
+    if (run.path / "rejects.jsonl").exists():
+        facts["lost_on_the_way"] = lost_on_the_way(run.path / "rejects.jsonl")
     if (run.path / "bad_steps.jsonl").exists():
         facts["bad_steps"] = list(read_jsonl(run.path / "bad_steps.jsonl"))
     timing = metrics_frame(run.timing())

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #d895b6c7
 import math
+from fgclip_nb.diagnostics.measures import MODULES
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, interval, rule
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #a23db37c
@@ -39,7 +40,8 @@ def gradient_size(ev):
     "Gradients are 0, explode, or are never set to zero."
     norm = ev.series("grad_norm")
     left = ev.series("grad_left")
-    if (left > 0).sum() >= 3:
+    held = [float(ev.series(f"held_share/{m}").min()) for m in MODULES if ev.has(f"held_share/{m}")]
+    if (left > 0).sum() >= 3 and not min(held, default=1.0) < 0.999:  # else nobody clears them
         why = (
             f"gradients stand before {(left > 0).sum()} steps began, of norm {left.median():.3g}: "
             "they are not set to zero, so each step adds to all that came before"

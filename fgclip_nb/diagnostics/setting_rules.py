@@ -56,6 +56,17 @@ def warmup_too_long(ev):
     if warmup is None or not asked or not steps:
         return None
     peak = float(lr.max())
+    if ev.finished and (ev.last_step or 0) < min(warmup, steps) and 0 < peak < 0.9 * asked:
+        patience = ev.params.get("early_stop") or 0
+        why = (
+            f"the run of {steps} steps ended at step {ev.last_step}, within its warm-up of "
+            f"{warmup}: the learning rate only reached {peak:.2g} of {asked:g}"
+        )
+        why += (
+            f" (`early_stop` = {patience}, a validation each {ev.params.get('eval_every')} steps)"
+        )
+        advice = "Validate less often, or let `early_stop` wait for more validations than that."
+        return FAIL, ev.last_step, why, advice
     if warmup < steps or (ev.finished and peak > 0.9 * asked):
         return PASS, warmup, f"{warmup} of {steps} steps"
     why = (
@@ -123,6 +134,23 @@ def has_broken(ev) -> str:
     return ""
 
 
+def learns_badly(ev) -> str:
+    "From random weights: that a loss still stands at three quarters of chance, in words; or ''."
+    ends = {k: chance_share(ev, k) for k in ("global", "region")}
+    kind = max(ends, key=lambda k: -math.inf if math.isnan(ends[k]) else ends[k])
+    random = bool(ev.params) and ev.params.get("model") in RANDOM_MODELS
+    if not random or not ends[kind] > 0.75 or (ev.last_step or 0) < 40:
+        return ""
+    return f"after {ev.last_step} steps the {kind} loss stands at {ends[kind]:.0%} of chance"
+
+
+def shrunk(ev) -> bool:
+    "Whether a tower's weights went below 80 % of their first norm, and were not replaced at once."
+    towers = [t for t in ("vision", "text") if ev.has(f"weight_norm/{t}")]
+    jumps = [(ev.series(f"update_norm/{t}") / ev.series(f"weight_norm/{t}")).max() for t in towers]
+    return min((growth(ev, t) for t in towers), default=1.0) < 0.8 and not max(jumps) > 0.5
+
+
 @rule(
     "lr", threshold="a step under 3 % of the weights", source="update_norm/<tower>", rank=CAUSE + 30
 )
@@ -132,8 +160,10 @@ def learning_rate_high(ev):
     if not sizes or (ev.last_step or 0) < 20:
         return None
     tower = max(sizes, key=sizes.get)
-    broken = has_broken(ev)
+    broken = has_broken(ev) or learns_badly(ev)
     grown = max(growth(ev, name) for name in sizes)
+    if shrunk(ev):
+        return PASS, sizes[tower], "steps are large because the weights shrink"
     if not broken or (sizes[tower] < STEP_TOO_LARGE and grown < 3):
         return PASS, sizes[tower], f"a step moves the {tower} weights by up to {sizes[tower]:.2%}"
     why = (
@@ -176,6 +206,7 @@ def learning_rate_low(ev):
     return FAIL, size, why, advice
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #4af35c37
+LEAST_PART = 0.005  # of the sum, under which a term is as good as absent
 WEIGHTS = dict(loss_global="global_weight", loss_region="region_weight", loss_hard="hard_weight")
 SUMMED = dict(loss_global=2.0, loss_region=1.0, loss_hard=1.0)  # global: of short and long captions
 
@@ -211,6 +242,14 @@ def term_unweighted(ev):
         return None
     top = max(parts, key=parts.get)
     share = parts[top] / total
+    least = min((c for c in parts if c in WEIGHTS), key=parts.get, default=top)
+    kind = least.removeprefix("loss_")
+    if parts[least] < LEAST_PART * total and chance_share(ev, kind) > HALF_LEARNT:
+        why = (
+            f"the {kind} loss makes up {parts[least] / total:.2%} of the sum "
+            f"(`{WEIGHTS[least]}` = {ev.params[WEIGHTS[least]]:g}) and is hardly learnt"
+        )
+        return FAIL, parts[least] / total, why, f"Raise `{WEIGHTS[least]}`."
     if share < 0.99 or len(parts) == 1:
         return PASS, share, f"the {top.removeprefix('loss_')} loss makes up {share:.0%} of the sum"
     name = WEIGHTS.get(top, f"{top.removeprefix('loss_')}_weight")
@@ -304,7 +343,7 @@ def decay_eats_weights(ev):
     if not kept:
         return None
     tower = min(kept, key=kept.get)
-    if kept[tower] > 0.8 or not decay:
+    if not shrunk(ev) or not decay:
         return PASS, kept[tower], f"the {tower} weights have {kept[tower]:.0%} of their first norm"
     why = (
         f"weight decay (`weight_decay` {decay:g} at learning rate "

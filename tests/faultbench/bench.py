@@ -117,10 +117,17 @@ def rounded_waiting(run: Path) -> dict:
     return {"timing.jsonl": "".join(json.dumps(row) + "\n" for row in packed)}
 
 
+def lost_on_the_way(run: Path) -> dict:
+    "rejects.jsonl without what was rejected before the first step, which the audit counts."
+    lines = [line for line in open(run / "rejects.jsonl") if "(tried " in line]
+    return {"rejects.jsonl": "".join(lines[:50])} if lines else {}
+
+
 def pack(run: Path) -> dict:
     "The text files of a run that its verdicts are made of, by name."
     files = {name: (run / name).read_text() for name in KEPT if (run / name).exists()}
     files |= rounded_waiting(run) if (run / "timing.jsonl").exists() else {}
+    files |= lost_on_the_way(run) if (run / "rejects.jsonl").exists() else {}
     return {name: text.replace(str(run.parent), "") for name, text in files.items()}
 
 
