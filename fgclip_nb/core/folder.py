@@ -297,7 +297,7 @@ class RowCheck:
         self.before = 0
 
     def __call__(self, rows, frame):
-        kinds = {c: frame[c].dtype.kind for c in frame}
+        kinds = {name: dtype.kind for name, dtype in frame.dtypes.items()}
         numbers = all(k in "fib" for k in kinds.values()) and kinds.get("step") == "i"
         numbers = numbers and 0 <= frame["step"].min() and frame["step"].max() < 2**53
         if numbers and not any(self.of_text.get(c) for c in kinds):
