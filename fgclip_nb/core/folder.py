@@ -27,6 +27,11 @@ def write_atomic(path, data: str | bytes):
     os.replace(aside, path)
 
 # %% ../../nbs/0_core/01_folder.ipynb #58476b40
+def most_unpacked(packed) -> int:
+    "Bytes that a packed file of so many may unpack to; beyond them it is made to harm."
+    return (64 << 20) + 100 * packed
+
+
 class BoundedGzip(gzip.GzipFile):
     "A gzip file for reading; DataError where it is torn, or unpacks to a hundred times its size."
 
@@ -34,7 +39,7 @@ class BoundedGzip(gzip.GzipFile):
         super().__init__(path, "rb")
         self.path = str(path)
         self.packed = os.path.getsize(path)
-        self.most = (64 << 20) + 100 * self.packed
+        self.most = most_unpacked(self.packed)
 
     def read1(self, size=-1):
         try:

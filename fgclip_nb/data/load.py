@@ -105,17 +105,12 @@ def _video_pairs(value):
         return ObjectPairs(value.items())
 
 # %% ../../nbs/2_data/11_load.ipynb #3bad081e
-MOST_LOST = 100_000  # entries of a file that may be rejected before the first one is used
-
-
 def _read_json(path, src):
     "Samples of a JSON file, entry by entry; one without a usable entry is not read to its end."
     for number, entry in enumerate(read_entries(path)):
         src.entry = entry.where
-        lost = len(src.tally.rejects)
-        if number >= MOST_LOST <= lost and not src.tally.kept and not src.groups:
-            reason = f"none of the first {number:,} entries is usable: the rest is not read"
-            return src.reject(Fault("entry", "", reason, "not_read"))
+        if src.gives_up(number):
+            return
         format = "" if isinstance(entry.value, ObjectPairs) else format_of(entry.value)
         pairs = None if format else _video_pairs(entry.value)
         if pairs is not None:

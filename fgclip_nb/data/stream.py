@@ -114,7 +114,9 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
     src = shard_source(source, shard, "" if split == "none" else split, tally)
     root = MediaRoot(media_root or os.path.dirname(source.names[shard]) or ".")
     places, names, regions = [], {name: [] for name in NAMES}, 0
-    for row in source.scan(shard):
+    for number, row in enumerate(source.scan(shard)):
+        if src.gives_up(number):
+            break
         for part, s in enumerate(_drop_absent(row_samples(src, row, root), src)):
             places.append((row.shard, row.row, part, row.start, row.size))
             regions += len(s.regions)
