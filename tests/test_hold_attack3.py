@@ -100,3 +100,136 @@ def test_a_row_whose_picture_is_null_says_so(tmp_path):
                 samples[1]
         else:
             assert len(samples) == 1 and rejects[0].entry == "row 1"
+
+
+LAUGHS = "names:\n  - &a0 [x, y]\n" + "".join(
+    f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+LABELS = {
+    "references.yaml": LAUGHS,
+    "itself.yaml": "&a [*a]",
+    "time.yaml": "- !!timestamp abc",
+    "number.yaml": '- !!int ""',
+    "truth.yaml": "- !!bool zz",
+    "sexagesimal.yaml": "- " + ":".join(["1"] * 6000),
+    "nan.json": "[NaN, 1]",
+    "deep.json": "[" * 5000,
+    "digits.json": "[" + "9" * 5000 + "]",
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_strange_label_file_is_a_sentence(tmp_path, name):
+    from fgclip_nb.evaluation.label_files import read_labels
+
+    (tmp_path / name).write_text(LABELS[name])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_labels(tmp_path / name)
+
+
+def test_a_long_label_file_takes_time_by_its_length(tmp_path):
+    from fgclip_nb.evaluation.label_files import read_labels
+
+    begun = time.process_time()
+    (tmp_path / "many.txt").write_text("\n".join(f"name {k}x" for k in range(60_000)))
+    assert len(read_labels(tmp_path / "many.txt")) == 60_000
+    (tmp_path / "long.txt").write_text("a" + " ," * 20_000 + "x\nb" + " ," * 20_000 + "x\n")
+    assert len(read_labels(tmp_path / "long.txt")) == 2
+    assert time.process_time() - begun < 5
+    (tmp_path / "marked.txt").write_text("mug, 0\na jug: 1\nice tea =2")
+    assert read_labels(tmp_path / "marked.txt") == ["mug", "a jug", "ice tea"]
+
+
+TEMPLATES = [b"[1,2", b"[" * 5000, b'["a {}", foo()]', b"\xff\xfe\0\0{}\n", b"[" + b"-" * 9999]
+
+
+@pytest.mark.parametrize("text", TEMPLATES)
+def test_strange_templates_are_a_sentence(tmp_path, text):
+    from fgclip_nb.evaluation.label_files import read_templates
+
+    (tmp_path / "a.txt").write_bytes(text)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_templates(tmp_path / "a.txt")
+
+
+COUNTS = ["A,²", "A," + "9" * 5000, "A,1000000000000", "A", 'A,"' + "x" * 200_000, "A,10\nA.mp4,9"]
+
+
+@pytest.mark.parametrize("lines", [*COUNTS, b"\xff\xfe\0", None])
+def test_strange_frame_counts_are_a_sentence(tmp_path, lines):
+    from fgclip_nb.evaluation.annotations import read_frame_counts
+
+    if lines is not None:
+        data = lines if isinstance(lines, bytes) else f"video,n_frames\n{lines}\n".encode()
+        (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(DataError, match="a.csv"):
+        read_frame_counts(tmp_path / "a.csv")
+
+
+SCORES = ['["a"]', "[[1], [2, 3]]", '{"a": 1}', "[1, null]", '"x"', "[" + "9" * 400 + "]"]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_strange_scores_name_their_video(tmp_path, scores):
+    from fgclip_nb.evaluation.annotations import read_scores
+
+    (tmp_path / "a.json").write_text(f'{{"clip": {scores}}}')
+    with pytest.raises(DataError, match="scores of clip"):
+        read_scores(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "[[[[",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}\n",
+        "{'descr': ',<f8', 'fortran_order': False, 'shape': (1,)}\n",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (3000000000,)}\n",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n",
+    ],
+)
+def test_a_strange_npy_file_is_a_sentence(tmp_path, head):
+    from fgclip_nb.evaluation.features import read_plain_npy
+
+    data = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode()
+    (tmp_path / "a.npy").write_bytes(data + bytes(80))
+    with pytest.raises(DataError, match="no plain npy array"):
+        read_plain_npy(tmp_path / "a.npy")
+
+
+def test_features_of_two_models_are_a_sentence(tmp_path):
+    from fgclip_nb.evaluation.features import CachedFeatures
+
+    for kind, names, width in (("image", "image_names", 4), ("text", "texts", 5)):
+        np.save(tmp_path / f"{kind}_features.npy", np.ones((1, width)))
+        (tmp_path / f"{names}.json").write_text('["a"]')
+    with pytest.raises(DataError, match="4 of images, 5 of texts"):
+        CachedFeatures(tmp_path)
+    (tmp_path / "texts.json").unlink()
+    (tmp_path / "texts.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="texts.txt: not UTF-8"):
+        CachedFeatures(tmp_path)
+
+
+def test_a_full_disk_names_the_file_and_nothing_is_left(tmp_path, monkeypatch):
+    import errno
+    import os
+    from fgclip_nb.core.folder import FolderLock, write_atomic
+    from fgclip_nb.diagnostics.numbers import JsonLines
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_atomic(tmp_path / "a.json", "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device: '.*a.json'"):
+            write_atomic(tmp_path / "a.json", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+    lines = JsonLines("/dev/full")
+    with pytest.raises(OSError, match="'/dev/full'"):
+        lines.write(dict(step=1))
+    (tmp_path / ".a.json.999999999.tmp").write_text("half")  # of a process that was killed
+    FolderLock(tmp_path).close()
+    assert not list(tmp_path.glob(".*.tmp"))

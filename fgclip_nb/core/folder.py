@@ -7,6 +7,7 @@ __all__ = ['get_logger', 'Run']
 
 # %% ../../nbs/0_core/01_folder.ipynb #d4b11235
 import gzip, io, itertools, json, logging, math, os, re, sys, zlib
+from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 import fgclip_nb
@@ -14,17 +15,41 @@ from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256
 from fgclip_nb.core.plain import plain_line, yaml_value
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
+@contextmanager
+def naming(path):
+    "An OSError inside the block names the file: that of a full disk or a size limit does not."
+    try:
+        yield
+    except OSError as e:
+        if e.errno and e.filename is None:
+            e.filename = str(path)
+        raise
+
+
 def write_atomic(path, data: str | bytes):
     """Write `data` beside `path`, sync it and rename it into place.
 
-    Whoever reads sees the old or the new content, never a part."""
+    Whoever reads sees the old or the new content, never a part. On an error nothing is left
+    beside it, and the error names the file."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as f:
-        f.write(data.encode() if isinstance(data, str) else data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+    try:
+        with naming(path), open(aside, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def sweep(folder):
+    "Remove what killed processes have left beside the files of a folder."
+    for left in Path(folder).glob(".*.tmp"):
+        writer = re.fullmatch(r"\..+\.([0-9]{1,9})\.tmp", left.name)
+        if writer and not Path(f"/proc/{writer[1]}").exists():
+            left.unlink(missing_ok=True)
 
 # %% ../../nbs/0_core/01_folder.ipynb #58476b40
 def most_unpacked(packed) -> int:
@@ -499,7 +524,7 @@ def model_folder(path) -> Path:
 
 # %% ../../nbs/0_core/01_folder.ipynb #f12bc020
 class FolderLock:
-    """Holds `<folder>/.lock` until closed or the process dies.
+    """Holds `<folder>/.lock` until closed or the process dies, and sweeps the folder first.
 
     Raises `ConfigError` naming the holder when it is taken."""
 
@@ -514,7 +539,9 @@ class FolderLock:
                 f"run folder {folder} is being written by {who}: "
                 "wait for it, stop it, or give another `output`"
             ) from e
-        holder.write_text(f"process {os.getpid()}")
+        with naming(holder):
+            holder.write_text(f"process {os.getpid()}")
+        sweep(folder)
 
     def close(self):
         self.lock.release()
