@@ -88,8 +88,16 @@ class BoundedGzip(gzip.GzipFile):
         return len(data)
 
 
+def check_ordinary(path):
+    "DataError for a pipe or device, which may never end; a folder and a missing file say so."
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: a pipe or device, no ordinary file")
+
+
 def open_packed(path):
-    "A stream of bytes over a file, gzipped (`BoundedGzip`) or not."
+    "A stream of bytes over a file, gzipped (`BoundedGzip`) or not; DataError for a pipe."
+    check_ordinary(path)
     with open(path, "rb") as f:
         packed = f.read(2) == b"\x1f\x8b"
     return io.BufferedReader(BoundedGzip(path)) if packed else open(path, "rb")
@@ -176,12 +184,6 @@ def get_logger() -> logging.Logger:
 
 # %% ../../nbs/0_core/01_folder.ipynb #57bd83d5
 MOST_JSON = 64 << 20  # bytes of a file that is read whole
-
-
-def check_ordinary(path):
-    "ValueError for a pipe or device, which may never end; a folder and a missing file say so."
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError("a pipe or device, no ordinary file")
 
 
 def read_json(path, kind=dict):
@@ -345,6 +347,7 @@ def read_table(path):
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
     if not present:
         return table_of([])
+    check_ordinary(present[0])
     with open(present[0], "rb") as f:
         rows = min(sum(1 for _ in f), 1_000_000)
     return table_of(read_jsonl(present[0]), RowCheck(present[0]), rows)
@@ -364,14 +367,21 @@ def read_named(path, names) -> list:
     return rows
 
 
+WAY_OUT = "rename this file and the run goes on without it, with a new one"
+
+
 def read_manifest(path) -> dict:
     "A run's manifest; DataError where an entry that has entries of its own is something else."
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except DataError as e:
+        raise DataError(f"{e}; {WAY_OUT}") from e
     for name in ("versions", "code", "data", "load_report", "trained"):
         if not isinstance(manifest.get(name) or {}, dict):
-            raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}")
-    if not isinstance(manifest.get("resumed") or [], list):
-        raise DataError(f"{path}: `resumed` is no list, {shown(manifest['resumed'])}")
+            raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}; {WAY_OUT}")
+    resumed = manifest.get("resumed", [])
+    if not isinstance(resumed, list):
+        raise DataError(f"{path}: `resumed` is no list, {shown(resumed)}; {WAY_OUT}")
     return manifest
 
 # %% ../../nbs/0_core/01_folder.ipynb #bdefd310

@@ -385,11 +385,16 @@ def _log_counts(tally, samples):
     )
 
 
+MOST_TOLD = 5  # keys
+
+
 def _warn_unread(rejects):
-    "One line for each key whose text or boxes nobody reads."
-    for r in rejects:
-        if r.rule == "unread_content":
-            get_logger().warning(f"{r.file}: {r.reason}")
+    "A line for each of the first keys with text or boxes that nobody reads, and how many follow."
+    unread = [r for r in rejects if r.rule == "unread_content"]
+    for r in unread[:MOST_TOLD]:
+        get_logger().warning(f"{r.file}: {r.reason}")
+    if len(unread) > MOST_TOLD:
+        get_logger().warning(f"{len(unread) - MOST_TOLD} more keys are not read: see the rejects")
 
 # %% ../../nbs/2_data/11_load.ipynb #b9701cfe
 def _log_hints(tally, samples):

@@ -348,6 +348,8 @@ class DatasetSource:
         first = shard * DATASET_ROWS
         last = min(first + DATASET_ROWS, len(self.data))
         texts = self.data.select_columns(keep) if keep else None
+        with reaching(self.name):  # offsets that lead out of a damaged file would be a crash
+            self.data.with_format("arrow")[first:last].validate(full=True)
         for number in range(first, last):
             row = _without_pixels(texts[number] if texts else {}, self.pictures)
             entry, picture, _ = self._entry(row, number)

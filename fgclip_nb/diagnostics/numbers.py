@@ -9,7 +9,7 @@ __all__ = ['chance_level']
 import json, math, os, struct
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.folder import naming, table_of
+from fgclip_nb.core.folder import check_ordinary, naming, table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -54,6 +54,7 @@ def rows_until(path, last_step: int):
 
     It ends at the first line that is no row of a later step than the one before it."""
     end = before = 0
+    check_ordinary(path)
     for line in open(path, "rb") if Path(path).exists() else ():
         end += len(line)
         try:
