@@ -377,7 +377,7 @@ def read_manifest(path) -> dict:
     except DataError as e:
         raise DataError(f"{e}; {WAY_OUT}") from e
     for name in ("versions", "code", "data", "load_report", "trained"):
-        if not isinstance(manifest.get(name) or {}, dict):
+        if not isinstance(manifest.get(name), (dict, type(None))):
             raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}; {WAY_OUT}")
     resumed = manifest.get("resumed", [])
     if not isinstance(resumed, list):
