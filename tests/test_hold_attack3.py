@@ -486,3 +486,10 @@ def test_a_checkpoint_whose_state_is_a_dangling_link_is_passed_over(tmp_path):
 
     (tmp_path / "state.json").symlink_to(tmp_path / "nowhere")
     assert "state.json" in checkpoint_fault(tmp_path) and not is_sound(tmp_path)
+
+
+def test_metrics_that_an_editor_saved_are_read(tmp_path):
+    from fgclip_nb.core.folder import Run
+
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1, "loss": 2.0}\n')
+    assert Run(tmp_path).metrics()["loss"].tolist() == [2.0]

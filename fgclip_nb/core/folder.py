@@ -124,7 +124,7 @@ def read_jsonl(path):
     A torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."""
     for number, line in _filled_lines(path):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as e:
             if not line.endswith(b"\n"):
                 return
