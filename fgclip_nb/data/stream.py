@@ -10,8 +10,8 @@ import copy, glob, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import get_logger, write_atomic
+from fgclip_nb.core.identity import DataError, sha256_file
+from fgclip_nb.core.folder import get_logger, read_json, write_atomic
 from fgclip_nb.data.samples import Fault, Reject
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.parts import (
@@ -114,7 +114,9 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
     src = shard_source(source, shard, "" if split == "none" else split, tally)
     root = MediaRoot(media_root or os.path.dirname(source.names[shard]) or ".")
     places, names, regions = [], {name: [] for name in NAMES}, 0
-    for row in source.scan(shard):
+    for number, row in enumerate(source.scan(shard)):
+        if src.gives_up(number):
+            break
         for part, s in enumerate(_drop_absent(row_samples(src, row, root), src)):
             places.append((row.shard, row.row, part, row.start, row.size))
             regions += len(s.regions)
@@ -235,8 +237,10 @@ def open_source(path, columns="") -> tuple:
     if _is_saved(path):
         import datasets
 
-        stamp = (Path(path) / "state.json").read_text()
-        return _of_datasets(datasets.load_from_disk(str(path)), str(path), columns, stamp)
+        with reaching(path):
+            stamp = (Path(path) / "state.json").read_text()
+            data = datasets.load_from_disk(str(path))
+        return _of_datasets(data, str(path), columns, stamp)
     if isinstance(path, str) and path.startswith("hub:"):
         import datasets
 
@@ -267,6 +271,9 @@ def _merged_rejects(parts) -> list:
     return rejects
 
 
+INDEX_FILES = ("places.npy", "names.parquet", "rejects.jsonl")
+
+
 def merge_index(folder, shards):
     "Put the parts of an index together; `about.json` is written last."
     import pyarrow as pa
@@ -291,9 +298,24 @@ def merge_index(folder, shards):
     lines = [json.dumps(r.as_dict()) + "\n" for r in _merged_rejects(part_results(folder, shards))]
     write_atomic(folder / "rejects.jsonl", "".join(lines))
     about = dict(counts=dict(counts), rules=dict(rules), formats=formats, hints=hints)
+    about["sums"] = {name: sha256_file(folder / name) for name in INDEX_FILES}
     write_atomic(folder / "about.json", json.dumps(about))
     for n in range(shards):
         part_file(folder, n).unlink()
+
+
+def index_fault(folder) -> str:
+    "What is wrong with an index that is there, or ''."
+    try:
+        about = read_json(Path(folder) / "about.json")
+        if not all(isinstance(about.get(k), dict) for k in ("counts", "rules", "formats", "hints")):
+            return "about.json is not as it was written"
+        for name in INDEX_FILES:
+            if sha256_file(Path(folder) / name) != about.get("sums", {}).get(name):
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as e:
+        return str(e)
+    return ""
 
 
 def index_work(folder):
@@ -446,11 +468,14 @@ def _plain_path(path):
 
 def _make_index(folder, source, spec, processes):
     "The index of a source, unless it is there; of several processes one puts it together."
-    if (folder / "about.json").exists():
+    if (folder / "about.json").exists() and not index_fault(folder):
         return
     with alone_in(folder, "index"):
         if (folder / "about.json").exists():
-            return  # another process made it while this one waited
+            if not (fault := index_fault(folder)):
+                return  # another process made it while this one waited
+            get_logger().warning(f"{folder}: the index is made again: {fault}")
+            (folder / "about.json").unlink()
         total = len(source.names)
         get_logger().info(f"data: the texts of {total} shard(s) are read once, for an index")
 

@@ -9,7 +9,7 @@ __all__ = ['chance_level']
 import json, math, os, struct
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.folder import table_of
+from fgclip_nb.core.folder import check_ordinary, naming, table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -54,6 +54,7 @@ def rows_until(path, last_step: int):
 
     It ends at the first line that is no row of a later step than the one before it."""
     end = before = 0
+    check_ordinary(path)
     for line in open(path, "rb") if Path(path).exists() else ():
         end += len(line)
         try:
@@ -86,10 +87,11 @@ class JsonLines:
 
     def write(self, row: dict):
         "Append a row; non-finite numbers are written as text."
-        if self.file is None:
-            self.file = open(self.path, "a", encoding="utf-8")
-        self.file.write(json.dumps(jsonable(row)) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            if self.file is None:
+                self.file = open(self.path, "a", encoding="utf-8")
+            self.file.write(json.dumps(jsonable(row)) + "\n")
+            self.file.flush()
 
     def truncate(self, step: int) -> dict:
         "Cut the file behind `step`, or behind its last sound line; returns that row, {} for none."
