@@ -131,9 +131,9 @@ def metrics_frame(rows):
 
     raw = rows if hasattr(rows, "columns") else table_of(map(jsonable, rows))
     columns = {c: _floats(raw[c]) for c in raw.columns if c != "nonfinite"}
-    frame = pd.DataFrame(columns, copy=False)
     if "nonfinite" in raw:
-        frame["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
+        columns["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
+    frame = pd.DataFrame(columns, copy=False)
     if "step" not in frame or frame["step"].is_monotonic_increasing:
         return frame
     return frame.sort_values("step", kind="stable").reset_index(drop=True)
