@@ -78,8 +78,8 @@ def picture_values(batch) -> dict:
         return {}
     if getattr(batch, "spatial_shapes", None) is not None:
         return dict(toned_share=toned_share(patch_pixels(batch)))
-    even = pixels[:: max(1, len(pixels) // 16)]
-    out = dict(toned_share=toned_share(even[:, :, ::2, ::2]))
+    even = pixels[:: max(1, len(pixels) // 16), :, ::2, ::2]
+    out = dict(toned_share=toned_share(even))
     if not pixels.dtype.is_floating_point:
         out["flat_share"] = flat_share(even)
     if getattr(batch, "host", None) is not None:
