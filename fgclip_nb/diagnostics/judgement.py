@@ -81,6 +81,19 @@ def _check_audit(path, audit, inside=""):
             _check_audit(path, value, f"{name}.")
 
 
+def validated_facts(run: Run) -> dict:
+    "The best validation of a run (step, by) and whether it ended early, as far as they are known."
+    summary = run.summary() if run.finished else {}
+    best = summary.get("best") or run.best()
+    facts = {}
+    if isinstance(best, dict) and isinstance(best.get("step"), int):
+        facts["best"] = dict(step=best["step"], by=str(best.get("by", "loss")))
+    steps, planned = summary.get("steps"), summary.get("of")
+    if isinstance(steps, int) and isinstance(planned, int) and steps < planned:
+        facts["ended_early"] = True
+    return facts
+
+
 def run_evidence(run) -> Evidence:
     "Evidence of a run folder (a Run or its path), finished or not."
     run = run if isinstance(run, Run) else Run(run)
@@ -94,6 +107,7 @@ def run_evidence(run) -> Evidence:
         if file.exists():
             facts[name] = read_json(file)
     _check_audit(run.path / "audit.json", facts.get("audit", {}))
+    facts |= validated_facts(run)
     expected = {row["name"]: row.get("value") for row in run.expectations()}
     facts |= dict(expected=expected) if expected else {}
     if (run.path / "bad_steps.jsonl").exists():

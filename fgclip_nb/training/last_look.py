@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/8_training/12c_last_look.ipynb #20f31507
+# %% ../../nbs/8_training/12c_last_look.ipynb #3488a42a
 import json
 from dataclasses import replace
 import numpy as np
@@ -19,7 +19,7 @@ from fgclip_nb.training.rundata import clip_frames
 from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.validation import PERMUTATIONS
 
-# %% ../../nbs/8_training/12c_last_look.ipynb #02122505
+# %% ../../nbs/8_training/12c_last_look.ipynb #62cda353
 def take_best_weights(s: TrainState) -> tuple:
     """(step, why) of the weights that the run stands for, put into the model.
 
@@ -39,7 +39,7 @@ def take_best_weights(s: TrainState) -> tuple:
     s.model.load_state_dict(load_file(folder / "model.safetensors"))
     return step, why
 
-# %% ../../nbs/8_training/12c_last_look.ipynb #6e39f8c4
+# %% ../../nbs/8_training/12c_last_look.ipynb #47cb1e72
 def spread_over(samples, most: int) -> list:
     "At most `most` of the samples, evenly spread."
     rows = np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int)
@@ -81,7 +81,7 @@ def as_many_regions(train, held_out, key) -> list:
             chosen.append(replace(s, regions=regions))
     return chosen
 
-# %% ../../nbs/8_training/12c_last_look.ipynb #dc1a882b
+# %% ../../nbs/8_training/12c_last_look.ipynb #f2db788a
 MOST_CLIPS = 64  # whose regions are looked at: each is decoded anew
 
 
@@ -122,7 +122,7 @@ def measured_skills(encoder, train, held_out) -> dict:
             found["training"][task] = ask(encoder, seen, task) if seen else {}
     return found
 
-# %% ../../nbs/8_training/12c_last_look.ipynb #8866b4f4
+# %% ../../nbs/8_training/12c_last_look.ipynb #9b7a0035
 def look_back(s: TrainState, held_out) -> Encoder:
     """Measure what the weights can do that the run stands for; the encoder that looked with them.
 
