@@ -12,13 +12,7 @@ sys.path.insert(0, str(BENCH))
 bench = importlib.import_module("bench")
 UNANSWERED = dict(  # faults whose first line is not an accepted one; a list may only get shorter
     dev={"scale_hundred"},  # the control scale_100 of `outside` is the same run, and learns
-    dev2={
-        "dealt_60",
-        "features_dropped",
-        "noisy_train",
-        "phrases_dealt_50",
-        "region_weight_small",
-    },
+    dev2={"dealt_60", "features_dropped", "noisy_train", "phrases_dealt_50", "region_weight_small"},
     outside=set(),
     second=set(),
     third={"crops_of_a_corner"},  # learns nearly as well as the healthy run

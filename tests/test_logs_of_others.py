@@ -249,7 +249,7 @@ def test_scalars_kept_as_tensors(tmp_path):
 def test_what_a_rule_lacks_is_listed(tmp_path):
     text = __main__.verdict_text(prose(curve("healthy"), tmp_path))
     assert "not judged, and what they lack" in text
-    assert "bank_fills: bank_enabled, bank_len" in text and "No rule tripped" not in text
+    assert "bank_fills: bank_enabled, bank_len" in text and "No fault found" not in text
 
 
 def test_one_run_one_answer(tmp_path):

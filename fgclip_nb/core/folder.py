@@ -6,13 +6,14 @@
 __all__ = ['get_logger', 'Run']
 
 # %% ../../nbs/0_core/01_folder.ipynb #d4b11235
-import gzip, io, itertools, json, logging, math, os, re, sys, zlib
+import itertools, json, logging, math, os, re, sys
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 import fgclip_nb
 from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256_file
 from fgclip_nb.core.plain import plain_line, yaml_value
+from fgclip_nb.core.packed import check_ordinary, open_packed
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
 @contextmanager
@@ -50,57 +51,6 @@ def sweep(folder):
         writer = re.fullmatch(r"\..+\.([0-9]{1,9})\.tmp", left.name)
         if writer and not Path(f"/proc/{writer[1]}").exists():
             left.unlink(missing_ok=True)
-
-# %% ../../nbs/0_core/01_folder.ipynb #58476b40
-def most_unpacked(packed) -> int:
-    "Bytes that a packed file of so many may unpack to; beyond them it is made to harm."
-    return (64 << 20) + 100 * packed
-
-
-class BoundedGzip(gzip.GzipFile):
-    "A gzip file for reading; DataError where it is torn, or unpacks to a hundred times its size."
-
-    def __init__(self, path):
-        super().__init__(path, "rb")
-        self.path = str(path)
-        self.packed = os.path.getsize(path)
-        self.most = most_unpacked(self.packed)
-
-    def read1(self, size=-1):
-        try:
-            data = super().read1(size)
-        except (OSError, EOFError, zlib.error) as e:
-            raise DataError(f"{self.path}: not a whole gzip file ({e})") from e
-        if self.tell() > self.most:
-            raise DataError(
-                f"{self.path}: its {self.packed:,} bytes unpack to more than {self.most:,}"
-            )
-        return data
-
-    def read(self, size=-1):
-        if size >= 0:
-            return self.read1(size)
-        return b"".join(iter(lambda: self.read1(1 << 20), b""))
-
-    def readinto(self, buffer):
-        data = self.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def check_ordinary(path):
-    "DataError for a pipe or device, which may never end; a folder and a missing file say so."
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise DataError(f"{path}: a pipe or device, no ordinary file")
-
-
-def open_packed(path):
-    "A stream of bytes over a file, gzipped (`BoundedGzip`) or not; DataError for a pipe."
-    check_ordinary(path)
-    with open(path, "rb") as f:
-        packed = f.read(2) == b"\x1f\x8b"
-    return io.BufferedReader(BoundedGzip(path)) if packed else open(path, "rb")
 
 # %% ../../nbs/0_core/01_folder.ipynb #9e2a85d4
 MOST_BLANK = 1_000_000  # lines in a row
@@ -452,6 +402,13 @@ class Run:
         except DataError:
             return False
         return end.exists()
+
+    @property
+    def begun(self) -> bool:
+        "Whether a step was taken: there are metrics, a checkpoint or an end."
+        metrics = self.path / "metrics.jsonl"
+        taken = metrics.is_file() and metrics.stat().st_size > 0
+        return taken or self.finished or bool(self.checkpoints())
 
     def params(self) -> dict:
         "Every parameter of the run, as `params.yaml` holds it."

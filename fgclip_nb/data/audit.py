@@ -293,16 +293,16 @@ def shared_photos(train, held_out, train_thumbs, val_thumbs) -> list:
 
 
 def line_of(train, cells, held_out, held_out_cells) -> dict:
-    """`straight_line` of samples with captions; cells (n,K): their thumbnails."""
+    """`straight_line` of samples with captions, among all photos; cells (n,K): thumbnails."""
     said = [" ".join((*s.captions, s.short_caption, s.caption)) for s in train]
     asked = [next(iter(s.captions), s.short_caption) for s in held_out]
     rows = [k for k, text in enumerate(said) if text.strip()]
-    held_out_rows = [k for k, text in enumerate(asked) if text]
+    held_out_rows = sorted(range(len(asked)), key=lambda k: not asked[k])  # the others come last
     return straight_line(
         np.asarray(cells)[rows],
         [said[k] for k in rows],
         np.asarray(held_out_cells)[held_out_rows],
-        [asked[k] for k in held_out_rows],
+        [asked[k] for k in held_out_rows if asked[k]],
     )
 
 

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/08b_parquet.ipynb #bde81c52
-from fgclip_nb.core.folder import most_unpacked
+from fgclip_nb.core.packed import most_unpacked
 from fgclip_nb.data.samples import Fault
 
 # %% ../../nbs/2_data/08b_parquet.ipynb #794d2fd1

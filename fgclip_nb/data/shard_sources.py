@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #1c7edb08
-import contextlib, io, os
+import contextlib, glob, io, os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -415,3 +415,64 @@ class IterableSource:
             if found is None:
                 self.open.things.pop(shard)
         return self._entry(found, shard, number)
+
+# %% ../../nbs/2_data/10f_shard_sources.ipynb #26ebe61d
+SHARDS = (".tar", ".parquet")
+
+
+def shard_suffix(name) -> str:
+    "`.tar` or `.parquet` where a name ends like one, else ''."
+    return next((s for s in SHARDS if str(name).lower().endswith(s)), "")
+
+
+def _remote_shards(path) -> dict:
+    "Shard -> stamp of an address: a file, a pattern, or a folder."
+    import fsspec
+
+    with reaching(path):
+        files, inside = fsspec.core.url_to_fs(path)
+        search = files.glob if "*" in inside else files.find
+        found = sorted(search(inside, detail=True).items())
+    scheme = path.partition("://")[0]
+    stamps = {}
+    for name, about in found:
+        if shard_suffix(name):
+            changed = about.get("ETag") or about.get("mtime") or about.get("created")
+            stamps[f"{scheme}://{name.lstrip('/')}"] = [about.get("size"), str(changed)]
+    return stamps
+
+
+def _visible_files(folder) -> list:
+    "All files below a folder, by name; hidden folders, such as that of an index, are left out."
+    found = []
+    for at, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [path for f in files if os.path.isfile(path := os.path.join(at, f))]
+    return sorted(found)
+
+
+def _local_shards(path) -> dict:
+    "Shard -> stamp of a file, a pattern, or a folder; tars before Parquet where it has both."
+    text = str(path)
+    if os.path.isdir(text):
+        files = _visible_files(text)
+        found = [p for p in files if shard_suffix(p) == ".tar"]
+        if not found and not any(p.endswith((".json", ".jsonl")) for p in files):
+            found = [p for p in files if shard_suffix(p)]
+    elif "*" in text:
+        found = sorted(
+            p for p in glob.glob(text, recursive=True) if shard_suffix(p) and os.path.isfile(p)
+        )
+    else:
+        found = [text] if shard_suffix(text) and os.path.isfile(text) else []
+    stats = {os.path.realpath(p): os.stat(p) for p in found}
+    return {p: [s.st_size, s.st_mtime_ns] for p, s in stats.items()}
+
+
+def shard_files(path) -> dict:
+    "{file or address: stamp} of the shards that `path` names, in order; {} where it names none."
+    if isinstance(path, (list, tuple)):
+        return {k: v for p in path for k, v in shard_files(p).items()}
+    if not isinstance(path, (str, Path)):
+        return {}
+    return _remote_shards(str(path)) if is_address(path) else _local_shards(path)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10g_stream.ipynb #f77e8ac3
-import copy, glob, json, os, tempfile
+import copy, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -34,6 +34,8 @@ from fgclip_nb.data.shard_sources import (
     TarSource,
     is_address,
     reaching,
+    shard_files,
+    shard_suffix,
 )
 from fgclip_nb.data.shards import no_bars
 from fgclip_nb.data.source import Source, Tally
@@ -134,67 +136,6 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
         rejects=[r.as_dict() for r in tally.rejects[:MOST_REJECTS]],
     )
 
-# %% ../../nbs/2_data/10g_stream.ipynb #26ebe61d
-SHARDS = (".tar", ".parquet")
-
-
-def _suffix(name) -> str:
-    "`.tar` or `.parquet` where a name ends like one, else ''."
-    return next((s for s in SHARDS if str(name).lower().endswith(s)), "")
-
-
-def _remote_shards(path) -> dict:
-    "Shard -> stamp of an address: a file, a pattern, or a folder."
-    import fsspec
-
-    with reaching(path):
-        files, inside = fsspec.core.url_to_fs(path)
-        search = files.glob if "*" in inside else files.find
-        found = sorted(search(inside, detail=True).items())
-    scheme = path.partition("://")[0]
-    stamps = {}
-    for name, about in found:
-        if _suffix(name):
-            changed = about.get("ETag") or about.get("mtime") or about.get("created")
-            stamps[f"{scheme}://{name.lstrip('/')}"] = [about.get("size"), str(changed)]
-    return stamps
-
-
-def _visible_files(folder) -> list:
-    "All files below a folder, by name; hidden folders, such as that of an index, are left out."
-    found = []
-    for at, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [path for f in files if os.path.isfile(path := os.path.join(at, f))]
-    return sorted(found)
-
-
-def _local_shards(path) -> dict:
-    "Shard -> stamp of a file, a pattern, or a folder; tars before Parquet where it has both."
-    text = str(path)
-    if os.path.isdir(text):
-        files = _visible_files(text)
-        found = [p for p in files if _suffix(p) == ".tar"]
-        if not found and not any(p.endswith((".json", ".jsonl")) for p in files):
-            found = [p for p in files if _suffix(p)]
-    elif "*" in text:
-        found = sorted(
-            p for p in glob.glob(text, recursive=True) if _suffix(p) and os.path.isfile(p)
-        )
-    else:
-        found = [text] if _suffix(text) and os.path.isfile(text) else []
-    stats = {os.path.realpath(p): os.stat(p) for p in found}
-    return {p: [s.st_size, s.st_mtime_ns] for p, s in stats.items()}
-
-
-def shard_files(path) -> dict:
-    "{file or address: stamp} of the shards that `path` names, in order; {} where it names none."
-    if isinstance(path, (list, tuple)):
-        return {k: v for p in path for k, v in shard_files(p).items()}
-    if not isinstance(path, (str, Path)):
-        return {}
-    return _remote_shards(str(path)) if is_address(path) else _local_shards(path)
-
 # %% ../../nbs/2_data/10g_stream.ipynb #afcb5d72
 def _is_saved(path) -> bool:
     "Whether a folder was written by `save_to_disk` of `datasets`."
@@ -226,7 +167,7 @@ def open_source(path, columns="") -> tuple:
 
     Raises `DataError` for tars and Parquet files in one list, and for a set of several splits."""
     files = shard_files(path)
-    kinds = {_suffix(name) for name in files}
+    kinds = {shard_suffix(name) for name in files}
     if len(kinds) > 1:
         raise DataError(f"{path}: tars and Parquet files together: name one kind")
     if files:

@@ -128,10 +128,12 @@ def label_axes(ax, title: str, ylabel: str, **limits):
     ax.set(xlabel="optimiser step", ylabel=literal(ylabel), **limits)
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #443145ec
-def draw_panels(title, panels, height=2.3):
-    "A figure over steps: functions of `panels` draw, its sentences stand below."
+def draw_panels(title, panels, height=2.3, share=True):
+    """A figure over steps: functions of `panels` draw, its sentences stand below.
+
+    share: all panels show the same steps."""
     drawing = [panel for panel in panels if callable(panel)]
-    fig, axes = new_figure(title, len(drawing), height, share=True)
+    fig, axes = new_figure(title, len(drawing), height, share)
     for ax, draw in zip(axes, drawing):
         draw(ax)
         add_legend(ax)
@@ -188,22 +190,23 @@ def mark_bank(ax, ev):
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #c10404b4
 def show_the_end(ax, *series):
-    "Choose the vertical axis by what is drawn boldly: plain, or logarithmic with a zero."
-    from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
+    """Choose the vertical axis by what is drawn boldly: plain, or logarithmic.
+
+    A logarithmic one ends above zero, under the lowest bold value but at most four tens under the
+    highest: what is lower leaves the frame, and nothing stands where zero is not."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     drawn = np.concatenate([finite(s) for s in series]) if series else np.zeros(0)
     above = drawn[drawn > 0]
-    if not len(above) or above.max() < 5 * above.min():
+    if not len(above) or above.max() < 5 * above.min() or drawn.min() < 0:
         return
     low = max(float(above.min()), float(above.max()) * 1e-4)
-    linear = 10 ** np.floor(np.log10(low))
-    few = above.max() / linear > 300
-    ax.set_yscale("symlog", linthresh=linear, linscale=0.4)
-    marks = [1.0] if few else [1.0, 2.0, 5.0]
-    ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=marks))
+    ax.set_yscale("log")
+    marks = (1.0,) if above.max() / low > 300 else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=marks))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.minorticks_off()
-    ax.set_ylim(min(0, float(drawn.min()) * 1.2), float(above.max()) * 1.4)
+    ax.set_ylim(low * 0.7, float(above.max()) * 1.4)
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #a34f8844
 def constant(series):

@@ -225,19 +225,23 @@ def _chance_rows(cfg, counts, p: Plan):
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #c3a30002
 LITTLE = 0.7  # of the rank of luck: what is not under it carries hardly anything over
 TOO_SMALL = "regions too small for the model"
+LUCK_ROW, LINE_ROW = "held-out rank by luck", "held-out rank by a straight line"
 
 
 def hope_rows(line):
     "Rows of what held-out ranks can be hoped for from random weights; `line`: see `straight_line`."
     if not line:
         return
-    of = f"{line['held_out']} held-out captions; luck is under {line['luck_low']:.1f} once in forty"
-    yield "held-out rank by luck", line["luck"], of
+    of = f"{line['held_out']} held-out captions"
+    if line.get("among", line["held_out"]) != line["held_out"]:
+        of += f" among {line['among']} photos: some have none"
+    low = f"shuffled pairs are under {line['luck_low']:.1f} once in forty"
+    yield LUCK_ROW, line["luck"], f"{of}; {low}, and only what is under that is more than luck"
     hope = "a model that learns should do better"
     if line["rank"] > LITTLE * line["luck"]:
         hope = "starting from random weights, hope for little more than that"
     how = f"from coarse colours of {line['photos']} photos to words, nothing trained: {hope}"
-    yield "held-out rank by a straight line", line["rank"], how
+    yield LINE_ROW, line["rank"], how
 
 
 def small_box_rows(cfg, rejects, patch: float | None):
@@ -279,16 +283,68 @@ def _scale_rows(cfg):
         why = "clamped to ln 100"
     yield "logit_scale prints as", f"{scale:.6f} (exp={math.exp(scale):.4f})", why
 
+# %% ../../nbs/6_diagnostics/04_expectations.ipynb #ba05e75b
+START_ROW = "{} loss at step 1"
+
+
+def start_levels(n: float, spread: float) -> tuple:
+    """Loss of features that know nothing, among `n` candidates, nats: (least, most).
+
+    Least: ln n. Most: logits independent of each other, of standard deviation `spread` (their
+    mean log sum of exponentials, computed by a seeded draw); rows that rise and fall as one come
+    between."""
+    import numpy as np
+
+    logits = np.random.default_rng(0).normal(size=(4000, max(1, round(n)))) * spread
+    top = logits.max(1)
+    sums = np.log(np.exp(logits - top[:, None]).sum(1)) + top
+    return chance_level(n), max(chance_level(n), float(sums.mean()))
+
+
+def _start_rows(cfg):
+    "Where the losses start: at chance or above it, by the temperature."
+    if getattr(cfg, "model", None) not in RANDOM_MODELS or loss_kind(cfg) != "softmax":
+        return
+    scale = configured_scale(cfg)
+    for kind in ("global", "region"):
+        if getattr(cfg, f"{kind}_weight", 1.0):
+            why = f"cosines that mean nothing, times {math.exp(scale):.3g}: wide logits cost more"
+            yield START_ROW.format(kind), "at chance or above", why
+
+
+def _sum_rows(cfg):
+    "What is minimised: the terms of the log's `total` with their weights."
+    from fgclip_nb.losses.objective import TERMS  # needs torch: read where a run is planned
+
+    weights = {term.name: term.weight_in(cfg) for term in TERMS.values() if term.takes_part(cfg)}
+    summed = " + ".join(f"{w:g} × {name}" for name, w in weights.items() if w)
+    why = "the sum that is minimised; global counts once for short and once for long captions"
+    yield "total", summed, f"{why}, and is logged as the mean of both"
+
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #fd2188ca
+TARGET_STEPS = (50, 200, 500)
+TARGETS_MEANT_FOR = 4  # regions per forward, for which the targets in nats were written
+
+
+def target_share(target: float) -> float:
+    "A target for the region loss in nats as a share of chance, which is what is judged."
+    return target / math.log(TARGETS_MEANT_FOR)
+
+
 def _target_rows(cfg, p: Plan):
-    "Which of the targets for the region loss will be judged."
-    for step in (50, 200, 500):
-        target = f"in-batch region loss under {getattr(cfg, f'region_loss_target_{step}'):g}"
+    "The targets for the region loss as they are judged: shares of chance, in nats of this run."
+    for step in TARGET_STEPS:
+        target = getattr(cfg, f"region_loss_target_{step}")
+        share = target_share(target)
+        nats = share * chance_level(max(p.regions, 1))
+        why = (
+            f"in-batch region loss of steps {step - 19} to {step} under {share:.0%} of chance "
+            f"({target:g} of ln {TARGETS_MEANT_FOR}): {nats:.2f} nats with {p.regions:.3g} regions"
+        )
         if p.total >= step:
-            yield f"target by step {step}", "judged", target
+            yield f"target by step {step}", f"under {share:.0%} of chance", why
         else:
-            why = f"{target}: the run ends at step {p.total}"
-            yield f"target by step {step}", "not reached", why
+            yield f"target by step {step}", "not reached", f"{why}; the run ends at step {p.total}"
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #3ba77f64
 def expect(cfg, samples, processes=1) -> Expectations:
@@ -300,8 +356,10 @@ def expect(cfg, samples, processes=1) -> Expectations:
     rows = [
         *_plan_rows(cfg, counts, p),
         *_bank_rows(cfg, p),
+        *_sum_rows(cfg),
         *_chance_rows(cfg, counts, p),
         *_scale_rows(cfg),
+        *_start_rows(cfg),
         *_target_rows(cfg, p),
     ]
     return Expectations(rows)

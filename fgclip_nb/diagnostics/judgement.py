@@ -6,7 +6,7 @@
 __all__ = ['evidence', 'verdicts', 'headline']
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #f36edc42
-import re
+import math, re
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_json, read_jsonl
@@ -83,11 +83,24 @@ def _check_audit(path, audit, inside=""):
 
 def lost_on_the_way(path) -> int:
     "How many samples of a rejects.jsonl were there before the first step and not in training."
-    rows = read_jsonl(path)
-    return sum(r.get("rule") == "unreadable_media" and TRIED in str(r.get("reason")) for r in rows)
+    with open(path, "rb") as lines:
+        return sum(b'"unreadable_media"' in line and TRIED in line for line in lines)
 
 
-TRIED = "(tried "  # how `unreadable` ends its reasons
+TRIED = b"(tried "  # how `unreadable` ends its reasons
+
+
+def validated_facts(run: Run) -> dict:
+    "The best validation of a run (step, by) and whether it ended early, as far as they are known."
+    summary = run.summary() if run.finished else {}
+    best = summary.get("best") or run.best()
+    facts = {}
+    if isinstance(best, dict) and isinstance(best.get("step"), int):
+        facts["best"] = dict(step=best["step"], by=str(best.get("by", "loss")))
+    steps, planned = summary.get("steps"), summary.get("of")
+    if isinstance(steps, int) and isinstance(planned, int) and steps < planned:
+        facts["ended_early"] = True
+    return facts
 
 
 def run_evidence(run) -> Evidence:
@@ -103,6 +116,7 @@ def run_evidence(run) -> Evidence:
         if file.exists():
             facts[name] = read_json(file)
     _check_audit(run.path / "audit.json", facts.get("audit", {}))
+    facts |= validated_facts(run)
     expected = {row["name"]: row.get("value") for row in run.expectations()}
     facts |= dict(expected=expected) if expected else {}
     if (run.path / "rejects.jsonl").exists():
@@ -266,20 +280,46 @@ def remarks(judged: list) -> str:
     unlike = [v for v in judged if v.result == UNLIKE]
     missed = [v for v in judged if v.result == FAIL and rank_of(v) >= TARGET]
     told = [f"Not comparable: {v.why}." for v in unlike[:1]]
-    return " ".join(told + [f"Beside that, {v.name}: {v.why}." for v in missed[-1:]])
+    return " ".join(told + [f"Missed, {v.name}: {v.why}." for v in missed])
 
 
 def counted(judged: list) -> str:
-    "How many verdicts passed, were not reached or cannot be judged, in words."
-    results = (PASS, LATER, UNKNOWN)
-    counts = {result: sum(v.result == result for v in judged) for result in results}
-    return ", ".join(f"{n} {result}" for result, n in counts.items() if n)
+    "How many rules found no fault, how many targets were met or missed, and the rest, in words."
+    rules = [v for v in judged if rank_of(v) < TARGET]
+    told = [f"no fault found by {sum(v.result == PASS for v in rules)} rules"]
+    for result, words in ((LATER, "not reached"), (UNKNOWN, "cannot be judged")):
+        n = sum(v.result == result for v in judged)
+        told += [f"{n} {words}"] if n else []
+    targets = [v for v in judged if v not in rules and v.result in (PASS, FAIL)]
+    missed = sum(v.result == FAIL for v in targets)
+    if targets:
+        of = f"{missed or len(targets)} of {len(targets)} step targets"
+        told.append(f"{of} missed" if missed else f"{of} met")
+    return "; ".join(told)
 
 
 def carried_over(judged: list) -> str:
     "What held-out captions say of a run in which nothing failed; '' where nothing was held out."
     said = [v.why for v in judged if v.name == "held_out_above_chance" and v.result == PASS]
-    return "".join(f"Held out: {why}. " for why in said)
+    return "".join(f"Held out, at the last validation: {why}. " for why in said)
+
+
+LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?")
+
+
+def near_its_limit(verdict, share=0.1) -> bool:
+    "Whether a verdict's value is within a tenth of the limit that its threshold names."
+    limit = LIMIT.search(verdict.threshold)
+    if not limit or isinstance(verdict.value, bool) or not isinstance(verdict.value, (int, float)):
+        return False
+    edge = float(limit[1]) / (math.log(float(limit[2])) if limit[2] else 1.0)
+    return abs(verdict.value - edge) <= share * abs(edge)
+
+
+def is_news(verdict) -> bool:
+    "Whether a verdict is more than a rule that found nothing: failed, near, unjudged, a target."
+    told = verdict.tripped or verdict.result == UNKNOWN or near_its_limit(verdict)
+    return told or rank_of(verdict) >= TARGET and verdict.result == PASS
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #1d6ada2e
 def headline(judged: list) -> str:
@@ -296,4 +336,6 @@ def headline(judged: list) -> str:
     later = sum(v.result == LATER for v in judged)
     if passed + later < ENOUGH_PASSED:
         return f"{passed} of {len(RULES)} rules could be judged: nothing seen in those."
-    return f"No rule tripped: {counted(judged)}. {carried_over(judged)}{remarks(judged)}".strip()
+    told = counted(judged)
+    said = f"{told[0].upper()}{told[1:]}. {carried_over(judged)}{remarks(judged)}"
+    return said.strip()

@@ -9,7 +9,8 @@ __all__ = ['chance_level']
 import json, math, os, struct
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.folder import check_ordinary, naming, table_of
+from fgclip_nb.core.packed import check_ordinary
+from fgclip_nb.core.folder import naming, table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:

@@ -284,13 +284,13 @@ def evaluation_manifest(encoder, samples, settings, name):
 # %% ../../nbs/7_evaluation/08_results.ipynb #3b29da97
 def _tables(result, settings):
     "Tables of a TaskResult: summaries with the extras, and the task's own notes."
+    often = (max(settings.permutations, 200), settings.seed)
     tables = {
-        name: summarise(r, max(settings.permutations, 200), settings.seed)
-        | result.tables.get(name, {})
+        name: summarise(r, *often) | result.tables.get(name, {})
         for name, r in result.ranked.items()
     }
     if set(tables) == {"i2t", "t2i"}:
-        tables |= {"both": both_directions(*result.ranked.values(), tables.values())}
+        tables |= {"both": both_directions(*result.ranked.values(), tables.values(), *often)}
     return tables | result.notes
 
 

@@ -171,13 +171,21 @@ def rank_both_ways(
     )
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #daea617f
-def both_directions(i2t, t2i, tables):
+def joint_interval(i2t, t2i, name, repeats, seed):
+    "Bootstrap interval of the mean of two directions: the same photos are redrawn for both."
+    draws = [bootstrap_means(r.values()[name], r.groups, repeats, seed) for r in (i2t, t2i)]
+    return percentile_interval((draws[0] + draws[1]) / 2)
+
+
+def both_directions(i2t, t2i, tables, repeats=1000, seed=0):
     """Means of two directions (`Ranked`) and their tables under the same names.
 
-    The band comes from the same permutations, so it is a joint one."""
+    The band comes from the same permutations and the interval from the same photos, so they are
+    joint ones."""
     a, b = tables
     out = {n: (a[n] + b[n]) / 2 for n in i2t.names}
     out["chance"] = {n: (a["chance"][n] + b["chance"][n]) / 2 for n in i2t.names}
+    out["interval"] = {n: joint_interval(i2t, t2i, n, repeats, seed) for n in i2t.names}
     if i2t.null is not None:
         out |= _null_table(out, (i2t.null / len(i2t) + t2i.null / len(t2i)) / 2, i2t.names)
     return out | {"i2t": a, "t2i": b}
@@ -217,5 +225,7 @@ def retrieval(
     both = rank_both_ways(
         images, texts, image_ids, text_image, text_ids, tuple(ks), permutations, seed, ties
     )
-    tables = [summarise(r, max(permutations, 200), seed) for r in both]
-    return both_directions(*both, tables) | {"ties": ties, "permutations": permutations}
+    repeats = max(permutations, 200)
+    tables = [summarise(r, repeats, seed) for r in both]
+    joint = both_directions(*both, tables, repeats, seed)
+    return joint | {"ties": ties, "permutations": permutations}

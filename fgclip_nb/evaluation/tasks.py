@@ -168,7 +168,8 @@ def _nearest_wrong(features, options):
     return float(np.mean([(texts[o[1:]] @ texts[o[0]]).max() for o in options]))
 
 
-def _fold(text):
+def phrase_key(text):
+    "What a phrase is told apart by: case and spaces do not count."
     return " ".join(text.lower().split())
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #3d9d2703
@@ -180,7 +181,7 @@ def _level_facts(regions, groups, texts, options, features):
     return {
         "photos": len({s.media for s, _ in regions.asked()}),
         "photos_missing": len(missing),
-        "right_among_wrong": sum(_fold(g[0]) in map(_fold, g[1:]) for g in groups),
+        "right_among_wrong": sum(phrase_key(g[0]) in map(phrase_key, g[1:]) for g in groups),
         "texts": sum(map(len, groups)),
         "distinct_texts": len(texts),
         "nearest_wrong_text_cosine": _nearest_wrong(features, options),
@@ -221,11 +222,11 @@ def region_phrases_task(encoder, samples, settings):
 
     Phrases that differ in case or spaces alone are one."""
     regions = encode_regions(encoder, samples, lambda r: bool(r.phrase.strip()))
-    phrases = {_fold(r.phrase): r.phrase for _, r in regions.asked()}
+    phrases = {phrase_key(r.phrase): r.phrase for _, r in regions.asked()}
     number = {folded: k for k, folded in enumerate(phrases)}
     texts = list(phrases.values())
     features = encoder.texts(texts) if texts else np.zeros((0, 1), np.float32)
-    target = [number[_fold(r.phrase)] for _, r in regions.items]
+    target = [number[phrase_key(r.phrase)] for _, r in regions.items]
     ranked = classify(
         regions.features, features, target, regions.ids, regions.groups, **settings.permute()
     )

@@ -9,8 +9,9 @@ __all__ = ['train']
 import atexit, json, signal, time
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
+from fgclip_nb.diagnostics.skills import skills
 from fgclip_nb.diagnostics.report import conclude
-from fgclip_nb.training.rundata import RunData, clip_frames
+from fgclip_nb.training.rundata import RunData
 from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
 from fgclip_nb.training.reading import examples_of, read_batches
 from fgclip_nb.training.memory import explain_memory
@@ -23,6 +24,7 @@ from fgclip_nb.training.parent import end_with_parent, under_launcher
 from fgclip_nb.training.launcher import launch, leave_group, settle_processes, wait_for_the_first
 from fgclip_nb.training.announcement import announce
 from fgclip_nb.training.pictures import leave_pictures
+from fgclip_nb.training.last_look import look_back
 from fgclip_nb.training.resuming import checkpoint, restore
 
 # %% ../../nbs/8_training/13_loop.ipynb #77afecb4
@@ -93,28 +95,21 @@ class Ended(Run):
 
 
 def finish(s: TrainState, val_samples):
-    "Held-out retrieval, verdicts and report; the folder counts as finished from here on."
-    from fgclip_nb.evaluation.encoder import Encoder
-    from fgclip_nb.evaluation.captions import caption_retrieval
+    """Skills of the weights that the run stands for, verdicts and report.
 
-    captioned = [v for v in val_samples if v.captions or v.short_caption]
-    s.model.eval()
-    size, budget = s.cfg.image_size or None, s.cfg.patch_budget
-    encoder = Encoder(s.model, size, frames=clip_frames(s.cfg), budget=budget)
-    if len(captioned) > 1:
-        # as the validations before it: one caption, one photo
-        score = caption_retrieval(encoder, captioned, captions=1)
-        if all(v.caption for v in captioned):
-            score["long"] = caption_retrieval(encoder, captioned, long=True)
-        write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
+    The folder counts as finished from here on."""
+    encoder = look_back(s, val_samples)
     leave_pictures(s.path, encoder, val_samples or s.data.train)
     if s.textless:
         s.log.info(f"batches without text, passed over: {s.textless}")
     if s.best.get("step", s.step) != s.step:
         s.log.info(
-            f"verdicts and report are about all steps up to the last, {s.step}; the best by "
-            f"{s.best['by']} is step {s.best['step']}: checkpoints/best, which `-p model RUN` takes"
+            f"verdicts are about all steps up to the last, {s.step}; the best by "
+            f"{s.best['by']} is step {s.best['step']}: checkpoints/best, which skills, pictures "
+            f"and `-p model {s.path}` take"
         )
+    for sentence in skills(s.path).sentences:
+        s.log.info(f"[SKILL] {sentence}")
     for v in conclude(Ended(s.path)):
         s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
     summary = dict(

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch, yaml
 from safetensors import safe_open
 from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
+from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import (
     FolderLock,
     PlainFormatter,
     Run,
-    check_ordinary,
     checkpoint_state,
     get_logger,
     meant_for,

@@ -76,7 +76,10 @@ def validation_losses(s: TrainState, examples) -> tuple:
     return _mean_terms(rows), images, texts, owners
 
 # %% ../../nbs/8_training/08_validation.ipynb #38001350
-def validate(s: TrainState, examples, permutations: int = 200) -> dict:
+PERMUTATIONS = 200  # behind the bands of a validation, and of the last look
+
+
+def validate(s: TrainState, examples, permutations: int = PERMUTATIONS) -> dict:
     """Held-out losses and caption retrieval (first captions) with chance, as columns `val_…`.
 
     Empty without validation samples. The model is in training mode afterwards."""
@@ -173,8 +176,9 @@ def note_validation(s: TrainState, columns: dict) -> bool:
     ]
     if "val_mean_rank" in columns:
         mean, chance = columns["val_mean_rank"], columns["val_mean_rank_chance"]
-        rank = f"mean rank {mean:.1f} (chance {chance:.1f})"
-    total = f"score={validation_score(columns, s.cfg):.4f}"
+        low = columns["val_mean_rank_chance_low"]
+        rank = f"mean rank {mean:.1f} (chance {chance:.1f}, luck from {low:.1f})"
+    total = f"weighted_loss={validation_score(columns, s.cfg):.4f}"
     s.log.info(f"[VAL] Step {s.step} {total} {''.join(levels)}{rank}")
     patience = patience_of(s.cfg)
     ends = bool(patience) and s.best["waited"] >= patience
