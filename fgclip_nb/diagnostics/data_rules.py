@@ -239,7 +239,7 @@ def boxes_constant(ev):
     if one_box_for_all(ev):
         why = f"constant boxes: the {kept} regions have {share * kept:.0f} different box(es)"
         return FAIL, share, why, advice
-    return PASS, share, f"{share:.0%} of the {kept} boxes differ"
+    return PASS, share, f"{share * kept:.0f} different boxes among {kept}: not one box for all"
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #442c17bd
 def finished_all(ev) -> bool:
@@ -412,7 +412,8 @@ def texts_few(ev):
     if not looked:
         return None
     told = ", ".join(f"{t['distinct']} of {t['n']} {TEXT_NAMES[k]}" for k, t in looked.items())
-    return PASS, min(t["distinct"] for t in looked.values()), f"{told} differ"
+    fewest = min(t["distinct"] for t in looked.values())
+    return PASS, fewest, f"{told} differ: each kind more than {FEW_TEXTS}"
 
 
 KEPT_AT_LEAST = 0.75  # of the tokens that texts have in the file

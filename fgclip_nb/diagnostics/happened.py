@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Happened', 'happened']
 
-# %% ../../nbs/6_diagnostics/12b_happened.ipynb #654b3224
+# %% ../../nbs/6_diagnostics/12b_happened.ipynb #a3211ec4
 import math
 from fgclip_nb.core.folder import Run
 from fgclip_nb.diagnostics.expectations import (
@@ -23,7 +23,7 @@ from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.criteria import judge_target
 from fgclip_nb.diagnostics.judgement import run_evidence
 
-# %% ../../nbs/6_diagnostics/12b_happened.ipynb #7e46ceae
+# %% ../../nbs/6_diagnostics/12b_happened.ipynb #c5bbf861
 def forward_of_first(ev: Evidence, column: str):
     "The region forward of the first step at which a column was above 0; None when it never was."
     s, forwards = ev.series(column), ev.series("forwards")
@@ -37,7 +37,7 @@ def floor_in_batch(ev: Evidence):
     floor, held = ev.series("duplicate_floor_region"), ev.series("bank_len")
     return floor[~floor.index.isin(held[held > 0].index)]
 
-# %% ../../nbs/6_diagnostics/12b_happened.ipynb #9aa195da
+# %% ../../nbs/6_diagnostics/12b_happened.ipynb #0c77feff
 PAIR_OF = {"global": "i2t", "region": "region"}  # in whose logits the spread of a loss is seen
 
 
@@ -77,7 +77,7 @@ def bank_rise(ev: Evidence) -> tuple:
         why += "; less than the law, which is for features that tell nothing apart"
     return f"{value:.2f}", why
 
-# %% ../../nbs/6_diagnostics/12b_happened.ipynb #932f73c9
+# %% ../../nbs/6_diagnostics/12b_happened.ipynb #33a65e86
 def target_told(ev: Evidence, step: int) -> tuple:
     "(share of chance, the reason of the verdict) of a target for the region loss."
     judged = judge_target(ev, step)
@@ -93,7 +93,10 @@ def held_out_rank(ev: Evidence) -> tuple:
     if not len(ranks):
         return "", ""
     best, last = ranks.idxmin(), ranks.index[-1]
-    return f"{ranks.min():.1f}", f"at best, step {best}; {ranks.iloc[-1]:.1f} at step {last}"
+    return (
+        f"{ranks.min():.1f}",
+        f"at best, step {best:.0f}; {ranks.iloc[-1]:.1f} at step {last:.0f}",
+    )
 
 
 def held_out_luck(ev: Evidence) -> tuple:
@@ -103,7 +106,7 @@ def held_out_luck(ev: Evidence) -> tuple:
         return "", ""
     return f"{level.iloc[-1]:.1f}", f"at the last validation {low.iloc[-1]:.1f} is the edge of luck"
 
-# %% ../../nbs/6_diagnostics/12b_happened.ipynb #8f1c6ae1
+# %% ../../nbs/6_diagnostics/12b_happened.ipynb #e5bd26dc
 OBSERVED = {
     "total steps": lambda ev: ev.last_step,
     "regions per forward": lambda ev: float(candidates(ev, "region_in_batch").mean()),
@@ -140,7 +143,7 @@ def expected_and_observed(expected: list, ev: Evidence) -> list:
         rows.append((e["name"], show(e["value"]), show(value) if known else "", told))
     return rows
 
-# %% ../../nbs/6_diagnostics/12b_happened.ipynb #be60b0cd
+# %% ../../nbs/6_diagnostics/12b_happened.ipynb #24167394
 class Happened:
     "Expectations beside what happened, those that can be held against it; HTML or text."
 

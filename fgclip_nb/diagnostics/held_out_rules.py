@@ -297,9 +297,10 @@ def overfitting(ev):
         return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
     climbed = f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f}"
     if only_surer(ev, kind.strip()):
-        return PASS, rise, f"{climbed}, and the ranks did not worsen"
+        return PASS, rise, f"the ranks did not worsen, so nothing was lost, although {climbed}"
     if ev.has("val_mean_rank") and not ever_carried_over(ev, kind.strip()):
-        return PASS, rise, f"{climbed}; it was never better than chance"
+        lost = "nothing that carried over was lost, for it was never better than chance"
+        return PASS, rise, f"{lost}: {climbed}"
     why = f"{climbed} while training fell: overfitting"
     return (
         FAIL,

@@ -78,9 +78,11 @@ def _plot_loss(ax, ev, kind):
             drawn.append(known)
         n = float(candidates(ev, level).tail(20).mean())
         if not np.isnan(n):
-            counts.append(f"{n:.0f} candidates" + ("" if label == "loss" else f" {label}"))
+            counts.append(f"{n:.0f} {'candidates' if label == 'loss' else label}")
     mark_bank(ax, ev)
-    label_axes(ax, f"{kind} ({', '.join(counts)})" if counts else kind, "nats")
+    said = ", ".join(counts)
+    said += "" if "candidates" in said else " candidates"
+    label_axes(ax, f"{kind} ({said})" if counts else kind, "nats")
     show_the_end(ax, *drawn)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #83a8915a
@@ -268,7 +270,8 @@ def _plot_fill(ax, ev):
     if size:
         ax.axhline(size, color=GREY, ls="--", lw=1.2, label=f"size {size}")
     mark_bank(ax, ev)
-    label_axes(ax, f"fill, steps {held.index[0]} to {held.index[-1]} alone", "entries")
+    first, last = int(held.index[0]), int(held.index[-1])
+    label_axes(ax, f"fill, around the first use: steps {first} to {last} alone", "entries")
 
 
 def _plot_age(ax, ev):
@@ -293,7 +296,7 @@ def drift_panel(ev):
     if not len(known):
         return "Drift was never measured: no region came back while it was in the bank."
     return (
-        f"Drift was measured once, at step {known.index[0]}: cosine {known.iloc[0]:.4f} of a "
+        f"Drift was measured once, at step {known.index[0]:.0f}: cosine {known.iloc[0]:.4f} of a "
         "region with itself in the bank; at other looks none came back while it was there."
     )
 

@@ -292,7 +292,8 @@ def clipped_away(ev):
     norm = ev.series("grad_norm")
     times = float(norm[norm.abs() < math.inf].median()) / limit
     if not times > 1000:
-        return PASS, times, f"the usual gradient is {times:.2g} times the limit"
+        why = f"steps of usual length: the median gradient is {times:.0f} times the limit"
+        return PASS, times, f"{why}, only its direction counts, and up to 1,000 times is ordinary"
     why = f"gradients of norm {times * limit:.3g} are clipped to {limit:g}: {times:,.0f}-fold"
     return FAIL, times, why, "Set `max_grad_norm` to about 1; 0 clips nothing."
 

@@ -10,6 +10,7 @@ import atexit, json, signal, time
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
 from fgclip_nb.diagnostics.skills import skills
+from fgclip_nb.diagnostics.judgement import headline, is_news
 from fgclip_nb.diagnostics.report import conclude
 from fgclip_nb.training.rundata import RunData
 from fgclip_nb.training.state import TrainState, group_timeout, make_accelerator
@@ -110,8 +111,11 @@ def finish(s: TrainState, val_samples):
         )
     for sentence in skills(s.path).sentences:
         s.log.info(f"[SKILL] {sentence}")
-    for v in conclude(Ended(s.path)):
-        s.log.info(f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}")
+    judged = conclude(Ended(s.path))
+    for v in judged:
+        line = f"[VERDICT] {v.result.upper():15s} {v.name}: {v.why}"
+        s.log.info(line, extra=None if is_news(v) else dict(only="file"))
+    s.log.info(headline(judged))
     summary = dict(
         steps=s.step,
         of=s.total_steps,
