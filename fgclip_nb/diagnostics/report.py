@@ -23,7 +23,7 @@ from fgclip_nb.diagnostics.judgement import (
     run_evidence,
     verdicts,
 )
-from fgclip_nb.diagnostics.skills import HEAD, skills
+from fgclip_nb.diagnostics.skills import HEAD, what_was_learned
 from fgclip_nb.diagnostics.happened import expected_and_observed
 from fgclip_nb.diagnostics.canvas import GREEN, RESULT_COLOURS, packed_png
 from fgclip_nb.diagnostics.plots import PLOTS
@@ -335,7 +335,7 @@ def page_facts(run: Run, ev: Evidence, judged: list) -> dict:
         verdict_head=VERDICT_HEAD,
         verdicts=verdict_facts(judged),
         folded=folded_words(rest) if rest else "",
-        skills=skills(run),
+        skills=what_was_learned(run),
         skill_head=HEAD,
         expectations=expected_and_observed(run.expectations() or [], ev),
         plots=[plot_facts(name, plot, ev) for name, plot in PLOTS.items()],

@@ -9,7 +9,7 @@ __all__ = ['train']
 import atexit, json, signal, time
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
-from fgclip_nb.diagnostics.skills import skills
+from fgclip_nb.diagnostics.skills import what_was_learned
 from fgclip_nb.diagnostics.judgement import headline, is_news
 from fgclip_nb.diagnostics.report import conclude
 from fgclip_nb.training.rundata import RunData
@@ -109,7 +109,7 @@ def finish(s: TrainState, val_samples):
             f"{s.best['by']} is step {s.best['step']}: checkpoints/best, which skills, pictures "
             f"and `-p model {s.path}` take"
         )
-    for sentence in skills(s.path).sentences:
+    for sentence in what_was_learned(s.path).sentences:
         s.log.info(f"[SKILL] {sentence}")
     judged = conclude(Ended(s.path))
     for v in judged:

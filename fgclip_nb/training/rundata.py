@@ -154,7 +154,7 @@ def about_data(cfg: TrainConfig, data: RunData) -> str:
     said = []
     if is_world(cfg.data):
         said.append(
-            "These data are made: scenes of coloured shapes, drawn from a seed. Held-out scenes show "
+            "These data are made: coloured shapes, drawn from a seed. Held-out scenes show "
             "combinations of colour and shape, counts and relations that training never shows. "
             f"Ten hard negatives stand at a share of {world_options(cfg.data).hard:g} of the "
             "training regions (`hard` of the world's options), and at all held-out ones."
