@@ -48,6 +48,7 @@ ROOMS = {
     "TrainConfig": ".core.config",
     "Verdict": ".diagnostics.rules",
     "Verdicts": ".diagnostics.report",
+    "about_data": ".training.rundata",
     "add_negatives": ".data.hard_negatives",
     "anomaly_scores": ".evaluation.anomaly",
     "benchmark": ".bench.table",
@@ -76,7 +77,6 @@ ROOMS = {
     "get_tokenizer": ".text.tokenizer",
     "global_loss": ".losses.contrast",
     "gradient_cached_backward": ".losses.gradient_caching",
-    "happened": ".diagnostics.happened",
     "hard_contrast_loss": ".losses.hard_groups",
     "hard_negative_loss": ".losses.contrast",
     "headline": ".diagnostics.judgement",
@@ -122,7 +122,6 @@ ROOMS = {
     "save_features": ".evaluation.features",
     "show": ".diagnostics.expectations",
     "sigmoid_loss": ".losses.sigmoid",
-    "skills": ".diagnostics.skills",
     "spread_loss": ".losses.spread",
     "tokenize": ".text.packing",
     "total_loss": ".losses.objective",
@@ -131,7 +130,9 @@ ROOMS = {
     "verdicts": ".diagnostics.judgement",
     "video_info": ".data.video_index",
     "visible_spans": ".data.samples",
+    "what_happened": ".diagnostics.happened",
     "what_to_expect": ".training.announcement",
+    "what_was_learned": ".diagnostics.skills",
 }
 __all__ = sorted(ROOMS)
 

@@ -15,7 +15,6 @@ ROOMS = {
     "evidence": ".judgement",
     "expect": ".expectations",
     "folded_words": ".report",
-    "happened": ".happened",
     "headline": ".judgement",
     "judge": ".report",
     "plot_bank": ".plots",
@@ -30,9 +29,10 @@ ROOMS = {
     "report_html": ".report",
     "rule": ".rules",
     "show": ".expectations",
-    "skills": ".skills",
     "verdict_order": ".report",
     "verdicts": ".judgement",
+    "what_happened": ".happened",
+    "what_was_learned": ".skills",
 }
 __all__ = sorted(ROOMS)
 
