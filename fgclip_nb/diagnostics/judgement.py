@@ -275,6 +275,12 @@ def leading(judged: list):
 ENOUGH_PASSED = 16  # fewer say little: most rules lack what they look at
 
 
+def is_target(verdict) -> bool:
+    "Whether a verdict is on a target for a step: missed, it says slower and not faulty."
+    rule = RULES.get(verdict.name)
+    return rule is not None and rule.limit.startswith("region_loss_target")
+
+
 def remarks(judged: list) -> str:
     "What is told of a run in which nothing failed: not comparable, missed targets; '' if nothing."
     unlike = [v for v in judged if v.result == UNLIKE]
@@ -285,7 +291,7 @@ def remarks(judged: list) -> str:
 
 def counted(judged: list) -> str:
     "How many rules found no fault, how many targets were met or missed, and the rest, in words."
-    rules = [v for v in judged if rank_of(v) < TARGET]
+    rules = [v for v in judged if not is_target(v)]
     told = [f"no fault found by {sum(v.result == PASS for v in rules)} rules"]
     for result, words in ((LATER, "not reached"), (UNKNOWN, "cannot be judged")):
         n = sum(v.result == result for v in judged)
@@ -304,7 +310,7 @@ def carried_over(judged: list) -> str:
     return "".join(f"Held out, at the last validation: {why}. " for why in said)
 
 
-LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?")
+LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?(?: × chance)?$")
 
 
 def near_its_limit(verdict, share=0.1) -> bool:
@@ -319,7 +325,7 @@ def near_its_limit(verdict, share=0.1) -> bool:
 def is_news(verdict) -> bool:
     "Whether a verdict is more than a rule that found nothing: failed, near, unjudged, a target."
     told = verdict.tripped or verdict.result == UNKNOWN or near_its_limit(verdict)
-    return told or rank_of(verdict) >= TARGET and verdict.result == PASS
+    return told or is_target(verdict) and verdict.result == PASS
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #1d6ada2e
 def headline(judged: list) -> str:

@@ -163,8 +163,8 @@ def about_data(cfg: TrainConfig, data: RunData) -> str:
     silent = sum(not (s.captions or s.short_caption) for s in held_out)
     if silent:
         said.append(
-            f"Of {len(held_out)} held-out samples {silent} have no caption: nothing is asked of "
-            "them in caption retrieval, and they stand in the way of the others."
+            f"Without a caption: {silent} of {len(held_out)} held-out samples, of which caption "
+            "retrieval asks nothing; their photos stand among those that are searched."
         )
     if data.rejects:
         said.append(
