@@ -10,7 +10,7 @@ from pathlib import Path
 import planted
 from rebind import rebind
 
-LATE = "torch._dynamo accelerate matplotlib.pyplot seaborn pandas scipy.stats jinja2".split()
+LATE = "torch._dynamo accelerate matplotlib.pyplot pandas scipy.stats jinja2".split()
 MODULES = ["fgclip_nb.training.__main__", "fgclip_nb.evaluation.results", "planted", *LATE]
 
 

@@ -18,7 +18,7 @@ import house
 LOADED = """torch._dynamo torch.distributed.tensor torch.utils.tensorboard accelerate datasets
 transformers.models.clip.modeling_clip transformers.models.siglip.modeling_siglip
 transformers.models.siglip2.modeling_siglip2 transformers.models.auto scipy.stats scipy.ndimage
-sklearn.metrics seaborn matplotlib.pyplot pandas jinja2 IPython nbdev.test papermill""".split()
+sklearn.metrics matplotlib.pyplot pandas jinja2 IPython nbdev.test papermill""".split()
 
 
 def run_room(path):

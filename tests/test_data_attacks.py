@@ -477,9 +477,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_little_file_takes_no_long_time(name, root, tmp_path, monkeypatch):
-    from fgclip_nb.data import load
+    from fgclip_nb.data import source
 
-    monkeypatch.setattr(load, "MOST_LOST", 5000)
+    monkeypatch.setattr(source, "MOST_LOST", 5000)
     (tmp_path / "d.jsonl.gz").write_bytes(BOMBS[name])
     begun = time.process_time()
     samples, rejects = load_samples(tmp_path / "d.jsonl.gz", root)

@@ -37,6 +37,9 @@ def unfinished(folder, **changes):
     from test_hold_training import small_checkpoints
 
     model, optimizer = small_checkpoints()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
     counters = dict.fromkeys(resuming.COUNTERS, 0) | dict(best={})
     cfg = TrainConfig(output=str(folder), data="sample", learning_rate=0.25)
     state = dict(counters, params=cfg.as_dict(), data="f")

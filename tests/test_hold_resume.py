@@ -12,7 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import micro
 
-pytestmark = pytest.mark.long
+# of the kinds of damage some are in `make test-ci`, the others are long
+FEW = ("a dangling link", "no moments", "a bank of NaN", "a hole before both")
+
+
+def marked(names):
+    return [pytest.param(n, marks=pytest.mark.ci if n in FEW else pytest.mark.long) for n in names]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,31 @@ def no_sums(folder):
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def dangling(folder):
+    file = folder / "checkpoints/step_00000006/state.json"
+    file.unlink()
+    file.symlink_to(folder / "nowhere")
+
+
+def fill_first(value):
+    return change_first(lambda t: torch.full_like(t, value))
+
+
+def other_steps(value):
+    return lambda t: {k: torch.tensor(value) if k.endswith(":step") else v for k, v in t.items()}
+
+
 DAMAGES = {
+    "a dangling link": dangling,
+    "no moments": tensors("optimizer", lambda t: {}),
+    "moments of half a parameter": tensors("optimizer", lambda t: dict(list(t.items())[1:])),
+    "moments of NaN": tensors("optimizer", fill_first(float("nan"))),
+    "moments of half precision": tensors("optimizer", change_first(lambda t: t.half())),
+    "a later step": tensors("optimizer", other_steps(1e30)),
+    "a negative step": tensors("optimizer", other_steps(-3.0)),
+    "weights of half precision": tensors("model", change_first(lambda t: t.half())),
+    "one weight more": tensors("model", lambda t: t | {"more": torch.ones(1)}),
+    "a bank of NaN": tensors("bank", change_first(lambda t: t.float() * float("nan"))),
     "no checksums": no_sums,
     "a list": raw("state.json", "[1]"),
     "null": raw("state.json", "null"),
@@ -98,7 +127,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize("damage", marked(DAMAGES))
 def test_the_checkpoint_before_a_damaged_one_is_used(killed, tmp_path, damage):
     params, folder, whole = killed
     run = tmp_path / "run"
@@ -136,7 +165,7 @@ HOLES = {
 }
 
 
-@pytest.mark.parametrize("hole", list(HOLES))
+@pytest.mark.parametrize("hole", marked(HOLES))
 def test_a_hole_in_the_metrics_is_told_and_repaired(killed, tmp_path, hole):
     params, folder, whole = killed
     change, start = HOLES[hole]
@@ -151,6 +180,7 @@ def test_a_hole_in_the_metrics_is_told_and_repaired(killed, tmp_path, hole):
     assert micro.outcome(run) == whole
 
 
+@pytest.mark.ci
 def test_without_a_checkpoint_that_fits_the_run_says_so(killed, tmp_path):
     params, folder, _ = killed
     run = tmp_path / "run"

@@ -141,7 +141,7 @@ def test_without_its_module_the_weight_is_unknown(world):
     assert "unknown parameter `dense_weight`" in told and "`extensions`" in told
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_what_it_keeps_between_steps_survives_a_kill(world, run):
     folder, params = world
     again = params | dict(output=str(folder / "killed"))

@@ -301,6 +301,8 @@ def load_extensions(names: str):
     "Import the modules named in `names`, by commas; `ConfigError` for one that is not found."
     for name in filter(None, map(str.strip, names.split(","))):
         try:
+            if not all(map(str.isidentifier, name.split("."))):
+                raise ModuleNotFoundError(name=name)
             importlib.import_module(name)
         except ModuleNotFoundError as e:
             if not f"{name}.".startswith(f"{e.name}."):
@@ -457,14 +459,14 @@ def goes_on(folder, cfg: TrainConfig) -> bool:
 
 # %% ../../nbs/0_core/03_config.ipynb #341c3dd4
 def check_params(folder, cfg: TrainConfig):
-    """Raise `ConfigError` when the folder was made with other parameters.
+    """Raise `ConfigError` for a folder whose run was made with other parameters; it names them.
 
-    Those that `allow_changed` names may differ; of the others both values are shown."""
+    Those of `allow_changed` may differ. A folder in which no step was taken holds no run yet."""
     allowed = cfg.allow_changed.split(",")
     if goes_on(folder, cfg):
         allowed += LENGTH
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}
-    if refused:
+    if refused and Run(folder).begun:
         reasons = "; ".join(
             f"`{k}`: {a!r} in the folder, {b!r} asked for" for k, (a, b) in refused.items()
         )

@@ -6,63 +6,51 @@
 __all__ = ['get_logger', 'Run']
 
 # %% ../../nbs/0_core/01_folder.ipynb #d4b11235
-import gzip, io, itertools, json, logging, math, os, re, sys, zlib
+import itertools, json, logging, math, os, re, sys
+from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 import fgclip_nb
 from fgclip_nb.core.identity import ConfigError, DataError, project_root, sha256_file
 from fgclip_nb.core.plain import plain_line, yaml_value
+from fgclip_nb.core.packed import check_ordinary, open_packed
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
+@contextmanager
+def naming(path):
+    "An OSError inside the block names the file: that of a full disk or a size limit does not."
+    try:
+        yield
+    except OSError as e:
+        if e.errno and e.filename is None:
+            e.filename = str(path)
+        raise
+
+
 def write_atomic(path, data: str | bytes):
     """Write `data` beside `path`, sync it and rename it into place.
 
-    Whoever reads sees the old or the new content, never a part."""
+    Whoever reads sees the old or the new content, never a part. On an error nothing is left
+    beside it, and the error names the file."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as f:
-        f.write(data.encode() if isinstance(data, str) else data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-
-# %% ../../nbs/0_core/01_folder.ipynb #58476b40
-class BoundedGzip(gzip.GzipFile):
-    "A gzip file for reading; DataError where it is torn, or unpacks to a hundred times its size."
-
-    def __init__(self, path):
-        super().__init__(path, "rb")
-        self.path = str(path)
-        self.packed = os.path.getsize(path)
-        self.most = (64 << 20) + 100 * self.packed
-
-    def read1(self, size=-1):
-        try:
-            data = super().read1(size)
-        except (OSError, EOFError, zlib.error) as e:
-            raise DataError(f"{self.path}: not a whole gzip file ({e})") from e
-        if self.tell() > self.most:
-            raise DataError(
-                f"{self.path}: its {self.packed:,} bytes unpack to more than {self.most:,}"
-            )
-        return data
-
-    def read(self, size=-1):
-        if size >= 0:
-            return self.read1(size)
-        return b"".join(iter(lambda: self.read1(1 << 20), b""))
-
-    def readinto(self, buffer):
-        data = self.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+    try:
+        with naming(path), open(aside, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-def open_packed(path):
-    "A stream of bytes over a file, gzipped (`BoundedGzip`) or not."
-    with open(path, "rb") as f:
-        packed = f.read(2) == b"\x1f\x8b"
-    return io.BufferedReader(BoundedGzip(path)) if packed else open(path, "rb")
+def sweep(folder):
+    "Remove what killed processes have left beside the files of a folder."
+    for left in Path(folder).glob(".*.tmp"):
+        writer = re.fullmatch(r"\..+\.([0-9]{1,9})\.tmp", left.name)
+        if writer and not Path(f"/proc/{writer[1]}").exists():
+            left.unlink(missing_ok=True)
 
 # %% ../../nbs/0_core/01_folder.ipynb #9e2a85d4
 MOST_BLANK = 1_000_000  # lines in a row
@@ -86,7 +74,7 @@ def read_jsonl(path):
     A torn last line (a killed writer) ends the reading, a broken one elsewhere is a `DataError`."""
     for number, line in _filled_lines(path):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as e:
             if not line.endswith(b"\n"):
                 return
@@ -146,12 +134,6 @@ def get_logger() -> logging.Logger:
 
 # %% ../../nbs/0_core/01_folder.ipynb #57bd83d5
 MOST_JSON = 64 << 20  # bytes of a file that is read whole
-
-
-def check_ordinary(path):
-    "ValueError for a pipe or device, which may never end; a folder and a missing file say so."
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError("a pipe or device, no ordinary file")
 
 
 def read_json(path, kind=dict):
@@ -297,7 +279,7 @@ class RowCheck:
         self.before = 0
 
     def __call__(self, rows, frame):
-        kinds = {c: frame[c].dtype.kind for c in frame}
+        kinds = {name: dtype.kind for name, dtype in frame.dtypes.items()}
         numbers = all(k in "fib" for k in kinds.values()) and kinds.get("step") == "i"
         numbers = numbers and 0 <= frame["step"].min() and frame["step"].max() < 2**53
         if numbers and not any(self.of_text.get(c) for c in kinds):
@@ -315,6 +297,7 @@ def read_table(path):
     present = [p for p in (Path(path), Path(f"{path}.gz")) if p.exists()]
     if not present:
         return table_of([])
+    check_ordinary(present[0])
     with open(present[0], "rb") as f:
         rows = min(sum(1 for _ in f), 1_000_000)
     return table_of(read_jsonl(present[0]), RowCheck(present[0]), rows)
@@ -334,14 +317,21 @@ def read_named(path, names) -> list:
     return rows
 
 
+WAY_OUT = "rename this file and the run goes on without it, with a new one"
+
+
 def read_manifest(path) -> dict:
     "A run's manifest; DataError where an entry that has entries of its own is something else."
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except DataError as e:
+        raise DataError(f"{e}; {WAY_OUT}") from e
     for name in ("versions", "code", "data", "load_report", "trained"):
-        if not isinstance(manifest.get(name) or {}, dict):
-            raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}")
-    if not isinstance(manifest.get("resumed") or [], list):
-        raise DataError(f"{path}: `resumed` is no list, {shown(manifest['resumed'])}")
+        if not isinstance(manifest.get(name), (dict, type(None))):
+            raise DataError(f"{path}: `{name}` is no object, {shown(manifest[name])}; {WAY_OUT}")
+    resumed = manifest.get("resumed", [])
+    if not isinstance(resumed, list):
+        raise DataError(f"{path}: `resumed` is no list, {shown(resumed)}; {WAY_OUT}")
     return manifest
 
 # %% ../../nbs/0_core/01_folder.ipynb #bdefd310
@@ -412,6 +402,13 @@ class Run:
         except DataError:
             return False
         return end.exists()
+
+    @property
+    def begun(self) -> bool:
+        "Whether a step was taken: there are metrics, a checkpoint or an end."
+        metrics = self.path / "metrics.jsonl"
+        taken = metrics.is_file() and metrics.stat().st_size > 0
+        return taken or self.finished or bool(self.checkpoints())
 
     def params(self) -> dict:
         "Every parameter of the run, as `params.yaml` holds it."
@@ -494,7 +491,7 @@ def model_folder(path) -> Path:
 
 # %% ../../nbs/0_core/01_folder.ipynb #f12bc020
 class FolderLock:
-    """Holds `<folder>/.lock` until closed or the process dies.
+    """Holds `<folder>/.lock` until closed or the process dies, and sweeps the folder first.
 
     Raises `ConfigError` naming the holder when it is taken."""
 
@@ -509,7 +506,9 @@ class FolderLock:
                 f"run folder {folder} is being written by {who}: "
                 "wait for it, stop it, or give another `output`"
             ) from e
-        holder.write_text(f"process {os.getpid()}")
+        with naming(holder):
+            holder.write_text(f"process {os.getpid()}")
+        sweep(folder)
 
     def close(self):
         self.lock.release()

@@ -55,11 +55,14 @@ def plain_frame(frame):
     return frame.map(_plain_value).rename(index=_plain_value, columns=_plain_value)
 
 
+NO_MATH = 'class="tex2jax_ignore mathjax_ignore"'  # of an element in which $ begins no formula
+
+
 def page_table(frame, **numbers):
     """A pandas table for a page, without its index and with every text escaped (a Styler).
 
     numbers: how `Styler.format` writes numbers, thousands="," for instance."""
-    style = plain_frame(frame).style.hide(axis="index")
+    style = plain_frame(frame).style.hide(axis="index").set_table_attributes(NO_MATH)
     return style.format(escape="html", **numbers).format_index(escape="html", axis=1)
 
 # %% ../../nbs/0_core/00a_plain.ipynb #e753d351

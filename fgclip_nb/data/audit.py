@@ -129,6 +129,26 @@ def readings(boxes) -> dict:
     return out
 
 
+def content_of(pixels) -> np.ndarray:
+    "What a photo (S,S,3) shows between bars of one colour: (x1, y1, x2, y2), fractions; else all."
+    size = len(pixels)
+    sides = []
+    for axis in (0, 1):
+        varies = np.flatnonzero(np.asarray(pixels, float).std(axis=axis).max(axis=1) > BAR)
+        sides.append((varies[0] / size, (varies[-1] + 1) / size) if len(varies) else (0, 1))
+    (x1, x2), (y1, y2) = sides
+    return np.array([x1, y1, x2, y2])
+
+
+def inside(boxes, place):
+    "Boxes (n,4) as they lie where they are shares of a place (x1, y1, x2, y2) in the photo."
+    (x1, y1, x2, y2) = place
+    return boxes * np.tile([x2 - x1, y2 - y1], 2) + np.tile([x1, y1], 2)
+
+
+BAR = 2.0  # grey levels
+
+
 def fit_of(photos: list, boxes: list) -> dict:
     """Which reading of the boxes lies on the edges of their photos.
 
@@ -142,7 +162,10 @@ def fit_of(photos: list, boxes: list) -> dict:
         own.append(border_contrast(table, given))
         next_boxes = np.resize(boxes[(k + 1) % len(boxes)], given.shape)
         other.append(border_contrast(table, next_boxes))
-        for name, way in readings(given).items():
+        ways = readings(given) | {
+            "shares of what lies between bars": inside(given, content_of(photo))
+        }
+        for name, way in ways.items():
             read[name].append(border_contrast(table, way))
     own, other = np.concatenate(own), np.concatenate(other)
     ways = {name: paired(np.concatenate(values), own) for name, values in read.items()}
@@ -174,8 +197,12 @@ COLOUR_WORDS = frozenset(
 )
 
 
+FEW_TEXTS = 6
+
+
 def text_facts_of(texts: list, limit: int) -> dict:
-    """n, distinct, top_share (of the commonest), cut_share (of those over `limit` tokens).
+    """n, distinct, top_share (of the commonest), few_share (of the commonest six), cut_share (of
+    those over `limit` tokens).
 
     tokens: mean of those that are read; colour_share: of the texts that name a colour."""
     if not texts:
@@ -188,6 +215,7 @@ def text_facts_of(texts: list, limit: int) -> dict:
         n=len(texts),
         distinct=len(times),
         top_share=float(counts.max() / len(texts)),
+        few_share=float(np.sort(counts)[-FEW_TEXTS:].sum() / len(texts)),
         cut_share=float(counts[lengths > limit].sum() / len(texts)),
         tokens=float((counts * lengths.clip(max=limit)).sum() / len(texts)),
         colour_share=float(counts[named].sum() / len(texts)),
@@ -283,7 +311,8 @@ def photo_facts(train, val, most=1000) -> dict:
 
     n, flat_share, grey_share, mean and std (grey levels), repeated_share (training photos that
     equal an earlier one), leaked_share (held-out photos that are trained on) and leaked (names);
-    fit: see `fit_of`, of 300 photos; line: see `straight_line`. Empty where there is no photo."""
+    fit: see `fit_of`, of 300 photos; line: see `straight_line`, line_within: the same from one half
+    of the training photos to the other. Empty where there is no photo."""
     train, pixels = read_small(looked_at(train, most))
     held_out, val_pixels = read_small(looked_at(val, most))
     if not train:
@@ -310,6 +339,7 @@ def photo_facts(train, val, most=1000) -> dict:
         leaked=shared[:5],
         fit=fit_of([pixels[k] for k in with_boxes], boxes) if with_boxes else {},
         line=line_of(train, thumbs, held_out, val_thumbs),
+        line_within=line_of(train[::2], thumbs[::2], train[1::2], thumbs[1::2]),
     )
 
 

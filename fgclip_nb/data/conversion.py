@@ -15,7 +15,7 @@ from fgclip_nb.data.samples import Fault, Sample, sample_reject
 from fgclip_nb.data.drawing import drawn_photo
 from fgclip_nb.data.source import Tally
 from fgclip_nb.data.declared_size import fit_to_file
-from fgclip_nb.data.shards import is_sharded, no_bars, shard_features, to_row
+from fgclip_nb.data.shards import is_sharded, no_bars, shard_features, shard_sums, to_row
 from fgclip_nb.data.load import data_files, has_reader, iter_samples, sums
 from fgclip_nb.data.own_json import own_row
 from fgclip_nb.data.stream import open_stream
@@ -96,10 +96,9 @@ class ShardWriter:
         self.flush()
         self.rejects.close()
         totals = with_sums(self.totals)
-        write_atomic(
-            self.folder / "shards.json",
-            json.dumps(dict(version=1, media_root=self.root, counts=totals, **about), indent=1),
-        )
+        hashes = shard_sums(self.folder)
+        about = dict(version=1, media_root=self.root, counts=totals, sums=hashes) | about
+        write_atomic(self.folder / "shards.json", json.dumps(about, indent=1))
         return totals
 
 # %% ../../nbs/2_data/12_conversion.ipynb #12b00002

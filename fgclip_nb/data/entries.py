@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/04_entries.ipynb #b4537303
 import io, json, re, zlib
 from typing import NamedTuple
-from fgclip_nb.core.folder import open_packed
+from fgclip_nb.core.packed import open_packed
 from fgclip_nb.data.samples import Fault
 from fgclip_nb.data.rows import DECODER
 

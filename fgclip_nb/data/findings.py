@@ -117,7 +117,14 @@ ADVICE = dict(
     unreadable_media=("fix", "Fetch or convert these files again."),
 )
 _OTHER = ("fix", "See the first of them in the table of rejects and mend the file.")
-URGENT = ("broken_json", "broken_archive", "broken_parquet", "too_deep", "missing_file")
+URGENT = (
+    "broken_json",
+    "broken_archive",
+    "broken_parquet",
+    "too_deep",
+    "too_large",
+    "missing_file",
+)
 
 
 def _examples(rejects, most=2) -> str:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import shown
 from fgclip_nb.data.samples import sample_reject
 from fgclip_nb.data.motion import FRAMES, clip_at, draw_frame
 from fgclip_nb.data.photos import existing_file
@@ -61,10 +62,20 @@ def _decode(data, encoding, size):
         return np.frombuffer(data, np.uint8).reshape(size, size, 3)
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        if image.mode != "RGB" or image.size != (size, size):
+            raise ValueError(f"a picture of {image.size} in {image.mode}")
         return np.asarray(image)
 
 # %% ../../nbs/2_data/17_frame_cache.ipynb #f118b194
+FORM = 2  # of cache files: the first had no checksums of head and numbers
+
+
+def checksum(number, data) -> int:
+    "CRC-32 of a frame's number and its bytes: neither may change without the other."
+    return zlib.crc32(data, zlib.crc32(str(number).encode()))
+
+
 @dataclass(frozen=True)
 class CachedClip:
     "The frames of one clip that a cache file holds; pixels stay on disk until read."
@@ -87,7 +98,7 @@ class CachedClip:
             )
         row = int(self.rows[i])
         data = memoryview(self.table["pixels"][row].as_buffer())
-        if zlib.crc32(data) != self.table["crc"][row].as_py():
+        if checksum(number, data) != self.table["crc"][row].as_py():
             raise DataError(
                 f"{self.path}: frame {number} fails its checksum; "
                 "delete the file and build it again"
@@ -98,7 +109,14 @@ class CachedClip:
         "uint8 (F,size,size,3) of the frame numbers, in their order."
         out = np.empty((len(frames), self.size, self.size, 3), np.uint8)
         for place, number in enumerate(frames):
-            out[place] = _decode(self.bytes_of(number), self.encoding, self.size)
+            data = self.bytes_of(number)
+            try:
+                out[place] = _decode(data, self.encoding, self.size)
+            except Exception as e:  # Pillow's readers raise whatever they trip over
+                raise DataError(
+                    f"{self.path}: frame {number} is no {self.size} x {self.size} picture ({e}); "
+                    "delete the file and build it again"
+                ) from e
         return out
 
 # %% ../../nbs/2_data/17_frame_cache.ipynb #de31b584
@@ -107,7 +125,8 @@ def _schema(head):
     import pyarrow as pa
 
     columns = [("frame", pa.int32()), ("crc", pa.uint32()), ("pixels", pa.large_binary())]
-    return pa.schema(columns, {b"fgclip_nb": json.dumps(head).encode()})
+    said = json.dumps(head).encode()
+    return pa.schema(columns, {b"fgclip_nb": said, b"crc": str(zlib.crc32(said)).encode()})
 
 
 class _FrameWriter:
@@ -125,7 +144,7 @@ class _FrameWriter:
         self.add(number, _encode(pixels, self.cache.encoding, self.cache.quality))
 
     def add(self, number, data):
-        self.rows.append((number, zlib.crc32(data), data))
+        self.rows.append((number, checksum(number, data), data))
         if len(self.rows) == 64:
             self.flush()
 
@@ -155,8 +174,14 @@ def _load_table(path):
     try:
         with pa.memory_map(path) as source:
             table = pa.ipc.open_stream(source).read_all()
-        head = json.loads(table.schema.metadata[b"fgclip_nb"])
-    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as e:
+        table.validate(full=True)  # of the places of the pixels: those beyond the file are a crash
+        said = table.schema.metadata[b"fgclip_nb"]
+        if table.schema.metadata[b"crc"] != str(zlib.crc32(said)).encode():
+            raise ValueError("its head fails its checksum")
+        head = json.loads(said)
+        check_head(head)
+        check_columns(head, table)
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, RecursionError) as e:
         raise DataError(
             f"{path}: is no complete cache file ({e}); delete it and build it again"
         ) from e
@@ -165,6 +190,34 @@ def _load_table(path):
     raise DataError(
         f"{path}: holds {table.num_rows} of {head['rows']} frames; delete it and build it again"
     )
+
+
+ENCODINGS = ("jpeg", "raw")
+
+
+def _kind(size, encoding) -> str:
+    return f"{size} x {size} pixels ({encoding})"
+
+
+def check_head(head):
+    "ValueError, TypeError or KeyError for the head of a cache file that is not as it is written."
+    info, times = VideoInfo(**head["info"]), head["times"]
+    whole = (head["rows"], head["size"], info.frames)
+    if not all(type(n) is int and n >= 0 for n in whole) or head["encoding"] not in ENCODINGS:
+        raise ValueError(f"its head says {shown(head['size'])} and {shown(head['encoding'])}")
+    if len(times) != info.frames or not np.isfinite(np.array(times, float)).all():
+        raise ValueError(f"{len(times)} times of {info.frames} frames")
+
+
+def check_columns(head, table):
+    "ValueError for the columns of a cache file that are not as they are written."
+    if not table.schema.remove_metadata().equals(_schema({}).remove_metadata()):
+        raise ValueError(f"columns {', '.join(map(str, table.schema.remove_metadata()))}")
+    frames = table["frame"].to_numpy()
+    if any(column.null_count for column in table.columns) or len(np.unique(frames)) < len(frames):
+        raise ValueError("a frame is null, or is there twice")
+    if len(frames) and not 0 <= frames.min() <= frames.max() < head["info"]["frames"]:
+        raise ValueError("a frame is none of the clip's")
 
 
 @lru_cache(maxsize=256)
@@ -209,14 +262,14 @@ class FrameCache:
     Safe to fill from several processes at once. `encoding`: jpeg (with `quality`, 1-95) or raw."""
 
     def __init__(self, folder, size=224, encoding="jpeg", quality=95):
-        if encoding not in ("jpeg", "raw"):
+        if encoding not in ENCODINGS:
             raise ValueError(f"encoding = {encoding!r}: jpeg or raw")
         self.folder, self.size, self.encoding, self.quality = Path(folder), size, encoding, quality
 
     def file(self, path) -> Path:
         "The cache file of a clip, whether it exists or not."
         quality = self.quality if self.encoding == "jpeg" else ""
-        key = f"{fingerprint(path)} {self.size} {self.encoding} {quality}"
+        key = f"{fingerprint(path)} {self.size} {self.encoding} {quality} {FORM}"
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.arrow"
 
     def get(self, path):
@@ -225,7 +278,11 @@ class FrameCache:
         if not file.exists():
             return None
         stat = file.stat()
-        return _open_cached(str(file), stat.st_size, stat.st_mtime_ns)
+        clip = _open_cached(str(file), stat.st_size, stat.st_mtime_ns)
+        if (clip.size, clip.encoding) != (self.size, self.encoding):
+            kind = _kind(clip.size, clip.encoding)
+            raise DataError(f"{file}: holds {kind}, against its name; delete it and build it again")
+        return clip
 
     def bytes(self) -> int:
         "Size of all complete files of the folder."
@@ -344,10 +401,6 @@ def build_cache(cache, samples, count=256, say=print) -> list:
     return rejects
 
 # %% ../../nbs/2_data/17_frame_cache.ipynb #18c01da4
-def _kind(size, encoding) -> str:
-    return f"{size} x {size} pixels ({encoding})"
-
-
 def held_sizes(cache, path) -> str:
     "In which sizes and encodings the folder holds a clip of this name; '' for none."
     kinds = set()

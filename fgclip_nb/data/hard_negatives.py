@@ -6,12 +6,12 @@
 __all__ = ['add_negatives']
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #cb5fe707
-import dataclasses, json, random, re
+import dataclasses, random, re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import DataError, folded
-from fgclip_nb.core.folder import asset, get_logger
+from fgclip_nb.core.folder import asset, get_logger, read_json
 from fgclip_nb.data.samples import Samples
 from fgclip_nb.data.source import takes_an
 from fgclip_nb.data.filters import ChangedSamples
@@ -150,15 +150,15 @@ def load_class_sentences(path="ucf_crime") -> dict:
 
     `ucf_crime`: the shipped ones. Raises `DataError` for a file of another shape."""
     file = asset("ucf_crime_prompts.json") if path == "ucf_crime" else Path(path)
+    if not file.exists():
+        raise DataError(f"class sentences {str(path)!r}: no such file")
+    form = '{"class": ["a sentence", …]}, or {"class": {"captions": […], "negatives": […]}}'
     try:
-        classes = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"class sentences {str(path)!r}: {e}") from e
-    if not isinstance(classes, dict) or not all(map(_is_class_entry, classes.values())):
-        raise DataError(
-            f'class sentences {str(path)!r}: must be {{"class": ["a sentence", …]}}, '
-            'or {"class": {"captions": […], "negatives": […]}}'
-        )
+        classes = read_json(file)
+    except DataError as e:
+        raise DataError(f"class sentences: {e}; the file must be {form}") from e
+    if not all(map(_is_class_entry, classes.values())):
+        raise DataError(f"class sentences {str(path)!r}: must be {form}")
     return classes
 
 # %% ../../nbs/2_data/20_hard_negatives.ipynb #b2d0000c

@@ -105,17 +105,12 @@ def _video_pairs(value):
         return ObjectPairs(value.items())
 
 # %% ../../nbs/2_data/11_load.ipynb #3bad081e
-MOST_LOST = 100_000  # entries of a file that may be rejected before the first one is used
-
-
 def _read_json(path, src):
     "Samples of a JSON file, entry by entry; one without a usable entry is not read to its end."
     for number, entry in enumerate(read_entries(path)):
         src.entry = entry.where
-        lost = len(src.tally.rejects)
-        if number >= MOST_LOST <= lost and not src.tally.kept and not src.groups:
-            reason = f"none of the first {number:,} entries is usable: the rest is not read"
-            return src.reject(Fault("entry", "", reason, "not_read"))
+        if src.gives_up(number):
+            return
         format = "" if isinstance(entry.value, ObjectPairs) else format_of(entry.value)
         pairs = None if format else _video_pairs(entry.value)
         if pairs is not None:
@@ -390,11 +385,16 @@ def _log_counts(tally, samples):
     )
 
 
+MOST_TOLD = 5  # keys
+
+
 def _warn_unread(rejects):
-    "One line for each key whose text or boxes nobody reads."
-    for r in rejects:
-        if r.rule == "unread_content":
-            get_logger().warning(f"{r.file}: {r.reason}")
+    "A line for each of the first keys with text or boxes that nobody reads, and how many follow."
+    unread = [r for r in rejects if r.rule == "unread_content"]
+    for r in unread[:MOST_TOLD]:
+        get_logger().warning(f"{r.file}: {r.reason}")
+    if len(unread) > MOST_TOLD:
+        get_logger().warning(f"{len(unread) - MOST_TOLD} more keys are not read: see the rejects")
 
 # %% ../../nbs/2_data/11_load.ipynb #b9701cfe
 def _log_hints(tally, samples):

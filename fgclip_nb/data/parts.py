@@ -103,4 +103,9 @@ def do_parts(folder, kind, total, work, processes=0):
 def part_results(folder, total):
     "Yield the results of the parts 0..total-1, one at a time."
     for n in range(total):
-        yield json.loads(part_file(folder, n).read_text())
+        file = part_file(folder, n)
+        try:
+            yield json.loads(file.read_text())
+        except ValueError as e:
+            file.unlink()
+            raise DataError(f"{file}: damaged ({e}); it was removed, the same call goes on") from e

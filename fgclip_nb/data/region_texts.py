@@ -12,6 +12,7 @@ from pathlib import Path
 from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row, check_box, check_int, check_number
 from fgclip_nb.data.media import address_names
+from fgclip_nb.data.parquet import bounded_rows
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.source import with_article
 from fgclip_nb.data.reading import format_of, read_row
@@ -169,12 +170,19 @@ def parquet_rows(path):
     import pyarrow, pyarrow.parquet
 
     number = 0
+
+    def read(start, size):
+        with open(path, "rb") as f:
+            f.seek(start)
+            return f.read(size)
+
+    def open_file(texts=None):
+        return pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
+
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(256):
-                for value in batch.to_pylist():
-                    yield f"row {number}", value
-                    number += 1
+        for number, value in bounded_rows(open_file, read):
+            yield f"row {number}", value
+            number += 1
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as e:
         reason = f"not readable as Parquet from here on: {e}"
         yield f"row {number}", Fault("file", Path(path).name, reason[:300], "unreadable_file")
@@ -189,5 +197,7 @@ def parquet_rows(path):
 )
 def read_parquet(path, src):
     "Samples of a Parquet file; its rows are read as entries of JSON with these keys are."
-    for src.entry, value in parquet_rows(path):
-        yield from read_row(value, src, format_of(value))
+    for number, (src.entry, value) in enumerate(parquet_rows(path)):
+        if src.gives_up(number):
+            return
+        yield from read_row(value, src, "" if isinstance(value, Fault) else format_of(value))

@@ -6,11 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #1c7edb08
-import contextlib, io, os
+import contextlib, glob, io, os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.samples import Fault
+from fgclip_nb.data.parquet import bounded_rows, check_group, chunks_of
 from fgclip_nb.data.archives import member_entry, stretch_picture, stretches_of
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #9dca3cbf
@@ -183,6 +185,9 @@ class Lately:
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #242f18e1
 HELD_BYTES = 1 << 28  # of row groups, in each process
+MOST_ONCE = (
+    1 << 30
+)  # bytes of a column in which equal values are looked for: Arrow's limit is 2 GiB
 
 
 def _pixel_columns(schema) -> dict:
@@ -212,10 +217,10 @@ def holds_pictures(path) -> bool:
 
 
 def _without_pixels(row, pictures) -> dict:
-    "A scanned row with an empty picture where pixels were not read."
-    return row | {
-        name: dict(bytes=b"", path=(row.get(name) or {}).get("path")) for name in pictures
-    }
+    "A scanned row with an empty picture where pixels were not read, and none where it is null."
+    empty = dict(bytes=b"", path=None)
+    unread = {name: empty for name in pictures if name not in row}
+    return row | unread | {name: empty | row[name] for name in pictures if row.get(name)}
 
 
 class ParquetSource:
@@ -227,15 +232,20 @@ class ParquetSource:
         self.names, self.columns = list(map(str, names)), column_map(columns)
         self.files, self.groups = Lately(64), Lately(HELD_BYTES)
 
-    def _file(self, shard):
-        "(ParquetFile, first row of each row group) of a shard."
-        import numpy as np
+    def _open(self, shard, leaves=None):
+        "A shard's ParquetFile; values of `leaves` that stand there once are held once."
         import pyarrow.parquet as pq
 
         try:
-            file = pq.ParquetFile(open_bytes(self.names[shard]))
+            return pq.ParquetFile(open_bytes(self.names[shard]), read_dictionary=leaves)
         except (ValueError, OSError) as e:
             raise DataError(f"{self.names[shard]}: no Parquet file ({e})") from e
+
+    def _file(self, shard):
+        "(ParquetFile, first row of each row group) of a shard."
+        import numpy as np
+
+        file = self._open(shard)
         counts = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
         return file, np.concatenate([[0], np.cumsum(counts)]).astype(int)
 
@@ -251,12 +261,14 @@ class ParquetSource:
         columns += [leaf for leaves in pictures.values() for leaf in leaves]
         number = 0
         try:
-            for batch in file.iter_batches(1_000, columns=columns):
-                rows = batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]
-                for row in rows:
-                    entry, picture, _ = self._entry(_without_pixels(row, pictures), shard, number)
-                    yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
-                    number += 1
+            read, open_file = partial(read_range, self.names[shard]), partial(self._open, shard)
+            for number, row in bounded_rows(open_file, read, columns):
+                entry, picture = row, ""
+                if not isinstance(row, Fault):
+                    row = _without_pixels(row, pictures)
+                    entry, picture, _ = self._entry(row, shard, number)
+                yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
+                number += 1
         except DataError:  # a column that is not there
             raise
         except (ValueError, OSError) as e:  # of pyarrow, for what is damaged
@@ -264,19 +276,34 @@ class ParquetSource:
             fault = Fault("", f"{lost} rows", f"not readable from here on: {e}", "broken_parquet")
             yield StreamRow(shard, number, 0, 0, f"row {number}", fault, "")
 
+    def _group(self, file, shard, group):
+        "A row group as a table."
+        about = file.metadata.row_group(group)
+        chunks = chunks_of(about, file.schema_arrow.names)
+        check_group(chunks, about.num_rows)
+        texts = [c for c in chunks if c.physical_type == "BYTE_ARRAY"]
+        once = [c.path_in_schema for c in texts if c.total_uncompressed_size < MOST_ONCE]
+        return self._open(shard, once).read_row_group(group)
+
     def fetch(self, row) -> tuple:
-        "(entry, name of the picture, its bytes or None) of a row."
+        "(entry, name of the picture, its bytes or None) of a row. DataError where it has none."
         shard, number = int(row.shard), int(row.row)
         file, firsts = self.files.get(shard, lambda: self._file(shard), lambda f: 1)
         group = int(firsts.searchsorted(number, "right")) - 1
         try:
             table = self.groups.get(
-                (shard, group), lambda: file.read_row_group(group), lambda t: t.nbytes
+                (shard, group), lambda: self._group(file, shard, group), lambda t: t.nbytes
             )
             row = table.slice(number - firsts[group], 1).to_pylist()[0]
+        except Fault as f:
+            raise DataError(f"{self.names[shard]}, row {number}: {f.reason}") from f
         except (ValueError, OSError) as e:
             raise DataError(f"{self.names[shard]}, row {number}: not readable ({e})") from e
-        return self._entry(row, shard, number)
+        null = [n for n in _pixel_columns(file.schema_arrow) if _as_picture(row[n]) is None]
+        entry, picture, pixels = self._entry(row, shard, number)
+        if pixels is None and null:
+            raise DataError(f"{self.names[shard]}, row {number}: `{null[0]}` is null: no picture")
+        return entry, picture, pixels
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #158514ee
 DATASET_ROWS = 10_000  # rows of a Dataset that make a shard here
@@ -321,6 +348,8 @@ class DatasetSource:
         first = shard * DATASET_ROWS
         last = min(first + DATASET_ROWS, len(self.data))
         texts = self.data.select_columns(keep) if keep else None
+        with reaching(self.name):  # offsets that lead out of a damaged file would be a crash
+            self.data.with_format("arrow")[first:last].validate(full=True)
         for number in range(first, last):
             row = _without_pixels(texts[number] if texts else {}, self.pictures)
             entry, picture, _ = self._entry(row, number)
@@ -386,3 +415,64 @@ class IterableSource:
             if found is None:
                 self.open.things.pop(shard)
         return self._entry(found, shard, number)
+
+# %% ../../nbs/2_data/10f_shard_sources.ipynb #26ebe61d
+SHARDS = (".tar", ".parquet")
+
+
+def shard_suffix(name) -> str:
+    "`.tar` or `.parquet` where a name ends like one, else ''."
+    return next((s for s in SHARDS if str(name).lower().endswith(s)), "")
+
+
+def _remote_shards(path) -> dict:
+    "Shard -> stamp of an address: a file, a pattern, or a folder."
+    import fsspec
+
+    with reaching(path):
+        files, inside = fsspec.core.url_to_fs(path)
+        search = files.glob if "*" in inside else files.find
+        found = sorted(search(inside, detail=True).items())
+    scheme = path.partition("://")[0]
+    stamps = {}
+    for name, about in found:
+        if shard_suffix(name):
+            changed = about.get("ETag") or about.get("mtime") or about.get("created")
+            stamps[f"{scheme}://{name.lstrip('/')}"] = [about.get("size"), str(changed)]
+    return stamps
+
+
+def _visible_files(folder) -> list:
+    "All files below a folder, by name; hidden folders, such as that of an index, are left out."
+    found = []
+    for at, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [path for f in files if os.path.isfile(path := os.path.join(at, f))]
+    return sorted(found)
+
+
+def _local_shards(path) -> dict:
+    "Shard -> stamp of a file, a pattern, or a folder; tars before Parquet where it has both."
+    text = str(path)
+    if os.path.isdir(text):
+        files = _visible_files(text)
+        found = [p for p in files if shard_suffix(p) == ".tar"]
+        if not found and not any(p.endswith((".json", ".jsonl")) for p in files):
+            found = [p for p in files if shard_suffix(p)]
+    elif "*" in text:
+        found = sorted(
+            p for p in glob.glob(text, recursive=True) if shard_suffix(p) and os.path.isfile(p)
+        )
+    else:
+        found = [text] if shard_suffix(text) and os.path.isfile(text) else []
+    stats = {os.path.realpath(p): os.stat(p) for p in found}
+    return {p: [s.st_size, s.st_mtime_ns] for p, s in stats.items()}
+
+
+def shard_files(path) -> dict:
+    "{file or address: stamp} of the shards that `path` names, in order; {} where it names none."
+    if isinstance(path, (list, tuple)):
+        return {k: v for p in path for k, v in shard_files(p).items()}
+    if not isinstance(path, (str, Path)):
+        return {}
+    return _remote_shards(str(path)) if is_address(path) else _local_shards(path)

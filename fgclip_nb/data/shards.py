@@ -6,12 +6,12 @@
 __all__ = ['open_shards']
 
 # %% ../../nbs/2_data/10_shards.ipynb #4568ba55
-import copy, dataclasses, os
+import copy, dataclasses, hashlib, json, os
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import read_json, shown
+from fgclip_nb.core.identity import DataError, sha256_file
+from fgclip_nb.core.folder import read_json, shown, write_atomic
 from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.samples import CaptionNegative, Keyframe, Negatives, Region, Sample
 
@@ -149,6 +149,47 @@ def release_pages(files):
             # 4 is MADV_DONTNEED; only pages of the file itself are touched, and they are unchanged
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)
 
+# %% ../../nbs/2_data/10_shards.ipynb #af1958ab
+def shard_sums(folder) -> dict:
+    "Name of each shard of a folder -> its SHA-256."
+    return {p.name: sha256_file(p) for p in sorted(Path(folder).glob("shard-*.parquet"))}
+
+
+def _stamps(folder) -> dict:
+    stats = {p.name: p.stat() for p in sorted(Path(folder).glob("shard-*.parquet"))}
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+
+
+def _note_of(folder) -> Path:
+    "The file that says which shards were compared: in the folder, or in the user's cache."
+    if os.access(folder, os.W_OK):
+        return Path(folder) / ".arrow" / "compared.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgclip_nb"
+    key = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
+    return cache / f"shards-{key}.json"
+
+
+def check_sums(folder):
+    "DataError for a shard that is not as `shards.json` says; of folders without sums nothing is."
+    said = read_json(Path(folder) / "shards.json").get("sums")
+    if not isinstance(said, dict):
+        return
+    stamps, note = _stamps(folder), _note_of(folder)
+    try:
+        if read_json(note) == dict(said=said, stamps=stamps):
+            return
+    except DataError:
+        pass  # a note that was cut off: they are compared again
+    found = shard_sums(folder)
+    wrong = [n for n in sorted(said.keys() | found.keys()) if said.get(n) != found.get(n)]
+    if wrong:
+        raise DataError(
+            f"{Path(folder) / wrong[0]}: missing, foreign, or changed since it was written; "
+            "convert again"
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(note, json.dumps(dict(said=said, stamps=stamps)))
+
 # %% ../../nbs/2_data/10_shards.ipynb #9b2cf361
 class ArrowRows:
     """Rows of a folder of shards by integer index, as dicts.
@@ -160,8 +201,13 @@ class ArrowRows:
 
         cache = str(folder / ".arrow") if os.access(folder, os.W_OK) else None
         shards = sorted(map(str, folder.glob("shard-*.parquet")))
-        with no_bars():
-            self.rows = datasets.Dataset.from_parquet(shards, cache_dir=cache)
+        check_sums(folder)
+        try:
+            with no_bars():
+                self.rows = datasets.Dataset.from_parquet(shards, cache_dir=cache)
+        except Exception as e:  # of datasets and pyarrow, whatever they trip over
+            reason = f"{type(e).__name__}: {e}"[:300]
+            raise DataError(f"{folder}: its shards cannot be read ({reason}); convert again") from e
         self.files = {os.path.realpath(f["filename"]) for f in self.rows.cache_files}
         self.reads = 0  # since pages were last handed back
 

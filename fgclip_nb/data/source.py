@@ -47,6 +47,9 @@ def level_of_file(name) -> str:
     return next((level for start, level in starts if Path(name).name.startswith(start)), "")
 
 # %% ../../nbs/2_data/05_source.ipynb #b90001ff
+MOST_LOST = 100_000  # entries of a file that may be rejected before the first one is used
+
+
 @dataclass
 class Tally:
     "What happened to everything that was read."
@@ -125,6 +128,14 @@ class Source:
         value, where = shorten(fault.value), (self.file, self.entry, fault.field)
         r = Reject(*where, value, fault.reason, sample, fault.rule, entries, regions)
         self.tally.rejects.append(r)
+
+    def gives_up(self, number) -> bool:
+        "Whether `number` entries were read and none is usable: the rest is not read, as it says."
+        lost = number >= MOST_LOST <= len(self.tally.rejects) and not self.tally.kept
+        if lost and not self.groups:
+            reason = f"none of the first {number:,} entries is usable: the rest is not read"
+            self.reject(Fault("entry", "", reason, "not_read"))
+        return lost and not self.groups
 
     def media(self, names, field) -> str:
         """The absolute path of the first of `names` that exists, else of the first.

@@ -6,12 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/2_data/10g_stream.ipynb #f77e8ac3
-import copy, glob, json, os, tempfile
+import copy, json, os, tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import get_logger, write_atomic
+from fgclip_nb.core.identity import DataError, sha256_file
+from fgclip_nb.core.folder import get_logger, read_json, write_atomic
 from fgclip_nb.data.samples import Fault, Reject
 from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.parts import (
@@ -34,6 +34,8 @@ from fgclip_nb.data.shard_sources import (
     TarSource,
     is_address,
     reaching,
+    shard_files,
+    shard_suffix,
 )
 from fgclip_nb.data.shards import no_bars
 from fgclip_nb.data.source import Source, Tally
@@ -114,7 +116,9 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
     src = shard_source(source, shard, "" if split == "none" else split, tally)
     root = MediaRoot(media_root or os.path.dirname(source.names[shard]) or ".")
     places, names, regions = [], {name: [] for name in NAMES}, 0
-    for row in source.scan(shard):
+    for number, row in enumerate(source.scan(shard)):
+        if src.gives_up(number):
+            break
         for part, s in enumerate(_drop_absent(row_samples(src, row, root), src)):
             places.append((row.shard, row.row, part, row.start, row.size))
             regions += len(s.regions)
@@ -131,67 +135,6 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
         rules=Counter(r.rule for r in tally.rejects),
         rejects=[r.as_dict() for r in tally.rejects[:MOST_REJECTS]],
     )
-
-# %% ../../nbs/2_data/10g_stream.ipynb #26ebe61d
-SHARDS = (".tar", ".parquet")
-
-
-def _suffix(name) -> str:
-    "`.tar` or `.parquet` where a name ends like one, else ''."
-    return next((s for s in SHARDS if str(name).lower().endswith(s)), "")
-
-
-def _remote_shards(path) -> dict:
-    "Shard -> stamp of an address: a file, a pattern, or a folder."
-    import fsspec
-
-    with reaching(path):
-        files, inside = fsspec.core.url_to_fs(path)
-        search = files.glob if "*" in inside else files.find
-        found = sorted(search(inside, detail=True).items())
-    scheme = path.partition("://")[0]
-    stamps = {}
-    for name, about in found:
-        if _suffix(name):
-            changed = about.get("ETag") or about.get("mtime") or about.get("created")
-            stamps[f"{scheme}://{name.lstrip('/')}"] = [about.get("size"), str(changed)]
-    return stamps
-
-
-def _visible_files(folder) -> list:
-    "All files below a folder, by name; hidden folders, such as that of an index, are left out."
-    found = []
-    for at, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [path for f in files if os.path.isfile(path := os.path.join(at, f))]
-    return sorted(found)
-
-
-def _local_shards(path) -> dict:
-    "Shard -> stamp of a file, a pattern, or a folder; tars before Parquet where it has both."
-    text = str(path)
-    if os.path.isdir(text):
-        files = _visible_files(text)
-        found = [p for p in files if _suffix(p) == ".tar"]
-        if not found and not any(p.endswith((".json", ".jsonl")) for p in files):
-            found = [p for p in files if _suffix(p)]
-    elif "*" in text:
-        found = sorted(
-            p for p in glob.glob(text, recursive=True) if _suffix(p) and os.path.isfile(p)
-        )
-    else:
-        found = [text] if _suffix(text) and os.path.isfile(text) else []
-    stats = {os.path.realpath(p): os.stat(p) for p in found}
-    return {p: [s.st_size, s.st_mtime_ns] for p, s in stats.items()}
-
-
-def shard_files(path) -> dict:
-    "{file or address: stamp} of the shards that `path` names, in order; {} where it names none."
-    if isinstance(path, (list, tuple)):
-        return {k: v for p in path for k, v in shard_files(p).items()}
-    if not isinstance(path, (str, Path)):
-        return {}
-    return _remote_shards(str(path)) if is_address(path) else _local_shards(path)
 
 # %% ../../nbs/2_data/10g_stream.ipynb #afcb5d72
 def _is_saved(path) -> bool:
@@ -224,7 +167,7 @@ def open_source(path, columns="") -> tuple:
 
     Raises `DataError` for tars and Parquet files in one list, and for a set of several splits."""
     files = shard_files(path)
-    kinds = {_suffix(name) for name in files}
+    kinds = {shard_suffix(name) for name in files}
     if len(kinds) > 1:
         raise DataError(f"{path}: tars and Parquet files together: name one kind")
     if files:
@@ -235,8 +178,10 @@ def open_source(path, columns="") -> tuple:
     if _is_saved(path):
         import datasets
 
-        stamp = (Path(path) / "state.json").read_text()
-        return _of_datasets(datasets.load_from_disk(str(path)), str(path), columns, stamp)
+        with reaching(path):
+            stamp = (Path(path) / "state.json").read_text()
+            data = datasets.load_from_disk(str(path))
+        return _of_datasets(data, str(path), columns, stamp)
     if isinstance(path, str) and path.startswith("hub:"):
         import datasets
 
@@ -267,6 +212,9 @@ def _merged_rejects(parts) -> list:
     return rejects
 
 
+INDEX_FILES = ("places.npy", "names.parquet", "rejects.jsonl")
+
+
 def merge_index(folder, shards):
     "Put the parts of an index together; `about.json` is written last."
     import pyarrow as pa
@@ -291,9 +239,24 @@ def merge_index(folder, shards):
     lines = [json.dumps(r.as_dict()) + "\n" for r in _merged_rejects(part_results(folder, shards))]
     write_atomic(folder / "rejects.jsonl", "".join(lines))
     about = dict(counts=dict(counts), rules=dict(rules), formats=formats, hints=hints)
+    about["sums"] = {name: sha256_file(folder / name) for name in INDEX_FILES}
     write_atomic(folder / "about.json", json.dumps(about))
     for n in range(shards):
         part_file(folder, n).unlink()
+
+
+def index_fault(folder) -> str:
+    "What is wrong with an index that is there, or ''."
+    try:
+        about = read_json(Path(folder) / "about.json")
+        if not all(isinstance(about.get(k), dict) for k in ("counts", "rules", "formats", "hints")):
+            return "about.json is not as it was written"
+        for name in INDEX_FILES:
+            if sha256_file(Path(folder) / name) != about.get("sums", {}).get(name):
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as e:
+        return str(e)
+    return ""
 
 
 def index_work(folder):
@@ -446,11 +409,14 @@ def _plain_path(path):
 
 def _make_index(folder, source, spec, processes):
     "The index of a source, unless it is there; of several processes one puts it together."
-    if (folder / "about.json").exists():
+    if (folder / "about.json").exists() and not index_fault(folder):
         return
     with alone_in(folder, "index"):
         if (folder / "about.json").exists():
-            return  # another process made it while this one waited
+            if not (fault := index_fault(folder)):
+                return  # another process made it while this one waited
+            get_logger().warning(f"{folder}: the index is made again: {fault}")
+            (folder / "about.json").unlink()
         total = len(source.names)
         get_logger().info(f"data: the texts of {total} shard(s) are read once, for an index")
 

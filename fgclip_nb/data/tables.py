@@ -274,7 +274,9 @@ def is_table(path) -> bool:
 @reader("csv", is_table, of="file", rank=30, suffixes=TABLES)
 def read_text_table(path, src):
     "Samples of a table; its rows are read as entries of JSON with these keys are."
-    for src.entry, value in table_rows(path):
+    for number, (src.entry, value) in enumerate(table_rows(path)):
+        if src.gives_up(number):
+            return
         known = "" if isinstance(value, Fault) else format_of(value)
         plain = known in ("", "table", "unknown_table", "regions")  # cells hold no lists of regions
         yield from read_row(value, src, "table" if plain else known)

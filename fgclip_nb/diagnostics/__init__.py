@@ -6,6 +6,7 @@ import importlib
 ROOMS = {
     "Evidence": ".rules",
     "Expectations": ".expectations",
+    "Happened": ".happened",
     "Recorder": ".recorder",
     "Verdict": ".rules",
     "Verdicts": ".report",
@@ -13,6 +14,7 @@ ROOMS = {
     "conclude": ".report",
     "evidence": ".judgement",
     "expect": ".expectations",
+    "folded_words": ".report",
     "headline": ".judgement",
     "judge": ".report",
     "plot_bank": ".plots",
@@ -23,11 +25,14 @@ ROOMS = {
     "plot_temperatures": ".plots",
     "plot_time": ".plots",
     "plot_updates": ".plots",
-    "plot_validation": ".plots",
+    "plot_validation": ".held_out_plots",
     "report_html": ".report",
     "rule": ".rules",
     "show": ".expectations",
+    "verdict_order": ".report",
     "verdicts": ".judgement",
+    "what_happened": ".happened",
+    "what_was_learned": ".skills",
 }
 __all__ = sorted(ROOMS)
 

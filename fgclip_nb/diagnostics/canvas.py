@@ -42,14 +42,28 @@ WIDTH = 6  # inches
 LETTERS = 11  # points: 8 on a screen of 420 pixels
 
 
+DARK, PALE = ".15", ".8"  # shares of white
+TICKS = {
+    f"{side}.{name}": value
+    for side, edge in (("xtick", "bottom"), ("ytick", "left"))
+    for name, value in ((edge, False), ("color", DARK), ("major.size", 6), ("labelsize", LETTERS))
+}
+STYLE = {
+    **{"figure.dpi": 100, "font.size": LETTERS, "text.color": DARK, "grid.color": PALE},
+    **{"grid.linewidth": 1, "lines.solid_capstyle": "round", "patch.edgecolor": "white"},
+    **{"patch.force_edgecolor": True, "legend.frameon": False, "legend.fontsize": LETTERS},
+    **{"axes.grid": True, "axes.axisbelow": True, "axes.edgecolor": PALE, "axes.linewidth": 1.25},
+    **{"axes.labelcolor": DARK, "axes.labelsize": LETTERS, "axes.titlesize": LETTERS},
+    **{"axes.titleweight": "bold", "axes.titlelocation": "left"},
+    "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "sans-serif"],
+}
+
+
 @lru_cache
 def _pyplot():
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
 
-    sizes = ("font", "axes.title", "axes.label", "xtick.label", "ytick.label", "legend.font")
-    letters = {f"{name}.size" if name == "font" else f"{name}size": LETTERS for name in sizes}
-    frames = {"axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False}
-    sns.set_theme(style="whitegrid", rc=letters | frames | {"figure.dpi": 100})
+    plt.rcParams.update(TICKS | STYLE)
     return plt
 
 

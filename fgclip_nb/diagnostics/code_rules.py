@@ -8,7 +8,9 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/08a_code_rules.ipynb #de12eb53
 import math
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, chance_share, rule
-from fgclip_nb.diagnostics.data_rules import FEW_TEXTS, audit_of, boxes_fit
+from fgclip_nb.diagnostics.expectations import LITTLE
+from fgclip_nb.diagnostics.inputs import expected_winners, samples_behind
+from fgclip_nb.diagnostics.data_rules import FEW_TEXTS, audit_of, boxes_fit, turned_photos, usual
 
 # %% ../../nbs/6_diagnostics/08a_code_rules.ipynb #8a6a2765
 CHECKS = {
@@ -83,12 +85,40 @@ def epoch_marks(ev) -> list:
     return [row for row in rows if len(row) == longest]
 
 
+def few_behind(ev) -> tuple:
+    """(number, why) where the steps are made of far fewer samples than there are; else ().
+
+    Told by the samples inside a batch, and by how often the same least mark comes back: three
+    deviations fewer than the training photos would give, and half of these samples or less."""
+    size, steps = int(ev.params.get("batch_size", 0)), len(ev.series("batch_least"))
+    known = audit_of(ev, "train") or 0
+    different = usual(ev, "distinct_share")
+    if different < 0.7 and known >= size:
+        why = (
+            f"a batch of {size} holds {different * size:.0f} different samples, the others are the "
+            "same again: loader processes or a sampler draw alike"
+        )
+        return round(different * size), why
+    if not size or not known or steps < 20 or ev.params.get("processes", 1) > 1:
+        return ()
+    winners = ev.series("batch_least").nunique()
+    mean, deviation = expected_winners(known, size, steps)
+    behind = samples_behind(winners, size, steps, known)
+    if winners > mean - 3 * deviation or behind > known / 2:
+        return ()
+    why = (
+        f"{steps} batches seem to be drawn from about {behind} of the {known} training samples "
+        f"({winners} different least marks, {mean:.0f} expected)"
+    )
+    return behind, why
+
+
 BATCH_ADVICE = "Look at the sampler: it needs another order each epoch, from seed and epoch."
 
 
 @rule("batch_mark", threshold="new batches, in new order", rank=CAUSE + 5)
 def batches_repeat(ev):
-    "The same batch at every step, or the same batches in the same order each epoch: no shuffling."
+    "The same batch at every step, the same order each epoch, or the same few samples for all."
     marks = ev.series("batch_mark")
     per_step = ev.params.get("batch_size", 0) * ev.params.get("gradient_accumulation_steps", 1)
     if (audit_of(ev, "train") or math.inf) < 2 * per_step * ev.params.get("processes", 1):
@@ -101,6 +131,8 @@ def batches_repeat(ev):
             "again and again"
         )
         return FAIL, marks.nunique(), why, BATCH_ADVICE
+    if few := few_behind(ev):
+        return FAIL, *few, "Look at the sampler, at a subset left in it, at seeds of the loaders."
     epochs = epoch_marks(ev)
     if len(epochs) < 2 or len(epochs[0]) < 4:
         return PASS, marks.nunique(), f"{marks.nunique()} different batches in {len(marks)} steps"
@@ -124,12 +156,30 @@ PIXEL_MISTAKES = (
 )
 
 
+def held_out_pixels(ev) -> str:
+    "How held-out pixels are normalised otherwise than those of training, in words; else empty."
+    columns = ("pixel_min", "pixel_max", "pixel_contrast")
+    if not ev.has(*columns, *(f"val_{c}" for c in columns)):
+        return ""
+    there = [float(ev.series(f"val_{c}").median()) for c in columns]
+    here = [float(ev.series(c).median()) for c in columns]
+    found = [how for is_so, how in PIXEL_MISTAKES if is_so(*there) and not is_so(*here)]
+    if not found:
+        return ""
+    return (
+        f"held-out pixels go from {there[0]:.3g} to {there[1]:.3g}, those of training from "
+        f"{here[0]:.3g} to {here[1]:.3g}: held-out photos were {found[0]}"
+    )
+
+
 @rule(("pixel_min", "pixel_max"), threshold="about -2 to 2.6", rank=CAUSE + 7)
 def pixels_not_normalised(ev):
     "The pixels that reach the model are not normalised as it expects."
     low, high = float(ev.series("pixel_min").median()), float(ev.series("pixel_max").median())
     mean, std = float(ev.series("pixel_mean").median()), float(ev.series("pixel_std").median())
     value = f"{mean:.2f} ± {std:.2f}"
+    if apart := held_out_pixels(ev):
+        return FAIL, value, apart, "Prepare held-out photos by the same function as the others."
     if (audit_of(ev, "photos", "flat_share") or 0) > 0.5:
         return None
     inside = ev.series("pixel_contrast") if ev.has("pixel_contrast") else ev.series("pixel_std")
@@ -185,16 +235,21 @@ def belongs_elsewhere(ev, at_luck: bool) -> tuple:
     "(why, advice) where texts seem to belong to other photos, boxes being sound; else empty."
     few = (audit_of(ev, "phrases", "distinct") or 0) <= FEW_TEXTS
     sound = boxes_fit(ev) > 0.4 and not math.isinf(boxes_fit(ev)) and not few
-    if not sound or not chance_share(ev, "region") > 0.9 or (ev.last_step or 0) < 60:
+    at_chance = 0.9 < chance_share(ev, "region") < 1.1
+    if not sound or not at_chance or (ev.last_step or 0) < 60:
         return ()
     captions = chance_share(ev, "global")
-    if captions < 0.8:
+    negatives = not at_luck and chance_share(ev, "hard") > 0.98  # those contradict the phrases
+    if captions < 0.8 and not negatives:
         return (
             f"the boxes lie on edges of their photos and captions are learnt ({captions:.0%} of "
             "chance), yet regions stay at chance: phrases do not belong to their boxes, in the "
             "file or in what pairs them",
             "Look at photos with boxes and phrases: order, rows joined one too late.",
         )
+    line = audit_of(ev, "photos", "line") or {}
+    if line and line["rank"] < LITTLE * line["luck"]:
+        return ()  # colours of photos tell their captions: those belong to them
     if captions > 0.9 and chance_share(ev, "hard") > 0.9 and at_luck and inputs_differ(ev):
         return (
             "every loss is at chance and inside a photo phrases are found by luck only, while "
@@ -204,9 +259,48 @@ def belongs_elsewhere(ev, at_luck: bool) -> tuple:
     return ()
 
 
-@rule("within_top1", threshold="above luck", rank=CAUSE + 35)
+OWN_TEXTS = dict(own_captions="captions", own_phrases="phrases")
+
+
+def nothing_learnt(ev) -> bool:
+    "Whether captions or regions end at 90 % of chance or above, or held-out ones at that of luck."
+    rank, level = ev.series("val_mean_rank"), ev.series("val_mean_rank_chance")
+    by_luck = len(rank) and len(level) and rank.iloc[-1] > 0.8 * level.iloc[-1]
+    return bool(by_luck) or any(chance_share(ev, kind) > 0.9 for kind in ("global", "region"))
+
+
+def of_other_samples(ev) -> tuple:
+    """(why, advice) where texts or photos of a batch are not those of its samples and nothing is
+    learnt, or hardly anything; else (). Texts that somebody has put another way may be learnt."""
+    if not nothing_learnt(ev):
+        return ()
+    here, there = (ev.series(f"{part}flat_share").mean() for part in ("", "val_"))
+    if here > there + 0.3:
+        return ()  # photos are painted over
+    named = [f"{usual(ev, c):.0%} of the {k}" for c, k in OWN_TEXTS.items() if usual(ev, c) < 0.8]
+    if named:
+        return (
+            f"only {' and '.join(named)} in a batch stand in the sample they are paired with: they "
+            "are exchanged between the file and the model",
+            "Look at what pairs them: captions and phrases, rows shifted or sorted apart.",
+        )
+    copies = usual(ev, "copies_share") > 0.3  # told as such
+    if usual(ev, "photo_alike") < 0.7 and not turned_photos(ev) and not copies:
+        return (
+            "the pictures in a batch are not the photos of their samples (light and dark correlate "
+            f"by {usual(ev, 'photo_alike'):.2f}): texts and boxes belong to other photos",
+            "Look at what finds a photo by the number or the name of its sample.",
+        )
+    return ()
+
+
+@rule(threshold="above luck", source="within_top1 or own_captions", rank=CAUSE + 35)
 def phrases_mispaired(ev):
     "Boxes and phrases are mixed up inside photos: a phrase is found in its photo, not in its box."
+    if (others := of_other_samples(ev)) and (ev.last_step or 0) >= 40:
+        return FAIL, None, *others
+    if not ev.has("within_top1"):
+        return None
     top1, luck, error = within_share(ev)
     if (ev.last_step or 0) < 40 or math.isnan(top1):
         return LATER, None, "judged from step 40 on"

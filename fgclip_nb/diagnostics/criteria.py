@@ -122,6 +122,9 @@ def large_oscillation(ev):
     )
 
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #65851477
+LEARNT = 0.6  # of chance, under which a loss needs no further fall
+
+
 @rule(("loss_region", "loss_global"), threshold="both fall", rank=SYMPTOM + 21)
 def losses_fall_together(ev):
     "One of the global and the region loss does not fall."
@@ -140,7 +143,10 @@ def losses_fall_together(ev):
     value = ", ".join(f"{k} {v:+.2f}" for k, v in falls.items())
     if all(v < -0.02 for v in falls.values()):
         return PASS, value, "of the chance level, first to last 20 steps"
-    stays = " and ".join(k for k, v in falls.items() if v >= -0.02)
+    stays = [k for k, v in falls.items() if v >= -0.02]
+    stays = " and ".join(k for k in stays if not chance_share(ev, k) < LEARNT)
+    if not stays:
+        return PASS, value, "what did not fall was learnt before"
     return (
         FAIL,
         value,

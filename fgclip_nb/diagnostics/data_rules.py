@@ -136,10 +136,48 @@ def boxes_fit(ev) -> float:
     return fit["other"] / math.sqrt(fit["n"])
 
 
+def usual(ev, column) -> float:
+    "The median of a column over at least three looks; nan where it is not known."
+    values = ev.series(column)
+    return float(values.median()) if len(values) >= 3 else math.nan
+
+
+WHOLE_AT_MOST = 0.6  # share of boxes that may be the whole photo
+TURNS = dict(
+    mirrored="mirrored",
+    turned_over="turned upside down",
+    turned_left="turned a quarter",
+    turned_right="turned a quarter",
+)
+
+
+def turned_photos(ev) -> str:
+    "How photos are turned between their file and the model, in words; empty where they are not."
+    for way, how in TURNS.items():
+        if usual(ev, "photo_alike") < 0.7 and usual(ev, f"photo_alike_{way}") > 0.95:
+            return how
+    return ""
+
+
+def changed_boxes(ev) -> str:
+    "What a batch does to boxes that were right in the file, in words; empty where nothing."
+    if turned := turned_photos(ev):
+        return f"photos are {turned} on their way to the model, their boxes are not"
+    own = usual(ev, "own_boxes")
+    if own < 0.9 and not ev.series("zero_share_region").mean() > 0.1:
+        return (
+            f"only {own:.0%} of the boxes in a batch are boxes of their sample and lie in its "
+            "photo: they are changed on their way from the file"
+        )
+    return ""
+
+
 def wrong_reading(ev) -> str:
     "How the boxes should have been read, in words; empty when as they were."
+    if changed := changed_boxes(ev):
+        return changed
     boxes, fit = audit_of(ev, "boxes") or {}, audit_of(ev, "photos", "fit") or {}
-    if one_box_for_all(ev):
+    if one_box_for_all(ev) or boxes.get("whole_share", 0) > WHOLE_AT_MOST:
         return ""  # told by another rule
     if fit.get("t", 0) > 10 and fit["gain"] > 1.4:
         return (
@@ -147,7 +185,9 @@ def wrong_reading(ev) -> str:
             f"({fit['gain']:.1f} times the contrast, t = {fit['t']:.0f})"
         )
     late = (ev.last_step or 0) >= 60
-    if late and boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
+    own_photos = not (audit_of(ev, "photos", "repeated_share") or 0) > 0.5  # else told of copies
+    alone = chance_share(ev, "global") < 0.9  # else captions do not belong to the photos either
+    if late and own_photos and alone and boxes_fit(ev) < 0.2 and chance_share(ev, "region") > 0.7:
         return (
             "their borders lie on edges of their photo hardly more often than the boxes of "
             "another photo do, and regions are not learnt: mirrored, counted from below, or joined "
@@ -193,7 +233,7 @@ def boxes_constant(ev):
         return None
     share, whole = audit_of(ev, "boxes", "distinct_share"), audit_of(ev, "boxes", "whole_share")
     advice = "Draw a box around what each phrase names, or train captions alone (region_weight=0)."
-    if whole > 0.8:
+    if whole > WHOLE_AT_MOST:
         why = f"constant boxes: {whole:.0%} of the {kept} boxes are the whole photo"
         return FAIL, whole, why, advice
     if one_box_for_all(ev):
@@ -202,6 +242,11 @@ def boxes_constant(ev):
     return PASS, share, f"{share * kept:.0f} different boxes among {kept}: not one box for all"
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #442c17bd
+def finished_all(ev) -> bool:
+    "Whether a run has done all its steps, as far as they are known."
+    return ev.finished and (ev.last_step or 0) >= int(ev.params.get("max_steps") or 0)
+
+
 @rule(threshold="under 5 % lost", source="audit.json", rank=CAUSE + 12)
 def media_missing(ev):
     "Photos or clips are not there or cannot be read, and their entries are not trained."
@@ -214,6 +259,11 @@ def media_missing(ev):
     count = sum(gone.values())
     total = count + audit_of(ev, "train") + audit_of(ev, "val")
     share = count / max(total, 1)
+    late = ev.facts.get("lost_on_the_way", 0)
+    if late >= 3 and ev.params and not finished_all(ev):
+        why = f"{late} photos or clips that were there at first could no longer be read: the run "
+        why += f"ended after step {ev.last_step or 0}"
+        return FAIL, late, why, "See rejects.jsonl; look at the disk or the network drive."
     if share < 0.05:
         return PASS, share, f"{count} of {total} photos or clips could not be used"
     how = " and ".join(name.replace("_", " ") for name in gone)
@@ -235,37 +285,60 @@ def photos_blank(ev):
         return FAIL, share, why, advice
     if len(contrast) and contrast.median() < 1e-3:
         return FAIL, 0.0, "the photos that reach the model are each of one colour", advice
+    here, there = (ev.series(f"{part}flat_share").mean() for part in ("", "val_"))
+    if here > there + 0.3:
+        why = f"{here:.0%} of a training photo is of one colour, {there:.0%} of a held-out one"
+        return FAIL, here, why, "Look at what paints over photos: an augmentation, a mask, borders."
     return PASS, share or 0.0, "photos have contrast"
 
 
-@rule(threshold="colour where colours are named", source="audit.json", rank=CAUSE + 37)
+def tone_lost(ev) -> str:
+    "Where photos have lost their colours on the way to the model, in words; else empty."
+    toned = usual(ev, "toned_share")
+    if not toned >= TONED_AT_MOST:
+        return ""
+    why = f"{toned:.0%} of the photos that reach the model are of one tone, grey or sepia"
+    if ev.series("val_toned_share").mean() < 0.5 * toned:
+        why += ", held-out photos keep their colours"
+    return why
+
+
+GREY_AT_MOST, TONED_AT_MOST = 0.25, 0.4  # a tenth of usual photos are nearly of one tone
+
+
+@rule(threshold="colour where colours are named", source="audit.json, toned_share", rank=CAUSE + 28)
 def photos_grey(ev):
-    "Photos are grey although their texts name colours."
+    "Photos are grey, or of one tone, although their texts name colours."
     grey = audit_of(ev, "photos", "grey_share")
     named = max(
         (audit_of(ev, kind, "colour_share") or 0 for kind in ("captions", "phrases")), default=0
     )
     if grey is None:
         return None
-    if grey < 0.5 or named < 0.2:
-        return (
-            PASS,
-            grey,
-            f"{grey:.0%} of the photos are grey, {named:.0%} of the texts name a colour",
-        )
-    why = f"{grey:.0%} of the photos are grey, and {named:.0%} of the texts name a colour"
-    return (
-        FAIL,
-        grey,
-        why,
-        "Find where the colour was lost: the export, a conversion to one channel.",
-    )
+    copies = audit_of(ev, "photos", "repeated_share") or 0
+    if copies > 0.3 and grey - copies < GREY_AT_MOST:
+        return PASS, grey, f"{grey:.0%} of the photos are grey, and are copies of one another"
+    why = f"{grey:.0%} of the photos are grey"
+    if grey < GREY_AT_MOST:
+        why = tone_lost(ev) or why
+    why += f", and {named:.0%} of the texts name a colour"
+    if named < 0.2 or not (grey >= GREY_AT_MOST or tone_lost(ev)):
+        return PASS, grey, why
+    advice = "Find where the colour was lost: the export, one channel for three, an augmentation."
+    return FAIL, grey, why, advice
 
 
 @rule(threshold="under 30 % copies", source="audit.json", rank=CAUSE + 44)
 def photos_repeated(ev):
     "Many training photos are copies of others: fewer data than it seems."
     share = audit_of(ev, "photos", "repeated_share")
+    copies, alike = usual(ev, "copies_share"), usual(ev, "distinct_share") < 1
+    if copies > 0.3 and not alike and not (share or 0) > 0.3:
+        why = (
+            f"{copies:.0%} of the pictures of a batch equal another one of it, while the photos of "
+            "the data differ: a cache or a reader gives one photo for several samples"
+        )
+        return FAIL, copies, why, "Look at what names a photo in the cache or in the reader."
     if share is None:
         return None
     if share < 0.3:
@@ -316,6 +389,15 @@ def texts_few(ev):
     looked = {kind: audit_of(ev, kind) for kind in TEXT_NAMES if audit_of(ev, kind, "n")}
     for kind, t in looked.items():
         n, distinct, top = t["n"], t["distinct"], t["top_share"]
+        few = t.get("few_share", 0)  # phrases are names of things, which may well come back
+        if n >= 50 and few > 0.5 and kind != "phrases" and distinct > FEW_TEXTS and top <= 0.6:
+            why = f"{few:.0%} of the {n} {TEXT_NAMES[kind]} are one of {FEW_TEXTS} texts"
+            return (
+                FAIL,
+                few,
+                f"{why}: they say nothing of a photo",
+                "Leave them out, or write them anew.",
+            )
         if n >= 50 and (distinct <= FEW_TEXTS or top > 0.6):
             why = (
                 f"the {n} {TEXT_NAMES[kind]} are {distinct} different texts, the commonest stands "
@@ -347,6 +429,8 @@ def cut_at(ev, kind: str) -> int:
 
 def cut_on_the_way(ev) -> tuple:
     "(share kept, why) where texts reach the model much shorter than they stand in the file; or ()."
+    if usual(ev, "own_captions") < 0.9 or usual(ev, "own_phrases") < 0.9:
+        return ()  # other texts
     for kind in ("captions", "phrases"):
         written, read = audit_of(ev, kind, "tokens"), ev.series(f"tokens_{kind}")
         if not written or len(read) < 3 or not read.mean() < KEPT_AT_LEAST * written:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from fgclip_nb.core.identity import stable_id
-from fgclip_nb.core.plain import escape_html
+from fgclip_nb.core.plain import NO_MATH, escape_html
 from fgclip_nb.core.config import PRESET_NAMES, epochs_of
 from fgclip_nb.core.patience import judged_by, patience_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
@@ -73,7 +73,7 @@ def html_table(head, rows, styles=None) -> str:
         for r, row in enumerate(rows)
     )
     names = "".join(f'<th style="text-align:left">{escape_html(h)}</th>' for h in head)
-    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table {NO_MATH}><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/6_diagnostics/04_expectations.ipynb #ce652d50
 @dataclass

@@ -6,7 +6,6 @@
 __all__ = ['Happened', 'what_happened']
 
 # %% ../../nbs/6_diagnostics/12b_happened.ipynb #a3211ec4
-import math
 from fgclip_nb.core.folder import Run
 from fgclip_nb.diagnostics.expectations import (
     LINE_ROW,

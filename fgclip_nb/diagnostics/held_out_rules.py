@@ -19,7 +19,7 @@ from fgclip_nb.diagnostics.rules import (
     rule,
 )
 from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS
-from fgclip_nb.diagnostics.data_rules import audit_of
+from fgclip_nb.diagnostics.data_rules import audit_of, usual
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
@@ -68,7 +68,8 @@ def ever_carried_over(ev, kind="global") -> bool:
     """Whether a held-out figure was clearly better than chance at any validation.
 
     kind: `region`, its loss; else the caption ranks or the losses of captions."""
-    if val_share(ev, "region" if kind == "region" else "global").min() < 0.9:
+    ranked = kind != "region" and ev.has("val_mean_rank", "val_mean_rank_chance_low")
+    if not ranked and val_share(ev, "region" if kind == "region" else "global").min() < 0.9:
         return True
     looks = range(len(ev.series("val_mean_rank")) if kind != "region" else 0)
     return any(clearly_better(retrieval_scores(ev, k)) for k in looks)
@@ -85,14 +86,52 @@ def val_share(ev, kind: str):
     ]
     return sum(parts) / len(parts) if parts else pd.Series(dtype=float)
 
+# %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c8
+def inputs_apart(ev) -> str:
+    "How inputs of training differ from held-out ones or from their files, in words; '' if nothing."
+    found = []
+    for column, what in dict(
+        tokens_captions="tokens a caption", pixel_std="pixel deviation"
+    ).items():
+        here, there = usual(ev, column), ev.series(f"val_{column}").mean()
+        if there > 1.4 * here or here > 1.4 * there:
+            found.append(f"{what} {here:.3g} in training and {there:.3g} held out")
+    here, there = usual(ev, "pixel_mean"), ev.series("val_pixel_mean").mean()
+    if abs(here - there) > 0.4:
+        found.append(f"mean of pixels {here:.2f} in training and {there:.2f} held out")
+    gap, exchanged = usual(ev, "photo_gap"), usual(ev, "photo_gap_bgr")
+    if gap > 5:
+        found.append(f"training photos are {gap:.0f} grey levels away from what stands in the data")
+    if exchanged < 0.3 * gap:
+        found[-1] += ", and are those with red and blue exchanged"
+    return "; ".join(found)
+
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c7
 ENOUGH_HELD_OUT = 10
+
+
+def inside_alone(ev) -> str:
+    """In words, that a straight line carries over from one half of the training photos to the
+    other and not to held-out ones: those are prepared or captioned otherwise. Else empty."""
+    within, line = audit_of(ev, "photos", "line_within"), audit_of(ev, "photos", "line")
+    if not within or not line:
+        return ""
+    good, bad = within["rank"] < 0.5 * within["luck"], line["rank"] > LITTLE * line["luck"]
+    if not (good and bad):
+        return ""
+    return (
+        "a straight line from colours to words carries over to other training photos (rank "
+        f"{within['rank']:.0f}, luck {within['luck']:.0f}) and not to held-out ones "
+        f"({line['rank']:.0f}, luck {line['luck']:.0f}): those are prepared or captioned otherwise"
+    )
 
 
 def as_much_as_the_data_give(ev, s: dict) -> str:
     """In words, that a model from random weights ranks no worse than a straight line that ranks
     little better than luck; empty where that is not so, or not known."""
     line = audit_of(ev, "photos", "line")
+    if line and inside_alone(ev):
+        return ""
     if not line or ev.params.get("model") not in RANDOM_MODELS:
         return ""
     if line["rank"] <= LITTLE * line["luck"] or s["rank"] > line["rank"]:
@@ -145,6 +184,8 @@ def held_out_above_chance(ev):
             f"captions are found {found} ({summary}): captions are mispaired, held-out photos are "
             "of another domain, or there are too few data"
         )
+        if apart := "; ".join(filter(None, (inside_alone(ev), inputs_apart(ev)))):
+            why += f". Inputs differ: {apart}"
         return FAIL, s["rank"], why, APART
     why = f"held-out captions are found by luck: {summary}"
     return FAIL, s["rank"], why, "See the verdicts on the training loss: it hardly fell either."

@@ -81,6 +81,15 @@ def _check_audit(path, audit, inside=""):
             _check_audit(path, value, f"{name}.")
 
 
+def lost_on_the_way(path) -> int:
+    "How many samples of a rejects.jsonl were there before the first step and not in training."
+    with open(path, "rb") as lines:
+        return sum(b'"unreadable_media"' in line and TRIED in line for line in lines)
+
+
+TRIED = b"(tried "  # how `unreadable` ends its reasons
+
+
 def validated_facts(run: Run) -> dict:
     "The best validation of a run (step, by) and whether it ended early, as far as they are known."
     summary = run.summary() if run.finished else {}
@@ -110,6 +119,8 @@ def run_evidence(run) -> Evidence:
     facts |= validated_facts(run)
     expected = {row["name"]: row.get("value") for row in run.expectations()}
     facts |= dict(expected=expected) if expected else {}
+    if (run.path / "rejects.jsonl").exists():
+        facts["lost_on_the_way"] = lost_on_the_way(run.path / "rejects.jsonl")
     if (run.path / "bad_steps.jsonl").exists():
         facts["bad_steps"] = list(read_jsonl(run.path / "bad_steps.jsonl"))
     timing = metrics_frame(run.timing())

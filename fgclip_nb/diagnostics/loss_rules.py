@@ -28,12 +28,23 @@ from fgclip_nb.diagnostics.rules import (
 )
 
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #f78867be
+FLOOR_AT_MOST = 0.2  # of chance, that equal captions may cost
+
+
 @rule("duplicate_floor_region", threshold="0.1 above the floor", rank=CAUSE + 39)
 def duplicate_floor_reached(ev):
     "Equal captions are counted as negatives: the loss stands on a floor no training removes."
     masked = ev.series("masked_share_region").max() > 0
     if masked or ev.params.get("duplicates", "ignore") != "ignore":
         return PASS, 0.0, "equal captions are not counted as negatives"
+    floor = float(ev.series("duplicate_floor_global").tail(20).mean())
+    level = float(chance(ev, "global").tail(20).mean())
+    if floor > FLOOR_AT_MOST * level:
+        why = (
+            f"equal captions count as each other's negatives, which costs {floor:.2f} nats of the "
+            f"global loss, {floor / level:.0%} of its chance level {level:.2f}"
+        )
+        return FAIL, floor, why, "Set `duplicates` to mask or positive; write what differs."
     floor = float(ev.series("duplicate_floor_region").tail(20).mean())
     loss = float(ev.series("loss_region").tail(20).mean())
     if floor < 0.05 or abs(loss - floor) > 0.1:
@@ -166,6 +177,15 @@ def chance_words(ev, kind: str, level: float) -> str:
     return f"features that know nothing have {level:.3f}, of {count:.3g} candidates"
 
 
+def tells_its_own(ev) -> bool:
+    """Whether regions find their phrase inside their photo above luck while hard negatives are at
+    chance: those contradict the phrases, and not the boxes."""
+    top1, luck = (float(ev.series(f"within_{name}").tail(5).mean()) for name in ("top1", "luck"))
+    rows = float(ev.series("within_rows").tail(5).sum())
+    error = math.sqrt(max(luck * (1 - luck), 0) / max(rows, 1)) if luck == luck else math.nan
+    return top1 > luck + 3 * error and chance_share(ev, "hard") > 0.98
+
+
 def _judge_chance(ev, kind):
     loss, level = _loss_and_level(ev, kind)
     ratio = (loss / level).dropna()
@@ -177,6 +197,9 @@ def _judge_chance(ev, kind):
         return PASS, value, f"loss {mean:.3f}, chance {ln:.3f}"
     if ev.last_step is not None and ev.last_step < 50:
         return LATER, value, f"at chance ({mean:.3f}), as expected before step 50"
+    if kind == "region" and tells_its_own(ev):
+        why = "inside their photos regions find their phrases; hard negatives stay at chance"
+        return PASS, value, why
     level_words = chance_words(ev, kind, ln)
     stands = "at chance" if value < 1.1 else f"above chance ({value:.0%} of it)"
     why = f"the {kind} loss {mean:.3f} is {stands}: {level_words}"
@@ -193,6 +216,9 @@ def _judge_chance(ev, kind):
             "Look at the temperature: too high, too low, divided instead of times.",
         )
     hint, advice = chance_hint(ev, kind)
+    rank = ev.series(f"effective_rank_{dict({'global': 'image'}).get(kind, kind)}").tail(5)
+    if rank.median() < 1.05:
+        hint += "; embeddings have collapsed into one direction"
     return FAIL, value, f"{why}; {hint}", advice
 
 

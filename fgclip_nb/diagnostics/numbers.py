@@ -9,7 +9,8 @@ __all__ = ['chance_level']
 import json, math, os, struct
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.folder import table_of
+from fgclip_nb.core.packed import check_ordinary
+from fgclip_nb.core.folder import naming, table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -54,6 +55,7 @@ def rows_until(path, last_step: int):
 
     It ends at the first line that is no row of a later step than the one before it."""
     end = before = 0
+    check_ordinary(path)
     for line in open(path, "rb") if Path(path).exists() else ():
         end += len(line)
         try:
@@ -86,10 +88,11 @@ class JsonLines:
 
     def write(self, row: dict):
         "Append a row; non-finite numbers are written as text."
-        if self.file is None:
-            self.file = open(self.path, "a", encoding="utf-8")
-        self.file.write(json.dumps(jsonable(row)) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            if self.file is None:
+                self.file = open(self.path, "a", encoding="utf-8")
+            self.file.write(json.dumps(jsonable(row)) + "\n")
+            self.file.flush()
 
     def truncate(self, step: int) -> dict:
         "Cut the file behind `step`, or behind its last sound line; returns that row, {} for none."
@@ -129,9 +132,9 @@ def metrics_frame(rows):
 
     raw = rows if hasattr(rows, "columns") else table_of(map(jsonable, rows))
     columns = {c: _floats(raw[c]) for c in raw.columns if c != "nonfinite"}
-    frame = pd.DataFrame(columns, copy=False)
     if "nonfinite" in raw:
-        frame["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
+        columns["nonfinite"] = [v if isinstance(v, str) else "" for v in raw["nonfinite"]]
+    frame = pd.DataFrame(columns, copy=False)
     if "step" not in frame or frame["step"].is_monotonic_increasing:
         return frame
     return frame.sort_values("step", kind="stable").reset_index(drop=True)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #d895b6c7
 import math
+from fgclip_nb.diagnostics.measures import MODULES
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, interval, rule
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #a23db37c
@@ -34,10 +35,18 @@ def steps_skipped(ev):
     )
 
 # %% ../../nbs/6_diagnostics/10a_plain_rules.ipynb #487edf4c
-@rule("grad_norm", threshold="> 0, under 1,000 times its usual size", rank=CAUSE + 60)
+@rule("grad_norm", threshold="> 0, under 1,000 times its usual size", rank=CAUSE + 13)
 def gradient_size(ev):
-    "Gradients are 0, or explode."
+    "Gradients are 0, explode, or are never set to zero."
     norm = ev.series("grad_norm")
+    left = ev.series("grad_left")
+    held = [float(ev.series(f"held_share/{m}").min()) for m in MODULES if ev.has(f"held_share/{m}")]
+    if (left > 0).sum() >= 3 and not min(held, default=1.0) < 0.999:  # else nobody clears them
+        why = (
+            f"gradients stand before {(left > 0).sum()} steps began, of norm {left.median():.3g}: "
+            "they are not set to zero, so each step adds to all that came before"
+        )
+        return FAIL, float(left.median()), why, "Call `optimizer.zero_grad()` after each step."
     norm = norm[norm.abs() < math.inf]
     if not is_plain(ev) or not len(norm):
         return None

@@ -15,6 +15,7 @@ from fgclip_nb.losses.objective import total_loss
 from fgclip_nb.diagnostics.numbers import JsonLines, mean_of
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.signs import batch_mark, form_values, sign_values, weight_values
+from fgclip_nb.diagnostics.inputs import least_mark, picture_values
 from fgclip_nb.diagnostics.fetch import Fetch, mean_of_known
 from fgclip_nb.diagnostics.measures import (
     PAIRS,
@@ -108,6 +109,7 @@ def forward_note(terms: dict, features: dict, batch, diagnostic: bool) -> dict:
         batch=batch if diagnostic else None,
         scales=scales,
         mark=None if ids is None else batch_mark(ids),
+        least=None if ids is None else least_mark(ids),
         images=len(features.get("image_features", ())),
         regions=len(features.get("region_features", ())),
     )
@@ -138,9 +140,11 @@ def step_scales(notes: list, model=None) -> dict:
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #f083b97d
 def step_mark(notes: list) -> dict:
-    "The mark of a step's samples, summed over its forwards; empty where they are not known."
-    marks = [n["mark"] for n in notes if n["mark"] is not None]
-    return dict(batch_mark=sum(marks)) if marks else {}
+    """batch_mark: of a step's samples, summed over its forwards; batch_least: `least_mark` of the
+    last forward. Empty where samples are not known."""
+    known = [n for n in notes if n["mark"] is not None]
+    marks = [n["mark"] for n in known]
+    return dict(batch_mark=sum(marks), batch_least=known[-1]["least"]) if known else {}
 
 
 def held_parameters(optimizer) -> set:
@@ -161,6 +165,7 @@ def diagnostic_columns(notes: list, probe: UpdateProbe, bank=None, losses="softm
     # with the temperatures of the forward: those of the features may have been updated in place
     used = [n["features"] | n["scales"] for n in looked]
     columns |= sign_values(used, [n["batch"] for n in looked], losses)
+    columns |= picture_values(looked[-1]["batch"])
     if bank is not None:
         ids = getattr(notes[-1]["batch"], "region_ids", None)
         columns |= bank_health(bank, features[-1].get("region_features"), ids)

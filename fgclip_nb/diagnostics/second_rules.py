@@ -10,6 +10,7 @@ import math
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, rule
 
 # %% ../../nbs/6_diagnostics/10c_second_rules.ipynb #5dd04c55
+FAR_BIAS = 5.0  # nats from what a model that knows nothing needs
 MATCHES_WITHIN = 3.0  # factor by which the expected matches may differ from one
 
 
@@ -19,10 +20,20 @@ def bias_fits(ev):
     expected = ev.series("expected_matches_global")
     n = max(1, len(expected) // 5)
     first, last = float(expected.iloc[0]), float(expected.tail(n).median())
-    if 1 / MATCHES_WITHIN <= last <= MATCHES_WITHIN:
-        return PASS, last, f"a row expects {last:.2g} matches, {first:.2g} at first"
     candidates, bias = ev.series("candidates_global"), ev.series("logit_bias")
     count = float(candidates.median()) if len(candidates) else math.nan
+    far = float(bias.iloc[-1]) + math.log(max(count - 1, 1)) if len(bias) else math.nan
+    fitted = 1 / MATCHES_WITHIN <= last <= MATCHES_WITHIN
+    began = 1 / MATCHES_WITHIN <= first <= MATCHES_WITHIN
+    if fitted and not began and abs(far) > FAR_BIAS:
+        why = (
+            f"logit_bias {bias.iloc[-1]:.2f} is {abs(far):.0f} away from the "
+            f"{-math.log(max(count - 1, 1)):.2f} that {count:g} candidates need: a row expected "
+            f"{first:.2g} matches at first, and the cosines had to learn to make up for it"
+        )
+        return FAIL, first, why, "Set logit_bias_init to that, or leave it unset from scratch."
+    if fitted:
+        return PASS, last, f"a row expects {last:.2g} matches, {first:.2g} at first"
     which = f"logit_bias {bias.iloc[-1]:.2f}" if len(bias) else "the bias of the sigmoid loss"
     where = "too high" if last > 1 else "too low"
     fits = f"{-math.log(max(count - 1, 1)):.2f}" if count == count else "-ln(candidates - 1)"

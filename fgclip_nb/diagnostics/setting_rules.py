@@ -56,6 +56,17 @@ def warmup_too_long(ev):
     if warmup is None or not asked or not steps:
         return None
     peak = float(lr.max())
+    if ev.finished and (ev.last_step or 0) < min(warmup, steps) and 0 < peak < 0.9 * asked:
+        patience = ev.params.get("early_stop") or 0
+        why = (
+            f"the run of {steps} steps ended at step {ev.last_step}, within its warm-up of "
+            f"{warmup}: the learning rate only reached {peak:.2g} of {asked:g}"
+        )
+        why += (
+            f" (`early_stop` = {patience}, a validation each {ev.params.get('eval_every')} steps)"
+        )
+        advice = "Validate less often, or let `early_stop` wait for more validations than that."
+        return FAIL, ev.last_step, why, advice
     if warmup < steps or (ev.finished and peak > 0.9 * asked):
         return PASS, warmup, f"{warmup} of {steps} steps"
     why = (
@@ -92,6 +103,23 @@ def learnt_little(ev) -> bool:
     return any(little) if ev.params.get("model") in RANDOM_MODELS else bool(known) and all(little)
 
 
+STILL_RANDOM = 0.03  # of their size, were all steps to point the same way
+HALF_LEARNT = 0.6  # of chance
+
+
+def still_random(ev) -> float:
+    """How far the weights can have come from their random start, of their size, where that is next
+    to nothing and a loss is far from learnt; else 0."""
+    far = {}
+    for tower in ("vision", "text"):
+        moved, weight = ev.series(f"update_norm/{tower}"), ev.series(f"weight_norm/{tower}")
+        far[tower] = float((moved / weight).mean()) * (ev.last_step or 0)
+    most = max(far.values())
+    ends = [chance_share(ev, k) for k in ("global", "region")]
+    random = ev.params.get("model") in RANDOM_MODELS and bool(ev.params)
+    return most if random and most < STILL_RANDOM and max(ends) > HALF_LEARNT else 0.0
+
+
 def has_broken(ev) -> str:
     "How a training broke, in words: a collapse, a loss above its start, not finite; or ''."
     for kind in ("image", "text", "region"):
@@ -106,6 +134,23 @@ def has_broken(ev) -> str:
     return ""
 
 
+def learns_badly(ev) -> str:
+    "From random weights: that a loss still stands at three quarters of chance, in words; or ''."
+    ends = {k: chance_share(ev, k) for k in ("global", "region")}
+    kind = max(ends, key=lambda k: -math.inf if math.isnan(ends[k]) else ends[k])
+    random = bool(ev.params) and ev.params.get("model") in RANDOM_MODELS
+    if not random or not ends[kind] > 0.75 or (ev.last_step or 0) < 40:
+        return ""
+    return f"after {ev.last_step} steps the {kind} loss stands at {ends[kind]:.0%} of chance"
+
+
+def shrunk(ev) -> bool:
+    "Whether a tower's weights went below 80 % of their first norm, and were not replaced at once."
+    towers = [t for t in ("vision", "text") if ev.has(f"weight_norm/{t}")]
+    jumps = [(ev.series(f"update_norm/{t}") / ev.series(f"weight_norm/{t}")).max() for t in towers]
+    return min((growth(ev, t) for t in towers), default=1.0) < 0.8 and not max(jumps) > 0.5
+
+
 @rule(
     "lr", threshold="a step under 3 % of the weights", source="update_norm/<tower>", rank=CAUSE + 30
 )
@@ -115,8 +160,10 @@ def learning_rate_high(ev):
     if not sizes or (ev.last_step or 0) < 20:
         return None
     tower = max(sizes, key=sizes.get)
-    broken = has_broken(ev)
+    broken = has_broken(ev) or learns_badly(ev)
     grown = max(growth(ev, name) for name in sizes)
+    if shrunk(ev):
+        return PASS, sizes[tower], "steps are large because the weights shrink"
     if not broken or (sizes[tower] < STEP_TOO_LARGE and grown < 3):
         return PASS, sizes[tower], f"a step moves the {tower} weights by up to {sizes[tower]:.2%}"
     why = (
@@ -134,7 +181,7 @@ STEP_TOO_LARGE, STEP_TOO_SMALL = 0.03, 5e-4
     "lr",
     threshold="a step over 0.05 % of the weights",
     source="update_norm/<tower>",
-    rank=CAUSE + 31,
+    rank=CAUSE + 34,
 )
 def learning_rate_low(ev):
     "Steps hardly move the weights, and the loss hardly falls: the learning rate is too low."
@@ -142,16 +189,24 @@ def learning_rate_low(ev):
     if not sizes or (ev.last_step or 0) < 40:
         return None
     size = max(sizes.values())
-    if size > STEP_TOO_SMALL or not learnt_little(ev):
+    little, random = learnt_little(ev), still_random(ev)
+    if size > STEP_TOO_SMALL or not (little or random):
         return PASS, size, f"a step moves the weights by up to {size:.2%}"
     steps = ev.last_step
     why = (
         f"the learning rate {float(ev.series('lr').max()):.2g} is too low: a step moves the "
-        f"weights by {size:.4%} of their size, and after {steps} steps losses are still at chance"
+        f"weights by {size:.4%} of their size, and after {steps} steps "
     )
-    return FAIL, size, why, "Multiply `learning_rate` by 10 to 100, or train much longer."
+    why += "losses are still at chance" if little else f"they are at most {random:.1%} away from "
+    why += "" if little else "their random start"
+    advice = (
+        "Multiply `learning_rate` by 10 to 100, train much longer, or see whether the optimiser "
+        "is the one that this rate is meant for (AdamW)."
+    )
+    return FAIL, size, why, advice
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #4af35c37
+LEAST_PART = 0.005  # of the sum, under which a term is as good as absent
 WEIGHTS = dict(loss_global="global_weight", loss_region="region_weight", loss_hard="hard_weight")
 SUMMED = dict(loss_global=2.0, loss_region=1.0, loss_hard=1.0)  # global: of short and long captions
 
@@ -187,6 +242,14 @@ def term_unweighted(ev):
         return None
     top = max(parts, key=parts.get)
     share = parts[top] / total
+    least = min((c for c in parts if c in WEIGHTS), key=parts.get, default=top)
+    kind = least.removeprefix("loss_")
+    if parts[least] < LEAST_PART * total and chance_share(ev, kind) > HALF_LEARNT:
+        why = (
+            f"the {kind} loss makes up {parts[least] / total:.2%} of the sum "
+            f"(`{WEIGHTS[least]}` = {ev.params[WEIGHTS[least]]:g}) and is hardly learnt"
+        )
+        return FAIL, parts[least] / total, why, f"Raise `{WEIGHTS[least]}`."
     if share < 0.99 or len(parts) == 1:
         return PASS, share, f"the {top.removeprefix('loss_')} loss makes up {share:.0%} of the sum"
     name = WEIGHTS.get(top, f"{top.removeprefix('loss_')}_weight")
@@ -281,7 +344,7 @@ def decay_eats_weights(ev):
     if not kept:
         return None
     tower = min(kept, key=kept.get)
-    if kept[tower] > 0.8 or not decay:
+    if not shrunk(ev) or not decay:
         return PASS, kept[tower], f"the {tower} weights have {kept[tower]:.0%} of their first norm"
     why = (
         f"weight decay (`weight_decay` {decay:g} at learning rate "

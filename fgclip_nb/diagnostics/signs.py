@@ -113,7 +113,10 @@ def batch_values(batch) -> dict:
     patches = getattr(batch, "spatial_shapes", None) is not None
     out = {}
     if getattr(batch, "sample_ids", None) is not None:
-        out["batch_mark"] = batch_mark(batch.sample_ids)
+        ids = batch.sample_ids
+        out |= dict(
+            batch_mark=batch_mark(ids), distinct_share=distinct(ids[:1024]) / len(ids[:1024])
+        )
     if getattr(batch, "pixel_values", None) is not None:
         out |= pixel_values(patch_pixels(batch) if patches else batch.pixel_values)
     if getattr(batch, "texts", None) is not None and len(batch.texts.lengths):

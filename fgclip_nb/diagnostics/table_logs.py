@@ -30,7 +30,7 @@ def number_of(value):
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -71,7 +71,7 @@ def json_rows(path) -> list:
     text = read_text(path)
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return record_rows(r for r in map(_record, text.splitlines()) if r)
     if isinstance(whole, dict) and "log_history" in whole:
         return trainer_state_rows(path)
@@ -82,7 +82,7 @@ def json_rows(path) -> list:
 def _record(line: str) -> dict:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of five thousand digits
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -12,7 +12,17 @@ from fgclip_nb.diagnostics.measures import MODULES
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS, configured_scale
 from fgclip_nb.diagnostics.data_rules import audit_of
 from fgclip_nb.diagnostics.setting_rules import STEP_TOO_LARGE, step_sizes
-from fgclip_nb.diagnostics.rules import CAUSE, FAIL, LATER, PASS, SYMPTOM, above_luck, chance, rule
+from fgclip_nb.diagnostics.rules import (
+    CAUSE,
+    FAIL,
+    LATER,
+    PASS,
+    SYMPTOM,
+    above_luck,
+    chance,
+    chance_share,
+    rule,
+)
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #d56e2a7a
 def common_sample(rows: list) -> tuple:
@@ -172,6 +182,13 @@ def _collapse(ev, kind, rank, spread):
     )
 
 
+def collapsed_at_chance(ev, kind) -> bool:
+    "Whether embeddings have collapsed on the way while nothing was learnt from them."
+    rank = ev.series(f"effective_rank_{kind}")
+    differed = len(rank) and rank.iloc[0] >= 1.05 > rank.tail(5).median()
+    return bool(differed) and chance_share(ev, dict(image="global").get(kind, kind)) > 0.95
+
+
 def _differ(ev, kind):
     names = ("effective_rank", "equal_share", "rows")
     rank, equal, rows = (ev.series(f"{n}_{kind}").tail(20).median() for n in names)
@@ -181,6 +198,8 @@ def _differ(ev, kind):
         return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
     if ev.has("alike_text") and float(ev.series("alike_text").iloc[0]) > 0.99:
         return None  # texts that are one from the start leave pictures nothing to differ by
+    if collapsed_at_chance(ev, kind):
+        return None  # the loss at chance says so, and what it may come from
     spread = f"effective rank {rank:.2f} of {rows:.0f} rows, {equal:.0%} equal another row"
     return _collapse(ev, kind, rank, spread)
 
@@ -306,7 +325,9 @@ def frozen_elsewhere(ev, configured) -> bool:
     Told by `scale_can_move`; one that is only rounded to bfloat16 is told here."""
     first = first_scale(ev)[0]
     column = "logit_scale_finegraind" if ev.has("logit_scale_finegraind") else "logit_scale"
-    rounded = first is not None and bf16_twin(first, configured)
+    changed = [ev.series(f"changed_share/{m}").median() for m in ("vision", "text")]
+    whole = min(changed) < ev.limit("changed_share_limit")  # then all weights are rounded
+    rounded = first is not None and bf16_twin(first, configured) and not whole
     return ev.has(SCALE_LOSSES[column]) and bool(stuck_steps(ev, column)) and not rounded
 
 
@@ -371,6 +392,9 @@ def scale_can_move(ev):
     )
 
 # %% ../../nbs/6_diagnostics/08_weight_rules.ipynb #bcb47f6c
+HARDLY_MOVES = 1e-4  # of its size; a fifth of what is too small for all towers together
+
+
 def module_fault(ev, module: str) -> str:
     "Why a module does not train, or an empty text."
     lr = ev.series("lr")
@@ -396,6 +420,12 @@ def module_fault(ev, module: str) -> str:
         return (
             "never updated although it has a gradient "
             "(not in the optimiser, learning rate 0, or rounded away)"
+        )
+    sizes = step_sizes(ev)
+    size, most = sizes.get(module, 1.0), max(sizes.values(), default=0.0)
+    if size < HARDLY_MOVES and most > 20 * size:
+        return (
+            f"a step moves it by {size:.4%} of its size, {most / size:.0f} times less than others"
         )
     changed = last("changed_share").median()
     if not changed < ev.limit("changed_share_limit"):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #f9e413c4
-import csv
+import csv, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -46,6 +46,8 @@ def _classes(fields):
     if "_label_" not in fields[0]:
         raise ValueError("no class: expected `name class start end …`, or a name with `_label_`")
     codes = video_name(fields[0]).rsplit("_label_", 1)[1].split("-")
+    if not all(codes):
+        raise ValueError("no class behind `_label_`")
     return tuple(c for c in codes if c not in ("A", "0")), fields[1:]
 
 
@@ -97,11 +99,14 @@ def read_anomaly_annotations(path):
     return videos, rejects
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #dd63c1ee
+MOST_FRAMES = 20_000_000  # of one video: 185 hours
+
+
 def smooth(scores, window):
     """Centred moving average float64 (S,) of `scores` (S,) over `window` entries, ends repeated.
 
     window 1 changes nothing; below 1 or broken is a `ConfigError`."""
-    if window < 1 or int(window) != window:
+    if not 1 <= window <= MOST_FRAMES or int(window) != window:
         raise ConfigError(f"smoothing: a whole number from 1 is expected, got {window}")
     scores = np.asarray(scores, dtype=np.float64)
     if window == 1 or not len(scores):
@@ -116,6 +121,8 @@ def to_frames(scores, frames=None, segment=None):
     segment: frames per score; None spreads the scores evenly. Scores that already come per frame
     (more than half as many as frames) stay."""
     scores = np.asarray(scores, dtype=np.float64)
+    if segment and not 0 < segment * len(scores) <= MOST_FRAMES:
+        raise ConfigError(f"segment: a number of frames per score is expected, got {segment}")
     if segment:
         missing = max(0, (frames or 0) - len(scores) * segment)
         return np.pad(np.repeat(scores, segment), (0, missing), mode="edge")[:frames]
@@ -124,33 +131,51 @@ def to_frames(scores, frames=None, segment=None):
     return scores[np.arange(frames) * len(scores) // frames]
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #08405e09
+def _count_rows(path) -> list:
+    "(place, video, its count as written) of the lines of a CSV; DataError where it is none."
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            lines = list(csv.DictReader(f))
+    except (OSError, ValueError, csv.Error) as e:
+        raise DataError(f"{path}: cannot be read as a CSV of frame counts ({e})") from e
+    if lines and not {"video", "n_frames"} <= set(lines[0]):
+        names = ", ".join(map(str, lines[0]))
+        raise DataError(f"{path}: columns video and n_frames are needed, found {names:.200}")
+    return [(f"{path}, line {k}", x["video"], x["n_frames"]) for k, x in enumerate(lines, 2)]
+
+
 def read_frame_counts(source):
     """{name: frames} from a dictionary or a CSV with columns video and n_frames; None -> {}.
 
-    Raises `DataError` for other columns or a count that is no whole number from 1."""
+    Raises `DataError` for other columns, a video that is there twice, or a count that is no whole
+    number from 1 to MOST_FRAMES."""
     if source is None:
         return {}
     if isinstance(source, dict):
-        return {video_name(k): int(v) for k, v in source.items()}
-    with open(source, newline="", encoding="utf-8") as f:
-        lines = list(csv.DictReader(f))
-    if lines and not {"video", "n_frames"} <= set(lines[0]):
-        names = ", ".join(lines[0])
-        raise DataError(f"{source}: columns video and n_frames are needed, found {names}")
-    for number, line in enumerate(lines, 2):
-        count = line["n_frames"]
-        if not str(count).isdigit() or int(count) < 1:
-            raise DataError(
-                f"{source}, line {number}: n_frames is {count!r}, not a number of frames"
-            )
-    return {video_name(line["video"]): int(line["n_frames"]) for line in lines}
+        rows = [(f"frames of {name}", name, count) for name, count in source.items()]
+    else:
+        rows = _count_rows(source)
+    counts = {}
+    for where, video, count in rows:
+        if not re.fullmatch("[0-9]{1,8}", str(count)) or not 1 <= int(count) <= MOST_FRAMES:
+            raise DataError(f"{where}: n_frames is {str(count)[:40]!r}, not a number of frames")
+        if not video or video_name(video) in counts:
+            raise DataError(f"{where}: the video {video!r:.80} has no name, or stands there twice")
+        counts[video_name(video)] = int(count)
+    return counts
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #a87429d5
 def _checked_scores(name, scores):
     "Scores of a video as float64 (S,); `DataError` for NaN, Inf, empty or nested ones."
     if hasattr(scores, "detach"):
         scores = scores.detach().cpu()
-    values = np.asarray(scores, dtype=np.float64)
+    try:
+        values = np.asarray(scores)
+    except ValueError as e:
+        raise DataError(f"scores of {name}: not a flat list of numbers ({e})") from e
+    if values.dtype.kind not in "fiub":
+        raise DataError(f"scores of {name}: numbers are needed, not {values.dtype}")
+    values = values.astype(np.float64)
     if values.ndim != 1 or not len(values):
         raise DataError(
             f"scores of {name}: expected a flat, non-empty list, got shape {values.shape}"

@@ -20,10 +20,11 @@ from fgclip_nb.evaluation.regions import encode_regions, region_id
 # %% ../../nbs/7_evaluation/07_features.ipynb #988a5e67
 def read_plain_npy(path):
     "An array of a npy file, without pickle; `DataError` for anything else."
-    try:
-        with open(path, "rb") as f:
-            return np.lib.format.read_array(f, allow_pickle=False)
-    except (ValueError, OSError, MemoryError) as e:
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    try:  # mapped: what its head says is held against the size of the file first
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as e:  # numpy reads the head as Python, which raises whatever it likes
         raise DataError(
             f"{path}: no plain npy array ({e}); save it with numpy.save from a float array"
         ) from e
@@ -44,7 +45,10 @@ def _read_names(folder, name):
         return [str(x) for x in read_json(listed, list)]
     if not lines.is_file():
         raise DataError(f"{lines}: missing; write the names of the rows, one per line")
-    return lines.read_text(encoding="utf-8").splitlines()
+    try:
+        return lines.read_text(encoding="utf-8").splitlines()
+    except ValueError as e:
+        raise DataError(f"{lines}: not UTF-8 ({e})") from e
 
 
 def named_rows(folder, kind, names):
@@ -60,6 +64,14 @@ def named_rows(folder, kind, names):
             f"{folder}: {len(row_names)} names in {names} for the {len(array)} rows of {file.name}"
         )
     return list(zip(row_names, array))
+
+
+def check_width(folder, tables):
+    "DataError where features ({what: {name: row}}) have rows of different widths."
+    widths = {what: len(next(iter(rows.values()))) for what, rows in tables.items() if rows}
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"{width} of {what}" for what, width in widths.items())
+        raise DataError(f"{folder}: rows of different widths, of two models? {told}")
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #d785f83b
 def by_file_name(folder, rows):
@@ -124,6 +136,8 @@ class CachedFeatures:
         }
         self._phrases = dict(named_rows(folder, "phrase_text", "texts"))
         self._regions = _region_rows(self.folder)
+        pictures = dict(images=self._images, regions=self._regions, phrases=self._phrases)
+        check_width(folder, pictures | dict(texts=self._texts[False], long_texts=self._texts[True]))
         if not (self._images or self._regions):
             raise DataError(
                 f"{folder}: neither image_features.npy nor region_features.npy is there"

@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/03a_label_files.ipynb #3a51c003
-import ast, csv, json, re
+import ast, csv, itertools, json, math, re
+from collections import Counter
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import asset
+from fgclip_nb.core.folder import asset, shown
+from fgclip_nb.core.plain import yaml_value
 from fgclip_nb.data.entries import open_text
 
 # %% ../../nbs/7_evaluation/03a_label_files.ipynb #3a51c006
@@ -61,7 +63,7 @@ def table_names(rows) -> list:
 FORMS = (
     re.compile(r"(?P<mark>\d+)\s*[:.,;)\]|\s-]\s*(?P<name>.*\S)"),  # 0 mug; 0: mug; 1. mug
     re.compile(r"(?P<mark>n\d{8}|/[mgt]/\w+)[\s,;:]+(?P<name>.*\S)"),  # n01440764 tench
-    re.compile(r"(?P<name>.*\S)[\s,;:=]+(?P<mark>\d+)"),  # mug 0
+    re.compile(r"(?P<name>.*[^\s,;:=])[\s,;:=]++(?P<mark>\d+)"),  # mug 0
 )
 
 
@@ -96,7 +98,8 @@ def _named_object(item) -> str:
     lower = {str(k).lower(): v for k, v in item.items()}
     names = [lower[c] for c in NAME_COLUMNS if isinstance(lower.get(c), str)]
     if not names:
-        raise ValueError(f"an object without a name: {str(item)[:80]}")
+        keys = ", ".join(map(str, itertools.islice(item, 5)))
+        raise ValueError(f"an object without a name: its keys are {keys:.80}")
     return names[0]
 
 
@@ -131,15 +134,14 @@ def value_names(value) -> list:
     return value
 
 # %% ../../nbs/7_evaluation/03a_label_files.ipynb #3a51c018
+MOST_YAML = 1 << 18  # letters: its reader is slow
+MOST_TEXT = 64 << 20  # letters of any other file
+
+
 def _structure(text, suffix):
     "What a JSON, YAML, JSON-lines file or a printed Python dict holds; None for any other text."
     if suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ValueError(" ".join(str(e).split())) from e
+        return yaml_value(text, MOST_YAML)
     if text[:1] not in ("[", "{"):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -165,13 +167,31 @@ def _first_synonyms(names) -> list:
     return first if len(set(first)) == len(names) else names
 
 
+UNREADABLE = (ValueError, SyntaxError, OSError, EOFError, RecursionError, MemoryError, csv.Error)
+
+
+def whole_text(path) -> str:
+    "The text of a file; one of UNREADABLE where it is none, or too long."
+    with open_text(path) as f:
+        text = f.read(MOST_TEXT + 1)
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"more than {MOST_TEXT:,} letters")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError("not a text file")
+    return text.lstrip("\ufeff").strip()
+
+
+def _one_name(name) -> str:
+    "A name as it is shown; ValueError for what is none, such as a list or NaN."
+    if not isinstance(name, (str, int, float)) or name in (math.inf, -math.inf) or name != name:
+        raise ValueError(f"{shown(name)} is no name")
+    return " ".join(str(name).replace("_", " ").split())
+
+
 def file_names(path) -> list:
     "The names of the classes in a file of any common form; DataError where they cannot be told."
     try:
-        with open_text(path) as f:
-            text = f.read().lstrip("\ufeff").strip()
-        if re.search("[\0\ud800-\udfff]", text):
-            raise ValueError("not a text file")
+        text = whole_text(path)
         suffix = Path(path).suffix.lower()
         value = _structure(text, suffix)
         lines = [line.strip() for line in text.splitlines()]
@@ -183,14 +203,11 @@ def file_names(path) -> list:
             names = table_names(rows)
         else:
             names = line_names(lines)
-    except (ValueError, SyntaxError, OSError, EOFError, RecursionError, csv.Error) as e:
+        words = [_one_name(name) for name in names]
+    except UNREADABLE as e:
         raise DataError(
             f"label file {str(path)!r} cannot be read: {e}; write one name per line, or a JSON list"
         ) from e
-    strange = [name for name in names if not isinstance(name, (str, int, float))]
-    if strange:
-        raise DataError(f"label file {str(path)!r}: {str(strange[0])[:80]} is no name")
-    words = [" ".join(str(name).replace("_", " ").split()) for name in names]
     return _first_synonyms(words)
 
 # %% ../../nbs/7_evaluation/03a_label_files.ipynb #3a51c021
@@ -219,7 +236,7 @@ def read_labels(source) -> list:
     labels = file_names(found_file(source)) if is_file_name(source) else [str(x) for x in source]
     if not labels:
         raise DataError(f"label set {str(source)!r}: no labels")
-    twice = sorted({x for x in labels if labels.count(x) > 1})
+    twice = sorted(x for x, n in Counter(labels).items() if n > 1)
     if twice:
         raise DataError(
             f"label set {str(source)!r}: {twice[0]!r} stands there twice: give the two other names"
@@ -229,11 +246,17 @@ def read_labels(source) -> list:
 # %% ../../nbs/7_evaluation/03a_label_files.ipynb #3a51c023
 def _template_texts(path) -> list:
     "The lines of a file of templates, or the texts of its JSON list."
-    with open_text(path) as f:
-        text = f.read().lstrip("\ufeff").strip()
-    if text.startswith("["):
-        return [str(t) for t in ast.literal_eval(text)]
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        text = whole_text(path)
+        if text.startswith("["):
+            texts = _structure(text, "")
+            if not all(isinstance(t, str) for t in texts):
+                raise ValueError("what is no text in the list")
+            return texts
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    except UNREADABLE as e:
+        reason = f"cannot be read: {e}; write one template per line, or a JSON list"
+        raise DataError(f"templates {str(path)!r} {reason}") from e
 
 
 def read_templates(source) -> list:

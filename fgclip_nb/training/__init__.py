@@ -8,6 +8,7 @@ ROOMS = {
     "LaunchFailed": ".launcher",
     "OutOfMemory": ".memory",
     "ProcessLost": ".interruption",
+    "about_data": ".rundata",
     "data_table": ".rundata",
     "estimate": ".forecast",
     "prepare_data": ".rundata",

@@ -156,12 +156,15 @@ def _tensor_fault(file, expected) -> str:
     "Which tensor of a file is not there or has another shape or kind than `expected`, or ''."
     with safe_open(file, "pt") as held:
         names = set(held.keys())
+        if foreign := sorted(names - expected.keys()):
+            return f"{file.name}: {foreign[0]} is no part of this run"
         for name, tensor in expected.items():
             if name not in names:
                 return f"{file.name} has no {name}"
             found = held.get_tensor(name)
-            floats = found.is_floating_point() == tensor.is_floating_point()
-            if found.shape != tensor.shape or not floats:
+            if found.is_floating_point() and not found.isfinite().all():
+                return f"{file.name}: {name} holds NaN or Inf"
+            if found.shape != tensor.shape or found.dtype != tensor.dtype:
                 return (
                     f"{file.name}: {name} is {found.dtype} of shape {tuple(found.shape)}, this run "
                     f"has {tensor.dtype} of {tuple(tensor.shape)}"
@@ -169,27 +172,41 @@ def _tensor_fault(file, expected) -> str:
     return ""
 
 
-def _optimizer_fault(file, model) -> str:
+MOMENTS = {"exp_avg", "exp_avg_sq", "step"}  # what AdamW keeps of a parameter
+
+
+def _optimizer_fault(file, model, step) -> str:
     "What of an optimiser's file does not belong to the model, or ''."
-    shapes = {n: p.shape for n, p in model.named_parameters()}
+    parameters, kept = dict(model.named_parameters()), {}
     with safe_open(file, "pt") as held:
         for name in held.keys():
             parameter, _, key = name.rpartition(":")
-            shape = torch.Size([]) if key == "step" else shapes.get(parameter)
+            if parameter not in parameters or key not in MOMENTS:
+                return f"{file.name}: {name} is no part of this run"
+            kept.setdefault(parameter, set()).add(key)
             found = held.get_tensor(name)
-            if parameter not in shapes or found.shape != shape or not found.is_floating_point():
+            like = torch.zeros(()) if key == "step" else parameters[parameter]
+            if found.shape != like.shape or found.dtype != like.dtype:
                 return f"{file.name}: {name} is {found.dtype} of shape {tuple(found.shape)}"
+            if not found.isfinite().all() or key != "exp_avg" and (found < 0).any():
+                return f"{file.name}: {name} holds NaN, Inf or what cannot be"
+            if key == "step" and found > step:
+                return f"{file.name}: {name} is {float(found):g} after step {step}"
+    lacking = [p for p, keys in kept.items() if keys != MOMENTS]
+    if lacking or not kept:
+        return f"{file.name} lacks moments of {lacking[0] if lacking else 'all parameters'}"
     return ""
 
 
 def misfit(folder, model, bank) -> str:
     "Why a sound checkpoint does not fit a run's model and bank (None: no bank), or ''."
     files = {"model.safetensors": model.state_dict()}
+    step = int(re.sub(r"\D", "", folder.name) or 0)
     if bank is not None:
         files["bank.safetensors"] = bank.state_dict()
     try:
         faults = [_tensor_fault(folder / name, tensors) for name, tensors in files.items()]
-        faults.append(_optimizer_fault(folder / "optimizer.safetensors", model))
+        faults.append(_optimizer_fault(folder / "optimizer.safetensors", model, step))
     except (OSError, SafetensorError) as e:
         return f"its tensors cannot be read ({e})"
     return next(filter(None, faults), "")

@@ -31,7 +31,7 @@ from fgclip_nb.training.state import (
     training_order,
 )
 from fgclip_nb.training.reading import examples_of
-from fgclip_nb.training.memory import memory_advice
+from fgclip_nb.training.memory import explain_start, memory_advice
 from fgclip_nb.training.step import clip_gradients, forward_backward, gradient_norm, gradient_norms
 
 # %% ../../nbs/8_training/14_forecast.ipynb #f32daa41
@@ -279,7 +279,8 @@ def estimate_rows(cfg: TrainConfig, seconds: float = 30.0):
                 "too little for weights and moments alone; take a smaller `model`",
             )
             return
-    s = new_state(cfg, data, accelerator, run_folder(cfg), get_logger())
+    with explain_start(cfg):
+        s = new_state(cfg, data, accelerator, run_folder(cfg), get_logger())
     if not known:
         yield from size_rows(sum(p.numel() for p in s.model.parameters()))
     yield from probe_rows(s, steps, free, seconds)

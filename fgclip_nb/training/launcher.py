@@ -78,9 +78,9 @@ def lines_of(child):
 def follow(command, tell, env=None) -> tuple:
     """Run a command, `tell` its lines as they come, pass signals on to it.
 
-    Returns (status, its last 40 lines, name of the first signal or '')."""
+    Returns (status, its last 200 lines, name of the first signal or '')."""
     passed, child = [], None
-    last = collections.deque(maxlen=40)
+    last = collections.deque(maxlen=200)
 
     def pass_on(number, frame):
         passed.append(signal.Signals(number).name)
@@ -118,6 +118,30 @@ class LaunchFailed(RuntimeError):
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
+
+# %% ../../nbs/8_training/11_launcher.ipynb #51024700
+ENDS = "ConfigError|DataError|FloatingPointError|OutOfMemory|OSError"
+LAST_WORD = re.compile(rf"(?:\[\w+\]:\s*)?((?:{ENDS}): \S.*)")
+
+
+def why_it_ended(path, status, last) -> LaunchFailed:
+    "The `LaunchFailed` of a run, by the status of its launcher and the last lines."
+    statuses = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(last))
+    status = int(statuses[-1]) if statuses else status
+    said = [m[1] for line in last if (m := LAST_WORD.fullmatch(line))]
+    if said:
+        return LaunchFailed(f"the run in {path} ended with status {status}: {said[0]}", status)
+    if status < 0:
+        name = signal.Signals(-status).name
+        return LaunchFailed(
+            f"the run in {path} was killed by {name}: by somebody, or by the system where memory "
+            "is short; the same command resumes it",
+            128 - status,
+        )
+    lines = "\n".join(last[-20:]) or "none"
+    return LaunchFailed(
+        f"the run in {path} ended with status {status}; last lines:\n{lines}", status
+    )
 
 # %% ../../nbs/8_training/11_launcher.ipynb #fef50c38
 def launch_command(cfg: TrainConfig, params_file) -> list:
@@ -157,9 +181,4 @@ def launch(cfg: TrainConfig) -> Run:
         raise Interrupted(
             f"stopped by {passed}; the same command resumes {path}", 128 + signal.Signals[passed]
         )
-    statuses = re.findall(r"exitcode\s*:\s*(-?\d+)", "\n".join(last))
-    status = int(statuses[-1]) if statuses else status or 1
-    raise LaunchFailed(
-        f"the run in {path} ended with status {status}; its last lines:\n" + "\n".join(last[-20:]),
-        status,
-    )
+    raise why_it_ended(path, status or 1, last)

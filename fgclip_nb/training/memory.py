@@ -76,6 +76,24 @@ def _held_samples(names) -> str:
     return f"; its samples: {', '.join(names[:32])}{more}"
 
 
+def _why(error) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explain_start(cfg: TrainConfig):
+    "Turn an allocator's error while the state of a run is made into one `OutOfMemory`."
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out_of_memory(e):
+            raise
+        raise OutOfMemory(
+            f"out of memory before the first step for model, optimiser, bank ({_why(e)}). Lower "
+            f"first: `memory_bank_size`, which is {cfg.memory_bank_size}; then a smaller `model`"
+        ) from e
+
+
 @contextlib.contextmanager
 def explain_memory(s: TrainState, doing: str, step: int = 0, batches=()):
     """Turn an allocator's error into one `OutOfMemory`; other errors pass.
@@ -92,8 +110,7 @@ def explain_memory(s: TrainState, doing: str, step: int = 0, batches=()):
             "; then ".join(memory_advice(s.cfg, has_clips(s.data.train)))
             or "a smaller model or `image_size`"
         )
-        why = (str(e) or type(e).__name__).splitlines()[0]
         raise OutOfMemory(
-            f"out of memory on {s.accelerator.device} in {doing} ({why}){held}{shapes}. "
+            f"out of memory on {s.accelerator.device} in {doing} ({_why(e)}){held}{shapes}. "
             f"Lower first: {advice}"
         ) from e

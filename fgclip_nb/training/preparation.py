@@ -12,6 +12,7 @@ from pathlib import Path
 import torch, yaml
 from safetensors import safe_open
 from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
+from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import (
     FolderLock,
     PlainFormatter,
@@ -27,11 +28,15 @@ from fgclip_nb.diagnostics.signs import fresh_share
 from fgclip_nb.diagnostics.measures import even_sample
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS
 from fgclip_nb.training.rundata import prepare_data
+from fgclip_nb.training.memory import explain_start
 from fgclip_nb.training.state import Trackers, TrainState, new_state
 from fgclip_nb.training.build import weights_source
 from fgclip_nb.training.validation import check_best_by
 
 # %% ../../nbs/8_training/10_preparation.ipynb #514f163d
+GROWING = ("training.log", "metrics.jsonl", "timing.jsonl", "bad_steps.jsonl")
+
+
 def open_folder(cfg: TrainConfig, is_main: bool):
     """The run folder, created, locked and checked against the parameters: (path, lock).
 
@@ -42,6 +47,8 @@ def open_folder(cfg: TrainConfig, is_main: bool):
     if not is_main:
         return path, None
     lock = FolderLock(path)
+    for name in GROWING:
+        check_ordinary(path / name)
     check_params(path, cfg)
     write_atomic(path / "params.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False))
     return path, lock
@@ -67,7 +74,8 @@ def prepare(cfg: TrainConfig, accelerator, path, log, data=None) -> TrainState:
     recorder = Recorder(path, cfg, log, board) if accelerator.is_main_process else None
     data = data or prepare_data(cfg)
     check_best_by(cfg, data.val)
-    s = new_state(cfg, data, accelerator, path, log, recorder)
+    with explain_start(cfg):
+        s = new_state(cfg, data, accelerator, path, log, recorder)
     if recorder:
         recorder.cfg = s.cfg  # with what was left to the model
     return s

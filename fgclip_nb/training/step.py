@@ -17,6 +17,7 @@ from fgclip_nb.losses.objective import compute_losses, push_regions, total_loss
 from fgclip_nb.losses.gradient_caching import gradient_cached_backward
 from fgclip_nb.diagnostics.fetch import Fetch
 from fgclip_nb.diagnostics.recorder import is_diagnostic
+from fgclip_nb.diagnostics.inputs import MOST_LOOKED, held_to_samples
 from fgclip_nb.training.build import learning_rate_at
 from fgclip_nb.training.precision import is_overflow
 from fgclip_nb.training.state import TrainState
@@ -244,6 +245,12 @@ def note_textless(s: TrainState, terms):
             f"passed over ({s.textless} so far); write captions, or leave such samples out"
         )
 
+# %% ../../nbs/8_training/07_step.ipynb #e1cd1854
+def gradients_left(model) -> dict:
+    "grad_left: norm of the gradients that stand before a step; {} where there are none."
+    left = [p.grad for p in model.parameters() if p.grad is not None]
+    return dict(grad_left=torch.nn.utils.get_total_norm(left)) if left else {}
+
 # %% ../../nbs/8_training/07_step.ipynb #e1cd1855
 @dataclass
 class Launched:
@@ -254,6 +261,7 @@ class Launched:
     norm: torch.Tensor  # of the gradients before clipping, 0-dim
     bad: torch.Tensor  # 1.0 where the step was skipped, 0-dim
     flags: tuple  # of `finite_flags`
+    left: dict  # of `gradients_left`
     line: object = None  # the recorder's line on its way; on other processes a fetch of `bad`
 
 
@@ -264,7 +272,7 @@ def run_step(s: TrainState, batches) -> Launched:
     not on history. In several processes all of them call, with as many batches each."""
     s.step += 1
     torch.manual_seed((s.cfg.seed * 1_000_003 + s.step) % 2**63)
-    seen = []
+    seen, left = [], gradients_left(s.model)
     for batch in batches:
         total, terms, features = forward_backward(s, batch)
         note_textless(s, terms)
@@ -282,16 +290,27 @@ def run_step(s: TrainState, batches) -> Launched:
     if not batches:
         s.skipped += 1
         s.log.warning(f"step {s.step}: no batch; the step is skipped ({s.skipped} so far)")
-    return Launched(s.step, batches, norm, bad, flags)
+    return Launched(s.step, batches, norm, bad, flags, left)
+
+# %% ../../nbs/8_training/07_step.ipynb #0f9d8e31
+def held_to_data(s: TrainState, launched: Launched) -> dict:
+    "`held_to_samples` of a step's first batch; {} for a stream, whose samples cannot be asked for."
+    if not launched.batches or hasattr(s.data.train, "block_sizes"):
+        return {}
+    number = (launched.step - 1) * s.cfg.gradient_accumulation_steps
+    rows = s.order.indices(number, s.accelerator.process_index)[:MOST_LOOKED]
+    samples = [s.data.train[i] for _, i in rows]
+    look = launched.step // s.cfg.diag_every
+    return held_to_samples(launched.batches[0], samples, look, s.cfg.augment != "none")
 
 # %% ../../nbs/8_training/07_step.ipynb #0f9d8e30
 def begin_line(s: TrainState, launched: Launched, times: tuple, validation: dict):
     """Begin the line of the step that was run last; `times` = (whole step, waiting for data) in s.
 
     Every process must call: on diagnostic steps their weights are compared."""
-    s.pending, compared = launched, {}
-    if is_diagnostic(s.step, s.cfg.diag_every):
-        compared = weights_apart(s.model, s.accelerator)
+    s.pending, compared = launched, launched.left
+    if looked := is_diagnostic(s.step, s.cfg.diag_every):
+        compared = compared | weights_apart(s.model, s.accelerator)
     if not s.is_main:
         launched.line = Fetch(dict(skipped=launched.bad))
         return
@@ -306,7 +325,7 @@ def begin_line(s: TrainState, launched: Launched, times: tuple, validation: dict
         grad_norm=launched.norm,
         skipped=launched.bad,
         times=times,
-        extra=validation | compared,
+        extra=validation | compared | (held_to_data(s, launched) if looked else {}),
     )
 
 

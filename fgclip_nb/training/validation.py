@@ -19,6 +19,7 @@ from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
 from fgclip_nb.diagnostics.measures import measure_of, to_floats
 from fgclip_nb.diagnostics.signs import best_scale, sign_values
+from fgclip_nb.diagnostics.inputs import picture_values
 from fgclip_nb.training.state import TrainState
 
 # %% ../../nbs/8_training/08_validation.ipynb #0daca248
@@ -29,6 +30,8 @@ def _mean_terms(rows) -> dict:
 
 # %% ../../nbs/8_training/08_validation.ipynb #d6b32290
 VAL_SIGNS = ("luck_global", "luck_region", "within_top1", "within_luck", "within_rows")
+VAL_SIGNS += ("pixel_mean", "pixel_std", "pixel_min", "pixel_max", "pixel_contrast")
+VAL_SIGNS += ("tokens_captions", "toned_share", "flat_share")
 UNKNOWN = re.compile("_chance_|_top1_")  # columns that are left out where they are not a number
 
 
@@ -59,7 +62,7 @@ def validation_losses(s: TrainState, examples) -> tuple:
             columns |= {
                 f"val_{n.replace('loss', kind)}": measure_of(t, kind) for n, t in terms.items()
             }
-        signs = sign_values([features], [batch], s.cfg.losses)
+        signs = sign_values([features], [batch], s.cfg.losses) | picture_values(batch)
         columns |= {f"val_{n}": signs[n] for n in VAL_SIGNS if n in signs}
         row = to_floats(columns)
         rows.append({k: v for k, v in row.items() if not (UNKNOWN.search(k) and math.isnan(v))})

