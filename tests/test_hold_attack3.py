@@ -493,3 +493,41 @@ def test_metrics_that_an_editor_saved_are_read(tmp_path):
 
     (tmp_path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1, "loss": 2.0}\n')
     assert Run(tmp_path).metrics()["loss"].tolist() == [2.0]
+
+
+def made_clip(path):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for level in range(0, 200, 20):
+            picture = np.full((64, 64, 3), level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_list_of_clips_named_as_one_opens_no_other_file(tmp_path):
+    from fgclip_nb.data.video_index import opened_video
+
+    made_clip(tmp_path / "other.mp4")
+    with opened_video(tmp_path / "other.mp4") as (container, stream):
+        assert stream.codec_context.width > 0
+    lists = {"concat.mp4": "ffconcat version 1.0\nfile other.mp4\n"}
+    lists["list.mp4"] = "#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=f"{name}: cannot be read as a video"):
+            with opened_video(tmp_path / name):
+                pass
+
+
+def test_what_a_demuxer_stumbles_over_is_told_of_the_file(tmp_path):
+    from fgclip_nb.data.video_index import opened_video
+
+    clip = made_clip(tmp_path / "real.mp4")
+    for raised in (IndexError("list index out of range"), OverflowError("too large")):
+        with pytest.raises(DataError, match="real.mp4: cannot be read as a video"):
+            with opened_video(clip):
+                raise raised

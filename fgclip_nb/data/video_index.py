@@ -60,6 +60,11 @@ def _video_stream(container):
     return stream
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #70d8abc1
+# containers that hold their pictures themselves: a list of clips would choose other files
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "mxf", "ivf")
+CONTAINERS += ("gif", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "nut", "dv", "rm", "wav")
+
+
 @contextmanager
 def opened_video(path):
     """(container, video stream) of a file, for a `with` block.
@@ -69,7 +74,8 @@ def opened_video(path):
 
     path = existing_file(path)
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        allowed = {"format_whitelist": ",".join(CONTAINERS)}
+        with av.open(str(path), metadata_errors="ignore", options=allowed) as container:
             yield container, _video_stream(container)
     except DataError:
         raise
@@ -77,7 +83,7 @@ def opened_video(path):
         raise DataError(
             f"{path}: cannot be read as a video ({type(e).__name__}: {e.strerror})"
         ) from e
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError, LookupError, OverflowError) as e:
         raise DataError(f"{path}: cannot be read as a video ({e})") from e
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #b545336d
