@@ -282,7 +282,7 @@ def evaluation_manifest(encoder, samples, settings, name):
     }
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #3b29da97
-def _tables(result, settings):
+def task_tables(result, settings):
     "Tables of a TaskResult: summaries with the extras, and the task's own notes."
     often = (max(settings.permutations, 200), settings.seed)
     tables = {
@@ -332,7 +332,7 @@ def evaluate(
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)
-        results[task], items[task] = _tables(result, settings), result.ranked
+        results[task], items[task] = task_tables(result, settings), result.ranked
     unreadable = list({x["file"]: x for x in encoder.unreadable}.values())
     manifest = evaluation_manifest(
         encoder, samples, settings, name or source or type(model).__name__

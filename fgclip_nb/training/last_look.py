@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from fgclip_nb.core.folder import checkpoint_fault, get_logger, write_atomic
 from fgclip_nb.data.filters import a_few
 from fgclip_nb.evaluation.encoder import Encoder
-from fgclip_nb.evaluation.results import evaluate
-from fgclip_nb.evaluation.tasks import phrase_key
+from fgclip_nb.evaluation.held_out import read_evaluation_samples
+from fgclip_nb.evaluation.results import task_tables
+from fgclip_nb.evaluation.tasks import TASKS, Settings, phrase_key
 from fgclip_nb.training.rundata import clip_frames
 from fgclip_nb.training.state import TrainState
 from fgclip_nb.training.validation import PERMUTATIONS
@@ -98,8 +99,9 @@ REGION_TASKS = {"region_phrases": _phrase_of, "hard_negatives": _near_misses_of}
 
 def ask(encoder, samples, task: str) -> dict:
     "The tables of one task of `evaluate`, by list."
-    asked = evaluate(encoder, samples, [task], captions=1, permutations=PERMUTATIONS)
-    return asked.results[task]
+    settings = Settings(captions=1, permutations=PERMUTATIONS)
+    samples, _, _ = read_evaluation_samples(samples)
+    return task_tables(TASKS[task](encoder, samples, settings), settings)
 
 
 def measured_skills(encoder, train, held_out) -> dict:
