@@ -101,9 +101,9 @@ def inputs_apart(ev) -> str:
         found.append(f"mean of pixels {here:.2f} in training and {there:.2f} held out")
     gap, exchanged = usual(ev, "photo_gap"), usual(ev, "photo_gap_bgr")
     if gap > 5:
-        found.append(f"training photos are {gap:.0f} grey levels away from what stands in the data")
-    if exchanged < 0.3 * gap:
-        found[-1] += ", and are those with red and blue exchanged"
+        away = f"training photos are {gap:.0f} grey levels away from what stands in the data"
+        bgr = ", and are those with red and blue exchanged" if exchanged < 0.3 * gap else ""
+        found.append(away + bgr)
     return "; ".join(found)
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c7
