@@ -39,18 +39,13 @@ def right_ranks(ranks, photo_of):
     return ranks[:, photo_of, np.arange(len(photo_of))]
 
 
-def mean_rank(similarity) -> float:
-    "Mean rank of the right one, both ways; similarity (F,T): text k belongs to photo k."
-    return float(right_ranks(all_ranks(similarity), np.arange(similarity.shape[1])).mean())
-
-
-def luck_reaches(similarity, draws: int = 1000) -> tuple:
+def luck_reaches(ranks, draws: int = 1000) -> tuple:
     """Mean rank by luck, and the rank that luck falls under once in forty times.
 
-    Texts are dealt out anew `draws` times, as the bands of caption retrieval are made."""
-    photos, texts = similarity.shape
+    ranks (2,F,T): see `all_ranks`. Texts are dealt out anew `draws` times, as the bands of
+    caption retrieval are made."""
+    _, photos, texts = ranks.shape
     rng = np.random.default_rng(0)
-    ranks = all_ranks(similarity)
     dealt = [right_ranks(ranks, rng.permutation(photos)[:texts]).mean() for _ in range(draws)]
     return (photos + texts + 2) / 4, float(np.percentile(dealt, 2.5))
 
@@ -82,8 +77,9 @@ def straight_line(cells, texts: list, held_out_cells, held_out_texts: list) -> d
     said = line.predict(scaler.transform(held_out_cells)) - words.mean(0)
     asked = asked - words.mean(0)
     said, asked = (x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-9) for x in (said, asked))
-    similarity = said @ asked.T
-    luck, luck_low = luck_reaches(similarity)
-    top1 = float((right_ranks(all_ranks(similarity), np.arange(len(asked))) == 1).mean())
+    ranks = all_ranks(said @ asked.T)
+    right = right_ranks(ranks, np.arange(len(asked)))
+    luck, luck_low = luck_reaches(ranks)
     facts = dict(photos=len(texts), held_out=len(held_out_texts), among=len(held_out_cells))
-    return dict(rank=mean_rank(similarity), top1=top1, luck=luck, luck_low=luck_low) | facts
+    found = dict(rank=float(right.mean()), top1=float((right == 1).mean()))
+    return found | dict(luck=luck, luck_low=luck_low) | facts
