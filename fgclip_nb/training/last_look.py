@@ -114,10 +114,10 @@ def measured_skills(encoder, train, held_out) -> dict:
         found["held_out"]["short_retrieval"] = ask(encoder, held_out, "short_retrieval")
         if len(captioned(seen)) > 1:
             found["training"]["short_retrieval"] = ask(encoder, seen, "short_retrieval")
+    asked = held_out
+    if len(held_out) and held_out[0].kind == "video":
+        asked, train = spread_over(held_out, MOST_CLIPS), spread_over(train, MOST_CLIPS)
     for task, key in REGION_TASKS.items():
-        asked = held_out
-        if len(held_out) and held_out[0].kind == "video":
-            asked, train = spread_over(held_out, MOST_CLIPS), spread_over(train, MOST_CLIPS)
         if any(key(r) is not None for s in asked for r in s.regions):
             found["held_out"][task] = ask(encoder, asked, task)
             seen = as_many_regions(train, asked, key)
