@@ -15,23 +15,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from bench import Case, rebound
+from world import each_row
 
 made = importlib.import_module("world")
 
 
 # ---- data: functions (rows, folder, rng) -> rows ---------------------------------------------
-def each_row(fix, split=None):
-    "A change that calls fix(row, number, folder, rng) on each row (of one split)."
-
-    def change(rows, folder, rng):
-        for i, row in enumerate(rows):
-            if split in (None, row["split"]):
-                fix(row, i, folder, rng)
-        return rows
-
-    return change
-
-
 def each_region(fix):
     "A change that calls fix(region, row, rng) on each region."
 

@@ -12,21 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from bench import Case, rebound
+from world import each_row
 
 
 # ---- data: functions (rows, folder, rng) -> rows ---------------------------------------------
-def each_row(fix, split=None):
-    "A change that calls fix(row, number, folder, rng) on each row (of one split)."
-
-    def change(rows, folder, rng):
-        for i, row in enumerate(rows):
-            if split in (None, row["split"]):
-                fix(row, i, folder, rng)
-        return rows
-
-    return change
-
-
 def each_photo(fix):
     "A change of each photo: fix(array (height, width, 3) float) -> array, clipped to 0..255."
 

@@ -96,3 +96,15 @@ def make_world(folder, train=240, held_out=48, seed=0, change=None) -> Path:
     path = folder / "regions.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+def each_row(fix, split=None):
+    "A change that calls fix(row, number, folder, rng) on each row (of one split)."
+
+    def change(rows, folder, rng):
+        for i, row in enumerate(rows):
+            if split in (None, row["split"]):
+                fix(row, i, folder, rng)
+        return rows
+
+    return change
