@@ -87,6 +87,11 @@ class There(torch.Tensor):
     def cpu(self, *args):
         return self.to("cpu")
 
+    def __getitem__(self, key):
+        if any(isinstance(k, list) for k in (key if isinstance(key, tuple) else (key,))):
+            raise TypeError(f"a list as index is copied to the device on the spot, at {place()}")
+        return super().__getitem__(key)
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -222,7 +227,10 @@ def believe():
     torch.where = where
     torch.Tensor.to = to_number
     torch.inference_mode = torch.no_grad
-    accelerate.Accelerator.device = property(lambda self: CUDA)
+    found = accelerate.Accelerator.device.fget
+    accelerate.Accelerator.device = property(
+        lambda self: CUDA if found(self).type == "cuda" else found(self)
+    )
     There.new_tensor = lambda self, data, dtype=None, **k: torch.tensor(
         data, dtype=dtype or self.dtype, device=CUDA
     )

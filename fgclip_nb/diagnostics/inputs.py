@@ -73,6 +73,8 @@ def picture_values(batch) -> dict:
     """toned_share, flat_share and copies_share of a batch's pictures; {} where it has none.
 
     Copies are looked for among the first pictures of the samples, the others in an even sample."""
+    import torch
+
     pixels = getattr(batch, "pixel_values", None)
     if pixels is None:
         return {}
@@ -83,7 +85,8 @@ def picture_values(batch) -> dict:
     if not pixels.dtype.is_floating_point:
         out["flat_share"] = flat_share(even)
     if getattr(batch, "host", None) is not None:
-        out["copies_share"] = copies_share(pixels[first_pictures(batch)])
+        rows = torch.tensor(first_pictures(batch)).to(pixels.device, non_blocking=True)
+        out["copies_share"] = copies_share(pixels[rows])
     return out
 
 # %% ../../nbs/6_diagnostics/01b_inputs.ipynb #b1a00012

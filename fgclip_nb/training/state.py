@@ -97,7 +97,7 @@ def make_accelerator(cfg: TrainConfig):
             "parameter `device` = 'cuda', but torch sees no CUDA device: use auto or cpu"
         )
     trackers = trackers_of(cfg)
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the former device stays
     return Accelerator(
         cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",  # see `TrainState.autocast`
