@@ -1,8 +1,10 @@
 """A loss term of a user's own, written in one cell of one module, followed through a whole run: a
 cell of the library cannot show that papermill, the command and other processes know it too."""
 
+import functools
 import json
 import os
+import site
 import subprocess
 import sys
 import textwrap
@@ -27,22 +29,20 @@ CELL = """
 """
 
 
-def on_path():
-    "In a child: modules of the folder named by OWN_TERMS can be imported."
-    sys.path.append(os.environ["OWN_TERMS"])
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     "(folder with the module, parameters of a short run)"
     folder = tmp_path_factory.mktemp("own")
     (folder / "my_terms.py").write_text(textwrap.dedent(CELL))
-    os.environ["OWN_TERMS"] = str(folder)
     params = micro.micro_world(folder) | dict(
         extensions="my_terms", dense_weight=0.25, max_steps=12, tracker="tensorboard"
     )
-    yield folder, params
-    del os.environ["OWN_TERMS"]
+    return folder, params
+
+
+def train(params, folder, event=None):
+    "In a child that can import the modules of `folder`, whatever its fork server was started with."
+    return micro.run(params, event, functools.partial(site.addsitedir, str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def run(world):
     from fgclip_nb.core.folder import Run
 
     folder, params = world
-    assert micro.run(params | dict(output=str(folder / "run")), change=on_path) == 0
+    assert train(params | dict(output=str(folder / "run")), folder) == 0
     return Run(folder / "run")
 
 
@@ -145,6 +145,6 @@ def test_without_its_module_the_weight_is_unknown(world):
 def test_what_it_keeps_between_steps_survives_a_kill(world, run):
     folder, params = world
     again = params | dict(output=str(folder / "killed"))
-    assert micro.run(again, event="step:8", change=on_path) == -9
-    assert micro.run(again, change=on_path) == 0
+    assert train(again, folder, event="step:8") == -9
+    assert train(again, folder) == 0
     assert micro.outcome(folder / "killed") == micro.outcome(run.path)
