@@ -9,7 +9,7 @@ __all__ = ['sample_frames', 'coverage']
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, boxes_at
-from fgclip_nb.data.video_index import frame_times
+from fgclip_nb.data.video_index import frame_times, video_info
 
 # %% ../../nbs/2_data/16_clips.ipynb #a29c1fd5
 def sample_frames(span, count, rng=None, among=None) -> np.ndarray:
@@ -58,6 +58,12 @@ def span_fault(sample) -> Fault | None:
         span_frames(times, sample.span)
     except DataError as e:
         return Fault("span", sample.span, str(e), "beyond_end")
+
+# %% ../../nbs/2_data/16_clips.ipynb #106365d5
+def doubt_fault(sample) -> Fault | None:
+    "Why frames of a sample's clip seem to be missing, or None. Raises DataError for a broken clip."
+    doubt = video_info(sample.media).doubt if sample.kind == "video" else ""
+    return Fault("media", sample.media, doubt, "doubtful_frames") if doubt else None
 
 # %% ../../nbs/2_data/16_clips.ipynb #dd9e32d5
 def coverage(spans, frames) -> float:

@@ -29,7 +29,7 @@ from fgclip_nb.data.parts import do_parts, part_results, pass_folder
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video_index import video_info
 from fgclip_nb.data.declared_size import file_size, fit_to_file
-from fgclip_nb.data.clips import beyond_fault, span_fault
+from fgclip_nb.data.clips import beyond_fault, doubt_fault, span_fault
 
 # %% ../../nbs/2_data/19_filters.ipynb #f74c90c4
 RULES = dict(
@@ -46,6 +46,7 @@ RULES = dict(
     unreadable_media="the photo or video cannot be decoded",
     beyond_end="it speaks of a time at which the clip is over",
     partly_beyond="its track goes on when the clip is over",
+    doubtful_frames="frames of the clip seem to be missing: its boxes may lie on other frames",
     other_size="the declared width and height are those of another picture",
     turned="the photo or clip is turned when shown, and its boxes were turned with it",
     perhaps_turned="the photo or clip is turned when shown; were its boxes drawn before that?",
@@ -458,14 +459,17 @@ class MediaCheck:
             return None, [sample_reject(sample, fault)]
         within, notes = within_clip(sample)
         fitted, more = fit_to_file(within, self.size_of)
-        return fitted, notes + more
+        doubt = doubt_fault(sample)
+        said = [dataclasses.replace(sample_reject(sample, doubt), entries=0)] if doubt else []
+        return fitted, notes + more + said
 
 
 def check_media(samples) -> tuple:
     """(samples, rejects): the samples whose media decode, each file opened once.
 
     Sentences beyond the end of their clip are rejected too, and the boxes of another size than the
-    file's (`fit_to_file`); boxes that were turned with a photo are listed in `samples.changes`.
+    file's (`fit_to_file`); boxes that were turned with a photo, and clips whose frames seem to be
+    missing, are listed in `samples.changes`.
     Shards are left to training, which counts what it cannot read."""
     if hasattr(samples, "part"):
         return samples, _leave_media(samples)

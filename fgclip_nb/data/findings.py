@@ -290,6 +290,7 @@ def negative_findings(samples) -> list:
 # %% ../../nbs/2_data/22_findings.ipynb #49317ff1
 CHANGE_ADVICE = dict(
     partly_beyond=("look", "Another frame rate, or another cut of the video?"),
+    doubtful_frames=("look", "Fetch the clip again, or look at some of its boxes."),
     out_of_range=("know", "Look at some: `out_of_range=reject` leaves them out."),
     turned=("know", "Their boxes were drawn on the picture as stored, and turned with it."),
     other_size=("look", "Another picture than the annotation speaks of? Its captions are kept."),

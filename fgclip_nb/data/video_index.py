@@ -14,6 +14,8 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.drawing import PIXELS
 from fgclip_nb.data.motion import FRAMES, RATE, clip_at
 from fgclip_nb.data.photos import existing_file
+from fgclip_nb.data.whole_clips import Packet, check_length, check_order, check_pause, doubt_about
+from fgclip_nb.data.whole_clips import frames_lost_at_head
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #304b28cd
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class VideoInfo:
     keyframes: int  # decoding can start at these only
     seekable: bool  # False: stored times cannot be trusted, frames are counted from the start
     rotation: int = 0  # degrees counter-clockwise that a player turns the stored pictures by
+    doubt: str = ""  # what speaks against its frame numbers, a sentence; empty: nothing
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,11 @@ class ClipIndex:
 # %% ../../nbs/2_data/03b_video_index.ipynb #17e13360
 def _video_stream(container):
     "The main video stream, set up for exact decoding. ValueError: none, no decoder, too large."
+    from av.stream import Disposition
     from PIL import Image
 
     stream, limit = container.streams.best("video"), Image.MAX_IMAGE_PIXELS
-    if stream is None:
+    if stream is None or Disposition.attached_pic in stream.disposition:  # the cover of a song
         raise ValueError("it holds no video stream")
     context = stream.codec_context
     if context is None:
@@ -65,6 +69,20 @@ CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "
 CONTAINERS += ("gif", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "nut", "dv", "rm", "wav")
 
 
+STILL = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+def _what_it_is(path, error) -> str:
+    "Why FFmpeg opens no clip here: a still picture by its content, or what the error says."
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=STILL) as picture:
+            return f"it is a still picture ({picture.format}), no clip"
+    except Exception:  # PIL raises whatever a file makes it stumble over
+        return f"{type(error).__name__}: {error.strerror}"
+
+
 @contextmanager
 def opened_video(path):
     """(container, video stream) of a file, for a `with` block.
@@ -80,56 +98,93 @@ def opened_video(path):
     except DataError:
         raise
     except av.error.FFmpegError as e:
-        raise DataError(
-            f"{path}: cannot be read as a video ({type(e).__name__}: {e.strerror})"
-        ) from e
+        raise DataError(f"{path}: cannot be read as a video ({_what_it_is(path, e)})") from e
     except (ValueError, RuntimeError, LookupError, OverflowError) as e:
         raise DataError(f"{path}: cannot be read as a video ({e})") from e
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #b545336d
-def _check_whole(container, stream, reached):
-    """ValueError when an MP4 lacks bytes that its index promises, or a Matroska file ends early.
-
-    `reached`: where the last packet ends (s); over a second before the stated end is early."""
+def _check_bytes(container, stream):
+    "ValueError when an MP4 lacks bytes that its index promises."
     if "mp4" in container.format.name:
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if end > container.size:
             raise ValueError(
                 f"cut off: its index reaches byte {end} of {container.size}; fetch it again"
             )
-    if "matroska" in container.format.name and container.duration:
-        stated = container.duration / 1e6
-        if reached < stated - 1:
-            raise ValueError(
-                f"cut off: it should last {stated:.1f} s and ends at {reached:.1f} s; "
-                "fetch it again"
-            )
+
+
+def _check_end(container, reached, step):
+    """ValueError when a Matroska file ends elsewhere than its header says.
+
+    `reached`: where the last packet of all streams ends (s); `step`: seconds of a frame. Over a
+    second is too much, and in a short file over a twentieth of it."""
+    if "matroska" not in container.format.name or not container.duration:
+        return
+    stated = container.duration / 1e6
+    if abs(reached - stated) > min(1.0, max(3 * step, stated / 20)):
+        raise ValueError(
+            f"damaged or cut off: it should last {stated:.1f} s and ends at {reached:.1f} s; "
+            "fetch it again"
+        )
+
+
+def _stated_seconds(container, stream) -> float:
+    "How long a file says that its video stream lasts (s); 0 where it does not."
+    if "mp4" in container.format.name and stream.frames and stream.duration:
+        return float(stream.duration * stream.time_base)
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
+    try:
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #2683fb10
+def _visible_seconds(container, stream, packets, ends) -> float:
+    "How long the visible frames of a stream last (s), as its container reckons it."
+    shown = [(p.pts, end) for p, end in zip(packets, ends) if p.pts is not None and not p.hidden]
+    if not shown:
+        return 0.0
+    start = min(pts for pts, _ in shown) if "mp4" in container.format.name else 0
+    return float((max(end for _, end in shown) - start) * stream.time_base)
+
+
 def _scan(container, stream):
-    "Packets of `stream` in file order as (pts, dts, key, hidden); no decoding."
-    packets, reached = [], 0.0
+    """(packets of `stream` in file order, frames by which it ends early); nothing is decoded.
+
+    ValueError for a file that is not whole."""
+    packets, ends, reached, damaged = [], [], 0.0, 0
     for packet in container.demux():
         if packet.size == 0 or packet.pts is None and packet.dts is None:
             continue
         end = (packet.pts if packet.pts is not None else packet.dts) + (packet.duration or 0)
         reached = max(reached, float(end * packet.time_base))
         if packet.stream.index == stream.index:
-            packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-    _check_whole(container, stream, reached)
+            packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+            ends.append(end)
+            damaged += packet.is_corrupt
+    _check_bytes(container, stream)
     if not packets:
         raise ValueError("its video stream holds no frame")
-    return packets
+    if damaged:
+        raise ValueError(f"{damaged} of its {len(packets)} frames are damaged; fetch it again")
+    _check_end(container, reached, reached / len(packets))
+    found = _visible_seconds(container, stream, packets, ends)
+    shown = sum(not p.hidden for p in packets)
+    short = check_length(_stated_seconds(container, stream), found, shown)
+    if "mp4" in container.format.name:
+        check_order(packets)
+    return packets, short
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #8382e741
 def _timeline(packets):
     "(pts in presentation order, key frames as in ClipIndex), or None when times make no sense."
-    first = next((i for i, p in enumerate(packets) if p[2]), None)
-    if first is None or any(p[0] is None for p in packets):
+    first = next((p.pts for p in packets if p.key), None)
+    if first is None or any(p.pts is None for p in packets):
         return None
-    packets = [p for p in packets[first:] if p[0] >= packets[first][0]]
-    keys = tuple((pts, pts if dts is None else dts) for pts, dts, key, _ in packets if key)
-    pts = np.array(sorted(p[0] for p in packets if not p[3]), np.int64)
+    packets = [p for p in packets if p.pts >= first]
+    keys = tuple((p.pts, p.pts if p.dts is None else p.dts) for p in packets if p.key)
+    pts = np.array(sorted(p.pts for p in packets if not p.hidden), np.int64)
     rising = all(a[0] < b[0] for a, b in zip(keys, keys[1:]))
     return (pts, keys) if rising and len(pts) and (np.diff(pts) > 0).all() else None
 
@@ -152,14 +207,20 @@ def _frame_rate(stream, times):
     return float(stream.average_rate or 0)
 
 
-def _describe(stream, first, times, keyframes, seekable):
-    "VideoInfo from the first decoded frame and the frames' times (seconds)."
+def _describe(stream, first, times, keyframes, seekable, lost=0, short=0):
+    """VideoInfo from the first decoded frame and the frames' times (seconds).
+
+    `lost`, `short`: frames that are missing at the head and at the end, as doubt_about takes them.
+
+    ValueError for a pause that is too long."""
+    check_pause(times)
     turned = first.rotation % 180 != 0
     width, height = (first.height, first.width) if turned else (first.width, first.height)
     n, fps = len(times), _frame_rate(stream, times)
     seconds, codec = n / fps if fps else 0.0, stream.codec_context.name
     rotation = round(first.rotation) % 360
-    return VideoInfo(n, fps, width, height, seconds, codec, keyframes, seekable, rotation)
+    doubt = doubt_about(times, lost, short)
+    return VideoInfo(n, fps, width, height, seconds, codec, keyframes, seekable, rotation, doubt)
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #7d54ae8a
 _TIMED = ("mp4", "matroska", "mpegts")  # containers that store presentation times
@@ -180,15 +241,44 @@ def _index_by_packets(container, stream):
     "ClipIndex from packet times and one decoded frame; None when the times cannot be trusted."
     if not any(name in container.format.name for name in _TIMED):
         return None
-    timeline = _timeline(_scan(container, stream))
+    packets, short = _scan(container, stream)
+    lost, timeline = frames_lost_at_head(packets), _timeline(packets)
     if timeline is None:
         return None
     pts, keys = timeline
     first = _first_frame(container, stream, keys[0])
     times = (pts - pts[0]) * float(stream.time_base)
-    return ClipIndex(_describe(stream, first, times, len(keys), True), times, pts, keys)
+    info = _describe(stream, first, times, len(keys), True, lost, short)
+    return ClipIndex(info, times, pts, keys)
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #07a0766d
+def _stated_in_all(container, stream) -> float:
+    "How long a file says that its only stream or its picture lasts (s); 0 where it does not."
+    if "avi" in container.format.name and stream.duration:
+        return float(stream.duration * stream.time_base)
+    if "flv" in container.format.name and len(container.streams) == 1:
+        return (container.duration or 0) / 1e6
+    return 0.0
+
+
+def _check_trailer(container, path):
+    "ValueError for a GIF without the semicolon at its end."
+    if container.format.name == "gif":
+        with open(path, "rb") as file:
+            file.seek(max(0, container.size - 64))
+            if not file.read().rstrip(b"\0\r\n").endswith(b";"):
+                raise ValueError("cut off: it has no end; fetch it again")
+
+
+def _rate_of_many(stream, frames, stated) -> float:
+    """Frames per second that a stream claims, 25 where it does not.
+
+    An AVI may count milliseconds and fill up with empty frames: then it is by stated seconds."""
+    if stated and stream.frames > 2 * frames:
+        return frames / stated
+    return float(stream.average_rate or 25)
+
+
 def _index_by_decoding(container, stream):
     "ClipIndex of a clip whose stored times are useless: frames are numbered as they are decoded."
     frames = [
@@ -196,11 +286,16 @@ def _index_by_decoding(container, stream):
     ]
     if not frames:
         raise ValueError("no frame of it can be decoded")
+    _check_trailer(container, container.name)
     times = np.array([np.nan if t is None else t for _, t in frames], float)
+    stated = _stated_in_all(container, stream)
     if not (np.diff(times) > 0).all():
-        times = np.arange(len(frames)) / float(stream.average_rate or 25)
-    info = _describe(stream, frames[0][0], times, 1, False)
-    return ClipIndex(info, times - times[0], np.zeros(0, np.int64), ())
+        times = np.arange(len(frames)) / _rate_of_many(stream, len(frames), stated)
+    times -= times[0]
+    n = len(frames)
+    short = check_length(stated, n / _frame_rate(stream, times), n)
+    info = _describe(stream, frames[0][0], times, 1, False, short=short)
+    return ClipIndex(info, times, np.zeros(0, np.int64), ())
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #3195eedc
 _untrusted = set()  # files whose decoder returned a frame that their packets do not know
