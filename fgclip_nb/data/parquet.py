@@ -39,7 +39,7 @@ MOST_ROW = 64 << 20  # bytes of a row without its pictures
 MOST_BATCH = 256 << 20  # bytes that are decoded at a time, if each value were the longest
 MOST_ROWS = 1_000  # that are decoded at a time
 VALUE = 16  # bytes of any value, beside its text
-MOST_HELD = 256 << 20  # bytes of a group whose texts are left in their dictionaries
+MOST_GROUP = 1 << 30  # bytes of a group that a single row may hold nearly all of
 
 
 def chunks_of(group, columns) -> list:
@@ -61,6 +61,9 @@ def check_group(chunks, rows):
     if size > most:
         reason = f"{packed:,} bytes unpack to {size:,}, more than {most:,}"
         raise Fault("", f"{rows} rows", reason, "too_large")
+    if size > MOST_GROUP and any(c.num_values > rows for c in chunks):
+        reason = f"{size:,} bytes of lists in one row group, more than {MOST_GROUP:,}"
+        raise Fault("", f"{rows} rows", f"{reason}; write smaller row groups", "too_large")
     if mean > MOST_ROW:
         raise Fault(
             "", f"{rows} rows", f"{mean:,} bytes a row, more than {MOST_ROW:,}", "too_large"
@@ -79,13 +82,13 @@ def longest_value(chunk, read) -> int:
 
 
 def rows_at_once(group, chunks, read) -> int:
-    "How many rows of a group are decoded at a time; 0 where a single one may be too large."
+    "How many rows of a group are decoded at a time; 0: their texts stay in dictionaries."
     rows = max(group.num_rows, 1)
     most = unpacked(chunks) // rows
     for chunk in chunks:
         longest = longest_value(chunk, read) if chunk.physical_type == "BYTE_ARRAY" else 0
         all_in_one_row = chunk.num_values > rows and longest * chunk.num_values > MOST_BATCH
-        if all_in_one_row and unpacked(chunks) <= MOST_HELD:
+        if all_in_one_row:
             return 0
         most += longest * -(-chunk.num_values // rows)
     return max(1, min(MOST_ROWS, MOST_BATCH // max(most, 1)))
@@ -144,7 +147,9 @@ def _group_batches(file, number, columns, read, open_file):
         yield from file.iter_batches(rows, row_groups=[number], columns=columns)
     else:
         texts = [c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"]
-        yield from open_file(texts).read_row_group(number, columns=columns).to_batches()
+        mean = max(1, unpacked(chunks) // max(group.num_rows, 1))
+        rows = max(1, min(MOST_ROWS, MOST_BATCH // mean))
+        yield from open_file(texts).iter_batches(rows, row_groups=[number], columns=columns)
 
 
 def _values(batch, size) -> list:
