@@ -9,6 +9,7 @@ __all__ = []
 import csv, json
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.diagnostics.logs import HELD_OUT, column_of, read_text
 from fgclip_nb.diagnostics.text_logs import likely_batch
 
@@ -46,6 +47,23 @@ def record_rows(records) -> list:
         triples += [(step, column, value) for column, value in cells.items()]
     return rows_by_step(triples)
 
+# %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #33b7e48c
+def tell_left_out(path, lines: list, why: str):
+    "A warning for the numbers of lines that are left out of a log; nothing for none."
+    if lines:
+        get_logger().warning(f"{path}: line {lines[0]} {why}; {len(lines)} such lines are left out")
+
+
+def closed_lines(path, lines: list) -> list:
+    """The lines of a CSV file without those in which a quote is not closed; these are told.
+
+    DataError where these are the names."""
+    open_ones = {k for k, line in enumerate(lines, 1) if line.count('"') % 2}
+    if 1 in open_ones:
+        raise DataError(f"{path}: line 1, the names of the columns, has a quote that is not closed")
+    tell_left_out(path, sorted(open_ones), "has a quote that is not closed")
+    return [line for k, line in enumerate(lines, 1) if k not in open_ones]
+
 # %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #eb747473
 def trainer_state_rows(path) -> list:
     "Rows of HF Trainer's trainer_state.json."
@@ -61,18 +79,22 @@ def csv_rows(path) -> list:
     "Rows of a CSV file with names in its first line."
     lines = read_text(path).splitlines()
     dialect = ";" if lines and lines[0].count(";") > lines[0].count(",") else ","
-    return record_rows(csv.DictReader(lines, delimiter=dialect))
+    return record_rows(csv.DictReader(closed_lines(path, lines), delimiter=dialect))
 
 
 def json_rows(path) -> list:
     """Rows of a JSON file: trainer_state.json, a list of records, or a record on each line.
 
-    A torn last line does not count. Empty for JSON that is no log."""
+    A torn last line does not count, others are told. Empty for JSON that is no log."""
     text = read_text(path)
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
-        return record_rows(r for r in map(_record, text.splitlines()) if r)
+        lines = text.splitlines()
+        records = [_record(line) for line in lines]
+        torn = [k for k, line in enumerate(lines[:-1], 1) if line.strip() and not records[k - 1]]
+        tell_left_out(path, torn if any(records) else [], "is no record")
+        return record_rows(r for r in records if r)
     if isinstance(whole, dict) and "log_history" in whole:
         return trainer_state_rows(path)
     records = whole if isinstance(whole, list) else [whole]
@@ -86,12 +108,38 @@ def _record(line: str) -> dict:
         return {}
     return record if isinstance(record, dict) else {}
 
+# %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #19aa4caf
+EVENT_FRAME = 12  # bytes before an event's data: its length and a checksum; four more follow it
+
+
+def torn_at(path) -> int | None:
+    "The byte at which an event file breaks off, be it in an event or by a senseless length."
+    at, size = 0, Path(path).stat().st_size
+    with open(path, "rb") as file:
+        while at < size:
+            file.seek(at)
+            end = at + EVENT_FRAME + int.from_bytes(file.read(8), "little") + 4
+            if end > size:
+                return at
+            at = end
+    return None
+
+
+def tell_torn(path):
+    "A warning for each event file (of a folder) that breaks off."
+    files = sorted(Path(path).glob("*tfevents*")) if Path(path).is_dir() else [Path(path)]
+    for file in files:
+        if (at := torn_at(file)) is not None:
+            size = file.stat().st_size
+            get_logger().warning(f"{file}: breaks off at byte {at:,} of {size:,}; the rest is lost")
+
 # %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #0764d31c
 def event_rows(path) -> list:
     "Rows of the scalars in a TensorBoard event file, or in the folder that holds some."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
+    tell_torn(path)
     events = EventAccumulator(str(path), size_guidance=dict(scalars=0, tensors=0)).Reload()
     tags = events.Tags()
     triples = [
