@@ -3,7 +3,7 @@ logs that swallow their rows, damaged folders of `datasets`."""
 
 import numpy as np
 import pytest
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.video_index import clip_index, video_info
 from fgclip_nb.data.video import read_frames
 
@@ -150,3 +150,140 @@ def test_a_gif_that_was_cut_off_is_refused(tmp_path):
 def test_h264_in_avi_keeps_its_rate(tmp_path):
     clip = coded(tmp_path / "a.avi", options={"bf": "3"})
     assert video_info(clip).fps == pytest.approx(25, rel=0.02)
+
+
+@pytest.mark.parametrize("data", ["world:noise=0.5:noise=0.1", "world_video:size=9:size=8"])
+def test_an_option_given_twice_is_refused(data):
+    from fgclip_nb.data.load import load_samples
+
+    with pytest.raises(ConfigError, match="is given twice"):
+        load_samples(data)
+
+
+def test_columns_that_nobody_reads_are_told(capsys):
+    from fgclip_nb.data.load import load_samples
+
+    for wrong in ("==,==", "image=a,image=b", "image==a"):
+        with pytest.raises(ConfigError, match="columns"):
+            load_samples("sample", columns=wrong)
+    load_samples("sample", columns="image=img")
+    assert "`columns` = 'image=img' is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/nowhere", "empty"])
+def test_a_frame_cache_that_was_never_filled_is_refused(tmp_path, folder):
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.training.rundata import chosen_samples
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="`frame_cache`.*holds no cached frames"):
+        chosen_samples(TrainConfig(frame_cache=str(tmp_path / folder)))
+
+
+def lines_of_log(form) -> list:
+    return [form(k, 1 / k) for k in range(1, 30)]
+
+
+def test_an_open_quote_costs_its_own_row_and_is_told(tmp_path, capsys):
+    from fgclip_nb.diagnostics.judgement import evidence
+
+    lines = ["step,loss,note", *lines_of_log(lambda k, x: f'{k},{x},"a ""b"", c"')]
+    lines[9] = '9,0.5,"never closed'
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert len(evidence(tmp_path / "a.csv").frame) == 28
+    assert "line 10 has a quote that is not closed" in capsys.readouterr().out
+
+
+def test_torn_records_are_told(tmp_path, capsys):
+    from fgclip_nb.diagnostics.judgement import evidence
+
+    lines = lines_of_log(lambda k, x: f'{{"step": {k}, "loss": {x}}}')
+    lines[8], lines[9] = lines[8][:9], "half a line"
+    lines[-1] = lines[-1][:7]  # the last may be torn: the run is still writing
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert len(evidence(tmp_path / "a.jsonl").frame) == 26
+    assert "line 9 is no record; 2 such lines are left out" in capsys.readouterr().out
+
+
+def test_an_event_file_that_breaks_off_is_told(tmp_path, capsys):
+    from fgclip_nb.diagnostics.board import Board
+    from fgclip_nb.diagnostics.judgement import evidence
+
+    board = Board(tmp_path / "events")
+    for step in range(1, 30):
+        board.scalars(dict(step=step, loss=1 / step))
+    board.close()
+    (file,) = (tmp_path / "events").iterdir()
+    evidence(file)
+    assert "breaks off" not in capsys.readouterr().out
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert 5 < len(evidence(file).frame) < 29
+    assert "breaks off at byte" in capsys.readouterr().out
+
+
+@pytest.mark.ci
+def test_a_row_that_holds_a_whole_group_is_not_unpacked(tmp_path):
+    "One row of 17 million texts of a kilobyte, of which there are eight: 16 GiB as plain texts."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from fgclip_nb.data.load import load_samples
+
+    many = 17_000_000
+    texts = pa.array([letter * 1000 for letter in "abcdefgh"])
+    which = pa.array(np.random.default_rng(0).integers(0, 8, many, dtype=np.int32))
+    values = pa.DictionaryArray.from_arrays(which, texts)
+    rows = pa.ListArray.from_arrays(pa.array([0] + [many] * 40, pa.int32()), values)
+    names = pa.array([f"{k}.jpg" for k in range(40)])
+    table = pa.table(dict(image=names, caption=names, captions=rows))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10**9, store_schema=False)
+    before = pa.default_memory_pool().max_memory()
+    rejects = load_samples(tmp_path / "a.parquet", missing="keep")[1]
+    assert rejects[0].rule == "too_large"
+    assert pa.default_memory_pool().max_memory() < before + (1 << 30)
+
+
+@pytest.mark.parametrize("segment", [10**12, -1])
+def test_a_strange_segment_is_a_sentence(segment):
+    from fgclip_nb.evaluation.annotations import to_frames
+
+    with pytest.raises(ConfigError, match="segment"):
+        to_frames(np.ones(4), segment=segment)
+
+
+@pytest.mark.parametrize("window", [10**10, -1])
+def test_a_strange_smoothing_is_a_sentence(window):
+    from fgclip_nb.evaluation.annotations import smooth
+
+    with pytest.raises(ConfigError, match="smoothing"):
+        smooth(np.arange(4.0), window)
+
+
+@pytest.mark.ci
+def test_a_flipped_bit_of_a_folder_of_datasets_is_told(tmp_path):
+    "Offsets that lead out of the file ended the process; the others were raw errors."
+    import os
+    import shutil
+    import datasets
+    from fgclip_nb.data.stream import open_stream
+
+    folder = tmp_path / "set"
+    rows = [dict(image=f"{k}.jpg", caption=f"a photo of thing {k} here") for k in range(12)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    file = next(folder.glob("*.arrow"))
+    good, seen = file.read_bytes(), []
+    for place in range(8, len(good), max(1, len(good) // 60)):
+        damaged = good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1 :]
+        file.unlink()
+        file.write_bytes(damaged)
+        shutil.rmtree(folder / ".fgclip_nb", ignore_errors=True)
+        child = os.fork()
+        if not child:
+            try:
+                open_stream(str(folder), processes=1)[0][:]
+                os._exit(0)
+            except DataError as e:
+                os._exit(1 if str(folder) in str(e) else 3)
+            except BaseException:
+                os._exit(2)
+        seen.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert set(seen) <= {0, 1} and 1 in seen, seen

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import shown
 from fgclip_nb.data.samples import sample_reject
 from fgclip_nb.data.motion import FRAMES, clip_at, draw_frame
@@ -417,6 +417,8 @@ def held_sizes(cache, path) -> str:
 def cache_share(cache, paths) -> str:
     "`11 of 12 clips from the cache`, with the first that is not; clips that are not here count."
     paths = sorted({str(p) for p in paths})
+    if not paths:
+        return f"no clips: the cache {cache.folder} is not used"
     absent = [p for p in paths if not Path(p).is_file() or cache.get(p) is None]
     held = f"{len(paths) - len(absent)} of {len(paths)} clips from the cache {cache.folder}"
     if not absent:
@@ -426,3 +428,12 @@ def cache_share(cache, paths) -> str:
     if not sizes:
         return text
     return f"{text}, which is there in {sizes}: this run needs {_kind(cache.size, cache.encoding)}"
+
+# %% ../../nbs/2_data/17_frame_cache.ipynb #8906efda
+def check_cache(folder):
+    "ConfigError for a folder without cached frames; nothing where no cache is asked for."
+    if folder and not (Path(folder).is_dir() and any(Path(folder).glob("*.arrow"))):
+        raise ConfigError(
+            f"`frame_cache` = {folder!r} holds no cached frames; fill it with "
+            "`python -m fgclip_nb.data cache`, or leave it empty"
+        )

@@ -19,7 +19,7 @@ from fgclip_nb.data.known import REGISTERED  # noqa: F401 (all readers are known
 from fgclip_nb.data.readers import READERS, reader_of, readers_of
 from fgclip_nb.data.reading import as_samples, format_of, read_row
 from fgclip_nb.data.source import Source, Tally, paragraph
-from fgclip_nb.data.shard_sources import holds_pictures
+from fgclip_nb.data.shard_sources import column_map, holds_pictures
 from fgclip_nb.data.shards import is_sharded, open_shards
 from fgclip_nb.data.stream import open_stream
 from fgclip_nb.data.world import is_world, world_options, world_samples
@@ -430,11 +430,14 @@ def load_samples(path, media_root=None, missing="auto", split="auto", columns=""
     then `samples` is a `Stream`, and `columns` says which column is what (`image=img`)."""
     if split not in SPLITS:
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
+    named = column_map(columns)
     if is_sharded(path):
         return open_shards(path, media_root), []
     streamed = None if has_reader(path, columns) else open_stream(path, media_root, columns, split)
     if streamed:
         return streamed
+    if named:
+        get_logger().warning(f"`columns` = {columns!r} is not used: {path} is no table of columns")
     tally = Tally()
     samples = drop_missing(list(iter_samples(path, media_root, tally, split)), tally, missing)
     _log_counts(tally, samples)

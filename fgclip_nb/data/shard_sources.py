@@ -145,7 +145,10 @@ def column_map(columns) -> dict:
     pairs = [part.partition("=") for part in columns.split(",") if part.strip()]
     if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
         raise ConfigError(f"`columns` = {columns!r}: write key=column, such as caption=text")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(found) < len(pairs) or any("=" in theirs for theirs in found.values()):
+        raise ConfigError(f"`columns` = {columns!r}: a key twice, or two equals signs in one pair")
+    return found
 
 
 def renamed(row, columns) -> dict:

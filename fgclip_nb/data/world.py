@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/2_data/10b_world.ipynb #323ee243
 import dataclasses, random
+from collections import Counter
 from dataclasses import dataclass, replace
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.params import check_names, check_values, param
@@ -51,6 +52,8 @@ def address_options(address, name, options):
                 f"data {address!r}: {key!r} is not `name=value`; write {name}:size=500"
             )
     given = {key: value for key, _, value in pairs}
+    if twice := [key for key, n in Counter(key for key, _, _ in pairs).items() if n > 1]:
+        raise ConfigError(f"data {address!r}: {twice[0]!r} is given twice; leave one")
     try:
         check_names(given, [f.name for f in dataclasses.fields(options)])
         return options(**given)

@@ -19,6 +19,7 @@ from fgclip_nb.data.world import is_world, world_options
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.video_index import frame_times
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
+from fgclip_nb.data.frame_cache import check_cache
 from fgclip_nb.data.filters import a_few, check_media, filter_regions
 from fgclip_nb.data.findings import check_contrast
 from fgclip_nb.data.hard_negatives import add_negatives, load_class_sentences
@@ -33,7 +34,8 @@ def chosen_samples(cfg: TrainConfig) -> tuple:
     """(samples, rejects) of `cfg.data` without the media of `cfg.test_data`.
 
     A normal clip without a region has its whole frame as one. Raises `DataError` where
-    `test_data` does not exist."""
+    `test_data` does not exist; ConfigError for a `frame_cache` that was not filled."""
+    check_cache(cfg.frame_cache)
     limit_pixels(cfg.max_megapixels)
     samples, rejects = load_samples(
         cfg.data, cfg.media_root or None, split=cfg.split, columns=cfg.columns
