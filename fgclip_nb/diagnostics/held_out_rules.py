@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #ed3dff9a
 import math
 from fgclip_nb.diagnostics.rules import (
+    CAUSE,
     FAIL,
     LATER,
     PASS,
@@ -21,6 +22,27 @@ from fgclip_nb.diagnostics.rules import (
 from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS
 from fgclip_nb.diagnostics.data_rules import audit_of, usual
 from fgclip_nb.diagnostics.loss_rules import added_kinds
+
+# %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #5eda018f
+@rule(
+    threshold="no held-out photo in training", source="audit.json, held-out photos", rank=CAUSE + 43
+)
+def leak(ev):
+    "Held-out photos stand among the training ones: held-out figures say nothing."
+    share = audit_of(ev, "photos", "leaked_share")
+    if share is None or not audit_of(ev, "val"):
+        return None
+    pairs = audit_of(ev, "photos", "leaked") or []
+    if share < 0.02 or not pairs:
+        return PASS, share, "no held-out photo was found among those of training"
+    named = ", ".join(f"{a} = {b}" for a, b in pairs[:2])
+    why = f"leak: {share:.0%} of the held-out photos or clips are trained on ({named})"
+    return (
+        FAIL,
+        share,
+        why,
+        "Split by photo (or video) before anything else; `test_data` leaves a list out.",
+    )
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
 RANK_COLUMNS = dict(
