@@ -314,7 +314,7 @@ def carried_over(judged: list) -> str:
     return "".join(f"Held out, at the last validation: {why}. " for why in said)
 
 
-LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?(?: × chance)?$")
+LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?(?: × chance)?(?:, or .*)?$")
 
 
 def near_its_limit(verdict, share=0.1) -> bool:

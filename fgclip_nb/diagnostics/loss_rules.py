@@ -105,7 +105,9 @@ def _judge_rise(ev, kind):
     rise = last - first
     room = max(0.05, noise * (1.5 if n == 20 else 3))  # few steps are no sample of their noise
     if rise <= room:
-        return PASS, rise, f"{first:.3f} → {last:.3f}"
+        levels = chance(ev, kind)
+        known = f" (chance {levels.head(n).mean():.2f} → {levels.tail(n).mean():.2f})"
+        return PASS, rise, f"{first:.3f} → {last:.3f}{known if len(levels) else ''}"
     cause = rise_cause(ev, kind, n)
     if cause and cause[1] >= 0.5 * rise:
         return (
