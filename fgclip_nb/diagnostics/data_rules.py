@@ -305,10 +305,12 @@ def photos_blank(ev):
 
 
 def tone_lost(ev) -> str:
-    "Where photos have lost their colours on the way to the model, in words; else empty."
-    toned = usual(ev, "toned_share")
+    "Where photos have lost or changed their colours on the way to the model, in words; else empty."
+    toned, away = usual(ev, "toned_share"), usual(ev, "photo_gap")
     if not toned >= TONED_AT_MOST:
-        return ""
+        other = away > OTHER_COLOURS and usual(ev, "photo_gap_bgr") > 0.3 * away
+        why = f"the photos that reach the model are {away:.0f} grey levels off those of their files"
+        return f"{why}, with the same shapes" if other and usual(ev, "photo_alike") > 0.9 else ""
     why = f"{toned:.0%} of the photos that reach the model are of one tone, grey or sepia"
     if ev.series("val_toned_share").mean() < 0.5 * toned:
         why += ", held-out photos keep their colours"
@@ -316,11 +318,12 @@ def tone_lost(ev) -> str:
 
 
 GREY_AT_MOST, TONED_AT_MOST = 0.25, 0.4  # a tenth of usual photos are nearly of one tone
+OTHER_COLOURS = 15  # grey levels; brightness that varies by a fifth makes 13
 
 
 @rule(threshold="colour where colours are named", source="audit.json, toned_share", rank=CAUSE + 28)
 def photos_grey(ev):
-    "Photos are grey, or of one tone, although their texts name colours."
+    "Photos are grey, of one tone or of other colours, although their texts name colours."
     grey = audit_of(ev, "photos", "grey_share")
     named = max(
         (audit_of(ev, kind, "colour_share") or 0 for kind in ("captions", "phrases")), default=0

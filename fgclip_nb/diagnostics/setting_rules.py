@@ -20,7 +20,7 @@ from fgclip_nb.diagnostics.rules import (
     started,
 )
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS
-from fgclip_nb.diagnostics.data_rules import audit_of
+from fgclip_nb.diagnostics.data_rules import FEW_TEXTS, audit_of
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #bc2588af
 def run_length(ev):
@@ -262,21 +262,28 @@ def term_unweighted(ev):
     return FAIL, share, why, f"Lower `{name}` until the terms are of one size."
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #8f417ec3
-ALONE = dict(global_short="global", global_long="global", region_in_batch="region_in_batch")
+ALONE = dict(  # a loss, whose chance level, whose texts
+    global_short=("global", "captions"),
+    global_long=("global", "long_captions"),
+    region_in_batch=("region_in_batch", "phrases"),
+)
 
 
 def zero_from_the_start(ev) -> str:
     """The name of a weighted loss that was zero as long as it is known, in words; else empty.
 
-    Its chance level says whether nothing is contrasted, or all of it was learnt before."""
-    for part, kind in ALONE.items():
+    Its chance level says whether nothing is contrasted, or all of it was learnt before. Texts that
+    are the same in the data are told by `texts_few`."""
+    for part, (kind, texts) in ALONE.items():
         values = ev.series(f"loss_{part}").head(20)
         chance = ev.series(f"chance_{kind}").head(20).mean()
         contrasted = chance > 0.6 * math.log(
             max(2, ev.series(f"candidates_{kind}").head(20).mean())
         )
         weight = ev.params.get(f"{part.split('_')[0]}_weight", 1)
-        if len(values) >= 5 and values.abs().max() < 1e-6 and weight and not contrasted:
+        differ = (audit_of(ev, texts, "distinct") or math.inf) > FEW_TEXTS
+        zero = len(values) >= 5 and values.abs().max() < 1e-6
+        if zero and weight and differ and not contrasted:
             return part.replace("_", " ")
     return ""
 
