@@ -170,14 +170,15 @@ def test_columns_that_nobody_reads_are_told(capsys):
     assert "`columns` = 'image=img' is not used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", ["/dev/null", "/nowhere", "empty"])
-def test_a_frame_cache_that_was_never_filled_is_refused(tmp_path, folder):
+def test_a_frame_cache_that_was_never_filled_is_told(tmp_path, capsys):
     from fgclip_nb.core.config import TrainConfig
     from fgclip_nb.training.rundata import chosen_samples
 
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="`frame_cache`.*holds no cached frames"):
-        chosen_samples(TrainConfig(frame_cache=str(tmp_path / folder)))
+    for folder in ("/nowhere", str(tmp_path)):
+        chosen_samples(TrainConfig(frame_cache=folder))
+        assert f"`frame_cache` = '{folder}' holds no cached frames" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="`frame_cache` = '/dev/null' is no folder"):
+        chosen_samples(TrainConfig(frame_cache="/dev/null"))
 
 
 def lines_of_log(form) -> list:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.core.folder import shown
+from fgclip_nb.core.folder import get_logger, shown
 from fgclip_nb.data.samples import sample_reject
 from fgclip_nb.data.motion import FRAMES, clip_at, draw_frame
 from fgclip_nb.data.photos import existing_file
@@ -431,9 +431,14 @@ def cache_share(cache, paths) -> str:
 
 # %% ../../nbs/2_data/17_frame_cache.ipynb #8906efda
 def check_cache(folder):
-    "ConfigError for a folder without cached frames; nothing where no cache is asked for."
-    if folder and not (Path(folder).is_dir() and any(Path(folder).glob("*.arrow"))):
-        raise ConfigError(
-            f"`frame_cache` = {folder!r} holds no cached frames; fill it with "
-            "`python -m fgclip_nb.data cache`, or leave it empty"
-        )
+    """A warning for a folder without cached frames; nothing where no cache is asked for.
+
+    ConfigError for what is no folder."""
+    if not folder or any(Path(folder).glob("*.arrow")):
+        return
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"`frame_cache` = {folder!r} is no folder")
+    get_logger().warning(
+        f"`frame_cache` = {folder!r} holds no cached frames: all are decoded at every step; "
+        "fill it with `python -m fgclip_nb.data cache`"
+    )

@@ -34,7 +34,7 @@ def chosen_samples(cfg: TrainConfig) -> tuple:
     """(samples, rejects) of `cfg.data` without the media of `cfg.test_data`.
 
     A normal clip without a region has its whole frame as one. Raises `DataError` where
-    `test_data` does not exist; ConfigError for a `frame_cache` that was not filled."""
+    `test_data` does not exist; ConfigError where `frame_cache` is no folder."""
     check_cache(cfg.frame_cache)
     limit_pixels(cfg.max_megapixels)
     samples, rejects = load_samples(
