@@ -1,5 +1,6 @@
 """What a fourth attack found: inputs read as something else, or dropped without a word."""
 
+import gzip
 import os
 
 import pytest
@@ -71,3 +72,16 @@ def test_records_that_are_none_are_no_traceback(tmp_path):
     log = tmp_path / "run.log"
     log.write_text("\n".join(f"step {10**400 + i} loss 1.0" for i in range(40)))
     assert verdicts(log)
+
+
+def test_a_gzipped_log_is_read_and_a_pipe_is_called_one(tmp_path):
+    text = "\n".join(f"step {i} loss {'nan' if i > 9 else 3.0} lr 1e-4" for i in range(99))
+    for name in ("run.log.gz", "run.csv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    assert headline(verdicts(tmp_path / "run.log.gz")).startswith("finite_numbers")
+    table = "step,loss\n" + "\n".join(f"{i},nan" for i in range(99))
+    (tmp_path / "run.csv.gz").write_bytes(gzip.compress(table.encode()))
+    assert headline(verdicts(tmp_path / "run.csv.gz")).startswith("finite_numbers")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="a pipe or device"):
+        load_samples(tmp_path / "pipe.json")
