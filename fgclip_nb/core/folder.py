@@ -18,13 +18,20 @@ from fgclip_nb.core.packed import check_ordinary, open_packed
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
 @contextmanager
 def naming(path):
-    "An OSError inside the block names the file: that of a full disk or a size limit does not."
+    """An OSError inside the block names the file: that of a full disk or a size limit does not.
+
+    What a library written in Rust says of the disk, in words alone, becomes one."""
     try:
         yield
     except OSError as e:
         if e.errno and e.filename is None:
             e.filename = str(path)
         raise
+    except Exception as e:
+        number = re.search(r"\(os error (\d+)\)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
 
 
 def write_atomic(path, data: str | bytes):
