@@ -1,6 +1,7 @@
 """What a fourth attack found: inputs read as something else, or dropped without a word."""
 
 import gzip
+import json
 import os
 
 import pytest
@@ -85,3 +86,17 @@ def test_a_gzipped_log_is_read_and_a_pipe_is_called_one(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(ValueError, match="a pipe or device"):
         load_samples(tmp_path / "pipe.json")
+
+
+def test_empty_captions_are_left_out_and_told(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg")
+    box = dict(bbox=[0, 0, 0.5, 0.5], caption="a dog")
+    rows = [
+        dict(image="a.jpg", captions=said, regions=[box], short_caption="")
+        for said in ([""], ["", "a dog runs"], [], ["a cat"])
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    samples, rejects = load_samples(path)
+    assert [s.captions for s in samples] == [(), ("a dog runs",), (), ("a cat",)]
+    assert [r.rule for r in rejects] == ["empty_text"] * 2
