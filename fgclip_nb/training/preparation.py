@@ -14,7 +14,6 @@ from safetensors import safe_open
 from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
 from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import (
-    FolderLock,
     PlainFormatter,
     Run,
     checkpoint_state,
@@ -22,6 +21,7 @@ from fgclip_nb.core.folder import (
     meant_for,
     write_atomic,
 )
+from fgclip_nb.core.lock import FolderLock
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
 from fgclip_nb.diagnostics.recorder import Recorder
 from fgclip_nb.diagnostics.signs import fresh_share
