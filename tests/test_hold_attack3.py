@@ -215,7 +215,8 @@ def test_features_of_two_models_are_a_sentence(tmp_path):
 
 def test_a_full_disk_names_the_file_and_nothing_is_left(tmp_path, monkeypatch):
     import errno
-    from fgclip_nb.core.folder import FolderLock, write_atomic
+    from fgclip_nb.core.folder import write_atomic
+    from fgclip_nb.core.lock import FolderLock
     from fgclip_nb.diagnostics.numbers import JsonLines
 
     def full(fd):

@@ -666,7 +666,7 @@ def test_damaged_weight_files_are_a_sentence(tmp_path, small_weights):
 def test_one_writer_also_where_the_disk_has_no_locks(tmp_path, monkeypatch, flock):
     "Lustre without flock answers ENOSYS; a lock left by a process that died there binds nobody."
     import errno, fcntl
-    from fgclip_nb.core.folder import FolderLock
+    from fgclip_nb.core.lock import FolderLock
 
     def refused(*args):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -504,7 +504,7 @@ def test_a_dead_worker_is_reported_and_replaced(world, finished, tmp_path):
 
 
 def test_a_second_writer_is_kept_out(world, tmp_path):
-    from fgclip_nb.core.folder import FolderLock
+    from fgclip_nb.core.lock import FolderLock
 
     (tmp_path / "run").mkdir()
     lock = FolderLock(tmp_path / "run")

@@ -75,6 +75,7 @@ READING = dict(
     crowd="the box of a crowd",
     no_rectangle="a shape that is no rectangle",
     turned_picture="a rectangle drawn on a picture that the tool had turned",
+    empty_text="a caption without a letter",
     unread_content="a key with text or boxes that no reader asks for",
     unread_key="a key that no reader asks for",
     unread_answers="later answers of a conversation",

@@ -10,6 +10,7 @@ import dataclasses, itertools, os
 from pathlib import Path
 from collections import Counter
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import asset, get_logger
 from fgclip_nb.data.samples import Fault, Samples, sample_reject, shorten
 from fgclip_nb.data.rows import Row, mark_duplicates
@@ -229,6 +230,7 @@ def data_files(path) -> list:
     if os.path.isdir(path):  # False for names too long for the disk, where Path raises
         return _folder_files(path)
     if not os.path.isfile(path):
+        check_ordinary(path)
         raise DataError(f"data {str(path)!r}: no such file or folder (seen from {Path.cwd()})")
     listing = path.suffix == ".txt" and not file_reader(path)
     return _listed_files(path) if listing else [(path, "")]

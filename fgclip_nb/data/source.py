@@ -85,6 +85,18 @@ def _folder_under(root, file) -> str:
     inside = os.path.relpath(os.path.realpath(Path(file).parent), base) if base else "."
     return "" if inside == "." or inside.startswith("..") else Path(inside).as_posix()
 
+# %% ../../nbs/2_data/05_source.ipynb #9f440a33
+def without_empty(fields: dict) -> tuple:
+    "(a sample's fields without texts of spaces alone, the first field that held one, or '')."
+    kept, empty = dict(fields), ""
+    for name in ("caption", "short_caption"):
+        if fields.get(name, "").isspace():
+            kept[name], empty = "", empty or name
+    if said := fields.get("captions"):
+        kept["captions"] = tuple(text for text in said if text.strip())
+        empty = empty or ("captions" if len(kept["captions"]) < len(said) else "")
+    return kept, empty
+
 # %% ../../nbs/2_data/05_source.ipynb #920624d4
 class Source:
     "One data file while it is read: where its media lie, which entry is being read, who counts."
@@ -221,9 +233,11 @@ class Source:
         return sample
 
     def sample(self, id, **fields) -> Sample:
-        "A sample with file, entry and the split filled in; counted as kept."
+        "A sample with file, entry and the split filled in; counted as kept, without empty texts."
         self.tally.kept += 1
-        fields = {"split": self.split, **fields}
+        fields, empty = without_empty(dict(split=self.split) | fields)
+        if empty:
+            self.reject(Fault(empty, "", "an empty text, left out", "empty_text"), sample=id)
         return Sample(id=self.named(id), file=self.file, entry=self.entry, **fields)
 
 # %% ../../nbs/2_data/05_source.ipynb #c68a3be1

@@ -70,9 +70,12 @@ def class_names(value) -> dict:
         raise Fault("names", value, reason, "missing_field")
     names = {}
     for number, name in pairs:
-        if not str(number).lstrip("-").isdecimal() or not str(name).strip():
+        if not isinstance(name, str):
+            reason = "YAML reads this name as no text: write it in quotes"
+            raise Fault("names", {number: name}, reason)
+        if not str(number).lstrip("-").isdecimal() or not name.strip():
             raise Fault("names", {number: name}, "not a number and a name")
-        names[int(number)] = check_text(str(name), "names").replace("_", " ")
+        names[int(number)] = check_text(name, "names").replace("_", " ")
     return names
 
 
@@ -84,14 +87,15 @@ def labels_of(photo) -> Path:
 
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000011
 def part_entries(description, part, folder) -> list:
-    "The folders and lists of one part as paths, those not there included."
+    "The folders and lists of one part as paths, those not there included; a Fault for no path."
     value = description.get(part)
-    values = value if isinstance(value, list) else [value]
+    if value is None:
+        return []
     base = description.get("path")
     places = []
-    for entry in values:
+    for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, str) or not entry.strip() or "\0" in entry or len(entry) > 4000:
-            continue
+            raise Fault(part, entry, "not the path of a folder or of a list")
         bases = [Path(folder) / str(base or "")[:4000].replace("\0", ""), Path(folder)]
         tried = [b / entry for b in bases] + [Path(folder) / entry.lstrip("./")]
         places.append(next((p for p in tried if p.exists()), Path(folder) / entry))
@@ -101,20 +105,25 @@ def part_entries(description, part, folder) -> list:
 def photos_of(place, folder) -> list:
     "Photos of a folder, or of a list of them; a Fault where there is neither."
     if place.is_dir():
-        return sorted(p for p in place.rglob("*") if p.name.lower().endswith(PHOTOS))
+        photos = sorted(p for p in place.rglob("*") if p.name.lower().endswith(PHOTOS))
+        if not photos:
+            raise Fault("path", str(place), f"no photo ({', '.join(PHOTOS)}) lies in this folder")
+        return photos
     if not place.is_file():
         reason = "no such folder or list of photos: mend the path, or give `media_root`"
         raise Fault("path", str(place), reason, "missing_file")
     with open_text(place) as f:
         lines = [line.strip() for line in f.read().splitlines()]
     lines = [line for line in lines if line and "\0" not in line]
+    if not lines:
+        raise Fault("path", str(place), "a list without a photo")
     return [Path(line) if os.path.isabs(line) else place.parent / line for line in lines]
 
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000014
 def _label_lines(photo, src) -> list:
     "(field, Row's value) of a photo's lines of labels."
     labels = labels_of(photo)
-    if not labels.is_file():
+    if not os.path.lexists(labels):
         return []
     src.root.locate(os.path.relpath(labels, src.root.root), "labels")
     with open_text(labels) as f:
@@ -145,26 +154,37 @@ def is_yolo(path) -> bool:
     return "names" in description and any(part in description for part in PARTS)
 
 
+def rejected(src, entry: str, fault):
+    "An entry that lists no photo is rejected and counted."
+    src.entry, src.tally.entries = entry, src.tally.entries + 1
+    src.reject(fault, entries=1)
+
+
+def listed_photos(description, part, src):
+    "Yields the photos of one part; what lists none is rejected."
+    try:
+        places = part_entries(description, part, src.root.root)
+    except Fault as f:
+        return rejected(src, part, f)
+    for place in places:
+        try:
+            yield from photos_of(place, src.root.root)
+        except Fault as f:
+            rejected(src, f"{part}: {place.name}", f)
+
+
 @reader("yolo", is_yolo, of="file", rank=20, suffixes=(".yaml", ".yml"))
 def read_yolo(path, src):
     "Samples of all photos of a data.yaml, each in the part that lists it."
     description = load_description(path)
     names = class_names(description["names"])
     for part in PARTS:
-        for place in part_entries(description, part, src.root.root):
-            src.entry = f"{part}: {place.name}"
+        for photo in listed_photos(description, part, src):
+            src.entry, src.tally.entries = f"{part}: {photo.name}", src.tally.entries + 1
             try:
-                photos = photos_of(place, src.root.root)
+                yield read_yolo_photo(photo, names, part, src)
             except Fault as f:
-                src.tally.entries += 1
                 src.reject(f, entries=1)
-                continue
-            for photo in photos:
-                src.entry, src.tally.entries = f"{part}: {photo.name}", src.tally.entries + 1
-                try:
-                    yield read_yolo_photo(photo, names, part, src)
-                except Fault as f:
-                    src.reject(f, entries=1)
 
 # %% ../../nbs/2_data/09h_yolo.ipynb #4ce22a33
 CLASS_FILES = ("classes.txt", "obj.names")

@@ -178,7 +178,8 @@ def foreign_evidence(path: Path) -> Evidence:
     elif "tfevents" in path.name:
         rows = event_rows(path)
     else:
-        rows = TABLES[path.suffix](path) if path.suffix in TABLES else []
+        suffix = Path(path.name.removesuffix(".gz")).suffix
+        rows = TABLES[suffix](path) if suffix in TABLES else []
         text = read_text(path)
         if not any("loss" in k for row in rows for k in row):
             rows = log_text_rows(cut_lines(text))

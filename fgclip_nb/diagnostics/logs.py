@@ -9,6 +9,7 @@ __all__ = []
 import math, re
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.packed import open_packed
 
 # %% ../../nbs/6_diagnostics/05_logs.ipynb #0ab301c2
 ALIASES = {
@@ -101,15 +102,17 @@ MOST_LINE = 8000  # letters
 
 
 def read_text(path) -> str:
-    """The text of a log: decoded, without colours, lines ended by newlines only.
+    """The text of a log, gzipped or not: decoded, without colours, lines ended by newlines only.
 
     DataError for what is no file, such as a pipe that may never end, or larger than MOST_LOG."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: no ordinary file")
-    if (size := path.stat().st_size) > MOST_LOG:
-        raise DataError(f"{path}: {size:,} bytes; give a part of it, `tail -c 100M` for instance")
-    data = path.read_bytes()
+    with open_packed(path) as file:
+        data = file.read(MOST_LOG + 1)
+    if len(data) > MOST_LOG:
+        many = f"more than {MOST_LOG:,} bytes"
+        raise DataError(f"{path}: {many}; give a part of it, `tail -c 100M` for instance")
     text = data.decode(encoding_of(data), errors="replace")
     return COLOURS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
 

@@ -69,7 +69,10 @@ def trainer_state_rows(path) -> list:
     "Rows of HF Trainer's trainer_state.json."
     state = json.loads(read_text(path))
     batch = state.get("train_batch_size")
-    rows = record_rows(state["log_history"])
+    records = state["log_history"]
+    if not isinstance(records, list):
+        raise DataError(f"{path}: `log_history` is {records!r:.40}, not a list of records")
+    rows = record_rows(r for r in records if isinstance(r, dict))
     if rows and batch and state.get("num_devices") == 1:
         rows[0]["batch_size"] = float(batch)
     return rows

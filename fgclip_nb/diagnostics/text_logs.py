@@ -12,8 +12,9 @@ from fgclip_nb.diagnostics.logs import NAME, NUMBER, column_of
 # %% ../../nbs/6_diagnostics/05a_text_logs.ipynb #be0da1a7
 VALUE = rf"({NUMBER}|NaN|-?Infinity|null)"
 QUOTED = re.compile(rf"""["']([\w./ @-]+)["']\s*:\s*["']?{VALUE}(?![\w.])""")
+WORD = r"(?!(?:nan|inf|infinity)\b)[A-Za-z]"  # a value is no word of a name
 SPOKEN = re.compile(
-    rf"{NAME}((?:[A-Za-z][\w/]{{0,99}} ){{0,2}}[A-Za-z][\w/-]{{0,99}})(?: \(t\))?"
+    rf"{NAME}((?:{WORD}[\w/]{{0,99}} ){{0,2}}{WORD}[\w/-]{{0,99}})(?: \(t\))?"
     r"(?:\s*[:=]\s*|\s+(?=[\d.]|nan\b|-?inf))\[?"
     rf"{VALUE}(?![\w/]|\.\d)",
     re.IGNORECASE,
@@ -50,6 +51,8 @@ def line_columns(line: str) -> dict:
     else:
         columns = [(spoken_column(name), value) for name, value in SPOKEN.findall(line)]
     row = {name: _number(value) for name, value in columns if name and value != "null"}
+    if not math.isfinite(row.get("step", 0.0)):
+        del row["step"]  # no step has this number: it is counted instead
     if "loss_contrastive" in row:
         row.setdefault("loss", row.pop("loss_contrastive"))
     return row

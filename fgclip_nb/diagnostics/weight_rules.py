@@ -32,9 +32,11 @@ def common_sample(rows: list) -> tuple:
     return (shared.pop(), len(groups)) if len(shared) == 1 else ("", 0)
 
 
-@rule("loss", threshold="none", rank=CAUSE + 1)
+@rule(threshold="none", source="loss", rank=CAUSE + 1)
 def finite_numbers(ev):
     "NaN, infinity or skipped steps; a sample that all of them share is named."
+    if "loss" not in ev.frame:  # it may hold nothing but NaN
+        return None
     bad = ev.frame["loss"].abs() == math.inf
     if "nonfinite" in ev.frame:
         bad = bad | (ev.frame["nonfinite"] != "")

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/4_model/11_saving.ipynb #d5e0e89e
 from pathlib import Path
-from fgclip_nb.core.folder import write_atomic
+from fgclip_nb.core.folder import naming, write_atomic
 from fgclip_nb.text.tokenizer import get_tokenizer
 
 # %% ../../nbs/4_model/11_saving.ipynb #6ffd93de
@@ -87,7 +87,8 @@ def save_model(model, save_directory, architecture, numbers=None, processor=True
     write_weights(model, folder)
     write_atomic(folder / "README.md", model_card(model, numbers))
     if processor and model.config.text_config.vocab_size == 49408:
-        make_processor(model.config).save_pretrained(folder)
+        with naming(folder):
+            make_processor(model.config).save_pretrained(folder)
 
 # %% ../../nbs/4_model/11_saving.ipynb #c0872fa5
 def push_card(model, repo_id, numbers=None, token=None):

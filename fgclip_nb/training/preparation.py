@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/10_preparation.ipynb #d478a6d4
-import dataclasses, json, logging, os
+import dataclasses, json, logging, os, sys
 from functools import partial
 from pathlib import Path
 import torch, yaml
@@ -14,7 +14,6 @@ from safetensors import safe_open
 from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
 from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import (
-    FolderLock,
     PlainFormatter,
     Run,
     checkpoint_state,
@@ -22,6 +21,7 @@ from fgclip_nb.core.folder import (
     meant_for,
     write_atomic,
 )
+from fgclip_nb.core.lock import FolderLock
 from fgclip_nb.core.config import TrainConfig, check_params, params_hash, run_folder
 from fgclip_nb.diagnostics.recorder import Recorder
 from fgclip_nb.diagnostics.signs import fresh_share
@@ -54,6 +54,23 @@ def open_folder(cfg: TrainConfig, is_main: bool):
     return path, lock
 
 # %% ../../nbs/8_training/10_preparation.ipynb #511a4678
+class LogFile(logging.FileHandler):
+    "training.log; where the disk refuses a line the reason is told once, on the screen."
+
+    refused = False
+
+    def handleError(self, record):
+        if not self.refused:
+            print(f"{self.baseFilename}: not written from here on: {sys.exc_info()[1]}", flush=True)
+        self.refused = True
+
+    def close(self):
+        try:
+            super().close()
+        except OSError:
+            self.handleError(None)
+
+
 def file_logger(path, is_main: bool):
     """The package's logger, also writing to `path/training.log`: (logger, handler to remove).
 
@@ -61,7 +78,7 @@ def file_logger(path, is_main: bool):
     log = get_logger()
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     log_file = path / "training.log"
-    handler = logging.FileHandler(log_file, encoding="utf-8") if is_main else logging.NullHandler()
+    handler = LogFile(log_file, encoding="utf-8") if is_main else logging.NullHandler()
     handler.setFormatter(PlainFormatter())
     handler.addFilter(partial(meant_for, place="file"))
     log.addHandler(handler)
