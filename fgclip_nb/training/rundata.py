@@ -14,6 +14,7 @@ from fgclip_nb.core.folder import Run, get_logger, read_json, resolve_path
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.core.plain import markdown_text
 from fgclip_nb.data.drawing import drawn_photo
+from fgclip_nb.data.samples import LEVELS
 from fgclip_nb.data.photos import limit_pixels
 from fgclip_nb.data.motion import FRAMES, clip_at, draw_frame
 from fgclip_nb.data.world import is_world, world_options
@@ -178,23 +179,35 @@ def about_data(cfg: TrainConfig, data: RunData) -> str:
     return " ".join(said)
 
 # %% ../../nbs/8_training/00_rundata.ipynb #7ea10002
-def near_misses(data: RunData, n: int = 3, most: int = 2) -> str:
-    """Markdown of `n` phrases with up to `most` wrong sentences of each kind, held-out ones first.
+def of_most_kinds(regions, n: int) -> list:
+    "At most `n` of the regions with near misses; each adds most kinds to those before it."
+    left, chosen, known = [r for r in regions if r.levels()], [], set()
+    while left and len(chosen) < n:
+        best = max(left, key=lambda r: (len(set(r.levels()) - known), len(r.levels())))
+        left = [r for r in left if r is not best]
+        known |= set(best.levels())
+        chosen.append(best)
+    return chosen
 
-    Those with most kinds are taken, each of another sample; says so where there are none."""
-    parts = [(name, a_few(part)) for name, part in (("held out", data.val), ("train", data.train))]
-    for name, part in parts:
-        asked = [max(s.regions, key=lambda r: len(r.levels())) for s in part if s.regions]
-        asked = sorted((r for r in asked if r.levels()), key=lambda r: -len(r.levels()))[:n]
-        if asked:
-            break
-    else:
+# %% ../../nbs/8_training/00_rundata.ipynb #7ea10004
+def near_misses(data: RunData, n: int = 3) -> str:
+    """Markdown of `n` phrases with a wrong sentence of each kind; held-out ones where there are.
+
+    Says so where there are none."""
+    parts = {"held-out": a_few(data.val), "training": a_few(data.train)}
+    found = {k: of_most_kinds([r for s in p for r in s.regions], n) for k, p in parts.items()}
+    name = "held-out" if found["held-out"] else "training"
+    if not found[name]:
         return "No phrase has near misses."
     lines = []
-    for r in asked:
-        wrong = (f"{level}: {' / '.join(texts[:most])}" for level, texts in r.levels().items())
-        lines.append(f"* **{markdown_text(r.phrase)}**, not " + markdown_text("; ".join(wrong)))
-    return f"Near misses of {len(asked)} boxes ({name}), some by kind:\n\n" + "\n".join(lines)
+    for region in found[name]:
+        lines.append(f"* **{markdown_text(region.phrase)}**, and not")
+        for kind, texts in region.levels().items():
+            lines.append(f"    * {markdown_text(kind)}: {markdown_text(texts[0])}")
+    said = f"Near misses of {len(found[name])} {name} boxes, one of each kind"
+    if any(kind in region.levels() for region in found[name] for kind in LEVELS[1:]):
+        said += " (hard, medium, easy: one, two, three things changed; trivial: something else)"
+    return f"{said}:\n\n" + "\n".join(lines)
 
 # %% ../../nbs/8_training/00_rundata.ipynb #f265dcc5
 def data_table(data: RunData):
