@@ -247,6 +247,7 @@ def equal_rows(a, b) -> np.ndarray:
 
 # %% ../../nbs/2_data/22a_audit.ipynb #fac31edf
 PHOTO_SIDE = 96
+BAND_LEVELS = 2  # grey levels that a decoder's filling, resized, may waver by
 
 
 def looked_at(samples, most: int) -> list:
@@ -267,6 +268,13 @@ def read_small(samples) -> tuple:
         except DataError:  # counted where training reads it
             continue
     return kept, pixels
+
+
+def blank_band(pixels) -> float:
+    "Share of a photo (S,S,3) that its lowest rows make up, all of the colour of its corner."
+    apart = np.abs(pixels.astype(int) - pixels[-1, 0]).max(axis=(1, 2))
+    rows = np.flatnonzero(apart > BAND_LEVELS)
+    return float(len(pixels) - 1 - rows[-1]) / len(pixels) if len(rows) else 1.0
 
 
 STAND_INS = 0.1  # share of all photos that one picture makes up when it stands for lost ones
@@ -309,10 +317,11 @@ def line_of(train, cells, held_out, held_out_cells) -> dict:
 def photo_facts(train, val, most=1000) -> dict:
     """What photos of both splits look like, of at most `most` each.
 
-    n, flat_share, grey_share, mean and std (grey levels), repeated_share (training photos that
-    equal an earlier one), leaked_share (held-out photos that are trained on) and leaked (names);
-    fit: see `fit_of`, of 300 photos; line: see `straight_line`, line_within: the same from one half
-    of the training photos to the other. Empty where there is no photo."""
+    n, flat_share, blank_band (of the median photo), grey_share, mean and std (grey levels),
+    repeated_share (training photos that equal an earlier one), leaked_share (held-out photos that
+    are trained on) and leaked (names); fit: see `fit_of`, of 300 photos; line: see `straight_line`,
+    line_within: the same from one half of the training photos to the other. Empty where there is no
+    photo."""
     train, pixels = read_small(looked_at(train, most))
     held_out, val_pixels = read_small(looked_at(val, most))
     if not train:
@@ -331,6 +340,7 @@ def photo_facts(train, val, most=1000) -> dict:
         n=len(train),
         held_out=len(held_out),
         flat_share=float((deviation < FLAT).mean()),
+        blank_band=float(np.median([blank_band(pixels[k]) for k in uneven] or [0.0])),
         grey_share=float(((colour < 3) & (deviation >= FLAT)).mean()),
         mean=float(np.mean([p.mean() for p in pixels])),
         std=float(np.mean([p.std() for p in pixels])),

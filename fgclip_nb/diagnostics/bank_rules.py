@@ -121,7 +121,7 @@ def bank_fresh(ev):
     accumulation = max(int(ev.params.get("gradient_accumulation_steps", 1)), 1)
     per_forward = ev.series("regions").mean() / accumulation
     oldest = 2 * size / max(per_forward, 1e-9) + 2
-    drift = ev.series("bank_drift_cosine").tail(10)
+    drift = ev.series("bank_drift_cosine")
     if age > oldest:
         return (
             FAIL,
@@ -133,7 +133,7 @@ def bank_fresh(ev):
         )
     if not len(drift):
         return PASS, age, "entries are young"
-    cosine = drift.mean()
+    cosine = drift.tail(10).mean()
     if cosine < ev.limit("bank_drift_limit"):
         return (
             FAIL,
@@ -142,4 +142,5 @@ def bank_fresh(ev):
             "the features outrun the bank",
             "Shrink the bank, lower the learning rate, or let the bank come on later.",
         )
-    return PASS, age, f"entries are young and still resemble their regions (cosine {cosine:.2f})"
+    why = f"entries are young and still resemble their regions (cosine {cosine:.2f}, first seen at "
+    return PASS, age, f"{why}step {drift.index[0]:.0f})"

@@ -25,7 +25,11 @@ from fgclip_nb.diagnostics.rules import (
 )
 
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #4b855e48
-@rule("logits_i2t_min", threshold="in [logits_low, logits_high]", rank=CAUSE + 38)
+@rule(
+    "logits_i2t_min",
+    threshold="in [logits_low, logits_high], or learnt nevertheless",
+    rank=CAUSE + 38,
+)
 def logits_in_range(ev):
     "Logits of random weights are wide from the first steps on: the temperature is too high."
     if ev.params and ev.params.get("model") not in RANDOM_MODELS:
@@ -39,7 +43,7 @@ def logits_in_range(ev):
     lowest, highest = ev.limit("logits_low"), ev.limit("logits_high")
     costs = started(ev, "global")
     if chance_share(ev, "global") < 0.5 and (ev.last_step or 0) >= 20:
-        return PASS, value, f"{value} at first, and captions have been learnt since"
+        return PASS, value, f"{value} at first, and training captions have been learnt since"
     if lowest <= a and b <= highest or costs < 2:
         return PASS, value, f"within {lowest:g} … {highest:g}, or the loss starts near chance"
     return (
@@ -82,7 +86,9 @@ def judge_target(ev, step: int):
     measured += f": {share:.0%} of chance, asked is under {asked:.0%}, {asked * here:.2f} nats"
     if share < asked:
         return PASS, share, measured
-    action = "See the verdicts above for a cause; without one the run is simply slower."
+    action = (
+        "Another failed verdict says why; without one the run is simply slower than the reference."
+    )
     return FAIL, share, measured, action
 
 # %% ../../nbs/6_diagnostics/11_criteria.ipynb #e514dc22

@@ -73,10 +73,32 @@ def bank_rise(ev: Evidence) -> tuple:
     value, last = float(more.mean()), int(steps[-1])
     why = f"steps {int(steps[0])} to {last}, the first with a full bank"
     if value < 0.9 * law:
-        why += "; less than the law, which is for features that tell nothing apart"
+        why += "; less than the law, which is for entries as hard to tell from the right one as "
+        why += "those of the batch: these were easier"
     return f"{value:.2f}", why
 
 # %% ../../nbs/6_diagnostics/12b_happened.ipynb #33a65e86
+NARROW = 0.8  # median cosine of all pairs; pretrained CLIP has about 0.2
+
+
+def narrow_cone(ev: Evidence) -> list:
+    """One row (name, expected, observed, explanation) where all pairs were alike for a while.
+
+    All: the median of the cosines of images with all texts, right and wrong."""
+    median = ev.series("cosine_i2t_p50")
+    if not len(median) or not median.max() > NARROW:
+        return []
+    high = median[median > NARROW]
+    seen = f"{median.max():.2f} at step {median.idxmax():.0f}, {median.iloc[-1]:.2f} at the end"
+    why = (
+        "the cosine of the usual image with the usual text, right or wrong: from step "
+        f"{high.index[0]:.0f} to {high.index[-1]:.0f} all vectors lay in one narrow cone, as they "
+        "do where a model first learns what all pictures share; what is learnt after that is what "
+        "parts them"
+    )
+    return [("cosine of all pairs", f"under {NARROW:g}", seen, why)]
+
+
 def target_told(ev: Evidence, step: int) -> tuple:
     "(share of chance, the reason of the verdict) of a target for the region loss."
     judged = judge_target(ev, step)
@@ -161,4 +183,5 @@ class Happened:
 def what_happened(run) -> Happened:
     "What a run was to show beside what it showed; run: a `Run` or its folder."
     run = run if isinstance(run, Run) else Run(run)
-    return Happened(expected_and_observed(run.expectations() or [], run_evidence(run)))
+    ev = run_evidence(run)
+    return Happened(expected_and_observed(run.expectations() or [], ev) + narrow_cone(ev))

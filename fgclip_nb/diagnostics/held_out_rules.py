@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #ed3dff9a
 import math
 from fgclip_nb.diagnostics.rules import (
+    CAUSE,
     FAIL,
     LATER,
     PASS,
@@ -21,6 +22,27 @@ from fgclip_nb.diagnostics.rules import (
 from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS
 from fgclip_nb.diagnostics.data_rules import audit_of, usual
 from fgclip_nb.diagnostics.loss_rules import added_kinds
+
+# %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #5eda018f
+@rule(
+    threshold="no held-out photo in training", source="audit.json, held-out photos", rank=CAUSE + 43
+)
+def leak(ev):
+    "Held-out photos stand among the training ones: held-out figures say nothing."
+    share = audit_of(ev, "photos", "leaked_share")
+    if share is None or not audit_of(ev, "val"):
+        return None
+    pairs = audit_of(ev, "photos", "leaked") or []
+    if share < 0.02 or not pairs:
+        return PASS, share, "no held-out photo was found among those of training"
+    named = ", ".join(f"{a} = {b}" for a, b in pairs[:2])
+    why = f"leak: {share:.0%} of the held-out photos or clips are trained on ({named})"
+    return (
+        FAIL,
+        share,
+        why,
+        "Split by photo (or video) before anything else; `test_data` leaves a list out.",
+    )
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #348f82c1
 RANK_COLUMNS = dict(
@@ -206,6 +228,13 @@ def val_loss(ev, kind: str):
 LOSS_COLUMNS = dict(plain="loss")
 
 
+def held_out_chance(ev, kind: str):
+    "Chance level of a held-out loss by step; empty where it was not recorded."
+    parts = ("global_short", "global_long") if kind == "global" else (kind,)
+    known = [ev.series(f"val_chance_{part}") for part in parts if ev.has(f"val_chance_{part}")]
+    return sum(known) / len(known) if known else ev.series(f"val_chance_{kind}")
+
+
 def overfit(ev, kind: str):
     """(rise of the held-out loss over its best in chance levels, best step, best, last), or None.
 
@@ -217,7 +246,10 @@ def overfit(ev, kind: str):
     best = val.idxmin()
     last = float(val.iloc[-1])
     low = float(val.min())
-    level = float(chance(ev, "region_in_batch" if kind == "region" else kind).mean())
+    levels = held_out_chance(ev, kind)
+    if not len(levels):
+        levels = chance(ev, "region_in_batch" if kind == "region" else kind)
+    level = float(levels.mean())
     if not level > 0:
         level = float(train.head(20).mean())  # unknown: the loss began near chance
     falls = float(train.tail(20).mean()) < float(train[train.index <= best].tail(20).mean())
@@ -281,9 +313,20 @@ def no_third_validation(ev):
     return None
 
 
+def also_climbed(ev) -> str:
+    "Of the held-out loss of near misses, which is no cause but is told: how it left its best."
+    val, level = val_loss(ev, "hard"), ev.series("val_chance_hard").mean()
+    if len(val) < 3 or not val.iloc[-1] - val.min() > ev.limit("overfit_limit") * level:
+        return ""
+    best, last = val.min() / level, val.iloc[-1] / level
+    return (
+        f", that of near misses from {best:.2f} of chance (step {val.idxmin():.0f}) to {last:.2f}"
+    )
+
+
 @rule(
     limit="overfit_limit",
-    threshold="rise < {:g} × chance",
+    threshold="rise < {:g} × chance, or nothing lost",
     source="a held-out loss",
     rank=SYMPTOM + 7,
 )
@@ -298,9 +341,13 @@ def overfitting(ev):
     climbed = f"the held-out {kind}loss climbed from {low:.3f} (step {best:g}) to {last:.3f}"
     if only_surer(ev, kind.strip()):
         return PASS, rise, f"the ranks did not worsen, so nothing was lost, although {climbed}"
+    climbed += also_climbed(ev)
     if ev.has("val_mean_rank") and not ever_carried_over(ev, kind.strip()):
-        lost = "nothing that carried over was lost, for it was never better than chance"
-        return PASS, rise, f"{lost}: {climbed}"
+        never = "never better than chance, so that there was nothing to lose"
+        return PASS, rise, f"{climbed}; the {kind}loss was {never}"
+    kept = ev.facts.get("best", {}).get("step")
+    if ev.facts.get("ended_early") and kept:
+        return PASS, rise, f"{climbed}; the run ended early for it and keeps step {kept}"
     why = f"{climbed} while training fell: overfitting"
     return (
         FAIL,
@@ -325,7 +372,7 @@ def overconfident(ev):
     if not ever_carried_over(ev, kind.strip()):
         return None
     if rise < ev.limit("overfit_limit"):
-        return PASS, rise, f"held-out {kind}loss {last:.3f}, best {low:.3f} at step {best:g}"
+        return PASS, rise, "held-out ranks and losses go together"
     rank = ev.series("val_mean_rank")
     why = (
         f"the held-out {kind}loss climbed from {low:.3f} to {last:.3f} while the mean rank went "

@@ -91,7 +91,8 @@ TRIED = b"(tried "  # how `unreadable` ends its reasons
 
 
 def validated_facts(run: Run) -> dict:
-    "The best validation of a run (step, by) and whether it ended early, as far as they are known."
+    """What a run says of its end, as far as it is known: the best validation (step, by), whether it
+    ended early, and which share of the samples it asked for could not be loaded (`loads_lost`)."""
     summary = run.summary() if run.finished else {}
     best = summary.get("best") or run.best()
     facts = {}
@@ -100,6 +101,9 @@ def validated_facts(run: Run) -> dict:
     steps, planned = summary.get("steps"), summary.get("of")
     if isinstance(steps, int) and isinstance(planned, int) and steps < planned:
         facts["ended_early"] = True
+    loads, lost = summary.get("loads"), summary.get("load_rejects")
+    if isinstance(loads, int) and isinstance(lost, int) and loads > 0:
+        facts["loads_lost"] = lost / loads
     return facts
 
 
@@ -310,7 +314,7 @@ def carried_over(judged: list) -> str:
     return "".join(f"Held out, at the last validation: {why}. " for why in said)
 
 
-LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?(?: × chance)?$")
+LIMIT = re.compile(r"[<>≤≥]=?\s*(-?\d+(?:\.\d+)?)(?: / ln (\d+))?(?: × chance)?(?:, or .*)?$")
 
 
 def near_its_limit(verdict, share=0.1) -> bool:

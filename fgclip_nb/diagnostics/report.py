@@ -12,7 +12,7 @@ from fgclip_nb.core.folder import Run, get_logger, read_json, write_atomic
 from fgclip_nb.diagnostics.numbers import jsonable
 from fgclip_nb.diagnostics.board import Board
 from fgclip_nb.diagnostics.expectations import html_table, show
-from fgclip_nb.diagnostics.rules import Evidence
+from fgclip_nb.diagnostics.rules import PASS, Evidence
 from fgclip_nb.diagnostics.bank_rules import bank_timetable
 from fgclip_nb.diagnostics.judgement import (
     as_evidence,
@@ -34,9 +34,11 @@ def verdict_order(v) -> tuple:
     return not v.tripped, not is_news(v)
 
 
-def folded_words(n: int) -> str:
-    "The line that stands for `n` verdicts that are no news."
-    return f"{n} rules found nothing, or could not look yet (a name says what a rule looks for)"
+def folded_words(rest: list) -> str:
+    "The line that stands for verdicts that are no news."
+    n, unreached = len(rest), sum(v.result != PASS for v in rest)
+    waiting = f", {unreached} could not look yet" if unreached else ""
+    return f"{n} rules: {n - unreached} found nothing{waiting} (pass: its fault is not there)"
 
 
 class Verdicts:
@@ -73,7 +75,7 @@ class Verdicts:
         shown += self._table(0, news) if news else ""
         if news == len(self.judged):
             return shown
-        rest = folded_words(len(self.judged) - news)
+        rest = folded_words(self.judged[news:])
         table = self._table(news, None)
         return f"{shown}<details><summary>{rest}</summary>{table}</details>"
 
@@ -324,7 +326,7 @@ def phase_facts(run: Run, ev: Evidence) -> list:
 
 def page_facts(run: Run, ev: Evidence, judged: list) -> dict:
     "What the template needs, by name."
-    rest = sum(not is_news(v) for v in judged)
+    rest = [v for v in judged if not is_news(v)]
     return dict(
         name=run.name,
         style=STYLE,

@@ -20,7 +20,7 @@ from fgclip_nb.diagnostics.rules import (
     started,
 )
 from fgclip_nb.diagnostics.expectations import RANDOM_MODELS
-from fgclip_nb.diagnostics.data_rules import audit_of
+from fgclip_nb.diagnostics.data_rules import FEW_TEXTS, audit_of
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #bc2588af
 def run_length(ev):
@@ -262,6 +262,32 @@ def term_unweighted(ev):
     return FAIL, share, why, f"Lower `{name}` until the terms are of one size."
 
 # %% ../../nbs/6_diagnostics/07b_setting_rules.ipynb #8f417ec3
+ALONE = dict(  # a loss, whose chance level, whose texts
+    global_short=("global", "captions"),
+    global_long=("global", "long_captions"),
+    region_in_batch=("region_in_batch", "phrases"),
+)
+
+
+def zero_from_the_start(ev) -> str:
+    """The name of a weighted loss that was zero as long as it is known, in words; else empty.
+
+    Its chance level says whether nothing is contrasted, or all of it was learnt before. Texts that
+    are the same in the data are told by `texts_few`."""
+    for part, (kind, texts) in ALONE.items():
+        values = ev.series(f"loss_{part}").head(20)
+        chance = ev.series(f"chance_{kind}").head(20).mean()
+        contrasted = chance > 0.6 * math.log(
+            max(2, ev.series(f"candidates_{kind}").head(20).mean())
+        )
+        weight = ev.params.get(f"{part.split('_')[0]}_weight", 1)
+        differ = (audit_of(ev, texts, "distinct") or math.inf) > FEW_TEXTS
+        zero = len(values) >= 5 and values.abs().max() < 1e-6
+        if zero and weight and differ and not contrasted:
+            return part.replace("_", " ")
+    return ""
+
+
 @rule("loss", threshold="more than 2", source="candidates", rank=CAUSE + 24)
 def few_contrasted(ev):
     "Two samples are contrasted at a time: the loss is nearly blind, whatever is accumulated."
@@ -269,6 +295,10 @@ def few_contrasted(ev):
     size = candidates(ev, kind)
     if not len(size) or not ev.params.get(f"{kind}_weight", 1):
         return None
+    if alone := zero_from_the_start(ev):
+        why = f"the {alone} loss is zero from the first step on: all candidates but the right one "
+        why += "are left out, because their texts are taken for equal"
+        return FAIL, 1.0, why, "See what names a text in the batch; equal texts are `duplicates`."
     count = float(size.mean())
     if count > 2.5:
         return PASS, count, f"{count:.0f} candidates in the {kind} loss"

@@ -204,10 +204,7 @@ def advice_for(word: str, table: dict, trained: dict, params: dict) -> str:
         return f"ask more questions{made}: hold more out, or name it in `test_data` and score it"
     by_train = in_a_word(trained)[0] if trained else UNJUDGED
     if word != LEARNED and by_train != LEARNED:
-        steps = params.get("max_steps") or "more"
-        return (
-            f"training data are not learned either: see the verdicts, then train longer ({steps})"
-        )
+        return "training data are not learned either: see the verdicts, then more `max_steps`"
     gap = bool(trained) and trained[first_of(trained)] - table[first_of(table)] > GAP
     if gap and _made(params):
         return (
@@ -216,6 +213,8 @@ def advice_for(word: str, table: dict, trained: dict, params: dict) -> str:
         )
     if gap or word != LEARNED:
         return f"carry over more of what training data show: {_more_of_it(params)}"
+    if trained and (seen := trained[first_of(trained)]) < BY_HEART:
+        return f"more `max_steps`: of training data no more than {seen:.0%} come first either"
     if _made(params):
         return f"score photos that chose nothing: {SCORE} -p data world -p split test`"
     return "score photos that chose nothing: name them in `test_data`"

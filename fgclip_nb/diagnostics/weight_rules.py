@@ -195,7 +195,8 @@ def _differ(ev, kind):
     if rows < 3:
         return None
     if rank >= ev.limit("effective_rank_limit") and not equal > ev.limit("equal_share_limit"):
-        return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows"
+        few = ", which is few: they lie in a narrow cone" if rank < min(3, rows / 2) else ""
+        return PASS, rank, f"embeddings spread over {rank:.1f} directions of {rows:.0f} rows{few}"
     if ev.has("alike_text") and float(ev.series("alike_text").iloc[0]) > 0.99:
         return None  # texts that are one from the start leave pictures nothing to differ by
     if collapsed_at_chance(ev, kind):

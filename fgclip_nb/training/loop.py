@@ -121,6 +121,7 @@ def finish(s: TrainState, val_samples):
         of=s.total_steps,
         skipped=s.skipped,
         textless=s.textless,
+        loads=s.loads,
         load_rejects=s.load_rejects,
         best=s.best,
     )
