@@ -88,6 +88,7 @@ ROOMS = {
     "load_samples": ".data.load",
     "loss_term": ".losses.table",
     "motion_maps": ".evaluation.temporal_heads",
+    "near_misses": ".training.rundata",
     "normalize": ".data.photos",
     "open_model": ".model.opening",
     "open_shards": ".data.shards",

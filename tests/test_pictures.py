@@ -67,6 +67,36 @@ def test_no_legend_covers_a_line_and_nothing_leaves_the_figure(ev, name):
         assert title.y0 >= box.y1 - 2, "the title stands above the legend"
 
 
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_legend_names_all_lines_of_the_frame_and_no_others(ev, name):
+    figure = PLOTS[name](ev)
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        named = [text.get_text() for text in legend.get_texts()] if legend else []
+        frame = ax.get_window_extent()
+        for line in ax.lines:
+            y = line.get_transform().transform(line.get_xydata())[:, 1]
+            inside = np.nanmax(y) >= frame.y0 - 1 and np.nanmin(y) <= frame.y1 + 1
+            if legend and not line.get_label().startswith("_"):
+                assert (line.get_label() in named) == inside, (name, line.get_label())
+
+
+def test_right_pairs_are_drawn_at_the_steps_of_all_pairs(ev):
+    ax = PLOTS["similarities"](ev).axes[1]
+    lines = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
+    assert lines["right pairs, mean"] == lines["median"] and "bank on" in lines
+
+
+def test_the_bank_is_marked_where_it_plays_a_part(ev):
+    titles = {
+        ax.get_title("left"): "bank on" in [line.get_label() for line in ax.lines]
+        for ax in PLOTS["losses"](ev).axes
+    }
+    assert not any(on for title, on in titles.items() if title.startswith(("global", "hard")))
+    assert any(on for title, on in titles.items() if title.startswith("region"))
+
+
 def test_the_end_of_a_loss_can_be_seen(ev):
     figure = PLOTS["losses"](ev)
     ax = next(ax for ax in figure.axes if ax.get_title("left").startswith("region"))

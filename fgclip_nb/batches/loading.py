@@ -131,24 +131,28 @@ def draw_box(ax, box, height, width, color="tab:red"):
 def _draw_boxes(ax, pixels, boxes):
     """Boxes (0-1 xyxy) over a picture, and below it their phrases in the boxes' colours.
 
-    Returns height over width."""
+    Returns height over width, and the lines of the phrases."""
     ax.imshow(pixels)
     h, w = pixels.shape[:2]
+    line = 0
     for k, (phrase, box) in enumerate(boxes):
         colour = f"C{k % 10}"
         draw_box(ax, box, h, w, colour)
+        words = textwrap.fill(phrase, 33, max_lines=3, placeholder=" …")
         ax.annotate(
-            literal(textwrap.shorten(phrase, 34, placeholder="…")),
+            literal(words),
             (0, 0),
-            (0, -3 - 13 * k),
+            (0, -3 - 13 * line),
             xycoords="axes fraction",
             textcoords="offset points",
             fontsize=11,  # 8 on a telephone: the figure is 6 inches wide
             color=colour,
             va="top",
+            linespacing=1.0,
         )
+        line += 1 + words.count("\n")
     ax.set_axis_off()
-    return h / w
+    return h / w, line
 
 # %% ../../nbs/3_batches/02_loading.ipynb #58ab1655
 def _chosen(samples, n: int) -> list:
@@ -174,14 +178,15 @@ def plot_samples(samples, n: int = 6, most: int = 4):
     for ax in axes.flat:
         ax.set_axis_off()
         ax.set_anchor("N")  # pictures of any shape hang from one line
-    highest = 0
+    highest, lines = 0, 0
     for ax, s in zip(axes.flat, shown):
         pixels, boxes = _picture_of(s)
-        highest = max(highest, _draw_boxes(ax, pixels, boxes[:most]))
+        shape, below = _draw_boxes(ax, pixels, boxes[:most])
+        highest, lines = max(highest, shape), max(lines, below)
         title = (s.captions[:1] or (s.short_caption or s.caption,))[0]
         title = textwrap.fill(textwrap.shorten(title, 92, placeholder="…"), 32)
         ax.set_title(literal(title), fontsize=11, loc="left")
-    fig.set_size_inches(3 * columns, rows * (2.9 * min(highest, 1) + 0.6 + 0.2 * most) + 0.5)
+    fig.set_size_inches(3 * columns, rows * (2.9 * min(highest, 1) + 0.6 + 0.2 * lines) + 0.5)
     fig.get_layout_engine().set(h_pad=0.12)
     counted = f"{len(shown)} of {len(samples)} samples with their boxes"
     fig.suptitle(f"{counted}, at most {most} each", fontsize=12)

@@ -216,13 +216,9 @@ class RunParams:
 class VerdictParams:
     "Thresholds by which a run is judged."
 
-    region_loss_target_50: float = param(1.0, "in-batch region loss to be under by step 50", 0, 100)
-    region_loss_target_200: float = param(
-        0.7, "in-batch region loss to be under by step 200", 0, 100
-    )
-    region_loss_target_500: float = param(
-        0.5, "in-batch region loss to be under by step 500", 0, 100
-    )
+    region_loss_target_50: float = param(1.0, "asked by step 50: this / ln 4 of chance", 0, 100)
+    region_loss_target_200: float = param(0.7, "asked by step 200: this / ln 4 of chance", 0, 100)
+    region_loss_target_500: float = param(0.5, "asked by step 500: this / ln 4 of chance", 0, 100)
     zero_norm_limit: float = param(
         0.10, "largest share of zero-norm region features that passes", 0, 1
     )

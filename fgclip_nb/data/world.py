@@ -98,7 +98,7 @@ def region_of(thing, scene, options, language, rng) -> Region:
     if scene.part == "train":
         said, box, faults = faulty(said, box, options, rng)
     number = scene.things.index(thing)
-    wrong = scene.part != "train" or rng.random() < options.hard
+    wrong = (scene.part != "train" or rng.random() < options.hard) and bool(said.colour)
     return Region(
         WORDS[language](said),
         box=box,
@@ -106,7 +106,7 @@ def region_of(thing, scene, options, language, rng) -> Region:
         source="expression",
         id=", ".join([str(number), *faults]),
         negatives_level="hard",
-        other_negatives=_by_kind(said, language) if scene.part != "train" else (),
+        other_negatives=_by_kind(said, language) if wrong else (),
     )
 
 # %% ../../nbs/2_data/10b_world.ipynb #1314ca58

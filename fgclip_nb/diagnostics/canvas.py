@@ -13,7 +13,7 @@ from fgclip_nb.core.plain import literal, markdown_text, plain_line
 from fgclip_nb.diagnostics.rules import FAIL, LATER, PASS, UNKNOWN, UNLIKE
 
 # %% ../../nbs/6_diagnostics/13_canvas.ipynb #9ea4406d
-BLUE = "#0072B2"
+BLUE = "#1A3E9C"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
 RED = "#D55E00"
@@ -108,14 +108,30 @@ def empty_axes(ax, reason: str):
     ax.set(xticks=[], yticks=[])
 
 
+def in_frame(ax, drawn) -> bool:
+    "Whether anything of a line lies inside the frame; of an area that is taken for granted."
+    if not hasattr(drawn, "get_xydata"):
+        return True
+    ax.autoscale_view()  # limits are settled late otherwise
+    places = drawn.get_transform().transform(drawn.get_xydata())
+    places = places[np.isfinite(places).all(1)]
+    frame = ax.get_window_extent()
+    low, high = places.min(0, initial=np.inf), places.max(0, initial=-np.inf)
+    return bool((high >= frame.min - 1).all() and (low <= frame.max + 1).all())
+
+
 def add_legend(ax):
-    "The names of two lines or more, above the axes and under their title."
-    named = len(ax.get_legend_handles_labels()[1])
+    """The names of two lines or more, above the axes and under their title.
+
+    A line that lies outside the frame is not named: the reader would look for it."""
+    pairs = zip(*ax.get_legend_handles_labels())
+    shown = [(drawn, name) for drawn, name in pairs if in_frame(ax, drawn)]
+    named = len(shown)
     room = 0.82 * ax.figure.get_figwidth() * ax.figure.dpi
     place = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1)
     tight = dict(handlelength=1.4, handletextpad=0.4, columnspacing=1.0, labelspacing=0.2)
     for columns in range(named, 0, -1) if named > 1 else ():
-        legend = ax.legend(ncols=columns, **place, **tight)
+        legend = ax.legend(*zip(*shown), ncols=columns, **place, **tight)
         box = legend.get_window_extent()
         if box.width <= room or columns == 1:
             ax.set_title(ax.get_title("left"), pad=6 + box.height * 72 / ax.figure.dpi)

@@ -240,8 +240,10 @@ def hope_rows(line):
     hope = "a model that learns should do better"
     if line["rank"] > LITTLE * line["luck"]:
         hope = "starting from random weights, hope for little more than that"
-    how = f"from coarse colours of {line['photos']} photos to words, nothing trained: {hope}"
-    yield LINE_ROW, line["rank"], how
+    how = f"no network: a line fitted from coarse colours of {line['photos']} photos to their words"
+    if line["rank"] >= line["luck_low"]:
+        how += ", itself within luck"
+    yield LINE_ROW, line["rank"], f"{how}; {hope}"
 
 
 def small_box_rows(cfg, rejects, patch: float | None):

@@ -103,15 +103,17 @@ def _plot_rank(ax, ev):
     rank, level = ev.series("val_mean_rank"), ev.series("val_mean_rank_chance")
     draw_looks(ax, rank, "mean rank", BLUE)
     if len(level):
-        ax.plot(level.index, level, "--", color=GREY, lw=1.2, label="shuffled pairs")
+        ax.plot(level.index, level, "--", color=GREY, lw=1.2, label="luck")
         low = "val_mean_rank_chance_low"
-        draw_between(ax, ev, low, "val_mean_rank_chance", GREY, 0.2, "luck, but once in forty")
+        draw_between(ax, ev, low, "val_mean_rank_chance", GREY, 0.35, "band of luck, lower half")
     line = audit_of(ev, "photos", "line") or {}
     if line.get("rank"):
         ax.axhline(line["rank"], color=RED, ls=":", lw=1.6, label="straight line from colours")
     mark_best(ax, ev)
     label_axes(ax, "captions and photos: mean rank of the right one, 1 is best", "rank")
     show_the_end(ax, rank, level)
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(bottom=0)  # a fall looks as large as it is
 
 
 def _plot_retrieval(ax, ev):
@@ -119,25 +121,32 @@ def _plot_retrieval(ax, ev):
     draw_looks(ax, ev.series("val_r10"), "R@10", BLUE)
     if ev.has("val_r10_chance", "val_r10_chance_high"):
         level = ev.series("val_r10_chance")
-        ax.plot(level.index, level, "--", color=GREY, lw=1.2, label="shuffled pairs")
+        ax.plot(level.index, level, "--", color=GREY, lw=1.2, label="luck")
         high = "val_r10_chance_high"
-        draw_between(ax, ev, "val_r10_chance", high, GREY, 0.2, "luck, but once in forty")
+        draw_between(ax, ev, "val_r10_chance", high, GREY, 0.35, "band of luck, upper half")
+    mark_best(ax, ev)
     label_axes(ax, "captions and photos: right one among the first 10", "share", ylim=(0, None))
 
 
 def _plot_right(ax, ev):
-    "The share of boxes, and of near misses, whose right phrase comes first in a held-out batch."
+    """The share of boxes, and of near misses, whose right phrase comes first in a held-out batch.
+
+    Not the questions of `what_was_learned`, which asks boxes among all phrases, so their lines are
+    named after what they are and not after luck."""
     luck_hard = np.exp(-ev.series("val_chance_hard"))
-    for kind, luck, name in (
-        ("region", ev.series("val_luck_region"), "box: its phrase in the batch"),
-        ("hard", luck_hard, "near misses: the right phrase"),
+    among = f"{1 / luck_hard.iloc[-1]:.0f}" if len(luck_hard) else "its own"
+    constant = "always the commonest phrase of the batch"
+    for kind, luck, name, beside in (
+        ("region", ev.series("val_luck_region"), "box: its phrase, in its batch", constant),
+        ("hard", luck_hard, f"near misses: the right one of {among}", f"1 of {among}"),
     ):
         right = ev.series(f"val_top1_{kind}")
         if not len(right):
             continue
         draw_looks(ax, right, name, KIND_COLOURS[kind])
-        ax.plot(luck.index, luck, "--", color=KIND_COLOURS[kind], lw=1.2, label="by luck")
-    label_axes(ax, "right one first, held out", "share", ylim=(0, None))
+        ax.plot(luck.index, luck, "--", color=KIND_COLOURS[kind], lw=1.2, label=beside)
+    mark_best(ax, ev)
+    label_axes(ax, "right one first in a held-out batch (few phrases)", "share", ylim=(0, None))
 
 # %% ../../nbs/6_diagnostics/13a_held_out_plots.ipynb #02fb0502
 def plot_validation(source):

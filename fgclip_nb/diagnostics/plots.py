@@ -78,11 +78,11 @@ def _plot_loss(ax, ev, kind):
             drawn.append(known)
         n = float(candidates(ev, level).tail(20).mean())
         if not np.isnan(n):
-            counts.append(f"{n:.0f} {'candidates' if label == 'loss' else label}")
-    mark_bank(ax, ev)
-    said = ", ".join(counts)
-    said += "" if "candidates" in said else " candidates"
-    label_axes(ax, f"{kind} ({said})" if counts else kind, "nats")
+            where = dict(loss="candidates").get(label, label)
+            counts.append(f"{n:.0f} {where.replace('in batch', 'candidates in the batch')}")
+    if kind == "region":
+        mark_bank(ax, ev)  # it changes the candidates of no other loss
+    label_axes(ax, f"{kind}: {', '.join(counts)}" if counts else kind, "nats")
     show_the_end(ax, *drawn)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #83a8915a
@@ -104,8 +104,10 @@ def _plot_pairs(ax, ev, what, pair):
     draw_band(ax, ev, f"{what}_{pair}", BLUE)
     right = ev.series(_RIGHT[pair])
     if what == "cosine" and len(right):
-        mean = thinned(smoothed(right))
-        ax.plot(mean.index, mean, color=GREEN, lw=2, label="right pairs, 20-step mean")
+        looked = right[right.index.isin(ev.series(f"{what}_{pair}_p50").index)]
+        same = thinned(looked if len(looked) else right)  # the steps at which all pairs are seen
+        ax.plot(same.index, same, color=GREEN, lw=2, label="right pairs, mean")
+    mark_bank(ax, ev)
     label_axes(ax, f"{_PAIR_NAMES[pair]} {what.rstrip('s')}s of all pairs", what.rstrip("s"))
 
 
@@ -113,8 +115,8 @@ def _scale_said(ev, column) -> str:
     scale = np.exp(finite(ev.series(column)))
     if not len(scale):
         return ""
-    first, last = (f"{float(scale.iloc[k]):.3g}" for k in (0, -1))
-    return f"times {first} at all steps" if first == last else f"times {first} at first, {last} now"
+    low, high, last = (f"{float(x):.3g}" for x in (scale.min(), scale.max(), scale.iloc[-1]))
+    return f"times {low} at all steps" if low == high else f"times {low} to {high}, {last} now"
 
 
 def plot_similarities(source):
@@ -129,7 +131,7 @@ def plot_similarities(source):
         panels.append(partial(_plot_pairs, ev=ev, what=known[0], pair=pair))
         if known[0] == "cosine" and (said := _scale_said(ev, column)):
             panels.append(f"{_PAIR_NAMES[pair].capitalize()} logits: these cosines {said}.")
-    return draw_panels("The scale stretches logits, it aligns nothing", panels, 2.4)
+    return draw_panels("Cosines of right pairs among those of all", panels, 2.4)
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #2fc1fbbe
 def _plot_differences(ax, ev, kinds):
@@ -139,14 +141,16 @@ def _plot_differences(ax, ev, kinds):
         )
         draw_smooth(ax, (right - wrong).dropna(), kind, KIND_COLOURS.get(kind, PURPLE))
     ax.axhline(0, color=GREY, ls="--", lw=1.2, label="no difference")
-    label_axes(ax, "right one less the hardest wrong one", "difference of cosines")
+    mark_bank(ax, ev)
+    label_axes(ax, "mean margin in training: right less hardest wrong", "difference of cosines")
 
 
 def _plot_gap(ax, ev, kind):
-    draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "right", GREEN)
+    colour = KIND_COLOURS.get(kind, PURPLE)
+    draw_smooth(ax, ev.series(f"positive_cosine_{kind}"), "right", colour)
     if ev.has(f"hardest_negative_cosine_{kind}"):
-        draw_smooth(ax, ev.series(f"hardest_negative_cosine_{kind}"), "hardest wrong", RED)
-    label_axes(ax, kind, "cosine")
+        draw_smooth(ax, ev.series(f"hardest_negative_cosine_{kind}"), "hardest wrong", GREY)
+    label_axes(ax, f"{kind}: mean cosines in training", "cosine")
 
 
 def plot_positives(source):
@@ -224,7 +228,7 @@ def _plot_rank(ax, ev):
     drawn = []
     for kind, colour, style, width in ROWS_OF:
         if draw_line(ax, ev, f"effective_rank_{kind}", kind, colour, style, width):
-            draw_line(ax, ev, f"rows_{kind}", f"rows, {kind}", colour, ":", 1.1)
+            draw_line(ax, ev, f"rows_{kind}", f"rows of {kind}s, the most", colour, ":", 1.1)
             drawn += [ev.series(f"effective_rank_{kind}"), ev.series(f"rows_{kind}")]
     ax.axhline(1, color=GREY, ls="--", lw=1.2, label="all alike")
     label_axes(ax, "effective rank: directions that a batch spreads over", "directions")
@@ -277,7 +281,7 @@ def _plot_fill(ax, ev):
 def _plot_age(ax, ev):
     draw_line(ax, ev, "bank_age_mean", "mean age", BLUE)
     draw_line(ax, ev, "bank_age_max", "oldest", ORANGE)
-    label_axes(ax, "age", "region forwards")
+    label_axes(ax, "age, all steps", "region forwards", xlim=(0, ev.last_step))
 
 
 def _plot_drift(ax, ev):
@@ -285,7 +289,9 @@ def _plot_drift(ax, ev):
     limit = ev.limit("bank_drift_limit")
     ax.axhline(limit, color=GREY, ls="--", lw=1.2, label="limit")
     low = min(limit, float(finite(ev.series("bank_drift_cosine")).min())) - 0.05
-    label_axes(ax, "drift: the same region then and now", "cosine", ylim=(low, 1.02))
+    first = int(finite(ev.series("bank_drift_cosine")).index[0])
+    title = f"drift, as it was measured from step {first} on"
+    label_axes(ax, title, "cosine", ylim=(low, 1.02), xlim=(0, ev.last_step))
 
 
 def drift_panel(ev):
@@ -352,6 +358,21 @@ def _log_if_positive(ax):
         ax.set_yscale("log")
 
 
+def _plot_learning_rate(ax, ev):
+    draw_line(ax, ev, "lr", "learning rate", GREY)
+    label_axes(ax, "learning rate: updates are as small where it is near 0", "rate", ylim=(0, None))
+
+
+def resting_scales(ev) -> str:
+    "That temperatures rest at the clamp, where some do at the end; ''."
+    last = [finite(ev.series(column)) for column, *_ in SCALES]
+    last = [s.iloc[-1] for s in last if len(s)]
+    resting = sum(x > MAX_STORED_SCALE - 1e-4 for x in last)
+    if not resting:
+        return ""
+    return f"{resting} of {len(last)} temperatures rest at the clamp, and need not change."
+
+
 def _plot_gradient(ax, ev):
     limit = ev.params.get("max_grad_norm")
     draw_line(ax, ev, "grad_norm", "gradient norm", BLUE, width=0.9)
@@ -384,16 +405,20 @@ def plot_updates(source):
             panels.append("Every element with a gradient changed, at every look.")
         elif recorded:
             panels.append(partial(_plot_modules, ev=ev, key=key, title=title, unit=unit))
+    if panels and constant(ev.series("lr")) is None and len(finite(ev.series("lr"))):
+        panels.append(partial(_plot_learning_rate, ev=ev))
+    if panels and (said := resting_scales(ev)):
+        panels.append(said)
     return draw_panels("Does everything move?", panels or ["No gradient was recorded."])
 
 # %% ../../nbs/6_diagnostics/14_plots.ipynb #a318992c
 def _plot_seconds(ax, whole, waiting):
     for seconds, colour, alpha, label in (
         (thinned(whole), BLUE, 0.3, "whole step"),
-        (thinned(waiting), ORANGE, 0.8, "waiting for data"),
+        (thinned(waiting), ORANGE, 0.8, "of it waiting for data"),
     ):
         ax.fill_between(seconds.index, seconds, color=colour, alpha=alpha, lw=0, label=label)
-    label_axes(ax, "single slow steps leave the frame", "seconds")
+    label_axes(ax, "seconds of each step (single slow ones leave the frame)", "seconds")
     if (top := float(whole.quantile(0.98)) * 1.3) > 0:
         ax.set_ylim(0, top)
 

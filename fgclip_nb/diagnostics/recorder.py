@@ -49,16 +49,18 @@ def _figure(value, digits=4):
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def loss_line(row: dict) -> str:
+def loss_line(row: dict, passes: float | None = None) -> str:
     """The `[LOSS]` line of a metrics row; a term that the step did not have reads n/a.
 
+    passes: over the data so far; without it the epoch of the row, which counts whole ones.
     Terms of FG-CLIP by short names, others by their columns, as logs are read back."""
     added = [f"loss_{n}" for n in TERMS if f"loss_{n}" not in LOSS_NAMES.values()]
     names = LOSS_NAMES | {column: column for column in added if column in row}
+    done = row.get("epoch") if passes is None else passes
     losses = " ".join(f"{n}={_figure(row.get(k))}" for n, k in names.items())
     levels = " ".join(f"{n}={_figure(row[k])}" for n, k in CHANCE_NAMES.items() if k in row)
     return (
-        f"[LOSS] Step {row['step']} Epoch {_figure(row.get('epoch'), 2)} {losses} {levels} "
+        f"[LOSS] Step {row['step']} Epoch {_figure(done, 2)} {losses} {levels} "
         f"candidates={row.get('candidates_region', 0):g} "
         f"candidates_in_batch={row.get('candidates_region_in_batch', 0):g}"
     )
@@ -208,6 +210,7 @@ class Line:
     histograms: Fetch
     times: tuple | None  # (whole step, waiting for data) in seconds
     images: int
+    passes: float | None = None  # over the data so far
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #bae281fe
 class Recorder:
@@ -279,6 +282,7 @@ class Recorder:
         grad_norm=None,
         forwards=None,
         epoch=None,
+        passes=None,
         skipped=False,
         times=None,
         loss=None,
@@ -313,7 +317,7 @@ class Recorder:
         histograms = Fetch(histogram_values(notes) if looked and self.board else {})
         self.last_step = step
         images = sum(n["images"] for n in notes)
-        return Line(Fetch(row | (extra or {})), histograms, times, images)
+        return Line(Fetch(row | (extra or {})), histograms, times, images, passes)
 
     def _look(self, notes, bank, model, optimizer) -> dict:
         losses = getattr(self.cfg, "losses", "softmax")
@@ -334,5 +338,5 @@ class Recorder:
                 self.board.histogram(tag, values, row["step"])
             self.board.scalars(row)
         if row["step"] % self.cfg.log_every == 0 or row["step"] == 1:
-            self.log.info(loss_line(row))
+            self.log.info(loss_line(row, line.passes))
         return row

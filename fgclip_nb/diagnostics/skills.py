@@ -9,33 +9,55 @@ __all__ = ['what_was_learned']
 from dataclasses import dataclass
 from fgclip_nb.core.plain import escape_html, plain_line
 from fgclip_nb.core.folder import Run, read_json
-from fgclip_nb.diagnostics.expectations import LITTLE, html_table
+from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS, html_table
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #4e33a69a
 LEARNED, TRACE, NOT_LEARNED, UNJUDGED = "learned", "a trace", "not learned", "cannot be judged"
+WORSE = "worse than guessing"
 FEWEST_ASKED = 10  # questions, below which a score says nothing
+BY_HEART = 0.8  # share of training questions with the right answer first: nearly all
+
+
+def first_of(table: dict) -> str:
+    "The name of a table's share of right ones that come first."
+    return "r1" if "r1" in table else "acc1"
+
+
+def _within_luck(table: dict) -> tuple:
+    "(word, reason) of a score that is not beyond luck: not learned, or too few questions to say."
+    far = 1 + LITTLE * (table["permuted"]["mean_rank"] - 1)
+    if table["interval"]["mean_rank"][0] > far:
+        return NOT_LEARNED, "shuffled pairs reach as much"
+    low, high = table["interval"][first_of(table)]
+    few = f"{table['queries']} questions are too few"
+    return UNJUDGED, f"{few}: between {low:.0%} and {high:.0%} first it may be luck or much more"
 
 
 def in_a_word(table: dict, line=None) -> tuple:
-    """(word, reason) of a table of scores: learned, a trace, not learned, or cannot be judged.
+    """(word, reason) of a table of scores: see the list above.
 
     `line`: the mean rank of the straight line from colours, where there is one."""
     asked = table.get("queries", 0)
     if asked < FEWEST_ASKED:
         return UNJUDGED, f"{asked} questions are too few"
     rank, luck = table["mean_rank"], table["permuted"]["mean_rank"]
-    edge, worst = table["chance_interval"]["mean_rank"][0], table["interval"]["mean_rank"][1]
-    if edge <= 1.5:
+    (edge, other_edge), (best, worst) = (
+        table[k]["mean_rank"] for k in ("chance_interval", "interval")
+    )
+    if edge <= 1.1:
         return UNJUDGED, "shuffled pairs reach the best ranks too"
+    if best > other_edge:
+        return WORSE, "the wrong one is preferred"
     if not any(table["above_chance"].values()):
-        return NOT_LEARNED, "shuffled pairs reach as much"
+        return _within_luck(table)
     if worst >= edge:
-        return TRACE, "beyond luck on these photos, not surely on others of the kind"
+        ranks = f"mean rank {rank:.1f}, by luck {luck:.1f}"
+        return TRACE, f"{ranks}: beyond luck on these photos, not surely on others of the kind"
     if line is not None and worst >= line:
         return TRACE, f"a straight line from coarse colours reaches a mean rank of {line:.1f}"
     if rank - 1 > LITTLE * (luck - 1):
-        return TRACE, f"beyond luck, by less than {1 - LITTLE:.0%} of the way"
-    return LEARNED, "far beyond luck"
+        return TRACE, f"beyond luck, by less than {1 - LITTLE:.0%} of the way to rank 1"
+    return LEARNED, "far beyond luck" + (" and beyond colours alone" if line is not None else "")
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #ef5a8c86
 SKILLS = {
@@ -51,21 +73,6 @@ def table_of(results: dict, task: str) -> dict:
     lists = {k: t for k, t in results.get(task, {}).items() if isinstance(t, dict)}
     known = [lists[k] for k in LISTS if lists.get(k, {}).get("interval")]
     return lists.get("i2t", {}) | known[0] if known else {}
-
-
-def by_kind(results: dict) -> str:
-    "Which kinds of near misses are told from the right phrase, in words; '' where none are named."
-    lists = results.get("hard_negatives", {})
-    named = {k: t for k, t in lists.items() if k not in LISTS and t.get("queries", 0)}
-    kinds = sorted(named, key=lambda k: -named[k]["acc1"])
-    return ", ".join(
-        f"{k} {named[k]['acc1']:.0%} (luck {named[k]['permuted']['acc1']:.0%})" for k in kinds
-    )
-
-
-def first_of(table: dict) -> str:
-    "The name of a table's share of right ones that come first."
-    return "r1" if "r1" in table else "acc1"
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #7c03a80e
 HEAD = ("skill", "measure", "held out", "95 %", "luck", "band of luck", "colours", "training")
@@ -99,6 +106,50 @@ def skill_rows(skill: str, table: dict, trained: dict, line: dict) -> list:
         rows.append((skill if not rows else "", title, value, within, luck, band, colours, seen))
     return rows
 
+# %% ../../nbs/6_diagnostics/12a_skills.ipynb #5f1f0a02
+ORDER = (LEARNED, TRACE, NOT_LEARNED, WORSE, UNJUDGED)
+
+
+def kinds_by_word(held_out: dict) -> dict:
+    "word -> {kind: table}, the words in their order, the best kind first; nameless lists are none."
+    lists = held_out.get("hard_negatives", {})
+    named = {k: t for k, t in lists.items() if k not in LISTS and t.get("queries", 0)}
+    kinds = sorted(named, key=lambda k: -named[k]["acc1"])
+    words = {k: in_a_word(named[k])[0] for k in kinds}
+    return {
+        word: own for word in ORDER if (own := {k: named[k] for k in kinds if words[k] == word})
+    }
+
+
+def kind_sentences(held_out: dict, training: dict) -> list:
+    "A sentence for each word: its kinds of near misses, their questions, luck and training data."
+    said = []
+    seen = training.get("hard_negatives", {})
+    for word, tables in kinds_by_word(held_out).items():
+        parts = []
+        for kind, table in tables.items():
+            beside = f"luck {table['permuted']['acc1']:.0%}"
+            if seen.get(kind, {}).get("queries"):
+                beside += f", training {seen[kind]['acc1']:.0%}"
+            parts.append(f"{kind} {table['acc1']:.0%} of {table['queries']} ({beside})")
+        why = ": the wrong one is preferred" if word == WORSE else ""
+        said.append(f"near misses by kind, {word}: {', '.join(parts)}{why}")
+    return said
+
+# %% ../../nbs/6_diagnostics/12a_skills.ipynb #5f1f0a05
+GAP = 0.1  # right ones first, by which training data are more than held-out ones
+
+
+def _training_words(word, table, trained) -> str:
+    "What became of the training data, beside what is held out."
+    seen, value = trained[first_of(trained)], table[first_of(table)]
+    said = f"; on training data {seen:.0%}"
+    if word == LEARNED:
+        return said + (", more than held out" if seen - value > GAP else "")
+    if word == UNJUDGED or in_a_word(trained)[0] != LEARNED:
+        return said
+    return said + (": learned by heart" if seen >= BY_HEART else ", far more than held out")
+
 
 def skill_sentence(skill: str, held_out: dict, training: dict, line: dict) -> str:
     "One sentence: the word for a skill, why, and what became of the training data."
@@ -107,17 +158,84 @@ def skill_sentence(skill: str, held_out: dict, training: dict, line: dict) -> st
     if not table:
         return f"{skill}: {UNJUDGED}; the held-out part asks nothing of the kind"
     word, why = in_a_word(table, line.get("rank"))
-    first = first_of(table)
+    kinds = kinds_by_word(held_out) if task == "hard_negatives" else {}
+    failed = [k for bad in (NOT_LEARNED, WORSE) for k in kinds.get(bad, {})]
+    but = f", but not {' and '.join(failed)}" if failed and word in (LEARNED, TRACE) else ""
+    first, among = first_of(table), table["candidates"]
+    luck, asked = table["permuted"][first], f"{table['queries']} held-out questions"
+    asked += " each way" if first == "r1" else ""
     said = (
-        f"{skill}: {word} ({why}). Of {table['queries']} held-out questions {table[first]:.0%} "
-        f"have the right answer first, by luck {table['permuted'][first]:.1%}"
+        f"{skill}: {word}{but} ({why}). Of {asked} {table[first]:.0%} have the right answer first"
     )
-    if trained:
-        said += f"; on training data {trained[first]:.0%}"
-        if word != LEARNED and in_a_word(trained)[0] == LEARNED:
-            said += ": learned by heart"
-    kinds = by_kind(held_out) if task == "hard_negatives" else ""
-    return said + (f". By kind of near miss: {kinds}" if kinds else "")
+    said += f", by luck {luck:.1%}"
+    if not 2 / 3 < luck * among < 3 / 2:
+        said += f" (1 of {among:.0f} is {1 / among:.1%})"
+    return said + (_training_words(word, table, trained) if trained else "")
+
+# %% ../../nbs/6_diagnostics/12a_skills.ipynb #5f1f0a08
+SCORE = "`papermill nbs/evaluate.ipynb runs/e.ipynb -p model RUN"  # README: every command
+
+
+def _more_of_it(params) -> str:
+    "How what is held out comes nearer to what was trained on."
+    ways = ["more photos"]
+    if params.get("model") in RANDOM_MODELS:
+        ways.insert(0, "pretrained weights (`-p model openai/clip-vit-base-patch32`)")
+    if params.get("augment") == "none":
+        ways.append("`-p augment crop`")
+    return ", ".join(ways)
+
+
+def _new_seed(data: str) -> str:
+    "The address of another made world with the combinations of training."
+    options = dict(part.partition("=")[::2] for part in data.split(":")[1:])
+    return f"world:seed={int(options.get('seed', 0)) + 1}:size=250"
+
+
+def _made(params) -> bool:
+    return str(params.get("data", "")).partition(":")[0] == "world"
+
+
+def advice_for(word: str, table: dict, trained: dict, params: dict) -> str:
+    "What a skill's figures ask for next; '' where nothing."
+    if word == UNJUDGED:
+        near = " (`-p make_negatives 10` makes near misses where there are none)"
+        made = near if table.get("candidates", 0) == 11 and not params.get("make_negatives") else ""
+        return f"ask more questions{made}: hold more out, or name it in `test_data` and score it"
+    by_train = in_a_word(trained)[0] if trained else UNJUDGED
+    if word != LEARNED and by_train != LEARNED:
+        return "training data are not learned either: see the verdicts, then more `max_steps`"
+    gap = bool(trained) and trained[first_of(trained)] - table[first_of(table)] > GAP
+    if gap and _made(params):
+        return (
+            "new scenes with the combinations of training tell overfitting from combinations never "
+            f"seen: {SCORE} -p data {_new_seed(params['data'])} -p split train`"
+        )
+    if gap or word != LEARNED:
+        return f"carry over more of what training data show: {_more_of_it(params)}"
+    if trained and (seen := trained[first_of(trained)]) < BY_HEART:
+        return f"more `max_steps`: of training data no more than {seen:.0%} come first either"
+    if _made(params):
+        return f"score photos that chose nothing: {SCORE} -p data world -p split test`"
+    return "score photos that chose nothing: name them in `test_data`"
+
+
+def next_sentences(advice: dict, kinds: dict, params: dict) -> list:
+    "Sentences of what to do next: advice by skill, and a look at kinds that are under luck."
+    skills_of = {}
+    for skill, text in advice.items():
+        skills_of.setdefault(text, []).append(skill)
+    said = [f"next, {', '.join(skills)}: {text}" for text, skills in skills_of.items() if text]
+    if kinds.get(WORSE):
+        which = ", ".join(kinds[WORSE])
+        text = f"next, {which}: look at the pairs: {SCORE}` shows mistakes of each kind"
+        if params.get("hard_weight"):
+            text += (
+                "; and train with `-p hard_weight 0`: it tells whether they are avoided because "
+                "training has them among its near misses alone"
+            )
+        said.append(text)
+    return said
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #a1a89d7f
 @dataclass
@@ -141,26 +259,40 @@ class Skills:
 
 
 NOTHING_HELD_OUT = "Nothing was measured on held-out data: nothing is held out, or too little."
+NOTE = (
+    "Luck: what shuffled pairs reach, each photo or box with the answer of another; in 95 of 100 "
+    "cases within the band. Colours: a straight line from coarse colours to words, which is asked "
+    "for captions alone (–: not asked)."
+)
+
+
+def read_skills(path) -> dict:
+    "`skills.json` of a run folder with the straight line of its captions; {} where there is none."
+    found = read_json(path / "skills.json")
+    if not found:
+        return {}
+    line = (read_json(path / "audit.json").get("photos") or {}).get("line") or {}
+    return found | dict(lines=dict(short_retrieval=line))
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #62c6aa58
 def what_was_learned(run) -> Skills:
-    """What a finished run has learned, by its `skills.json`; run: a `Run` or its folder.
+    """What a finished run has learned and what to do next, by its `skills.json`.
 
-    Says so where nothing was held out."""
+    run: a `Run` or its folder. Says so where nothing was held out."""
     run = run if isinstance(run, Run) else Run(run)
-    found = read_json(run.path / "skills.json")
+    found = read_skills(run.path)
     if not found:
         return Skills([], [], NOTHING_HELD_OUT)
-    line = (read_json(run.path / "audit.json").get("photos") or {}).get("line") or {}
-    sentences, rows = [], []
+    held_out, training = found["held_out"], found["training"]
+    sentences, rows, advice = [], [], {}
     for skill, task in SKILLS.items():
-        beside = line if task == "short_retrieval" else {}
-        sentences.append(skill_sentence(skill, found["held_out"], found["training"], beside))
-        table = table_of(found["held_out"], task)
+        line = found["lines"].get(task, {})
+        sentences.append(skill_sentence(skill, held_out, training, line))
+        table, trained = table_of(held_out, task), table_of(training, task)
         if table:
-            rows += skill_rows(skill, table, table_of(found["training"], task), beside)
-    weights = (
-        f"The weights of step {found['step']}, {found['why']}. Luck: what shuffled pairs reach, in "
-        "95 of 100 cases within the band. Colours: a straight line from coarse colours to words."
-    )
-    return Skills(sentences, rows, weights)
+            rows += skill_rows(skill, table, trained, line)
+            word, _ = in_a_word(table, line.get("rank"))
+            advice[skill] = advice_for(word, table, trained, run.params())
+    sentences += kind_sentences(held_out, training)
+    sentences += next_sentences(advice, kinds_by_word(held_out), run.params())
+    return Skills(sentences, rows, f"The weights of step {found['step']}, {found['why']}. {NOTE}")

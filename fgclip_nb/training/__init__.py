@@ -11,6 +11,7 @@ ROOMS = {
     "about_data": ".rundata",
     "data_table": ".rundata",
     "estimate": ".forecast",
+    "near_misses": ".rundata",
     "prepare_data": ".rundata",
     "retrieval_table": ".rundata",
     "train": ".loop",

@@ -9,6 +9,7 @@ __all__ = ['what_to_expect']
 import collections, json
 from dataclasses import dataclass
 import numpy as np
+import torch
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
@@ -110,6 +111,19 @@ def patch_share(cfg: TrainConfig) -> float | None:
     vision = FGCLIPConfig.preset(cfg.model).vision_config
     return 1 / ((cfg.image_size or vision.image_size) // vision.patch_size) ** 2
 
+
+def input_rows(cfg: TrainConfig):
+    "Rows of what the model is shown, where its name tells, and of the device."
+    if patch_share(cfg):
+        vision = FGCLIPConfig.preset(cfg.model).vision_config
+        size = cfg.image_size or vision.image_size
+        side = size // vision.patch_size
+        how = f"patches of {vision.patch_size} pixels: {side} × {side} of them"
+        yield "model input", f"{size} × {size} pixels", how
+    cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} thread(s)"
+    yield "device", name, f"`device` = {cfg.device}"
+
 # %% ../../nbs/8_training/12_announcement.ipynb #8bf27672
 def what_to_expect(
     cfg: TrainConfig, data: RunData, parameters: int | None = None, photos: dict | None = None
@@ -129,6 +143,7 @@ def what_to_expect(
         expected.rows += hope_rows(photos.get("line"))
     if clips:
         expected.rows += coverage_rows(data, cfg)
+    expected.rows += input_rows(cfg)
     parameters = parameters or count_parameters(cfg, clips)
     if parameters:
         expected.rows += size_rows(parameters)

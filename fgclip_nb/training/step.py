@@ -317,6 +317,7 @@ def begin_line(s: TrainState, launched: Launched, times: tuple, validation: dict
     launched.line = s.recorder.begin(
         step=s.step,
         epoch=(s.step - 1) * s.cfg.gradient_accumulation_steps // s.order.per_epoch,
+        passes=s.step * s.cfg.gradient_accumulation_steps / s.order.per_epoch,
         forwards=s.forwards,
         model=s.model,
         bank=s.bank,

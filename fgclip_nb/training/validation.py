@@ -152,6 +152,19 @@ def check_best_by(cfg: TrainConfig, samples):
         )
 
 # %% ../../nbs/8_training/08_validation.ipynb #882a1897
+def held_out_levels(columns: dict) -> dict:
+    """Name of a term -> (loss, chance) of a validation's columns, both the mean over its parts.
+
+    The global loss has two, of short and of long captions, as that of training has."""
+    found = {}
+    for name in TERMS:
+        parts = [n for n in (name, f"{name}_short", f"{name}_long") if f"val_chance_{n}" in columns]
+        if parts:
+            pair = (sum(columns[f"val_{kind}_{n}"] for n in parts) for kind in ("loss", "chance"))
+            found[name] = tuple(x / len(parts) for x in pair)
+    return found
+
+
 def note_validation(s: TrainState, columns: dict) -> bool:
     """Log a validation and keep it where it is the best so far.
 
@@ -170,9 +183,8 @@ def note_validation(s: TrainState, columns: dict) -> bool:
         s.best = dict(s.best, waited=s.best.get("waited", 0) + 1)
     rank = ""
     levels = [
-        f"loss_{n}={columns[f'val_loss_{n}']:.4f} (chance {columns[f'val_chance_{n}']:.2f}) "
-        for n in TERMS
-        if f"val_chance_{n}" in columns
+        f"loss_{n}={loss:.4f} (chance {chance:.2f}) "
+        for n, (loss, chance) in held_out_levels(columns).items()
     ]
     if "val_mean_rank" in columns:
         mean, chance = columns["val_mean_rank"], columns["val_mean_rank_chance"]
