@@ -4,9 +4,12 @@ import gzip
 import json
 import os
 
+import micro
 import pytest
 from PIL import Image
+from rebind import rebind
 
+from fgclip_nb.core.folder import Run
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.diagnostics.judgement import headline, verdicts
 
@@ -100,3 +103,25 @@ def test_empty_captions_are_left_out_and_told(tmp_path):
     samples, rejects = load_samples(path)
     assert [s.captions for s in samples] == [(), ("a dog runs",), (), ("a cat",)]
     assert [r.rule for r in rejects] == ["empty_text"] * 2
+
+
+def photos_go():
+    "In a child: the photos are removed when the last step is done."
+
+    def first(look_back):
+        def looked(s, held_out):
+            for sample in [*s.data.train, *held_out]:
+                os.unlink(sample.media)
+            return look_back(s, held_out)
+
+        return looked
+
+    rebind("look_back", first)
+
+
+@pytest.mark.ci
+def test_a_run_whose_photos_go_at_its_end_has_its_verdicts(tmp_path):
+    params = micro.micro_world(tmp_path) | dict(output=str(tmp_path / "run"), max_steps=4)
+    assert micro.run(params, change=photos_go) == 0
+    assert (tmp_path / "run/report.html").exists() and Run(tmp_path / "run").finished
+    assert "could not be asked" in (tmp_path / "run/training.log").read_text()

@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 import numpy as np
 from safetensors.torch import load_file
+from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import checkpoint_fault, get_logger, write_atomic
 from fgclip_nb.data.filters import a_few
 from fgclip_nb.evaluation.encoder import Encoder
@@ -98,10 +99,20 @@ REGION_TASKS = {"region_phrases": _phrase_of, "hard_negatives": _near_misses_of}
 
 
 def ask(encoder, samples, task: str) -> dict:
-    "The tables of one task of `evaluate`, by list."
+    """The tables of one task of `evaluate`, by list.
+
+    Empty, and told, where its photos have gone or nothing can be asked: no run is lost by it."""
     settings = Settings(captions=1, permutations=PERMUTATIONS)
-    samples, _, _ = read_evaluation_samples(samples)
-    return task_tables(TASKS[task](encoder, samples, settings), settings)
+    try:
+        samples, _, _ = read_evaluation_samples(samples)
+        lists = task_tables(TASKS[task](encoder, samples, settings), settings)
+        tables = [t for t in lists.values() if isinstance(t, dict) and "queries" in t]
+        if tables and not any(t["queries"] for t in tables):
+            raise DataError(f"no question is left: {tables[0]['lost']}")
+        return lists
+    except DataError as e:
+        get_logger().warning(f"{task.replace('_', ' ')} could not be asked: {e}")
+        return {}
 
 
 def measured_skills(encoder, train, held_out) -> dict:
@@ -122,6 +133,7 @@ def measured_skills(encoder, train, held_out) -> dict:
             found["held_out"][task] = ask(encoder, asked, task)
             seen = as_many_regions(train, asked, key)
             found["training"][task] = ask(encoder, seen, task) if seen else {}
+    found["held_out"] = {task: lists for task, lists in found["held_out"].items() if lists}
     return found
 
 # %% ../../nbs/8_training/12c_last_look.ipynb #9b7a0035
@@ -140,7 +152,8 @@ def look_back(s: TrainState, held_out) -> Encoder:
         write_atomic(s.path / "skills.json", json.dumps(kept, indent=1, default=float))
     if "short_retrieval" in found["held_out"]:
         score = dict(found["held_out"]["short_retrieval"]["both"], step=step)
-        if all(v.caption for v in captioned(held_out)):
-            score["long"] = ask(encoder, held_out, "long_retrieval")["both"]
+        long = all(v.caption for v in captioned(held_out))
+        if long and (lists := ask(encoder, held_out, "long_retrieval")):
+            score["long"] = lists["both"]
         write_atomic(s.path / "retrieval.json", json.dumps(score, indent=1))
     return encoder
