@@ -392,7 +392,7 @@ def texts_few(ev):
                 f"{why}: they say nothing of a photo",
                 "Leave them out, or write them anew.",
             )
-        if n >= 50 and (distinct <= FEW_TEXTS or top > 0.6):
+        if n >= 50 and (distinct <= FEW_TEXTS or top > 0.6) or n >= 4 and distinct == 1:
             why = (
                 f"the {n} {TEXT_NAMES[kind]} are {distinct} different texts, the commonest stands "
                 f"{top:.0%} of the time: equal texts cannot tell samples apart"
