@@ -49,6 +49,7 @@ def heard(caplog):
     log.removeHandler(caplog.handler)
 
 
+@pytest.mark.ci
 def test_a_run_and_its_evaluation_name_the_same_weights(world, tmp_path):
     from fgclip_nb.core.folder import Run
     from fgclip_nb.core.identity import weights_fingerprint
@@ -124,6 +125,7 @@ def test_without_validation_the_newest_sound_one_is_taken(world, tmp_path, heard
             load(str(run.path))
 
 
+@pytest.mark.ci
 def test_the_best_by_rank_is_the_first_of_the_lowest_rank(worsening, tmp_path):
     from fgclip_nb.core.folder import Run
 

@@ -49,6 +49,7 @@ def test_the_report_has_the_defaults_of_training():
             assert ast.literal_eval(parameter["default"]) == known_parameters()[name].default, name
 
 
+@pytest.mark.ci
 def test_a_users_folder_and_strict(tmp_path):
     media_root(tmp_path / "photos")
     write(tmp_path / "photos.json", put_box(FINEHARD, 1, [0.5, 0.5, 0.5, 0.9]))

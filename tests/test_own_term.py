@@ -54,6 +54,7 @@ def run(world):
     return Run(folder / "run")
 
 
+@pytest.mark.ci
 def test_it_is_in_the_weighted_sum_and_has_its_columns(run):
     from fgclip_nb.core.config import TrainConfig
 
@@ -76,6 +77,7 @@ def test_it_is_in_the_weighted_sum_and_has_its_columns(run):
     assert "loss_dense=" in log and "[VAL]" in log
 
 
+@pytest.mark.ci
 def test_it_is_expected_judged_plotted_and_on_the_board(run):
     import matplotlib.pyplot as plt
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
