@@ -115,7 +115,7 @@ def held_out_rank(ev: Evidence) -> tuple:
         return "", ""
     best, last = ranks.idxmin(), ranks.index[-1]
     return (
-        f"{ranks.min():.1f}",
+        f"{ranks.min():.1f} by the model",
         f"at best, step {best:.0f}; {ranks.iloc[-1]:.1f} at step {last:.0f}",
     )
 

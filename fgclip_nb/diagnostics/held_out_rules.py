@@ -183,6 +183,9 @@ def held_out_above_chance(ev):
         f"interval from {s['rank_low']:.1f}), "
         f"R@10 {s['r10']:.3f} (interval to {s['r10_high']:.3f})"
     )
+    ranks = ev.series("val_mean_rank")
+    if len(ranks) and ranks.min() < 0.98 * s["rank"]:
+        summary += f", the best rank {ranks.min():.1f} at step {ranks.idxmin():.0f}"
     beyond = beyond_chance(s)
     learnt = chance_share(ev, "global")
     if beyond and (clearly_better(s) or not learnt < 0.9 or ever_carried_over(ev)):
@@ -342,12 +345,12 @@ def overfitting(ev):
     if only_surer(ev, kind.strip()):
         return PASS, rise, f"the ranks did not worsen, so nothing was lost, although {climbed}"
     climbed += also_climbed(ev)
+    kept, early = ev.facts.get("best", {}).get("step"), ev.facts.get("ended_early")
+    keeps = f"; the run ended early and keeps step {kept}" if early and kept else ""
     if ev.has("val_mean_rank") and not ever_carried_over(ev, kind.strip()):
-        never = "never better than chance, so that there was nothing to lose"
-        return PASS, rise, f"{climbed}; the {kind}loss was {never}"
-    kept = ev.facts.get("best", {}).get("step")
-    if ev.facts.get("ended_early") and kept:
-        return PASS, rise, f"{climbed}; the run ended early for it and keeps step {kept}"
+        return PASS, rise, f"{climbed}; the {kind}loss never was better than chance{keeps}"
+    if keeps:
+        return PASS, rise, climbed + keeps
     why = f"{climbed} while training fell: overfitting"
     return (
         FAIL,

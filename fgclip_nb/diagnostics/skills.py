@@ -174,13 +174,14 @@ def skill_sentence(skill: str, held_out: dict, training: dict, line: dict) -> st
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #5f1f0a08
 SCORE = "`papermill nbs/evaluate.ipynb runs/e.ipynb -p model RUN"  # README: every command
+PRETRAINED = "-p model openai/clip-vit-base-patch32 -p learning_rate 1e-6"
 
 
 def _more_of_it(params) -> str:
     "How what is held out comes nearer to what was trained on."
     ways = ["more photos"]
     if params.get("model") in RANDOM_MODELS:
-        ways.insert(0, "pretrained weights (`-p model openai/clip-vit-base-patch32`)")
+        ways.insert(0, f"pretrained weights at a small rate (`{PRETRAINED}`)")
     if params.get("augment") == "none":
         ways.append("`-p augment crop`")
     return ", ".join(ways)
