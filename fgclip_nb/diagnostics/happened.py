@@ -6,6 +6,7 @@
 __all__ = ['Happened', 'what_happened']
 
 # %% ../../nbs/6_diagnostics/12b_happened.ipynb #a3211ec4
+import numpy as np
 from fgclip_nb.core.folder import Run
 from fgclip_nb.diagnostics.expectations import (
     LINE_ROW,
@@ -69,12 +70,16 @@ def bank_rise(ev: Evidence) -> tuple:
     more = (ev.series("loss_region") - ev.series("loss_region_in_batch")).reindex(steps).dropna()
     if not len(more):
         return "", ""
-    law = (chance(ev, "region") - chance(ev, "region_in_batch")).reindex(steps).mean()
-    value, last = float(more.mean()), int(steps[-1])
+    few, many = (chance(ev, k).reindex(steps) for k in ("region_in_batch", "region"))
+    here = ev.series("loss_region_in_batch").reindex(steps)
+    ratio = np.expm1(many) / np.expm1(few)
+    as_hard = float((np.log1p(np.expm1(here) * ratio) - here).mean())
+    law, value, last = float((many - few).mean()), float(more.mean()), int(steps[-1])
     why = f"steps {int(steps[0])} to {last}, the first with a full bank"
     if value < 0.9 * law:
-        why += "; less than the law, which is for entries as hard to tell from the right one as "
-        why += "those of the batch: these were easier"
+        why += "; the law is for a loss at chance: at that of those steps entries as hard as the "
+        why += f"batch's own add {as_hard:.2f}"
+        why += ", and these were easier" if value < 0.9 * as_hard else ""
     return f"{value:.2f}", why
 
 # %% ../../nbs/6_diagnostics/12b_happened.ipynb #33a65e86

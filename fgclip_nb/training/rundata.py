@@ -161,9 +161,9 @@ def about_data(cfg: TrainConfig, data: RunData) -> str:
             "These data are made: coloured shapes, drawn from a seed. Held-out scenes show "
             "combinations of colour and shape, counts and relations that are right nowhere in "
             "training; among its near misses they stand, as wrong ones. A model can learn just "
-            "that, and do worse than guessing: after the 1,000 steps of `make world` 14% of the "
-            "held-out counts were right (luck 42%), and 32% (luck 18%) with `hard_weight=0`, "
-            "without the loss of near misses. Ten hard negatives stand at a share of "
+            "that, and do worse than guessing: section 5 says it kind by kind, and a second run "
+            "with `hard_weight=0`, without near misses, whether it is so. Ten hard negatives stand "
+            "at a share of "
             f"{world_options(cfg.data).hard:g} of the training regions (`hard` of the world's "
             "options), and at all held-out ones."
         )
