@@ -3,15 +3,24 @@
 import gzip
 import json
 import os
+import time
+from types import SimpleNamespace
 
 import micro
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rebind import rebind
 
 from fgclip_nb.core.folder import Run
+from fgclip_nb.core.identity import stable_id
+from fgclip_nb.data.audit import phrase_facts
 from fgclip_nb.data.load import load_samples
+from fgclip_nb.data.samples import Region, Sample
+from fgclip_nb.diagnostics.inputs import own_boxes, own_texts
 from fgclip_nb.diagnostics.judgement import headline, verdicts
+from fgclip_nb.evaluation.annotations import read_anomaly_annotations
 
 
 def yolo(folder, labels=True, **description):
@@ -125,3 +134,56 @@ def test_a_run_whose_photos_go_at_its_end_has_its_verdicts(tmp_path):
     assert micro.run(params, change=photos_go) == 0
     assert (tmp_path / "run/report.html").exists() and Run(tmp_path / "run").finished
     assert "could not be asked" in (tmp_path / "run/training.log").read_text()
+
+
+@pytest.mark.parametrize("first", [0, 10])
+@pytest.mark.parametrize("value", ["nan", None])
+def test_a_run_folder_of_nan_is_told(tmp_path, first, value):
+    rows = [dict(step=n, loss=3.0 if n < first else value, skipped=0) for n in range(1, 41)]
+    (tmp_path / "params.yaml").write_text("data: sample\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert headline(verdicts(tmp_path)).startswith("finite_numbers")
+
+
+def test_counts_that_are_none_are_no_traceback(tmp_path):
+    rows = [dict(step=n, loss=3.0, skipped=float("inf")) for n in range(1, 41)]
+    (tmp_path / "params.yaml").write_text("data: sample\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert verdicts(tmp_path)
+
+
+def test_a_name_with_half_a_letter_is_a_reject(tmp_path):
+    rows = [dict(image="\ud800.jpg", captions=["a cat"])]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    samples, rejects = load_samples(tmp_path / "d.jsonl")
+    assert not samples and len(rejects) == 1
+
+
+def test_annotations_with_a_byte_order_mark_name_their_first_video(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffAbuse001_x264.mp4 Abuse 10 20 -1 -1\n")
+    videos, rejects = read_anomaly_annotations(tmp_path / "a.txt")
+    assert list(videos) == ["Abuse001_x264"] and not rejects
+
+
+def test_one_photo_with_ten_thousand_boxes_is_looked_at_in_moments():
+    boxes = np.random.default_rng(0).random((10_000, 4)).round(3)
+    regions = [Region(f"thing number {n}", box=tuple(map(float, b))) for n, b in enumerate(boxes)]
+    sample = Sample("a", "a.jpg", regions=regions)
+    many = torch.zeros(10_000, dtype=torch.int64)
+    batch = SimpleNamespace(
+        boxes=torch.tensor(boxes), box_region=torch.arange(10_000), box_image=many
+    )
+    batch.frame_clip, batch.region_clip, batch.caption_rows = many[:1], many, many[:0]
+    batch.caption_ids = many[:0]
+    batch.region_caption_ids = torch.tensor([stable_id(r.phrase) for r in regions])
+    begun = time.process_time()
+    assert own_boxes(batch, [sample]) == {"own_boxes": 1.0}
+    assert own_texts(batch, [sample]) == {"own_phrases": 1.0}
+    assert time.process_time() - begun < 20  # was minutes
+
+
+def test_one_photo_with_many_phrases_cuts_no_texts():
+    few = [Sample(f"s{n}", "", regions=[Region("a red mug")] * 2) for n in range(20)]
+    many = Sample("m", "", regions=[Region(f"a mug number {n} on the table") for n in range(9999)])
+    facts = phrase_facts([*few, many])
+    assert facts["n"] == 10_039 and facts["tokens"] < phrase_facts([many])["tokens"] - 1

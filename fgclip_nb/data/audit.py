@@ -387,6 +387,18 @@ def leaked_clips(train, val) -> list:
     return [pair for pair in pairs if pair[1]]
 
 
+MOST_DRAWN = 16  # phrases of a sample that training may draw, about
+
+
+def phrase_facts(samples) -> dict:
+    """`text_facts_of` all phrases; tokens: of an even part of each sample's.
+
+    Training draws a few of each sample: one with thousands must not outweigh the rest."""
+    facts = text_facts_of([r.phrase for s in samples for r in s.regions], 77)
+    drawn = [r.phrase for s in samples for r in looked_at(s.regions, MOST_DRAWN)]
+    return facts | ({"tokens": text_facts_of(drawn, 77)["tokens"]} if drawn else {})
+
+
 def audit(train, val, rejects, context_length=248, most=2000) -> dict:
     """What can be counted of the samples of both splits and of what was rejected.
 
@@ -396,7 +408,6 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
     samples an even part is looked at."""
     seen, seen_val = looked_at(train, most), looked_at(val, most)
     captions = [c for s in seen for c in (s.captions or (s.short_caption,)) if c]
-    regions = [r for s in seen for r in s.regions]
     kept = [tuple(r.box) for s in seen if s.kind == "image" for r in s.regions if r.box]
     photos = photo_facts(seen, seen_val)
     clips = leaked_clips(seen, seen_val)
@@ -413,6 +424,6 @@ def audit(train, val, rejects, context_length=248, most=2000) -> dict:
         boxes=box_facts(kept, rejected_boxes(rejects)),
         captions=text_facts_of(captions, 77),
         long_captions=text_facts_of([s.caption for s in seen if s.caption], context_length),
-        phrases=text_facts_of([r.phrase for r in regions], 77),
+        phrases=phrase_facts(seen),
         photos=photos,
     )

@@ -85,6 +85,14 @@ def other_names(name) -> list:
         forms += [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")]
     return [f for f in dict.fromkeys(forms) if f != name]
 
+# %% ../../nbs/2_data/03_media.ipynb #876a0ce9
+def is_file_name(name: str) -> bool:
+    "Whether a file system may hold a file of this name; half a letter (a lone surrogate) is none."
+    try:
+        return 0 < len(os.fsencode(name)) <= 4000 and "\0" not in name
+    except UnicodeEncodeError:
+        return False
+
 # %% ../../nbs/2_data/03_media.ipynb #07bbaa92
 class MediaRoot:
     "The folder that media paths start from, with their checks."
@@ -95,7 +103,7 @@ class MediaRoot:
 
     def locate(self, name, field) -> str:
         "The absolute path of `name` under the root; a Fault if it leads outside or is no path."
-        if not name or "\0" in name or len(name) > 4000:
+        if not is_file_name(name):
             raise Fault(field, name, "not a file name", "bad_path")
         if "://" in name:
             raise Fault(field, name, "an address, not a file: download it first", "bad_path")

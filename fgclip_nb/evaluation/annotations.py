@@ -83,7 +83,7 @@ def read_anomaly_annotations(path):
     if not Path(path).is_file():
         raise DataError(f"{path}: no such annotation file")
     videos, rejects = {}, []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -134,7 +134,7 @@ def to_frames(scores, frames=None, segment=None):
 def _count_rows(path) -> list:
     "(place, video, its count as written) of the lines of a CSV; DataError where it is none."
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:
             lines = list(csv.DictReader(f))
     except (OSError, ValueError, csv.Error) as e:
         raise DataError(f"{path}: cannot be read as a CSV of frame counts ({e})") from e

@@ -46,7 +46,7 @@ def _read_names(folder, name):
     if not lines.is_file():
         raise DataError(f"{lines}: missing; write the names of the rows, one per line")
     try:
-        return lines.read_text(encoding="utf-8").splitlines()
+        return lines.read_text(encoding="utf-8-sig").splitlines()
     except ValueError as e:
         raise DataError(f"{lines}: not UTF-8 ({e})") from e
 
