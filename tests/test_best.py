@@ -69,6 +69,7 @@ def test_a_run_and_its_evaluation_name_the_same_weights(world, tmp_path):
     assert run.manifest()["weights"] == start != evaluated["weights"]
 
 
+@pytest.mark.ci
 def test_an_improvement_is_saved_at_a_step_that_is_no_save_step(worsening):
     from fgclip_nb.core.folder import Run
 
@@ -82,6 +83,7 @@ def test_an_improvement_is_saved_at_a_step_that_is_no_save_step(worsening):
     assert set(run.manifest()["trained"]) == {f.name for _, f in run.checkpoints()}
 
 
+@pytest.mark.ci
 def test_whoever_names_the_run_gets_the_best_and_is_told(worsening, heard):
     from fgclip_nb.core.folder import Run
     from fgclip_nb.core.identity import weights_fingerprint

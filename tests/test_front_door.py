@@ -48,6 +48,7 @@ def trained(tmp_path_factory):
     return Run(folder / "run"), cells
 
 
+@pytest.mark.ci
 def test_train_records_its_metrics_and_shows_its_plots(trained):
     run, cells = trained
     metrics = run.metrics()

@@ -135,6 +135,7 @@ def test_papermill_and_yaml_know_its_weight(world):
     assert "`dense_weight` = 11.0 is outside its range [0, 10]: own loss" in done.stdout
 
 
+@pytest.mark.ci
 def test_without_its_module_the_weight_is_unknown(world):
     folder, params = world
     params = {k: v for k, v in params.items() if k != "extensions"}

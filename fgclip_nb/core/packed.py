@@ -49,8 +49,7 @@ class BoundedGzip(gzip.GzipFile):
 
 def check_ordinary(path):
     "DataError for a pipe or device, which may never end; a folder and a missing file say so."
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise DataError(f"{path}: a pipe or device, no ordinary file")
 
 
