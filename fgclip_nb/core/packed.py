@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/0_core/00b_packed.ipynb #76c9b239
 import gzip, io, os, zlib
-from pathlib import Path
 from fgclip_nb.core.identity import DataError
 
 # %% ../../nbs/0_core/00b_packed.ipynb #32bd5f58
