@@ -36,6 +36,14 @@ def ev(tmp_path_factory):
     return ev
 
 
+@pytest.fixture(params=PLOTS)
+def drawn(ev, request):
+    "Each picture of that run in turn, laid out."
+    figure = PLOTS[request.param](ev)
+    figure.draw_without_rendering()
+    return figure
+
+
 def letters(figure):
     "Every text of a figure that is seen, with its height in pixels on a telephone."
     from matplotlib.text import Text
@@ -45,33 +53,24 @@ def letters(figure):
     return [(t.get_text(), t.get_fontsize() * pixels_per_point) for t in shown]
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_letters_can_be_read_on_a_telephone(ev, name):
-    figure = PLOTS[name](ev)
-    figure.draw_without_rendering()
-    small = [(text, round(size, 1)) for text, size in letters(figure) if size < EIGHT_POINTS]
+def test_letters_can_be_read_on_a_telephone(drawn):
+    small = [(text, round(size, 1)) for text, size in letters(drawn) if size < EIGHT_POINTS]
     assert not small
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_no_legend_covers_a_line_and_nothing_leaves_the_figure(ev, name):
-    figure = PLOTS[name](ev)
-    figure.draw_without_rendering()
-    for ax in figure.axes:
+def test_no_legend_covers_a_line_and_nothing_leaves_the_figure(drawn):
+    for ax in drawn.axes:
         legend = ax.get_legend()
         if not legend:
             continue
         box, frame = legend.get_window_extent(), ax.get_window_extent()
-        assert box.y0 >= frame.y1 - 1 and box.x0 >= 0 and box.x1 <= figure.bbox.x1 + 1
+        assert box.y0 >= frame.y1 - 1 and box.x0 >= 0 and box.x1 <= drawn.bbox.x1 + 1
         title = ax._left_title.get_window_extent()
         assert title.y0 >= box.y1 - 2, "the title stands above the legend"
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_a_legend_names_all_lines_of_the_frame_and_no_others(ev, name):
-    figure = PLOTS[name](ev)
-    figure.draw_without_rendering()
-    for ax in figure.axes:
+def test_a_legend_names_all_lines_of_the_frame_and_no_others(drawn):
+    for ax in drawn.axes:
         legend = ax.get_legend()
         named = [text.get_text() for text in legend.get_texts()] if legend else []
         frame = ax.get_window_extent()
@@ -79,7 +78,10 @@ def test_a_legend_names_all_lines_of_the_frame_and_no_others(ev, name):
             y = line.get_transform().transform(line.get_xydata())[:, 1]
             inside = np.nanmax(y) >= frame.y0 - 1 and np.nanmin(y) <= frame.y1 + 1
             if legend and not line.get_label().startswith("_"):
-                assert (line.get_label() in named) == inside, (name, line.get_label())
+                assert (line.get_label() in named) == inside, (
+                    drawn.get_suptitle(),
+                    line.get_label(),
+                )
 
 
 def test_right_pairs_are_drawn_at_the_steps_of_all_pairs(ev):

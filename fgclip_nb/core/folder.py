@@ -15,6 +15,12 @@ from fgclip_nb.core.plain import plain_line, yaml_value
 from fgclip_nb.core.packed import check_ordinary, open_packed
 
 # %% ../../nbs/0_core/01_folder.ipynb #70378ca3
+def os_error_number(error) -> int | None:
+    "The number of a system's error that a library in Rust has in words alone, or None."
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else None
+
+
 @contextmanager
 def naming(path):
     """An OSError inside the block names the file: that of a full disk or a size limit does not.
@@ -27,10 +33,10 @@ def naming(path):
             e.filename = str(path)
         raise
     except Exception as e:
-        number = re.search(r"\(os error (\d+)\)", str(e))
+        number = os_error_number(e)
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
+        raise OSError(number, os.strerror(number), str(path)) from e
 
 
 def write_atomic(path, data: str | bytes):

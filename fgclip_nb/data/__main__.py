@@ -105,7 +105,7 @@ def fill_cache(arguments) -> int:
     build_cache(cache, samples, arguments.frames, say=lambda line: print(line, flush=True))
     held = cache_share(cache, clips)
     print(held, flush=True)
-    return 1 if held.startswith(("0 of", "no clips")) else 0
+    return 1 if not clips or held.startswith("0 of") else 0
 
 # %% ../../nbs/2_data/99_command.ipynb #40a2867a
 def part_work(kind, folder):

@@ -200,16 +200,21 @@ COLOUR_WORDS = frozenset(
 FEW_TEXTS = 6
 
 
-def text_facts_of(texts: list, limit: int) -> dict:
+def text_facts_of(texts: list, limit: int, drawn=None) -> dict:
     """n, distinct, top_share (of the commonest), few_share (of the commonest six), cut_share (of
     those over `limit` tokens).
 
-    tokens: mean of those that are read; colour_share: of the texts that name a colour."""
+    tokens: mean of those that are read, of the texts `drawn` from them (None: of all);
+    colour_share: of the texts that name a colour."""
     if not texts:
         return dict(n=0)
     times = collections.Counter(map(folded, texts))
     lengths = np.array([len(tokens) for tokens in encode(times)])
     counts = np.array(list(times.values()))
+    read = counts
+    if drawn is not None:
+        drawn = collections.Counter(map(folded, drawn))
+        read = np.array([drawn[text] for text in times])
     named = [bool(COLOUR_WORDS & set(text.split())) for text in times]
     return dict(
         n=len(texts),
@@ -217,7 +222,7 @@ def text_facts_of(texts: list, limit: int) -> dict:
         top_share=float(counts.max() / len(texts)),
         few_share=float(np.sort(counts)[-FEW_TEXTS:].sum() / len(texts)),
         cut_share=float(counts[lengths > limit].sum() / len(texts)),
-        tokens=float((counts * lengths.clip(max=limit)).sum() / len(texts)),
+        tokens=float((read * lengths.clip(max=limit)).sum() / read.sum()),
         colour_share=float(counts[named].sum() / len(texts)),
     )
 
@@ -391,12 +396,12 @@ MOST_DRAWN = 16  # phrases of a sample that training may draw, about
 
 
 def phrase_facts(samples) -> dict:
-    """`text_facts_of` all phrases; tokens: of an even part of each sample's.
+    """`text_facts_of` all phrases; tokens of an even part of each sample's.
 
     Training draws a few of each sample: one with thousands must not outweigh the rest."""
-    facts = text_facts_of([r.phrase for s in samples for r in s.regions], 77)
+    phrases = [r.phrase for s in samples for r in s.regions]
     drawn = [r.phrase for s in samples for r in looked_at(s.regions, MOST_DRAWN)]
-    return facts | ({"tokens": text_facts_of(drawn, 77)["tokens"]} if drawn else {})
+    return text_facts_of(phrases, 77, drawn)
 
 
 def audit(train, val, rejects, context_length=248, most=2000) -> dict:

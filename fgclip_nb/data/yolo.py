@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from fgclip_nb.core.plain import yaml_value
 from fgclip_nb.data.samples import Fault, Region, Sample
+from fgclip_nb.data.media import is_file_name
 from fgclip_nb.data.rows import check_number, check_text
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.readers import reader
@@ -94,7 +95,7 @@ def part_entries(description, part, folder) -> list:
     base = description.get("path")
     places = []
     for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, str) or not entry.strip() or "\0" in entry or len(entry) > 4000:
+        if not isinstance(entry, str) or not entry.strip() or not is_file_name(entry):
             raise Fault(part, entry, "not the path of a folder or of a list")
         bases = [Path(folder) / str(base or "")[:4000].replace("\0", ""), Path(folder)]
         tried = [b / entry for b in bases] + [Path(folder) / entry.lstrip("./")]

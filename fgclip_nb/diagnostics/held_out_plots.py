@@ -11,7 +11,7 @@ import numpy as np
 from fgclip_nb.diagnostics.rules import chance, in_batch
 from fgclip_nb.diagnostics.loss_rules import added_kinds
 from fgclip_nb.diagnostics.data_rules import audit_of
-from fgclip_nb.diagnostics.held_out_rules import val_loss
+from fgclip_nb.diagnostics.held_out_rules import held_out_values, val_share
 from fgclip_nb.diagnostics.judgement import as_evidence
 from fgclip_nb.diagnostics.canvas import (
     BLUE,
@@ -45,17 +45,6 @@ def share_of_chance(ev, kind):
     level = chance(ev, "region_in_batch" if inside else kind)
     return (loss / level[level > 0]).dropna()
 
-
-def held_out_share(ev, kind):
-    "A held-out loss over its chance level by step; of captions the mean of short and long ones."
-    names = [kind] if kind != "global" else ["global_short", "global_long"]
-    parts = [
-        ev.series(f"val_loss_{n}") / ev.series(f"val_chance_{n}")
-        for n in names
-        if ev.has(f"val_loss_{n}", f"val_chance_{n}")
-    ]
-    return sum(parts[1:], parts[0]).dropna() / len(parts) if parts else ev.series("")
-
 # %% ../../nbs/6_diagnostics/13a_held_out_plots.ipynb #12f706aa
 def mark_best(ax, ev):
     "Upright lines at the best validation, and at the step at which the run ended early."
@@ -76,16 +65,20 @@ def draw_looks(ax, series, label, colour):
 def held_out_kinds(ev) -> list:
     "Kinds of held-out losses that were measured, with their colours."
     kinds = KIND_COLOURS | dict.fromkeys(added_kinds(ev), PURPLE)
-    return [(kind, colour) for kind, colour in kinds.items() if len(finite(val_loss(ev, kind)))]
+    return [
+        (kind, colour)
+        for kind, colour in kinds.items()
+        if len(finite(held_out_values(ev, "loss", kind)))
+    ]
 
 
 def _plot_held_out_loss(ax, ev):
     "Held-out losses and those of training: shares of chance, or nats where no chance is known."
     kinds = held_out_kinds(ev)
-    as_share = all(len(held_out_share(ev, kind)) for kind, _ in kinds)
+    as_share = all(len(val_share(ev, kind)) for kind, _ in kinds)
     drawn = []
     for kind, colour in kinds:
-        val = held_out_share(ev, kind) if as_share else val_loss(ev, kind)
+        val = val_share(ev, kind) if as_share else held_out_values(ev, "loss", kind)
         trained = in_batch(ev) if kind == "region" else ev.series(f"loss_{kind}")
         mean = thinned(smoothed(share_of_chance(ev, kind) if as_share else trained))
         draw_looks(ax, val, f"held-out {kind}", colour)

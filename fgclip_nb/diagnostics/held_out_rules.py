@@ -98,15 +98,13 @@ def ever_carried_over(ev, kind="global") -> bool:
 
 
 def val_share(ev, kind: str):
-    "Held-out loss over its chance level by step; of the region loss, or of the captions together."
-    import pandas as pd
-
+    "A held-out loss over its chance level by step; of captions the mean of short and long ones."
     parts = [
         ev.series(f"val_loss_{name}") / ev.series(f"val_chance_{name}")
-        for name in ((kind,) if kind == "region" else ("global_short", "global_long"))
+        for name in (("global_short", "global_long") if kind == "global" else (kind,))
         if ev.has(f"val_loss_{name}", f"val_chance_{name}")
     ]
-    return sum(parts) / len(parts) if parts else pd.Series(dtype=float)
+    return sum(parts).dropna() / len(parts) if parts else ev.series("")
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #7579d5c8
 def inputs_apart(ev) -> str:
@@ -216,40 +214,33 @@ def held_out_above_chance(ev):
     return FAIL, s["rank"], why, "See the verdicts on the training loss: it hardly fell either."
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #70cb2123
-def val_loss(ev, kind: str):
-    """Held-out loss by step.
+def held_out_values(ev, what: str, kind: str):
+    """Held-out `loss` or `chance` level by step; empty where it was not recorded.
 
     The global one is the mean over long and short captions, the plain one that of a log without
     parts."""
-    names = [f"val_loss_{kind}{suffix}" for suffix in ("", "_short", "_long")]
     if kind == "plain":
-        return ev.series("val_loss")
+        return ev.series(f"val_{what}")
+    names = [f"val_{what}_{kind}{suffix}" for suffix in ("", "_short", "_long")]
     named = [ev.series(c) for c in names if ev.has(c)]
-    return sum(named) / len(named) if named else ev.series(f"val_loss_{kind}")
+    return sum(named) / len(named) if named else ev.series(names[0])
 
 # %% ../../nbs/6_diagnostics/10b_held_out_rules.ipynb #f1349d1b
 LOSS_COLUMNS = dict(plain="loss")
-
-
-def held_out_chance(ev, kind: str):
-    "Chance level of a held-out loss by step; empty where it was not recorded."
-    parts = ("global_short", "global_long") if kind == "global" else (kind,)
-    known = [ev.series(f"val_chance_{part}") for part in parts if ev.has(f"val_chance_{part}")]
-    return sum(known) / len(known) if known else ev.series(f"val_chance_{kind}")
 
 
 def overfit(ev, kind: str):
     """(rise of the held-out loss over its best in chance levels, best step, best, last), or None.
 
     The rise is 0 unless the training loss fell meanwhile; None before the third validation."""
-    val = val_loss(ev, kind)
+    val = held_out_values(ev, "loss", kind)
     train = in_batch(ev) if kind == "region" else ev.series(LOSS_COLUMNS.get(kind, f"loss_{kind}"))
     if len(val) < 3 or not len(train):
         return None
     best = val.idxmin()
     last = float(val.iloc[-1])
     low = float(val.min())
-    levels = held_out_chance(ev, kind)
+    levels = held_out_values(ev, "chance", kind)
     if not len(levels):
         levels = chance(ev, "region_in_batch" if kind == "region" else kind)
     level = float(levels.mean())
@@ -318,7 +309,8 @@ def no_third_validation(ev):
 
 def also_climbed(ev) -> str:
     "Of the held-out loss of near misses, which is no cause but is told: how it left its best."
-    val, level = val_loss(ev, "hard"), ev.series("val_chance_hard").mean()
+    val, level = (held_out_values(ev, what, "hard") for what in ("loss", "chance"))
+    level = level.mean()
     if len(val) < 3 or not val.iloc[-1] - val.min() > ev.limit("overfit_limit") * level:
         return ""
     best, last = val.min() / level, val.iloc[-1] / level

@@ -9,6 +9,7 @@ __all__ = ['what_was_learned']
 from dataclasses import dataclass
 from fgclip_nb.core.plain import escape_html, plain_line
 from fgclip_nb.core.folder import Run, read_json
+from fgclip_nb.data.world import is_world, world_options
 from fgclip_nb.diagnostics.expectations import LITTLE, RANDOM_MODELS, html_table
 
 # %% ../../nbs/6_diagnostics/12a_skills.ipynb #4e33a69a
@@ -189,25 +190,21 @@ def _more_of_it(params) -> str:
 
 def _new_seed(data: str) -> str:
     "The address of another made world with the combinations of training."
-    options = dict(part.partition("=")[::2] for part in data.split(":")[1:])
-    return f"world:seed={int(options.get('seed', 0)) + 1}:size=250"
-
-
-def _made(params) -> bool:
-    return str(params.get("data", "")).partition(":")[0] == "world"
+    return f"world:seed={world_options(data).seed + 1}:size=250"
 
 
 def advice_for(word: str, table: dict, trained: dict, params: dict) -> str:
     "What a skill's figures ask for next; '' where nothing."
     if word == UNJUDGED:
         near = " (`-p make_negatives 10` makes near misses where there are none)"
-        made = near if table.get("candidates", 0) == 11 and not params.get("make_negatives") else ""
-        return f"ask more questions{made}: hold more out, or name it in `test_data` and score it"
+        more = near if table.get("candidates", 0) == 11 and not params.get("make_negatives") else ""
+        return f"ask more questions{more}: hold more out, or name it in `test_data` and score it"
     by_train = in_a_word(trained)[0] if trained else UNJUDGED
     if word != LEARNED and by_train != LEARNED:
         return "training data are not learned either: see the verdicts, then more `max_steps`"
     gap = bool(trained) and trained[first_of(trained)] - table[first_of(table)] > GAP
-    if gap and _made(params):
+    made = is_world(params.get("data"))
+    if gap and made:
         return (
             "new scenes with the combinations of training tell overfitting from combinations never "
             f"seen: {SCORE} -p data {_new_seed(params['data'])} -p split train`"
@@ -216,7 +213,7 @@ def advice_for(word: str, table: dict, trained: dict, params: dict) -> str:
         return f"carry over more of what training data show: {_more_of_it(params)}"
     if trained and (seen := trained[first_of(trained)]) < BY_HEART:
         return f"more `max_steps`: of training data no more than {seen:.0%} come first either"
-    if _made(params):
+    if made:
         return f"score photos that chose nothing: {SCORE} -p data world -p split test`"
     return "score photos that chose nothing: name them in `test_data`"
 

@@ -10,6 +10,7 @@ import collections, json
 from dataclasses import dataclass
 import numpy as np
 import torch
+from fgclip_nb.core.identity import hardware
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
@@ -104,24 +105,32 @@ def coverage_rows(data: RunData, cfg: TrainConfig):
     )
 
 # %% ../../nbs/8_training/12_announcement.ipynb #c3a40002
-def patch_share(cfg: TrainConfig) -> float | None:
-    "Share of a photo that a patch of the model covers; None where that is not known by its name."
+def input_size(cfg: TrainConfig) -> tuple | None:
+    "(side of the model's input, side of a patch) in pixels; None where its name does not tell."
     if cfg.model not in PRESETS:
         return None
     vision = FGCLIPConfig.preset(cfg.model).vision_config
-    return 1 / ((cfg.image_size or vision.image_size) // vision.patch_size) ** 2
+    return cfg.image_size or vision.image_size, vision.patch_size
+
+
+def patch_share(cfg: TrainConfig) -> float | None:
+    "Share of a photo that a patch of the model covers; None where that is not known by its name."
+    if (known := input_size(cfg)) is None:
+        return None
+    size, patch = known
+    return 1 / (size // patch) ** 2
 
 
 def input_rows(cfg: TrainConfig):
     "Rows of what the model is shown, where its name tells, and of the device."
-    if patch_share(cfg):
-        vision = FGCLIPConfig.preset(cfg.model).vision_config
-        size = cfg.image_size or vision.image_size
-        side = size // vision.patch_size
-        how = f"patches of {vision.patch_size} pixels: {side} × {side} of them"
+    if known := input_size(cfg):
+        size, patch = known
+        side = size // patch
+        how = f"patches of {patch} pixels: {side} × {side} of them"
         yield "model input", f"{size} × {size} pixels", how
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} thread(s)"
+    threads = f"cpu, {torch.get_num_threads()} thread(s)"
+    name = hardware("cuda" if cuda else "cpu").get("gpu", threads)
     yield "device", name, f"`device` = {cfg.device}"
 
 # %% ../../nbs/8_training/12_announcement.ipynb #8bf27672

@@ -17,6 +17,7 @@ from fgclip_nb.core.folder import (
     checkpoint_fault,
     checkpoint_state,
     newest_sound,
+    os_error_number,
     write_atomic,
 )
 
@@ -88,11 +89,9 @@ def _seal(folder, state):
 # %% ../../nbs/8_training/03_checkpoints.ipynb #1619ee69
 def disk_error(step: int, root, error) -> OSError:
     "The `OSError` of a checkpoint that could not be written, from an `OSError` or safetensors'."
-    number = re.search(r"os error (\d+)", str(error))
-    number = int(number[1]) if number else getattr(error, "errno", None)
     reason = getattr(error, "strerror", None) or error
     return OSError(
-        number,
+        os_error_number(error) or getattr(error, "errno", None),
         f"checkpoint of step {step} could not be written to {root} ({reason}); "
         "the last good one is kept",
     )
