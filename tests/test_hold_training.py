@@ -1,6 +1,6 @@
 """What broke runs before: processes that lose each other, ends that are cut off, full disks."""
 
-import json, os, shutil, signal, subprocess, sys, time
+import functools, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -358,6 +358,25 @@ def killing_a_loader():
     rebind("run_step", wrapped)
 
 
+def stopping_a_loader(steps):
+    "Stop one loader process in each of `steps`; a batch is late after half a second."
+    import torch.multiprocessing as mp
+    from fgclip_nb.training import reading
+    from rebind import rebind
+
+    reading.TELL_S = 0.5
+
+    def wrapped(run_step):
+        def step(s, batches):
+            if s.step in steps:
+                os.kill(mp.active_children()[0].pid, signal.SIGSTOP)
+            return run_step(s, batches)
+
+        return step
+
+    rebind("run_step", wrapped)
+
+
 def failing_in_a_loader():
     from fgclip_nb.batches.loading import Examples
 
@@ -378,6 +397,35 @@ def test_a_loader_that_dies_during_a_step_costs_nothing(world, tmp_path):
     assert "a loader process died" in (tmp_path / "killed/training.log").read_text()
     assert micro.run(dict(params, output=str(tmp_path / "whole"))) == 0
     assert micro.outcome(tmp_path / "killed") == micro.outcome(tmp_path / "whole")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("steps", [(1,), (1, 4), (9,)], ids=["once", "twice", "with nothing left"])
+def test_a_stopped_loader_is_told_and_replaced(world, tmp_path, steps):
+    params = dict(world, num_workers=2, max_steps=10, eval_every=0)
+    stops = functools.partial(stopping_a_loader, steps)
+    assert micro.run(dict(params, output=str(tmp_path / "stops")), change=stops, timeout=120) == 0
+    log = (tmp_path / "stops/training.log").read_text()
+    assert log.count("Reading again at batch") == (0 if steps == (9,) else len(steps))
+    assert ("(stopped)" in log) == (steps != (9,))
+    assert micro.run(dict(params, output=str(tmp_path / "whole"))) == 0
+    assert micro.outcome(tmp_path / "stops") == micro.outcome(tmp_path / "whole")
+
+
+def reading_slowly():
+    from fgclip_nb.batches.loading import Examples
+    from fgclip_nb.training import reading
+
+    reading.TELL_S, whole = 0.5, Examples.__getitem__
+    Examples.__getitem__ = lambda self, where: time.sleep(0.3) or whole(self, where)
+
+
+@pytest.mark.ci
+def test_a_late_batch_is_told_without_loader_processes_too(world, tmp_path):
+    params = dict(world, max_steps=1, eval_every=0, output=str(tmp_path / "run"))
+    assert micro.run(params, change=reading_slowly) == 0
+    log = (tmp_path / "run/training.log").read_text()
+    assert "no batch for 1 s; waiting for a photo or clip of this process" in log
 
 
 @pytest.mark.ci

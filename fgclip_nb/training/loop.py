@@ -6,7 +6,7 @@
 __all__ = ['train']
 
 # %% ../../nbs/8_training/13_loop.ipynb #20002ce2
-import atexit, json, signal, time
+import atexit, contextlib, json, signal, time
 from fgclip_nb.core.folder import Run, get_logger, write_atomic
 from fgclip_nb.core.config import TrainConfig, check_params, goes_on, run_folder
 from fgclip_nb.diagnostics.skills import what_was_learned
@@ -67,26 +67,27 @@ def timed_step(s: TrainState, batches) -> tuple:
 def train_loop(s: TrainState, examples, val_examples):
     "Steps until the last one, an early stop or a signal."
     accumulate = s.cfg.gradient_accumulation_steps
-    batches = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
+    reading = read_batches(s, examples, s.step * accumulate, s.total_steps * accumulate)
     progress = Progress(s.log, s.total_steps)
-    while s.step < s.total_steps and not s.done:
-        with in_company(s):
-            launched, times = timed_step(s, batches)
-            validation = {}
-            if due(s, s.cfg.eval_every) and not launched.bad:
-                with explain_memory(s, f"the validation after step {s.step}"):
-                    validation = validate(s, val_examples)
-            s.done = note_validation(s, validation)
-            begin_line(s, launched, times, validation)
-            progress.note(s.step, times[1], s.optimizer.param_groups[0]["lr"])
-            agree_to_stop(s)
-            improved = s.best.get("step") == s.step
-            saves = s.done or improved or s.stop_signal or due(s, s.cfg.save_every)
-            if saves or s.accelerator.device.type == "cpu":
-                settle(s)
-        if saves:
-            checkpoint(s)
-        leave_if_asked(s)
+    with contextlib.closing(reading) as batches:
+        while s.step < s.total_steps and not s.done:
+            with in_company(s):
+                launched, times = timed_step(s, batches)
+                validation = {}
+                if due(s, s.cfg.eval_every) and not launched.bad:
+                    with explain_memory(s, f"the validation after step {s.step}"):
+                        validation = validate(s, val_examples)
+                s.done = note_validation(s, validation)
+                begin_line(s, launched, times, validation)
+                progress.note(s.step, times[1], s.optimizer.param_groups[0]["lr"])
+                agree_to_stop(s)
+                improved = s.best.get("step") == s.step
+                saves = s.done or improved or s.stop_signal or due(s, s.cfg.save_every)
+                if saves or s.accelerator.device.type == "cpu":
+                    settle(s)
+            if saves:
+                checkpoint(s)
+            leave_if_asked(s)
 
 # %% ../../nbs/8_training/13_loop.ipynb #e2cf0917
 class Ended(Run):

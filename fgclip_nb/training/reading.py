@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/8_training/05_reading.ipynb #435e3da0
-import dataclasses, re, signal, threading
+import dataclasses, multiprocessing, re, signal, threading, time
 from dataclasses import dataclass
+import psutil
 import torch
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.photos import limit_pixels
@@ -117,36 +118,109 @@ def count_rejects(s: TrainState, rejects, samples: int):
 DEATH = re.compile(r"DataLoader worker \(pid")  # an error inside of one begins with `Caught`
 
 
-def started(loader):
-    """An iterator over a loader, whose death torch tells only to who asks it for a batch.
+TELL_S = 60.0  # without a batch, between two lines
+GIVE_UP_S = 600.0  # without a batch, before the loaders are replaced
+
+
+def started(loader) -> tuple:
+    """(iterator over a loader, its processes); their death is told to who asks for a batch.
 
     Left alone, torch raises the error from a signal handler wherever the process happens to be."""
+    others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
+    if before is None or getattr(before, "__module__", "").startswith("torch."):
+        before = signal.SIG_DFL  # of an earlier loader
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return batches
+        signal.signal(signal.SIGCHLD, before)
+    return batches, [p for p in multiprocessing.active_children() if p not in others]
+
+
+def standing(worker) -> str:
+    "What the system says a process does, in a word: `sleeping`, `stopped`, `disk-sleep`, `gone`."
+    try:
+        return psutil.Process(worker.pid).status()
+    except psutil.NoSuchProcess:
+        return "gone"
+
+
+def end(workers):
+    "Kill processes, stopped ones too."
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(5)  # one that waits for a dead disk does not end
+
+
+class LoaderLost(RuntimeError):
+    "A loader process died or does not answer."
+
+
+def _watch(s: TrainState, workers, over, given_up: list):
+    """Until the event `over`, say every minute that a batch is late and for whom it waits.
+
+    Workers are killed, and `given_up` says why, when one is stopped or after ten minutes: the wait
+    for them then ends in an error, wherever it is."""
+    begun = time.monotonic()
+    while not over.wait(TELL_S):
+        waited = time.monotonic() - begun
+        states = {worker.pid: standing(worker) for worker in workers}
+        who = ", ".join(f"{pid} ({state})" for pid, state in states.items())
+        of = f"loader processes {who}" if who else "a photo or clip of this process"
+        s.log.warning(f"no batch for {waited:.0f} s; waiting for {of}")
+        if workers and ("stopped" in states.values() or waited >= GIVE_UP_S):
+            given_up.append(f"{of} gave no batch for {waited:.0f} s")
+            for worker in workers:
+                worker.kill()
+            return
+
+
+def next_batch(s: TrainState, batches, workers):
+    """The next item of a loader, None after the last. Raises `LoaderLost`.
+
+    It waits in torch, which asks a stopped worker for its memory without a time limit; so another
+    thread looks at the clock."""
+    over, given_up = threading.Event(), []
+    threading.Thread(target=_watch, args=(s, workers, over, given_up), daemon=True).start()
+    try:
+        return next(batches, None)
+    except Exception as e:
+        if given_up:
+            raise LoaderLost(given_up[0]) from e
+        if DEATH.match(str(e)):
+            raise LoaderLost(f"a loader process died ({str(e).splitlines()[0]})") from e
+        raise
+    finally:
+        over.set()
+
+
+def may_hold(s: TrainState, k: int, last: int) -> str:
+    "Samples that loader processes may hold at batch k, as words."
+    names = batch_names(s, range(k, min(last, k + 2 * s.cfg.num_workers)))
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def read_batches(s: TrainState, examples, first: int, last: int):
     """Yield the batches `first`..`last`-1 of this process in order; None for one without a sample.
 
-    A dead worker is named with the samples it may have held, and reading starts again there."""
+    A lost worker is named with the samples it may have held, and reading starts again there."""
     k = first
-    deaths = 0
+    losses = 0
     while k < last:
+        batches, workers = started(make_loader(s, examples, k, last))
         try:
-            for batch, rejects, samples in started(make_loader(s, examples, k, last)):
+            while (item := next_batch(s, batches, workers)) is not None:
+                batch, rejects, samples = item
                 count_rejects(s, rejects, samples)
                 k += 1
-                deaths = 0
+                losses = 0
                 yield batch
-        except RuntimeError as e:
-            deaths += 1
-            if not DEATH.match(str(e)) or deaths > 3:
+        except LoaderLost as e:
+            losses += 1
+            if losses > 3:
                 raise
-            held = ", ".join(batch_names(s, range(k, min(last, k + 2 * s.cfg.num_workers))))
-            s.log.warning(
-                f"a loader process died ({str(e).splitlines()[0]}); it may have held one of: "
-                f"{held}. Reading again at batch {k}"
-            )
+            held = may_hold(s, k, last)
+            s.log.warning(f"{e}; it may have held one of: {held}. Reading again at batch {k}")
+        finally:
+            end(workers)
