@@ -81,27 +81,43 @@ def test_rows_without_anything_end_the_reading(tmp_path, monkeypatch):
         assert len(rejects) <= 501 and rejects[-1].rule == "not_read"
 
 
-def test_a_row_whose_picture_is_null_says_so(tmp_path):
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_row_whose_picture_is_null_is_a_reject(tmp_path, statistics):
     import io
+    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
     png = io.BytesIO()
     Image.new("RGB", (8, 8)).save(png, "PNG")
-    for name, pictures in (
-        ("plain", [png.getvalue(), None]),
-        ("struct", [dict(bytes=png.getvalue(), path="a.png"), None]),
-    ):
-        file = tmp_path / f"{name}.parquet"
-        pq.write_table(pa.table(dict(image=pictures, caption=["a cat", "a dog"])), file)
-        samples, rejects = load_samples(file)
-        assert samples[0].data == png.getvalue()
-        if name == "plain":  # pixels are not read for the index
-            with pytest.raises(DataError, match="row 1: `image` is null: no picture"):
-                samples[1]
-        else:
-            assert len(samples) == 1 and rejects[0].entry == "row 1"
+    picture = png.getvalue()
+    tables = dict(
+        plain=[picture, None],
+        struct=[dict(bytes=picture, path="a.png"), None],
+        nulls=[dict(bytes=picture, path="a.png"), dict(bytes=None, path=None)],
+        outside=[dict(bytes=picture, path="a.png"), dict(bytes=None, path="../../../etc/passwd")],
+        elsewhere=[dict(bytes=picture, path="a.png"), dict(bytes=None, path="/etc/passwd")],
+    )
+    for name, pictures in tables.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        file, data = folder / "a.parquet", None
+        table = pa.table(dict(image=pictures, caption=["a cat", "a dog"]))
+        pq.write_table(table, file, write_statistics=statistics)
+        parts = [file, f"hub:{folder}"]
+        if name != "plain":  # bytes without a feature are no picture there
+            data = datasets.Dataset.from_parquet(str(file))
+            data.save_to_disk(tmp_path / f"{name} saved")
+            parts += [data, str(tmp_path / f"{name} saved")]
+        if name in ("struct", "nulls"):
+            parts.append(data.cast_column("image", datasets.Image()))
+        for source in parts:
+            if source is data and name == "elsewhere":
+                continue  # who gives a Dataset answers for its paths
+            samples, rejects = load_samples(source)
+            assert [s.data for s in samples] == [picture], (name, source)
+            assert [r.entry for r in rejects] == ["row 1"], (name, source)
 
 
 LAUGHS = "names:\n  - &a0 [x, y]\n" + "".join(

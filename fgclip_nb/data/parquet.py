@@ -192,3 +192,39 @@ def too_much(packed) -> Fault:
     "The Fault of a file of so many packed bytes whose rows give more than is read."
     reason = f"the rows up to here give more than {most_unpacked(packed):,} bytes of {packed:,}"
     return Fault("", None, f"{reason}: the rest is not read", "too_large")
+
+# %% ../../nbs/2_data/08b_parquet.ipynb #7802ab0a
+def _null_in_group(file, number, name, read):
+    "Which rows of a row group have no bytes in a column of pictures (an array of bool)."
+    import numpy as np
+
+    group = file.metadata.row_group(number)
+    leaf = f"{name}.bytes" if file.schema_arrow.field(name).type.num_fields else name
+    rows, (chunk,) = group.num_rows, chunks_of(group, [leaf])
+    nulls = chunk.statistics.null_count if chunk.statistics else None
+    if nulls in (0, rows):
+        return np.full(rows, nulls == rows)
+    check_group([chunk], rows)
+    at_once = max(1, rows_at_once(group, [chunk], read))
+    found = []
+    for batch in file.iter_batches(at_once, row_groups=[number], columns=[leaf]):
+        column = batch.column(0)
+        inner = column.flatten()[0] if column.type.num_fields else column
+        found.append(inner.is_null().to_numpy(zero_copy_only=False))
+    return np.concatenate(found)
+
+
+def null_rows(file, name, read):
+    """Which rows of a ParquetFile have no bytes in the column `name` of pictures: array of bool.
+
+    A row group that cannot be read has no such rows here: each of them says so when it is read.
+    `read(start, size)` gives bytes of the file."""
+    import numpy as np
+
+    found = [np.zeros(0, bool)]
+    for k in range(file.num_row_groups):
+        try:
+            found.append(_null_in_group(file, k, name, read))
+        except (Fault, ValueError, OSError):
+            found.append(np.zeros(file.metadata.row_group(k).num_rows, bool))
+    return np.concatenate(found)

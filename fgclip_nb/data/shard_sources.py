@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.samples import Fault
-from fgclip_nb.data.parquet import bounded_rows, check_group, chunks_of
+from fgclip_nb.data.parquet import bounded_rows, check_group, chunks_of, null_rows
 from fgclip_nb.data.archives import member_entry, stretch_picture, stretches_of
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #9dca3cbf
@@ -188,9 +188,7 @@ class Lately:
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #242f18e1
 HELD_BYTES = 1 << 28  # of row groups, in each process
-MOST_ONCE = (
-    1 << 30
-)  # bytes of a column in which equal values are looked for: Arrow's limit is 2 GiB
+MOST_ONCE = 1 << 30  # bytes of a column in which equal values are looked for; Arrow takes 2 GiB
 
 
 def _pixel_columns(schema) -> dict:
@@ -219,11 +217,22 @@ def holds_pictures(path) -> bool:
         return False
 
 
-def _without_pixels(row, pictures) -> dict:
-    "A scanned row with an empty picture where pixels were not read, and none where it is null."
-    empty = dict(bytes=b"", path=None)
-    unread = {name: empty for name in pictures if name not in row}
-    return row | unread | {name: empty | row[name] for name in pictures if row.get(name)}
+def _without_pixels(row, null: dict) -> dict:
+    "A scanned row whose pictures are empty bytes, or None where `null` says so of their column."
+    paths = {name: (row.get(name) or {}).get("path") for name in null}
+    return row | {n: dict(bytes=None if null[n] else b"", path=paths[n]) for n in null}
+
+
+def no_picture(row, names) -> str:
+    "The first column of `names` that has neither a picture nor a path to one in a row, or ''."
+    return next((n for n in names if (_as_picture(row[n]) or (None, None)) == (None, None)), "")
+
+
+def told_null(row, names, entry, picture, pixels) -> tuple:
+    "(entry, picture's name) of a scanned row; a Fault for the entry that should have a picture."
+    lacks = no_picture(row, names) if pixels is None else ""
+    fault = Fault(lacks, None, "null: no picture", "missing_media")
+    return fault if lacks else entry, picture
 
 
 class ParquetSource:
@@ -265,11 +274,12 @@ class ParquetSource:
         number = 0
         try:
             read, open_file = partial(read_range, self.names[shard]), partial(self._open, shard)
+            nulls = {name: null_rows(file, name, read) for name in pictures}
             for number, row in bounded_rows(open_file, read, columns):
                 entry, picture = row, ""
                 if not isinstance(row, Fault):
-                    row = _without_pixels(row, pictures)
-                    entry, picture, _ = self._entry(row, shard, number)
+                    row = _without_pixels(row, {name: nulls[name][number] for name in nulls})
+                    entry, picture = told_null(row, pictures, *self._entry(row, shard, number))
                 yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
                 number += 1
         except DataError:  # a column that is not there
@@ -302,10 +312,10 @@ class ParquetSource:
             raise DataError(f"{self.names[shard]}, row {number}: {f.reason}") from f
         except (ValueError, OSError) as e:
             raise DataError(f"{self.names[shard]}, row {number}: not readable ({e})") from e
-        null = [n for n in _pixel_columns(file.schema_arrow) if _as_picture(row[n]) is None]
         entry, picture, pixels = self._entry(row, shard, number)
-        if pixels is None and null:
-            raise DataError(f"{self.names[shard]}, row {number}: `{null[0]}` is null: no picture")
+        lacks = no_picture(row, _pixel_columns(file.schema_arrow)) if pixels is None else ""
+        if lacks:
+            raise DataError(f"{self.names[shard]}, row {number}: `{lacks}` is null: no picture")
         return entry, picture, pixels
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #158514ee
@@ -322,14 +332,29 @@ def _encoded_pictures(data):
     return data, names
 
 
-def _from_disk(row) -> dict:
-    "The row with the bytes of pictures that `datasets` only knows the path of."
+IN_MEMORY = "dataset"  # the name of a data set that Python code gives, whose paths it vouches for
+
+
+def _from_disk(row, name) -> dict:
+    """The row with the bytes of pictures that `datasets` only knows the path of.
+
+    Of a set that is read from files a path stays a path, which has to lie in the media root."""
     row = dict(row)
+    if name != IN_MEMORY:
+        return row
     for key, item in row.items():
         if isinstance(item, dict) and item.get("bytes", 0) is None and "path" in item:
             if item["path"] and os.path.isfile(item["path"]):
                 row[key] = dict(item, bytes=Path(item["path"]).read_bytes())
     return row
+
+
+def _without_bytes(column, name) -> list:
+    "The pictures of an Arrow column, with empty bytes where there are some, or a file for them."
+    pixels, paths = column.combine_chunks().flatten()
+    values = zip(pixels.is_valid().to_pylist(), paths.to_pylist(), strict=True)
+    held = [(there or name == IN_MEMORY and p and os.path.isfile(p), p) for there, p in values]
+    return [dict(bytes=b"" if there else None, path=path) for there, path in held]
 
 
 class DatasetSource:
@@ -343,7 +368,9 @@ class DatasetSource:
         self.names = [f"{name}[{at}:]" for at in range(0, len(data), DATASET_ROWS)]
 
     def _entry(self, row, number) -> tuple:
-        return row_picture(renamed(row, self.columns), f"{Path(self.name).name}-{number:08d}")
+        name = f"{Path(self.name).name}-{number:08d}"
+        entry, picture, pixels = row_picture(renamed(row, self.columns), name)
+        return entry, f"{name}.jpg" if picture else "", pixels
 
     def scan(self, shard):
         "Yield the StreamRow of every row of a shard; columns of pixels are not read."
@@ -352,17 +379,19 @@ class DatasetSource:
         last = min(first + DATASET_ROWS, len(self.data))
         texts = self.data.select_columns(keep) if keep else None
         with reaching(self.name):  # offsets that lead out of a damaged file would be a crash
-            self.data.with_format("arrow")[first:last].validate(full=True)
+            table = self.data.with_format("arrow")[first:last]
+            table.validate(full=True)
+        shown = {name: _without_bytes(table[name], self.name) for name in self.pictures}
         for number in range(first, last):
-            row = _without_pixels(texts[number] if texts else {}, self.pictures)
-            entry, picture, _ = self._entry(row, number)
+            row = dict(texts[number]) if texts else {}
+            row |= {name: column[number - first] for name, column in shown.items()}
+            entry, picture = told_null(row, self.pictures, *self._entry(row, number))
             yield StreamRow(shard, number, 0, 0, f"row {number}", entry, picture)
 
     def fetch(self, row) -> tuple:
         "(entry, name of the picture, its bytes or None) of a row."
         number = int(row.row)
-        entry, picture, pixels = self._entry(_from_disk(self.data[number]), number)
-        return entry, f"{Path(self.name).name}-{number:08d}.jpg" if picture else "", pixels
+        return self._entry(_from_disk(self.data[number], self.name), number)
 
 # %% ../../nbs/2_data/10f_shard_sources.ipynb #4d62a31c
 PASSED = 4_096  # rows of a shard that were passed over and are kept
@@ -399,7 +428,9 @@ class IterableSource:
 
     def _entry(self, row, shard, number) -> tuple:
         name = f"{Path(self.name).name}-{shard:05d}-{number:08d}"
-        entry, picture, pixels = row_picture(renamed(_from_disk(row), self.columns), name)
+        entry, picture, pixels = row_picture(
+            renamed(_from_disk(row, self.name), self.columns), name
+        )
         return entry, f"{name}.jpg" if picture else "", pixels
 
     def scan(self, shard):

@@ -27,6 +27,7 @@ from fgclip_nb.data.readers import readers_of
 from fgclip_nb.data.reading import format_of, read_row
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shard_sources import (
+    IN_MEMORY,
     DatasetSource,
     IterableSource,
     ParquetSource,
@@ -193,7 +194,7 @@ def open_source(path, columns="") -> tuple:
     if type(path).__module__.startswith("datasets."):
         if isinstance(path, dict):
             raise DataError(f"a data set of several splits: give one of {', '.join(path)}")
-        return _of_datasets(path, "dataset", columns, getattr(path, "_fingerprint", ""))
+        return _of_datasets(path, IN_MEMORY, columns, getattr(path, "_fingerprint", ""))
     return None, ""
 
 # %% ../../nbs/2_data/10g_stream.ipynb #ebde56fc
