@@ -6,14 +6,15 @@
 __all__ = ['EvaluateConfig', 'evaluate_config']
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #efcb5874
-import hashlib, json
+import hashlib, json, os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
 from fgclip_nb.core.folder import resolve_path
 from fgclip_nb.core.params import check_names, check_values, nearest, param
 from fgclip_nb.evaluation.tasks import TASKS
-from fgclip_nb.evaluation.annotations import MEDIA_SUFFIXES, read_frame_counts, read_scores
+from fgclip_nb.evaluation.video_names import MEDIA_SUFFIXES, named_videos
+from fgclip_nb.evaluation.annotations import read_frame_counts, read_scores
 from fgclip_nb.evaluation.anomaly import anomaly_scores, track_annotations
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #1d9eabfa
@@ -142,21 +143,26 @@ def _videos_of(cfg, samples):
     return videos
 
 
+def _by_whole_path(paths, named):
+    "{whole path: value} of {name: value} whose names are those of `named_videos(paths)`."
+    whole = {name: os.path.abspath(path) for path, name in named_videos(paths).items()}
+    return {whole[name]: value for name, value in named.items()}
+
+
 def anomaly_input(cfg, encoder, samples):
     """Parameters -> (scores, annotation, frame counts) for `frame_auc`.
 
-    Raises `ConfigError` when there are neither scores nor videos."""
+    Videos have their whole paths for names, so that folders can tell two of one name apart. Raises
+    `ConfigError` when there are neither scores nor videos."""
     annotation = _place(cfg.annotations)
     if cfg.annotations == "tracks":
-        annotation = track_annotations(samples, cfg.event())
+        media = [s.media for s in samples if s.kind == "video"]
+        annotation = _by_whole_path(media, track_annotations(samples, cfg.event()))
     if cfg.scores:
         counts = read_frame_counts(_place(cfg.frame_counts))
         return read_scores(_place(cfg.scores)), annotation, counts
+    videos = _videos_of(cfg, samples)
     scores, frames = anomaly_scores(
-        encoder,
-        _videos_of(cfg, samples),
-        _place(cfg.prompts),
-        cfg.every,
-        cache=_place(cfg.feature_cache),
+        encoder, videos, _place(cfg.prompts), cfg.every, cache=_place(cfg.feature_cache)
     )
-    return scores, annotation, frames
+    return _by_whole_path(videos, scores), annotation, _by_whole_path(videos, frames)
