@@ -199,3 +199,233 @@ def test_lines_that_are_left_out_are_told(tmp_path, told):
         assert max(map(len, told)) < 1000 and len(json.dumps(figures)) < 5000
     _, rejects = read_anomaly_annotations(tmp_path / "a.txt")
     assert "1,000,000 letters" in rejects[0].reason
+
+
+def toy_evaluation(**manifest):
+    "An `Evaluation` of one list, without a model."
+    from fgclip_nb.evaluation.results import Evaluation
+    from fgclip_nb.evaluation.scores import Ranked, summarise
+
+    ids, one = [f"p{i}" for i in range(6)], np.ones(6, dtype=np.int64)
+    ranked = Ranked(ids, ids, one, 4 * one, one)
+    results = {"classification": {"labels": summarise(ranked, 20)}}
+    return Evaluation(results, {"classification": {"labels": ranked}}, {"model": "m", **manifest})
+
+
+def all_files(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
+
+
+def test_a_folder_holds_one_evaluation(tmp_path, told):
+    "Other data, weights or parameters go beside it; the same again leaves nothing of the earlier."
+    from fgclip_nb.evaluation.comparison import load_evaluations
+    from fgclip_nb.evaluation.results import load_evaluation, save_evaluation
+
+    first = toy_evaluation(weights="a", samples_id=1)
+    base = toy_evaluation(weights="b", samples_id=1)
+    place = tmp_path / "run/evaluation"
+    compared = dict(baseline=base, paired=first.table())
+    assert save_evaluation(first, place, **compared) == place
+    before = {name: (place / name).read_bytes() for name in all_files(place)}
+    assert {"paired.csv", "baseline/evaluation.json"} <= before.keys()
+    others = [dict(weights="a", samples_id=2), dict(weights="c", samples_id=1)]
+    others += [dict(weights="a", samples_id=1, parameters={"split": "all"})]
+    for n, manifest in enumerate(others, 2):
+        other = save_evaluation(toy_evaluation(**manifest), place)
+        assert other.name == f"evaluation-{n}" and "paired.csv" not in all_files(other)
+        assert f"this one goes to {other}" in told[-1]
+    assert before == {name: (place / name).read_bytes() for name in all_files(place)}
+    (place / "clip_benchmark/hard_negatives_hard.json").write_text("{}")
+    (place / "notes.txt").write_text("mine")
+    again = toy_evaluation(weights="a", samples_id=1, code={"commit": "later"})
+    assert save_evaluation(again, f"{place}/", baseline=base) == place
+    assert all_files(place) == before.keys() - {"paired.csv"} | {"notes.txt"}
+    assert load_evaluation(place).manifest["code"] == {"commit": "later"}
+    names = list(load_evaluations(tmp_path / "run"))
+    assert names[:2] == ["run", "run (evaluation-2)"] and len(names) == 5
+
+
+def test_a_full_disk_leaves_the_old_evaluation(tmp_path, monkeypatch):
+    from fgclip_nb.evaluation import results
+
+    kept = results.save_evaluation(toy_evaluation(weights="a"), tmp_path / "e")
+    before = {name: (kept / name).read_bytes() for name in all_files(kept)}
+    real = results.write_atomic
+
+    def full(path, data):
+        if path.name == "items.csv":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(results, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.save_evaluation(toy_evaluation(weights="a", code=1), tmp_path / "e")
+    assert before == {name: (kept / name).read_bytes() for name in all_files(kept)}
+    assert not (kept / ".writing").exists()
+
+
+def test_two_evaluations_at_once(tmp_path):
+    "Each lies whole in a folder of its own, whichever comes first."
+    from concurrent.futures import ThreadPoolExecutor
+    from fgclip_nb.evaluation.results import load_evaluation, save_evaluation
+
+    evaluations = [toy_evaluation(weights=w) for w in "abab"]
+    with ThreadPoolExecutor(4) as pool:
+        where = list(pool.map(lambda e: save_evaluation(e, tmp_path / "e"), evaluations))
+    assert where[0] == where[2] != where[1] == where[3]
+    for e, place in zip(evaluations, where):
+        assert load_evaluation(place).manifest == e.manifest
+
+
+def test_what_was_asked_is_told_apart(tmp_path):
+    from fgclip_nb.evaluation.config import anomaly_sources, asked_parameters
+
+    same = [EvaluateConfig(batch_size=n, output=str(n)) for n in (2, 4)]
+    assert asked_parameters(same[0]) == asked_parameters(same[1])
+    assert asked_parameters(EvaluateConfig(seed=1)) != asked_parameters(EvaluateConfig())
+    movie, note = clip(tmp_path / "v/v1.mp4", 10), tmp_path / "a.txt"
+    note.write_text("v1 Normal -1 -1\n")
+    cfg = EvaluateConfig(videos=str(tmp_path / "v"), annotations=str(note))
+    seen = [anomaly_sources(cfg, [])]
+    clip(movie, 90, 30)
+    seen.append(anomaly_sources(cfg, []))
+    note.write_text("v1 Abuse 1 2\n")
+    seen.append(anomaly_sources(cfg, []))
+    assert seen[0]["videos"] != seen[1]["videos"] == seen[2]["videos"]
+    assert seen[1]["annotations"] != seen[2]["annotations"]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta", "cpu:x", "xla"])
+def test_a_device_that_is_none(name):
+    from fgclip_nb.core.identity import ConfigError
+    from fgclip_nb.evaluation.config import torch_device
+
+    with pytest.raises(ConfigError, match="parameter `device` = .*use cpu or cuda"):
+        torch_device(name)
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    "A run folder with three checkpoints of a tiny model."
+    import torch
+    from fgclip_nb.core.identity import sha256_file
+    from fgclip_nb.model.opening import preset_model
+
+    run = tmp_path_factory.mktemp("run")
+    (run / "params.yaml").write_text("data: sample\n")
+    torch.manual_seed(0)
+    for step in (1, 2, 3):
+        saved = run / f"checkpoints/step_{step:08d}"
+        preset_model("tiny").save_pretrained(saved)
+        sums = {p.name: sha256_file(p) for p in saved.iterdir()}
+        (saved / "state.json").write_text(json.dumps(dict(step=step, files=sums)))
+    return run
+
+
+@pytest.mark.parametrize("moment", ["looked at", "chosen"])
+@pytest.mark.parametrize("who", ["evaluation", "training", "recipe"])
+def test_a_run_that_prunes_what_is_read(checkpointed, tmp_path, told, who, moment):
+    from rebind import rebound
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.evaluation.features import load_model
+    from fgclip_nb.training.build import build_model, recipe_by_name
+
+    run, gone = tmp_path / "run", []
+    shutil.copytree(checkpointed, run)
+
+    def looked_at(real):
+        def pruned(path):
+            if not gone:
+                gone.append(shutil.rmtree(path.parent))
+            return real(path)
+
+        return pruned
+
+    def chosen(real):
+        def pruned(path):
+            folder = real(path)
+            if not gone:
+                gone.append(shutil.rmtree(folder))
+            return folder
+
+        return pruned
+
+    call = {
+        "evaluation": lambda: load_model(run),
+        "training": lambda: build_model(TrainConfig(model=str(run)), logging.getLogger("x")),
+        "recipe": lambda: recipe_by_name(TrainConfig(model=str(run))),
+    }[who]
+    with rebound(
+        *(("sha256_file", looked_at) if moment == "looked at" else ("model_folder", chosen))
+    ):
+        assert call() is not None
+    assert gone and any("step_00000002 is taken" in line for line in told)
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.evaluation.features import load_model
+    from fgclip_nb.training.build import build_model
+
+    (tmp_path / "params.yaml").write_text("data: sample\n")
+    with pytest.raises(DataError, match="this run has no checkpoint yet"):
+        load_model(tmp_path)
+    with pytest.raises(DataError, match="this run has no checkpoint yet"):
+        build_model(TrainConfig(model=str(tmp_path)), logging.getLogger("x"))
+
+
+BAG = np.random.default_rng(0).normal(size=(20, 8, 5))
+WRONG = {
+    "another width": np.ones((8, 4)),
+    "text": np.array([["a"]]),
+    "objects": np.array([[None]]),
+    "three axes": np.ones((8, 5, 2)),
+    "no features": np.ones((8, 0)),
+    "ragged": [[1, 2], [3]],
+    "a number": 5,
+    "too large": np.full((8, 5), 1e300),
+    "complex": np.ones((8, 5), complex),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("place", ["train", "val", "pair", "test"])
+def test_features_that_no_head_reads(wrong, place):
+    from fgclip_nb.evaluation.heads import fit_heads
+
+    train, val = (
+        {f"{part}{i}": (bag, "Abuse" if i % 2 else "Normal") for i, bag in enumerate(BAG)}
+        for part in "tv"
+    )
+    if place == "test":
+        heads = fit_heads(train, val, steps=1)
+        with pytest.raises(DataError, match="features of w: "):
+            heads.scores({"w": wrong})
+        return
+    (train if place == "train" else val)["w"] = wrong if place == "pair" else (wrong, "Normal")
+    with pytest.raises(DataError, match="^(features of )?w: "):
+        fit_heads(train, val, steps=1)
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 9, 3, 2)), np.ones((2, 9, 2)), [[["a"]]], 5])
+def test_maps_that_no_temporal_head_reads(wrong):
+    from fgclip_nb.evaluation.temporal_heads import fit_temporal_heads, motion_maps
+
+    told = np.arange(9) > 4
+    train, val = ({n: (np.ones((2, 9, 2, 2)), told)} for n in "ab")
+    with pytest.raises(DataError, match="features of w: "):
+        fit_temporal_heads(train | {"w": (wrong, told)}, val, steps=1)
+    with pytest.raises(DataError, match="labels of w: expected .9,."):
+        fit_temporal_heads(train, val | {"w": (np.ones((2, 9, 2, 2)), told[:4])}, steps=1)
+    with pytest.raises(DataError, match="features of a clip: expected"):
+        motion_maps(wrong if np.ndim(wrong) < 4 else [["a"]], 2, 2)
+
+
+def test_features_of_other_photos(tmp_path):
+    "A folder in which no name fits says so, with a name of each side."
+    from fgclip_nb.evaluation.results import evaluate
+
+    np.save(tmp_path / "image_features.npy", np.eye(3, dtype=np.float32))
+    (tmp_path / "image_names.txt").write_text("q0.jpg\nq1.jpg\nq2.jpg")
+    with pytest.raises(DataError, match=r"none of its 3 names .*'q0.jpg'; asked for: '\S+\.jpg'"):
+        evaluate(tmp_path, "sample", ["short_retrieval"], permutations=20)
