@@ -22,7 +22,7 @@ from fgclip_nb.evaluation.regions import encode_regions, region_id
 def read_plain_npy(path):
     "An array of a npy file, without pickle; `DataError` for anything else."
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'no plain file' if Path(path).exists() else 'no such file'}")
     try:  # mapped: what its head says is held against the size of the file first
         return np.array(np.lib.format.open_memmap(path, mode="r"))
     except Exception as e:  # numpy reads the head as Python, which raises whatever it likes
@@ -57,7 +57,7 @@ def named_rows(folder, kind, names):
 
     [] when there is no such file; `DataError` when names and rows are not equally many."""
     file = Path(folder) / f"{kind}_features.npy"
-    if not file.is_file():
+    if not file.exists():
         return []
     array, row_names = _read_features(file), _read_names(folder, names)
     if len(array) != len(row_names):
