@@ -418,15 +418,19 @@ def kept_params(run) -> dict:
     return {k: v for params in told for k, v in params if k not in left} | run.params()
 
 
+def changed_between(old: dict, cfg: TrainConfig) -> dict:
+    "Name -> (value in `old`, value in `cfg`) of those that both know and that change numbers."
+    new = cfg.as_dict()
+    both = [k for k in new if k in old and k not in NOT_IDENTITY]
+    return {k: (old[k], new[k]) for k in both if old[k] != new[k]}
+
+
 def changed_params(folder, cfg: TrainConfig) -> dict:
     """Parameters of an existing run folder that differ from those of `cfg`.
 
     Name -> (value in the folder, value in `cfg`). Those that change nothing that is computed, and
     those that the folder does not know yet, are left out."""
-    old = kept_params(Run(folder))
-    new = cfg.as_dict()
-    both = [k for k in new if k in old and k not in NOT_IDENTITY]
-    return {k: (old[k], new[k]) for k in both if old[k] != new[k]}
+    return changed_between(kept_params(Run(folder)), cfg)
 
 # %% ../../nbs/0_core/03_config.ipynb #55a0a345
 LENGTH = ("max_steps", "epochs")  # parameters that only say when a run ends

@@ -366,6 +366,13 @@ def checkpoint_state(folder) -> dict:
 
 def checkpoint_fault(folder) -> str:
     "What is wrong with a checkpoint folder, or an empty string: no file of weights is unsealed."
+    try:
+        return _fault(folder)
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name} was removed while it was read"
+
+
+def _fault(folder) -> str:
     sums = checkpoint_state(folder).get("files")
     if not isinstance(sums, dict) or not sums:
         return "state.json cannot be read, or has no checksums"
