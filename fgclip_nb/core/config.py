@@ -10,7 +10,7 @@ import dataclasses, hashlib, importlib, json, types
 from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, DataError, project_root
-from fgclip_nb.core.folder import Run, checkpoint_state, resolve_path
+from fgclip_nb.core.folder import Run, checkpoint_state
 from fgclip_nb.core.params import (
     add_param,
     check_names,
@@ -270,6 +270,11 @@ def describe_parameter(name) -> str:
     return f"{name} ({' or '.join(kinds)}{span}; default {f.default!r}): {f.metadata['help']}"
 
 # %% ../../nbs/0_core/03_config.ipynb #47da3858
+def allowed_to_change(cfg) -> list:
+    "The names in `allow_changed`."
+    return [name for name in map(str.strip, cfg.allow_changed.split(",")) if name]
+
+
 def check_together(cfg):
     "Raise `ConfigError` for parameters that contradict each other, or a name that is none."
     if cfg.class_negatives and not cfg.make_negatives:
@@ -282,8 +287,8 @@ def check_together(cfg):
             "`gradient_caching` already makes one batch of any size: "
             "set `gradient_accumulation_steps` to 1 and raise `batch_size`"
         )
-    for name in cfg.allow_changed.split(","):
-        if name and name not in known_parameters() and name != "data":
+    for name in allowed_to_change(cfg):
+        if name not in known_parameters() and name != "data":
             raise ConfigError(
                 f"`allow_changed` names {name!r}, which is no parameter"
                 f"{nearest(name, known_parameters())}"
@@ -381,8 +386,7 @@ def params_hash(cfg: TrainConfig) -> str:
 def run_folder(cfg: TrainConfig) -> Path:
     "The folder this configuration writes to, by the rule of identity; nothing is created."
     if cfg.output:
-        absolute = Path(cfg.output).is_absolute()
-        return resolve_path(cfg.output) if absolute else project_root() / cfg.output
+        return project_root() / Path(cfg.output).expanduser()
     base = project_root() / "runs" / f"train-{params_hash(cfg)}"
     path = base
     n = 1
@@ -442,7 +446,7 @@ def goes_on(folder, cfg: TrainConfig) -> bool:
     Raises `ConfigError` where its learning rate follows a cosine, unless `allow_changed` names the
     parameter."""
     changed = changed_params(folder, cfg)
-    allowed = cfg.allow_changed.split(",")
+    allowed = allowed_to_change(cfg)
     longer = [k for k in changed if k in LENGTH]
     if not longer or any(k not in LENGTH and k not in allowed for k in changed):
         return False
@@ -462,7 +466,7 @@ def check_params(folder, cfg: TrainConfig):
     """Raise `ConfigError` for a folder whose run was made with other parameters; it names them.
 
     Those of `allow_changed` may differ. A folder in which no step was taken holds no run yet."""
-    allowed = cfg.allow_changed.split(",")
+    allowed = allowed_to_change(cfg)
     if goes_on(folder, cfg):
         allowed += LENGTH
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}

@@ -1,0 +1,61 @@
+"""What a sixth attack found: places that cannot be written, words that mean a path."""
+
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from fgclip_nb.core.config import TrainConfig, run_folder
+from fgclip_nb.core.identity import ConfigError
+
+
+def test_a_home_in_a_path_is_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder(TrainConfig(output="~/runs/a")) == tmp_path / "runs/a"
+    assert run_folder(TrainConfig(output=str(tmp_path / "b"))) == tmp_path / "b"
+
+
+def test_names_by_commas_may_have_blanks():
+    assert TrainConfig(allow_changed="seed, data").allow_changed == "seed, data"
+    with pytest.raises(ConfigError, match="names 'sed', which is no parameter"):
+        TrainConfig(allow_changed="data, sed")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no place that refuses even root")
+@pytest.mark.parametrize("temporary", ["can be written", "/proc/none"])
+def test_tars_without_a_place_for_their_index(tmp_path, monkeypatch, temporary, capsys):
+    import shutil, tarfile, tempfile
+
+    from fgclip_nb.core.folder import asset
+    from fgclip_nb.data.__main__ import main
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        photo = next(asset("sample", "images").glob("*.jpg"))
+        tar.add(photo, "a.jpg")
+        (tmp_path / "a.txt").write_text("a photo of something")
+        tar.add(tmp_path / "a.txt", "a.txt")
+    (tmp_path / "a.txt").unlink()
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda p, mode: str(p) != str(tmp_path) and allowed(p, mode)
+    )  # a folder that is mounted read-only
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    (tmp_path / "temporary").mkdir()
+    places = {"can be written": str(tmp_path / "temporary")}
+    monkeypatch.setattr(tempfile, "tempdir", places.get(temporary, temporary))
+    status = main(["report", str(tmp_path)])
+    said = capsys.readouterr()
+    if temporary == "/proc/none":
+        assert status == 1 and "no place to keep an index: /proc/none" in said.err
+    else:
+        assert "1 kept + 0 rejected" in said.out
+        shutil.rmtree(tmp_path / "temporary")
+
+
+def test_a_disk_error_of_a_command_is_a_line(tmp_path):
+    command = [sys.executable, "-m", "fgclip_nb.data", "convert", "sample", "/proc/none/out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: ") and "/proc/none" in done.stderr
+    )
