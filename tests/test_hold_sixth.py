@@ -59,3 +59,42 @@ def test_a_disk_error_of_a_command_is_a_line(tmp_path):
     assert (
         done.stderr.strip().splitlines()[-1].startswith("error: ") and "/proc/none" in done.stderr
     )
+
+
+def test_a_parameter_that_stands_twice_is_refused(tmp_path, capsys):
+    from fgclip_nb.training.__main__ import main
+
+    (tmp_path / "mine.yaml").write_text("seed: 1\nmax_steps: 3\nseed: 2\n")
+    assert main([str(tmp_path / "mine.yaml"), "--dry-run"]) == 2
+    assert "mine.yaml: not readable YAML ('seed' stands twice)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz", "00000.tgz"])
+def test_a_folder_of_packed_files_says_what_to_do(tmp_path, name):
+    from fgclip_nb.data.load import load_samples
+    from fgclip_nb.core.identity import DataError
+
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=f"holds {name}: unpack it"):
+        load_samples(tmp_path)
+
+
+def test_a_drawn_result_of_an_unknown_type_is_a_reject(tmp_path):
+    import json
+
+    from PIL import Image
+    from fgclip_nb.data.load import load_samples
+
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
+    place = dict(x=10, y=10, width=20, height=20, rotation=0, rectanglelabels=["a cat"])
+    sizes = dict(original_width=80, original_height=60)
+    kinds = ("rectanglelabels", "Rectangle Labels", None, 3)
+    results = [
+        dict(id=f"r{k}", type=kind, from_name="a", to_name="b", value=place, **sizes)
+        for k, kind in enumerate(kinds)
+    ]
+    task = dict(id=1, data=dict(image="a.png"), annotations=[dict(id=1, result=results)])
+    (tmp_path / "a.json").write_text(json.dumps([task]))
+    samples, rejects = load_samples(tmp_path / "a.json")
+    assert len(samples[0].regions) == 1
+    assert [r.rule for r in rejects] == ["no_rectangle"] * 3
