@@ -98,3 +98,15 @@ def test_a_drawn_result_of_an_unknown_type_is_a_reject(tmp_path):
     samples, rejects = load_samples(tmp_path / "a.json")
     assert len(samples[0].regions) == 1
     assert [r.rule for r in rejects] == ["no_rectangle"] * 3
+
+
+@pytest.mark.parametrize("columns", ["", "caption=text"])
+def test_two_columns_of_one_name_are_a_reject(tmp_path, columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from fgclip_nb.data.load import load_samples
+
+    names = ["image", "image", "text"] if columns else ["file_name", "text", "text"]
+    pq.write_table(pa.table([pa.array([b"a"])] * 3, names=names), tmp_path / "a.parquet")
+    samples, rejects = load_samples(tmp_path / "a.parquet", columns=columns)
+    assert not len(samples) and [r.rule for r in rejects] == ["duplicate_key"]
