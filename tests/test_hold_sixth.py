@@ -110,3 +110,15 @@ def test_two_columns_of_one_name_are_a_reject(tmp_path, columns):
     pq.write_table(pa.table([pa.array([b"a"])] * 3, names=names), tmp_path / "a.parquet")
     samples, rejects = load_samples(tmp_path / "a.parquet", columns=columns)
     assert not len(samples) and [r.rule for r in rejects] == ["duplicate_key"]
+
+
+def test_a_table_that_is_removed_while_it_grows_says_so(tmp_path, capsys):
+    from fgclip_nb.diagnostics.numbers import JsonLines
+
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write(dict(step=1))
+    (tmp_path / "metrics.jsonl").unlink()
+    lines.write(dict(step=2))
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
+    assert "metrics.jsonl was removed while it was written" in capsys.readouterr().out
