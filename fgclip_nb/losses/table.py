@@ -125,7 +125,8 @@ def loss_term(
     The function asks for what it needs by argument name (`OFFERED`) and returns a `LossTerm`, a
     plain loss (0-dim), a dict of parts by name, or None where the batch has nothing for it.
     weight: name of the parameter that weighs it, declared here when `default` is given (`range`
-    inclusive, `help` in words), else one that is declared already. rows, expected: see `Term`.
+    inclusive, `help` in words), else one that is declared already. rows (a name or several),
+    expected: see `Term`.
     Raises `ConfigError` for a name that other code has taken, and for a weight that is none."""
 
     def register(compute):
@@ -137,7 +138,8 @@ def loss_term(
                 f"the loss term `{name}` has the weight `{weight}`, which is no parameter that "
                 "weighs a loss: declare one with `default`, `range` and `help`"
             )
-        TERMS[name] = Term(name, weight, compute, asked_for(compute), tuple(rows), expected)
+        needed = (rows,) if isinstance(rows, str) else tuple(rows)
+        TERMS[name] = Term(name, weight, compute, asked_for(compute), needed, expected)
         return compute
 
     return register
