@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, DataError, project_root
 from fgclip_nb.core.folder import Run, checkpoint_state
+from fgclip_nb.core.own_code import load_extensions
 from fgclip_nb.core.params import (
     add_param,
     check_names,
@@ -294,25 +295,6 @@ def check_together(cfg):
                 f"{nearest(name, known_parameters())}"
             )
 
-# %% ../../nbs/0_core/03_config.ipynb #3d418de2
-DECLARING_ROOMS = "fgclip_nb.losses.objective"  # further down, asked by name: it needs torch
-
-
-def load_extensions(names: str):
-    "Import the modules named in `names`, by commas; `ConfigError` for one that is not found."
-    for name in filter(None, map(str.strip, names.split(","))):
-        try:
-            if not all(map(str.isidentifier, name.split("."))):
-                raise ModuleNotFoundError(name=name)
-            importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            if not f"{name}.".startswith(f"{e.name}."):
-                raise  # found, and it needs something else that is not there
-            raise ConfigError(
-                f"parameter `extensions` names the module {name!r}, which Python does not find: "
-                "give its name without `.py`, and put its folder into PYTHONPATH"
-            ) from e
-
 # %% ../../nbs/0_core/03_config.ipynb #0ead8fe1
 @with_params(*GROUPS)
 class TrainConfig:
@@ -332,7 +314,7 @@ class TrainConfig:
         An unknown name raises `ConfigError` with the nearest known one."""
         load_extensions(str(params.get("extensions") or ""))
         if not set(params) <= {f.name for f in dataclasses.fields(cls)}:
-            load_extensions(DECLARING_ROOMS)
+            importlib.import_module("fgclip_nb.losses.objective")  # it declares weights
         check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 

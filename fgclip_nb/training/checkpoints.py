@@ -47,9 +47,15 @@ def load_optimizer_tensors(model, optimizer, tensors: dict):
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #e8d86015
 def term_tensors(states: dict) -> dict:
-    "What loss terms keep, {term: {name: tensor}}, as `term/name` -> tensor on the CPU."
+    """What loss terms keep, {term: {name: tensor or number}}, as `term/name` -> tensor on the CPU.
+
+    Copies: two names may hold one tensor, which no file can. Python's floats keep their digits."""
     return {
-        f"{term}/{name}": torch.as_tensor(x).detach().cpu().contiguous()
+        f"{term}/{name}": torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+        .detach()
+        .cpu()
+        .contiguous()
+        .clone()
         for term, kept in states.items()
         for name, x in kept.items()
     }
