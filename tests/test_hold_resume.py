@@ -300,4 +300,4 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_sound(tmp_path, monkeypa
         raise FileNotFoundError(2, "No such file", str(path))
 
     monkeypatch.setattr(folder, "sha256_file", gone)
-    assert folder.checkpoint_fault(step) == "a.bin was removed while it was read"
+    assert folder.checkpoint_fault(step).startswith("it vanished or cannot be read")

@@ -113,7 +113,7 @@ def source_check(model, cfg) -> dict:
     temperatures. Empty for a preset or another kind of file."""
     if cfg.model in RANDOM_MODELS:
         return {}
-    source = weights_source(cfg.model)
+    source = getattr(model, "weights_folder", None) or weights_source(cfg.model)
     files = sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []
     own, compared, differ = model.state_dict(), 0, []
     for file in files:
