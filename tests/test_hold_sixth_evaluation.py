@@ -429,3 +429,22 @@ def test_features_of_other_photos(tmp_path):
     (tmp_path / "image_names.txt").write_text("q0.jpg\nq1.jpg\nq2.jpg")
     with pytest.raises(DataError, match=r"none of its 3 names .*'q0.jpg'; asked for: '\S+\.jpg'"):
         evaluate(tmp_path, "sample", ["short_retrieval"], permutations=20)
+
+
+@pytest.mark.parametrize("span", [[1, 1], [-1e308, 2], [-0.5, 2], [3, 2]])
+def test_seconds_that_hold_no_frame(tmp_path, span):
+    "A timed sentence or an entry of such a span is a reject, counted, with its reason."
+    from fgclip_nb.data.load import load_samples
+
+    clip(tmp_path / "v1.mp4", 10)
+    uca = {"v1": {"duration": 5, "timestamps": [span, [0, 0.5]], "sentences": ["a", "b"]}}
+    own = [{"video": "v1.mp4", "caption": "a", "span": span}, {"video": "v1.mp4", "caption": "b"}]
+    times = [
+        {"video": "v1.mp4", "global_caption": t, "box_infos": [], "region_captions": [], **more}
+        for t, more in (("a", {"timestamps": span}), ("b", {}))
+    ]
+    for name, rows in (("uca", uca), ("own", own), ("times", times)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        samples, rejects = load_samples(tmp_path / f"{name}.json", tmp_path)
+        assert [s.captions for s in samples] == [("b",)] and len(rejects) == 1, name
+        assert any(w in rejects[0].reason for w in ("starts before 0", "ends where", "ends before"))

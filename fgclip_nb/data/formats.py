@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/07_formats.ipynb #3951dd50
 from pathlib import Path
 from fgclip_nb.data.samples import CaptionNegative, Fault, Negatives, Region, Sample
-from fgclip_nb.data.rows import Row, check_int, check_number
+from fgclip_nb.data.rows import Row, check_int
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.source import level_of_file, paragraph, split_named, with_article
@@ -185,7 +185,7 @@ def read_regions(row, src) -> Sample:
     media = src.media(video_names(name) if video else [name], key)
     items, objects = row.items("regions"), row.items("objects")
     fields.update(
-        span=row.pair("span", check_number),
+        span=row.seconds("span"),
         split=split_named(row.text("split", "")) or src.split,
         label=row.text("label", ""),
     )

@@ -113,7 +113,7 @@ def check_texts(value, field) -> tuple:
 
 # %% ../../nbs/2_data/02_rows.ipynb #b8626b81
 def check_pair(value, field, check):
-    """Two ordered numbers from a list of two, each passed through `check`.
+    """Two ordered numbers, 0 or more, from a list of two, each passed through `check`.
 
     None for None and for [None, None]; a Fault when there are not two or they are out of order."""
     if value is None or value == [None, None]:
@@ -123,7 +123,17 @@ def check_pair(value, field, check):
     first, last = (check(v, f"{field}[{i}]") for i, v in enumerate(value))
     if first > last:
         raise Fault(field, value, "ends before it starts")
+    if first < 0:
+        raise Fault(field, value, "starts before 0")
     return first, last
+
+
+def check_seconds(value, field):
+    "`check_pair` of two seconds; the end is excluded, so a Fault where it is the start."
+    span = check_pair(value, field, check_number)
+    if span and span[0] == span[1]:
+        raise Fault(field, value, "ends where it starts, and holds no frame")
+    return span
 
 # %% ../../nbs/2_data/02_rows.ipynb #ddc19aca
 def check_enabled(value, field) -> bool:
@@ -210,3 +220,7 @@ class Row:
         "Two ordered numbers from a list of two, or from two `keys`; None when absent."
         value = [self.get(k) for k in keys] if keys else self.get(key)
         return check_pair(value, _join(self.field, "/".join(keys) or key), check)
+
+    def seconds(self, key):
+        "Two seconds, see `check_seconds`; None when absent."
+        return check_seconds(self.get(key), _join(self.field, key))

@@ -9,7 +9,7 @@ __all__ = []
 import re
 from pathlib import Path
 from fgclip_nb.data.samples import Fault, Region, Sample
-from fgclip_nb.data.rows import check_int, check_number, check_pair, check_text
+from fgclip_nb.data.rows import check_int, check_seconds, check_text
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.entries import open_text
@@ -21,7 +21,7 @@ def _uca_sentence(src, name, media, i, time, text):
     where = src.entry
     src.entry = f"{where}.sentences[{i}]"
     try:
-        text, span = check_text(text, "sentence"), check_pair(time, "timestamps", check_number)
+        text, span = check_text(text, "sentence"), check_seconds(time, "timestamps")
         return clip_sample(src, name, [], text, media, id=f"{name}#{i}", span=span)
     except Fault as f:
         src.reject(f, entries=1)

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/2_data/08_video_formats.ipynb #02be695e
 from fgclip_nb.data.samples import Fault, Region, Sample, is_video
-from fgclip_nb.data.rows import Row, check_int, check_number, check_text
+from fgclip_nb.data.rows import Row, check_int, check_text
 from fgclip_nb.data.media import ucf_label, video_names
 from fgclip_nb.data.readers import reader
 
@@ -107,7 +107,7 @@ def read_video_times(row, src) -> Sample:
     """One entry with video, global_caption, region_captions, box_infos and timestamps.
 
     box_infos: a track for each caption; timestamps: two numbers, seconds."""
-    name, span = row.text("video"), row.pair("timestamps", check_number)
+    name, span = row.text("video"), row.seconds("timestamps")
     media, caption = src.media(video_names(name), "video"), row.text("global_caption", "")
     captions, tracks = row.items("region_captions"), row.items("box_infos")
     both = [
