@@ -438,13 +438,51 @@ def test_seconds_that_hold_no_frame(tmp_path, span):
 
     clip(tmp_path / "v1.mp4", 10)
     uca = {"v1": {"duration": 5, "timestamps": [span, [0, 0.5]], "sentences": ["a", "b"]}}
-    own = [{"video": "v1.mp4", "caption": "a", "span": span}, {"video": "v1.mp4", "caption": "b"}]
+    both = (("a", span), ("b", None))
+    own = [{"video": "v1.mp4", "captions": [t], "span": pair} for t, pair in both]
     times = [
-        {"video": "v1.mp4", "global_caption": t, "box_infos": [], "region_captions": [], **more}
-        for t, more in (("a", {"timestamps": span}), ("b", {}))
+        dict(video="v1.mp4", global_caption=t, box_infos=[], region_captions=[], timestamps=pair)
+        for t, pair in both
     ]
     for name, rows in (("uca", uca), ("own", own), ("times", times)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
         samples, rejects = load_samples(tmp_path / f"{name}.json", tmp_path)
         assert [s.captions for s in samples] == [("b",)] and len(rejects) == 1, name
         assert any(w in rejects[0].reason for w in ("starts before 0", "ends where", "ends before"))
+
+
+@pytest.mark.ci
+def test_the_notebook_twice_on_one_run(checkpointed, tmp_path):
+    "Two evaluations of one run: two folders, the second told; nothing of the first is touched."
+    from test_front_door import papermill, said
+
+    run = tmp_path / "run"
+    shutil.copytree(checkpointed, run)
+    (run / "params.yaml").unlink()  # its data are another question here
+    for place, tone in (("x/v1", 10), ("y/v1", 90), ("y/v2", 40)):
+        clip(tmp_path / f"videos/{place}.mp4", tone)
+    lines = "x/v1 Abuse 3 9\ny/v1 Normal -1 -1\nv2 Abuse 20 10\n"
+    (tmp_path / "a.txt").write_text(lines)
+    small = dict(model=run, permutations=20, captions=1)
+    first = dict(tasks="short_retrieval", baseline="tiny")
+    done, _ = papermill("evaluate.ipynb", tmp_path / "1.ipynb", **small, **first)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = {
+        name: (run / "evaluation" / name).read_bytes() for name in all_files(run / "evaluation")
+    }
+    assert {"paired.csv", "baseline/items.csv"} <= before.keys()
+    second = dict(tasks="", annotations=tmp_path / "a.txt", videos=tmp_path / "videos", every=8)
+    second |= dict(feature_cache=tmp_path / "cache")
+    done, cells = papermill("evaluate.ipynb", tmp_path / "2.ipynb", **small, **second)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "holds another evaluation" in said(cells) and "left out: 1" in said(cells)
+    assert "2 videos are scored" in said(cells)
+    assert before == {
+        n: (run / "evaluation" / n).read_bytes() for n in all_files(run / "evaluation")
+    }
+    results = json.loads((run / "evaluation-2/evaluation.json").read_text())["results"]
+    assert results["anomaly"]["frames"]["videos"] == 2
+    assert not (run / "evaluation-2/paired.csv").exists()
+    bad = dict(device="nonsense", tasks="short_retrieval")
+    done, _ = papermill("evaluate.ipynb", tmp_path / "3.ipynb", **small, **bad)
+    assert done.returncode and "torch has no such device here" in done.stderr
