@@ -135,6 +135,7 @@ def test_two_videos_of_one_name(tiny, tmp_path, told):
     "All that are found are scored, each by the line of its own folder; a bare line is a reject."
     for place, tone in (("x/v1", 10), ("y/v1", 90), ("y/v2", 40)):
         clip(tmp_path / f"videos/{place}.mp4", tone)
+    np.save(tmp_path / "videos/x/v1.npy", np.ones(3))  # somebody's features are no video
     lines = "x/v1.mp4 Abuse 3 9 -1 -1\ny/v1.mp4 Normal -1 -1 -1 -1\nv2 Normal -1 -1 -1 -1\n"
     (tmp_path / "a.txt").write_text(lines)
     cfg = EvaluateConfig(

@@ -12,9 +12,10 @@ from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root, sha256_file
 from fgclip_nb.core.folder import resolve_path
 from fgclip_nb.core.params import check_names, check_values, nearest, param
+from fgclip_nb.data.samples import VIDEO_SUFFIXES
 from fgclip_nb.data.frame_cache import fingerprint
 from fgclip_nb.evaluation.tasks import TASKS
-from fgclip_nb.evaluation.video_names import MEDIA_SUFFIXES, named_videos
+from fgclip_nb.evaluation.video_names import named_videos
 from fgclip_nb.evaluation.annotations import read_frame_counts, read_scores
 from fgclip_nb.evaluation.anomaly import anomaly_scores, track_annotations
 
@@ -167,7 +168,7 @@ def _videos_of(cfg, samples):
         paths = Path(_place(cfg.videos)).rglob("*")
     else:
         paths = {Path(s.media) for s in samples if s.kind == "video"}
-    videos = sorted(p for p in paths if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
+    videos = sorted(p for p in paths if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
     if not videos:
         raise ConfigError(
             "parameter `videos`: no video there; give a folder of videos, or data with clips, "
