@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fgclip_nb.text.tokenizer import BOS, EOS, MAX_LENGTH
-from fgclip_nb.data.photos import normalize
+from fgclip_nb.data.photos import normalize, own_scale
 from fgclip_nb.batches.batch import Batch
 from fgclip_nb.model.roi import roi_align_1x1
 
@@ -108,10 +108,10 @@ def plain_dense(model, x: Tensor, last) -> Tensor:
     return model.visual_projection(model.vision_model.post_layernorm(x[:, 1:]))
 
 
-def plain_tokens(vision_model, pixels: Tensor) -> Tensor:
-    "uint8 photos (B,3,S,S) -> tokens (B,1+P,W), the first layer's input."
+def plain_tokens(vision_model, pixels: Tensor, scale: dict) -> Tensor:
+    "uint8 photos (B,3,S,S) and their `own_scale` -> tokens (B,1+P,W), the first layer's input."
     e = vision_model.embeddings
-    patches = e.patch_embedding(normalize(pixels).to(e.class_embedding.dtype))
+    patches = e.patch_embedding(normalize(pixels, **scale).to(e.class_embedding.dtype))
     patches = patches.flatten(2).transpose(1, 2)
     first = e.class_embedding.expand(len(pixels), 1, -1).to(patches.dtype)
     x = torch.cat([first, patches], 1) + e.position_embedding.weight
@@ -122,7 +122,7 @@ def plain_image(model, pixels: Tensor, boxes: Tensor | None = None) -> tuple:
     "uint8 photos (B,3,S,S), boxes (B,SLOTS,4) xyxy 0-1 or None -> (B,D) and (B*SLOTS,D) or None."
     v = model.vision_model
     *layers, last = v.encoder.layers
-    x = plain_tokens(v, pixels)
+    x = plain_tokens(v, pixels, own_scale(model.config))
     for layer in layers:
         x = plain_layer(layer, x)
     image = model.visual_projection(v.post_layernorm(plain_layer(last, x)[:, 0]))

@@ -174,10 +174,18 @@ def _is_looked_up(path, files) -> bool:
 YOLO_HINT = "put a classes.txt with a class a line, or a data.yaml, beside its photos and texts"
 
 
+PACKED = (".zip", ".tar.gz", ".tgz", ".tar.zst", ".7z", ".rar", ".gz", ".bz2", ".xz")
+
+
 def _why_none(folder, found) -> str:
     "Why a folder has no data file: what is there and is of no known form, or what is looked for."
     if found:
         return f"holds no file of a known form; the first of its {len(found)} is {found[0].name}"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "cannot be read: permission denied"
+    packed = sorted(p for p in folder.iterdir() if p.name.lower().endswith(PACKED))
+    if packed:
+        return f"holds {packed[0].name}: unpack it, or make it a .tar without compression"
     photos = (p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if any(p.with_suffix(".txt").is_file() for p in itertools.islice(photos, 100)):
         return f"holds photos and texts of their names, as YOLO has them: {YOLO_HINT}"

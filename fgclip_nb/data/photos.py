@@ -183,11 +183,12 @@ def constants(values, like):
     return torch.stack([like.new_full((), v) for v in values])
 
 # %% ../../nbs/2_data/03a_photos.ipynb #5a395711
-def normalize(pixels, dtype=None):
+def normalize(pixels, dtype=None, mean=CLIP_MEAN, std=CLIP_STD):
     """uint8 pixels (...,H,W,3) or (...,3,H,W), tensor or array -> normalised (...,3,H,W).
 
-    The result stays on the same device. `dtype` is its floating type, float32 unless given. Mean
-    and standard deviation are CLIP's. Raises TypeError for pixels that are not uint8."""
+    The result stays on the same device. `dtype` is its floating type, float32 unless given. mean
+    and std are CLIP's unless a model was trained with others (`own_scale`). Raises TypeError for
+    pixels that are not uint8."""
     import torch
 
     pixels = torch.as_tensor(pixels)
@@ -200,5 +201,11 @@ def normalize(pixels, dtype=None):
     if pixels.shape[-3] != 3:
         raise ValueError(f"normalize takes (...,H,W,3) or (...,3,H,W), got {tuple(pixels.shape)}")
     pixels = pixels.float().div(255)
-    mean, std = (constants(v, pixels).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = (constants(v, pixels).view(3, 1, 1) for v in (mean, std))
     return pixels.sub(mean).div(std).to(dtype or torch.float32)
+
+# %% ../../nbs/2_data/03a_photos.ipynb #eb50f927
+def own_scale(config) -> dict:
+    "Mean and deviation of a model's configuration for `normalize`; empty where they are CLIP's."
+    mean, std = (getattr(config, name, None) for name in ("image_mean", "image_std"))
+    return {} if mean is None else dict(mean=mean, std=std)

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/7_evaluation/01a_views.ipynb #d68186fc
 import numpy as np
 from fgclip_nb.data.patches import patch_batch
-from fgclip_nb.data.photos import normalize
+from fgclip_nb.data.photos import normalize, own_scale
 
 # %% ../../nbs/7_evaluation/01a_views.ipynb #49d53d81
 def reads_patches(model) -> bool:
@@ -43,7 +43,8 @@ def shown_pictures(model, pixels, device, budget=0):
     import torch
 
     if not reads_patches(model):
-        return normalize(torch.from_numpy(np.stack(pixels)).to(device))
+        pixels = torch.from_numpy(np.stack(pixels)).to(device)
+        return normalize(pixels, **own_scale(getattr(model, "config", None)))
     patch = model.config.vision_config.patch_size
     budget = budget or getattr(model.config, "patch_budget", 0) or "own"
     tensors = patch_batch(list(pixels), patch, budget)

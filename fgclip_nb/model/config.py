@@ -124,6 +124,18 @@ def check_sizes(sizes):
             check_part(part and f"{part}.", values, SIZES[kind], NUMBERS[kind])
 
 # %% ../../nbs/4_model/02_config.ipynb #e3adf696
+def check_scale(config):
+    "ConfigError for a mean or deviation of the pixels that is impossible; most have none."
+    own = {name: getattr(config, name, None) for name in ("image_mean", "image_std")}
+    if [*own.values()] == [None, None]:
+        return
+    for name, value in own.items():
+        if not isinstance(value, (list, tuple)) or len(value) != 3:
+            raise ConfigError(f"{name} is {value!r:.80}; three numbers are needed")
+        for number in value:
+            check_number(name, number, -100 if name == "image_mean" else 1e-6, 100, float)
+
+
 def check_config(config):
     "Settle token numbers, in place; ConfigError for what this model cannot be."
     _settle_ids(config.text_config)
@@ -146,4 +158,5 @@ def check_config(config):
             f"vision_config.image_size {image} and patch_size {patch}: "
             "the first has to be a whole multiple of the second"
         )
+    check_scale(config)
     check_sizes(config.to_dict())

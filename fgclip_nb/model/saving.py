@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/4_model/11_saving.ipynb #d5e0e89e
 from pathlib import Path
 from fgclip_nb.core.folder import naming, write_atomic
+from fgclip_nb.data.photos import own_scale
 from fgclip_nb.text.tokenizer import get_tokenizer
 
 # %% ../../nbs/4_model/11_saving.ipynb #6ffd93de
@@ -16,11 +17,12 @@ def make_processor(config):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.clip.processing_clip import CLIPProcessor
 
-    size = config.vision_config.image_size
+    size, own = config.vision_config.image_size, own_scale(config)
     images = CLIPImageProcessorPil(
         size=dict(height=size, width=size),
         crop_size=dict(height=size, width=size),
         do_center_crop=False,
+        **{f"image_{name}": list(values) for name, values in own.items()},
     )
     return CLIPProcessor(image_processor=images, tokenizer=get_tokenizer())
 
@@ -40,7 +42,7 @@ from fgclip_nb.model import FGCLIP
 model = FGCLIP.from_pretrained("this folder or repository")
 ```
 
-Images are squashed to {image} x {image} and normalised with CLIP's mean and deviation.
+Images are squashed to {image} x {image} and normalised with {scale}.
 Short texts (77 tokens) and long ones (248) have different positions and projections.
 """
 
@@ -48,7 +50,10 @@ Short texts (77 tokens) and long ones (248) have different positions and project
 def model_card(model, numbers=None) -> str:
     "Text of the model card: sizes, how to load, and a table of a run's `numbers` (name -> value)."
     vision, text = model.config.vision_config, model.config.text_config
+    own = own_scale(model.config)
+    scale = "mean {mean} and deviation {std}".format(**own) if own else "CLIP's mean and deviation"
     card = CARD.format(
+        scale=scale,
         vision=vision.hidden_size,
         vlayers=vision.num_hidden_layers,
         image=vision.image_size,

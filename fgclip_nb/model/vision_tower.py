@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/4_model/06_vision_tower.ipynb #5a425a64
 import torch, torch.nn.functional as F
-from fgclip_nb.data.photos import constants, normalize
+from fgclip_nb.data.photos import constants, normalize, own_scale
 from fgclip_nb.batches.places import box_places
 from fgclip_nb.model.roi import pool_boxes
 from fgclip_nb.model.layers import attend, grid_positions, project, run_layer, tokenwise
@@ -81,7 +81,7 @@ def vision_features(model, pixels, dense=None, interpolate=None):
     Returns the features (F,D) of the pictures; the normalised patch states (f,P,W) of the pictures
     `dense` (indices (f,)), not yet projected, or None; the grid (rows, columns)."""
     if pixels.dtype == torch.uint8:
-        pixels = normalize(pixels)
+        pixels = normalize(pixels, **own_scale(model.config))
     x, grid = vision_tokens(model, pixels.to(model.visual_projection.weight.dtype), interpolate)
     *layers, last = model.vision_model.encoder.layers
     for layer in layers:

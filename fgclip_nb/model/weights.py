@@ -165,6 +165,11 @@ def read_weights(source) -> tuple:
     raise DataError(f"{source.name}: no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 # %% ../../nbs/4_model/08_weights.ipynb #c136dc94
+KINDS = (None, "clip", "fgclip")  # model_type of what the class of FG-CLIP is read from
+PART_KINDS = {
+    "text_config": (None, "clip", "clip_text_model", "fgclip"),
+    "vision_config": (None, "clip", "clip_vision_model", "fgclip"),
+}
 FOREIGN = (
     "auto_map",
     "architectures",
@@ -175,6 +180,25 @@ FOREIGN = (
     "_name_or_path",
 )
 PARTS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
+
+
+def check_kinds(config, path):
+    """DataError for a model_type that is not one of those read as CLIP, of the whole or of a part.
+
+    Others have the same shapes and read other numbers of texts: MetaCLIP 2, AltCLIP, BLIP, …"""
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        raise DataError(
+            f"{path}: this is not a CLIP model (model_type {kind!r:.80}). Read here are clip and "
+            "fgclip; fgclip2, siglip2 and siglip by FGCLIP2; chinese_clip for evaluation alone"
+        )
+    for part, known in PART_KINDS.items():
+        for name in (part, f"{part}_dict"):
+            kind = (config.get(name) or {}).get("model_type")
+            if kind not in known:
+                raise DataError(
+                    f"{path}: {name} has model_type {kind!r:.80}, which is no tower of CLIP"
+                )
 
 
 def read_config(source) -> dict:
@@ -195,11 +219,9 @@ def read_config(source) -> dict:
                 f"{path}: {name and name + '.'}quantization_config is set: the weights are "
                 "quantised, and would be misread as they are; save the model without it first"
             )
+    check_kinds(config, path)
     if not isinstance(config.get("vision_config"), dict) and "vision_config_dict" not in config:
-        raise DataError(
-            f"{path}: no vision_config; "
-            f"this is not a CLIP model (model_type {config.get('model_type')!r})"
-        )
+        raise DataError(f"{path}: no vision_config; this is not a CLIP model")
     return {k: v for k, v in config.items() if k not in FOREIGN}
 
 # %% ../../nbs/4_model/08_weights.ipynb #69f36127
@@ -210,7 +232,8 @@ class LoadReport:
     matched, missing, unexpected: names; misshaped: name -> (shape in the file, shape in the model);
     converted: name -> how it was made from the file; initialised: name -> how, on purpose; ignored:
     name in the file -> why; changed: name -> what happened to it after loading; proof: feature ->
-    largest difference to the source model."""
+    largest difference to the source model; inputs: how texts and photos are read, where a folder
+    says something of it."""
 
     source: str = ""
     files: list = field(default_factory=list)
@@ -223,6 +246,7 @@ class LoadReport:
     ignored: dict = field(default_factory=dict)
     changed: dict = field(default_factory=dict)
     proof: dict = field(default_factory=dict)
+    inputs: dict = field(default_factory=dict)
 
     def counts(self):
         "Kind -> number of names."

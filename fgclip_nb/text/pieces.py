@@ -13,6 +13,7 @@ from fgclip_nb.core.folder import asset, write_atomic
 from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.core.identity import DataError, stable_id
 from fgclip_nb.text.packing import TextBatch
+from fgclip_nb.text.vocabulary import read_tokenizer
 
 # %% ../../nbs/1_text/03_pieces.ipynb #fe59d8e2
 PAD, END = 0, 1
@@ -31,20 +32,13 @@ def read_pieces(name, revision=None):
 
     Its own padding, cutting and marks are switched off or left unused. DataError where the file is
     missing, unreadable or of another kind of vocabulary."""
-    from tokenizers import Tokenizer
-
     path = HubFolder(name, revision).get("tokenizer.json")
     if path is None:
         raise DataError(
             f"{name}: no tokenizer.json. FG-CLIP 2 needs the vocabulary of its checkpoint: "
             "tokenizer.json (with tokenizer_config.json beside it), as the official folders have it"
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises plain Exception for a broken file
-        raise DataError(f"{path}: not a readable tokenizer ({e})") from e
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer = read_tokenizer(path)
     _check_marks(tokenizer, path)
     return tokenizer
 
@@ -68,9 +62,14 @@ def piece_batch(tokenizer, texts, length) -> TextBatch:
     )
 
 # %% ../../nbs/1_text/03_pieces.ipynb #d549bb73
+def largest_number(tokenizer) -> int:
+    "The largest number that a text may become; numbers may be left out, so it is not the count."
+    return max(tokenizer.get_vocab().values())
+
+
 def capital_pieces(tokenizer):
     "Which pieces (V,) hold a capital letter, the marks in angle brackets aside; bool."
-    found = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.bool)
+    found = torch.zeros(largest_number(tokenizer) + 1, dtype=torch.bool)
     for piece, i in tokenizer.get_vocab().items():
         found[i] = piece != piece.lower() and not (piece[0] == "<" and piece[-1] == ">")
     return found
