@@ -123,6 +123,17 @@ def test_a_rule_changes_no_evidence_but_its_own(run):
     assert [v for v in verdicts(run) if v.name != "own_mutator"] == before
 
 
+def test_an_own_rule_against_a_parameter_that_changed_cannot_be_judged(run):
+    @rule("loss")
+    def own_limit(ev):
+        return "fail", 1, f"over {ev.limit('noise_limit')}"
+
+    ev = evidence(run)
+    assert {v.name: v.result for v in verdicts(ev)}["own_limit"] == "fail"
+    ev.facts["resumed"] = [dict(step=5, changed=dict(noise_limit=[1, 2]))]
+    assert {v.name: v.result for v in verdicts(ev)}["own_limit"] == UNKNOWN
+
+
 def test_a_fault_in_a_rule_of_the_package_is_seen_by_its_tests(run, monkeypatch):
     def fails(ev):
         raise KeyError("x")

@@ -93,7 +93,7 @@ class Evidence:
     def copied(self):
         "The same evidence for somebody who may change what is handed out."
         frame, timing = (t if t is None else t.copy() for t in (self.frame, self.timing))
-        own = dict(params=dict(self.params), facts=copy.deepcopy(self.facts))
+        own = dict(params=copy.copy(self.params), facts=copy.deepcopy(self.facts))
         return dataclasses.replace(self, frame=frame, timing=timing, **own)
 
     def until(self, step):
