@@ -16,7 +16,7 @@ import torch
 from synthetic_runs import synthetic_run
 
 from fgclip_nb.core import own_code
-from fgclip_nb.core.config import TrainConfig, load_extensions
+from fgclip_nb.core.config import LossParams, TrainConfig, load_extensions
 from fgclip_nb.core.folder import Run
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.data.load import load_samples
@@ -35,11 +35,21 @@ from fgclip_nb.training.checkpoints import load_term_tensors, term_tensors
 from fgclip_nb.training.memory import OutOfMemory, explain_memory
 
 
+# what declaring a parameter changes of a dataclass
+DECLARING = ("__init__", "__repr__", "__eq__", "__match_args__", "__dataclass_fields__")
+
+
 @pytest.fixture(autouse=True)
 def restored():
-    "What a test registers is gone after it."
+    "What a test registers is gone after it, the parameters that its terms declare too."
     tables = [(table, dict(table)) for table in (RULES, TERMS, READERS)]
+    classes = [(cls, dict(vars(cls))) for cls in (LossParams, TrainConfig)]
     yield
+    for cls, before in classes:
+        for name in set(vars(cls)) - set(before):
+            delattr(cls, name)
+        for name in DECLARING:
+            setattr(cls, name, before[name])
     for table, before in tables:
         table.clear()
         table.update(before)
