@@ -23,7 +23,9 @@ ENVIRONMENT = dict(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
-    PYTHONWARNINGS="ignore::DeprecationWarning",
+    # a rule of the package that fails ends no user's run, and every test
+    PYTHONWARNINGS="ignore::DeprecationWarning,"
+    "error:fgclip_nb has a fault in its rule:RuntimeWarning",
 )
 
 

@@ -276,7 +276,8 @@ def _judge_gradient(ev, kind):
     return (
         FAIL,
         len(idle),
-        f"the loss term {named} has no gradient: it does not depend on the model, trains nothing",
+        f"the loss term {named} has no gradient: it does not depend on the model and trains "
+        "nothing",
         "Look for `.detach()`, `.item()`, `float()` or `torch.tensor(...)` between features and "
         "loss.",
     )

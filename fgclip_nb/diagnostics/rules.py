@@ -93,7 +93,7 @@ class Evidence:
     def copied(self):
         "The same evidence for somebody who may change what is handed out."
         frame, timing = (t if t is None else t.copy() for t in (self.frame, self.timing))
-        own = dict(params=dict(self.params), facts=copy.deepcopy(self.facts))
+        own = dict(params=copy.copy(self.params), facts=copy.deepcopy(self.facts))
         return dataclasses.replace(self, frame=frame, timing=timing, **own)
 
     def until(self, step):
@@ -205,7 +205,7 @@ def above_luck(ev: Evidence, kind: str, n: int) -> bool:
 def plain_value(value):
     """What a rule measured, as verdicts.json holds it: numbers of numpy or torch become Python's.
 
-    Raises `TypeError`, `ValueError` or `OverflowError` for what JSON cannot hold."""
+    Raises an error of json, numpy or torch for what JSON cannot hold."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, (int, float)):
         float(value)
@@ -227,7 +227,7 @@ def read_judgement(judged) -> tuple:
         raise TypeError(f"why and the next action are texts, not {short([why, *action])}")
     try:
         return result, plain_value(value), why, action[0] if action else ""
-    except (TypeError, ValueError, OverflowError) as e:
+    except Exception as e:  # whatever numpy, torch or JSON say to it
         raise TypeError(f"its value {short(value)} is neither a number nor a text ({e})") from e
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #07a50004

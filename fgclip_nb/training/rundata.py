@@ -145,7 +145,7 @@ def prepare_data(cfg: TrainConfig) -> RunData:
         get_logger().info(f"validation looks at {MOST_HELD_OUT:,} of {len(val):,} samples held out")
         val = val.subset(np.linspace(0, len(val) - 1, MOST_HELD_OUT).astype(int))
     if not len(train):
-        why = f"; the first of {len(rejects)} rejects: {rejects[0].reason}" if rejects else ""
+        why = f"; the first of {len(rejects)} rejects: {rejects[0]}" if rejects else ""
         raise DataError(
             f"data `{cfg.data}`: no training sample is left (validation has {len(val)}){why}"
         )
