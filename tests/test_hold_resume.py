@@ -3,14 +3,19 @@ metrics is repaired, and nothing ends in a traceback.
 
 No cell: trainings in processes of their own, killed and gone on with."""
 
+import functools
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import micro
+from fgclip_nb.core.folder import Run
+from fgclip_nb.diagnostics.judgement import verdicts
+from fgclip_nb.diagnostics.rules import Evidence
 
 # of the kinds of damage some are in `make test-ci`, the others are long
 FEW = ("a dangling link", "no moments", "a bank of NaN", "a hole before both")
@@ -189,3 +194,110 @@ def test_without_a_checkpoint_that_fits_the_run_says_so(killed, tmp_path):
         reseal(run, step, "model", change_first(lambda t: t[:-1].contiguous()))
     assert micro.run(dict(params, output=str(run))) == 2
     assert "No checkpoint fits this run" in next(tmp_path.glob("run.*.txt")).read_text()
+
+
+# Parameters that change on the way (`allow_changed`)
+
+
+@pytest.mark.ci
+def test_a_change_that_does_not_fit_leaves_the_run_as_it_was(killed, tmp_path):
+    params = dict(killed[0], output=str(tmp_path / "run"), max_steps=6)
+    assert micro.run(params) == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.*") if p.is_file()}
+    other = dict(params, memory_bank_size=64, max_steps=8, lr_schedule="constant")
+    words = "memory_bank_size,max_steps,lr_schedule"
+    assert micro.run(dict(other, allow_changed=words)) == 2
+    for name in ("params.yaml", "finished.json", "metrics.jsonl", "manifest.json"):
+        assert (tmp_path / "run" / name).read_bytes() == before[name], name
+    assert micro.run(params) == 0
+
+
+CHANGES = dict(
+    learning_rate=1e-5, memory_bank_warmup_steps=40, batch_size=8, region_weight=0.0, seed=9
+)
+
+
+CHEAP = ("learning_rate", "memory_bank_warmup_steps")  # the others are long
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.ci if n in CHEAP else pytest.mark.long) for n in CHANGES],
+)
+def test_a_changed_parameter_accuses_nobody(killed, tmp_path, name):
+    "Rules hold all steps against one value: where it changed, they cannot judge."
+    params = dict(
+        killed[0], output=str(tmp_path / "run"), max_steps=60, diag_every=2, eval_every=20
+    )
+    assert micro.run(params, "SIGTERM:30") == 143
+    assert micro.run(dict(params, **{name: CHANGES[name]}, allow_changed=name)) == 0
+    run = Run(tmp_path / "run")
+    (values,) = run.manifest()["resumed"][0]["changed"].values()
+    assert values[1] == CHANGES[name] and values[0] == params.get(name, values[0])
+    assert f"parameter `{name}`: " in (run.path / "training.log").read_text()
+    failed = [v.name for v in verdicts(run) if v.result == "fail"]
+    assert not set(failed) & {"learning_rate_zero", "bank_comes_on", "term_unweighted"}, failed
+
+
+def test_a_rule_that_asks_for_a_changed_parameter_cannot_judge():
+    run = dict(params=dict(processes=1), facts=dict(resumed=[CHANGED]), frame=LOOKS)
+    apart = [v for v in verdicts(Evidence(**run)) if v.name == "loss_miscomputed"]
+    assert [v.result for v in apart] == ["cannot be judged"]
+    assert "`processes` was 2 up to step 3, then 1" in apart[0].why
+    run["facts"] = {}
+    assert "fail" in [v.result for v in verdicts(Evidence(**run)) if v.name == "loss_miscomputed"]
+
+
+LOOKS = pd.DataFrame(
+    dict(step=range(1, 9), loss_global_short=[2.0] * 8, check_global_short=[1.3] * 4 + [2.0] * 4)
+)
+CHANGED = dict(step=3, changed=dict(processes=[2, 1]))
+
+
+# Checkpoints and folders that somebody removes while a run goes on
+
+
+def removing(what):
+    "After every step: remove older checkpoints, the newest, or the whole folder after step 5."
+    import pathlib
+
+    from rebind import rebind
+
+    def wrapped(run_step):
+        def step(s, batches):
+            folders = sorted((pathlib.Path(s.path) / "checkpoints").glob("step_*"))
+            if what == "run" and s.step == 5:
+                shutil.rmtree(s.path)
+            for folder in folders[:-1] if what == "older" else folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            return run_step(s, batches)
+
+        return step
+
+    rebind("run_step", wrapped)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("what", ["older", "all", "run"])
+def test_what_is_removed_while_training_ends_no_run_without_a_word(killed, tmp_path, what):
+    params = dict(killed[0], output=str(tmp_path / "run"), save_every=1)
+    status = micro.run(params, change=functools.partial(removing, what))
+    said = next(tmp_path.glob("run.*.txt")).read_text()
+    assert status == (4 if what == "run" else 0), said
+    if what == "run":
+        assert "was moved or deleted while the run trained" in said
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_sound(tmp_path, monkeypatch):
+    from fgclip_nb.core import folder
+
+    step = tmp_path / "checkpoints/step_00000001"
+    step.mkdir(parents=True)
+    (step / "a.bin").write_text("a")
+    (step / "state.json").write_text(json.dumps(dict(files={"a.bin": "0"})))
+
+    def gone(path):
+        raise FileNotFoundError(2, "No such file", str(path))
+
+    monkeypatch.setattr(folder, "sha256_file", gone)
+    assert folder.checkpoint_fault(step).startswith("it vanished or cannot be read")

@@ -153,6 +153,7 @@ def test_a_resumed_run_keeps_the_facts_of_its_start(world, finished, tmp_path):
         manifest == start and start["weights"] == Run(finished["output"]).manifest()["weights"]
     ), "not the weights it went on with"
     assert again["step"] == 6 and again["versions"] == start["versions"]
+    assert again.pop("changed") == {}
     assert set(again) == {"step", "versions", "code", "device", "hardware", "processes", "threads"}
     assert "resumed" not in Run(finished["output"]).manifest()
 

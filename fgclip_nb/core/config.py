@@ -10,7 +10,8 @@ import dataclasses, hashlib, importlib, json, types
 from dataclasses import dataclass
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, DataError, project_root
-from fgclip_nb.core.folder import Run, checkpoint_state, resolve_path
+from fgclip_nb.core.folder import Run, checkpoint_state
+from fgclip_nb.core.own_code import load_extensions
 from fgclip_nb.core.params import (
     add_param,
     check_names,
@@ -270,6 +271,11 @@ def describe_parameter(name) -> str:
     return f"{name} ({' or '.join(kinds)}{span}; default {f.default!r}): {f.metadata['help']}"
 
 # %% ../../nbs/0_core/03_config.ipynb #47da3858
+def allowed_to_change(cfg) -> list:
+    "The names in `allow_changed`."
+    return [name for name in map(str.strip, cfg.allow_changed.split(",")) if name]
+
+
 def check_together(cfg):
     "Raise `ConfigError` for parameters that contradict each other, or a name that is none."
     if cfg.class_negatives and not cfg.make_negatives:
@@ -282,31 +288,12 @@ def check_together(cfg):
             "`gradient_caching` already makes one batch of any size: "
             "set `gradient_accumulation_steps` to 1 and raise `batch_size`"
         )
-    for name in cfg.allow_changed.split(","):
-        if name and name not in known_parameters() and name != "data":
+    for name in allowed_to_change(cfg):
+        if name not in known_parameters() and name != "data":
             raise ConfigError(
                 f"`allow_changed` names {name!r}, which is no parameter"
                 f"{nearest(name, known_parameters())}"
             )
-
-# %% ../../nbs/0_core/03_config.ipynb #3d418de2
-DECLARING_ROOMS = "fgclip_nb.losses.objective"  # further down, asked by name: it needs torch
-
-
-def load_extensions(names: str):
-    "Import the modules named in `names`, by commas; `ConfigError` for one that is not found."
-    for name in filter(None, map(str.strip, names.split(","))):
-        try:
-            if not all(map(str.isidentifier, name.split("."))):
-                raise ModuleNotFoundError(name=name)
-            importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            if not f"{name}.".startswith(f"{e.name}."):
-                raise  # found, and it needs something else that is not there
-            raise ConfigError(
-                f"parameter `extensions` names the module {name!r}, which Python does not find: "
-                "give its name without `.py`, and put its folder into PYTHONPATH"
-            ) from e
 
 # %% ../../nbs/0_core/03_config.ipynb #0ead8fe1
 @with_params(*GROUPS)
@@ -327,7 +314,7 @@ class TrainConfig:
         An unknown name raises `ConfigError` with the nearest known one."""
         load_extensions(str(params.get("extensions") or ""))
         if not set(params) <= {f.name for f in dataclasses.fields(cls)}:
-            load_extensions(DECLARING_ROOMS)
+            importlib.import_module("fgclip_nb.losses.objective")  # it declares weights
         check_names(params, [f.name for f in dataclasses.fields(cls)])
         return cls(**params)
 
@@ -381,8 +368,7 @@ def params_hash(cfg: TrainConfig) -> str:
 def run_folder(cfg: TrainConfig) -> Path:
     "The folder this configuration writes to, by the rule of identity; nothing is created."
     if cfg.output:
-        absolute = Path(cfg.output).is_absolute()
-        return resolve_path(cfg.output) if absolute else project_root() / cfg.output
+        return project_root() / Path(cfg.output).expanduser()
     base = project_root() / "runs" / f"train-{params_hash(cfg)}"
     path = base
     n = 1
@@ -418,15 +404,19 @@ def kept_params(run) -> dict:
     return {k: v for params in told for k, v in params if k not in left} | run.params()
 
 
+def changed_between(old: dict, cfg: TrainConfig) -> dict:
+    "Name -> (value in `old`, value in `cfg`) of those that both know and that change numbers."
+    new = cfg.as_dict()
+    both = [k for k in new if k in old and k not in NOT_IDENTITY]
+    return {k: (old[k], new[k]) for k in both if old[k] != new[k]}
+
+
 def changed_params(folder, cfg: TrainConfig) -> dict:
     """Parameters of an existing run folder that differ from those of `cfg`.
 
     Name -> (value in the folder, value in `cfg`). Those that change nothing that is computed, and
     those that the folder does not know yet, are left out."""
-    old = kept_params(Run(folder))
-    new = cfg.as_dict()
-    both = [k for k in new if k in old and k not in NOT_IDENTITY]
-    return {k: (old[k], new[k]) for k in both if old[k] != new[k]}
+    return changed_between(kept_params(Run(folder)), cfg)
 
 # %% ../../nbs/0_core/03_config.ipynb #55a0a345
 LENGTH = ("max_steps", "epochs")  # parameters that only say when a run ends
@@ -438,7 +428,7 @@ def goes_on(folder, cfg: TrainConfig) -> bool:
     Raises `ConfigError` where its learning rate follows a cosine, unless `allow_changed` names the
     parameter."""
     changed = changed_params(folder, cfg)
-    allowed = cfg.allow_changed.split(",")
+    allowed = allowed_to_change(cfg)
     longer = [k for k in changed if k in LENGTH]
     if not longer or any(k not in LENGTH and k not in allowed for k in changed):
         return False
@@ -458,7 +448,7 @@ def check_params(folder, cfg: TrainConfig):
     """Raise `ConfigError` for a folder whose run was made with other parameters; it names them.
 
     Those of `allow_changed` may differ. A folder in which no step was taken holds no run yet."""
-    allowed = cfg.allow_changed.split(",")
+    allowed = allowed_to_change(cfg)
     if goes_on(folder, cfg):
         allowed += LENGTH
     refused = {k: v for k, v in changed_params(folder, cfg).items() if k not in allowed}

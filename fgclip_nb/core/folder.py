@@ -364,11 +364,8 @@ def checkpoint_state(folder) -> dict:
         return {}
 
 
-def checkpoint_fault(folder) -> str:
-    "What is wrong with a checkpoint folder, or an empty string: no file of weights is unsealed."
-    sums = checkpoint_state(folder).get("files")
-    if not isinstance(sums, dict) or not sums:
-        return "state.json cannot be read, or has no checksums"
+def _files_fault(folder, sums) -> str:
+    "What is wrong with the files of a checkpoint, by their checksums, or an empty string."
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     if lacking := sorted(sums.keys() - present):
         return f"{lacking[0]} is missing"
@@ -379,6 +376,17 @@ def checkpoint_fault(folder) -> str:
         if sha256_file(folder / name) != digest:
             return f"{name} does not match its checksum"
     return ""
+
+
+def checkpoint_fault(folder) -> str:
+    "What is wrong with a checkpoint folder, or an empty string: no file of weights is unsealed."
+    sums = checkpoint_state(folder).get("files")
+    if not isinstance(sums, dict) or not sums:
+        return "state.json cannot be read, or has no checksums"
+    try:
+        return _files_fault(folder, sums)
+    except OSError as e:  # a training removes older ones while others look at them
+        return f"it vanished or cannot be read ({e})"
 
 
 def newest_sound(checkpoints, log, fault_of=checkpoint_fault):

@@ -86,6 +86,23 @@ def cell_as_written(text: str) -> str:
     return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
 
 # %% ../../nbs/0_core/00a_plain.ipynb #9b06b5d3
+def _key_twice(node) -> str:
+    "A key that stands twice in a mapping of a YAML node, at any depth, or ''."
+    import yaml
+
+    pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+    seen = set()
+    for pair in pairs:
+        for part in pair if isinstance(node, yaml.MappingNode) else (pair,):
+            if found := _key_twice(part):
+                return found
+        if isinstance(node, yaml.MappingNode) and isinstance(pair[0], yaml.ScalarNode):
+            if pair[0].value in seen:
+                return pair[0].value
+            seen.add(pair[0].value)
+    return ""
+
+
 def yaml_value(text: str, most: int = 1 << 16):
     "What a YAML text of at most `most` letters says; ValueError for a broken, endless or deep one."
     import yaml
@@ -97,6 +114,8 @@ def yaml_value(text: str, most: int = 1 << 16):
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has references (*name), which are not read")
+        if twice := _key_twice(yaml.compose(text, yaml.SafeLoader)):
+            raise ValueError(f"{plain_line(twice)[:60]!r} stands twice")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(plain_line(e)) from e

@@ -170,7 +170,7 @@ def main(argv=None) -> int:
         if arguments.command == "part":
             help_with(arguments.kind, arguments.folder, arguments.numbers)
         return fill_cache(arguments) if arguments.command == "cache" else 0
-    except (ConfigError, DataError) as e:
+    except (ConfigError, DataError, OSError) as e:
         print(plain_line(f"error: {e}"), file=sys.stderr)
         return 1
 

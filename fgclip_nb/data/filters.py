@@ -55,6 +55,7 @@ RULES = dict(
 # found while reading, before any region is looked at
 READING = dict(
     malformed="a wrong type or value",
+    reader_failed="a reader of your own failed at it",
     missing_field="a field is missing",
     unknown_format="no known format has these keys",
     broken_json="not JSON from some place on",

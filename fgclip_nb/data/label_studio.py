@@ -200,13 +200,19 @@ def label_texts(results) -> dict:
     return labels
 
 
+def _marks_place(r: dict) -> bool:
+    "Whether a result stands for a place, by its type or by its coordinates."
+    kind, value = str(r.get("type")), r.get("value")
+    placed = isinstance(value, dict) and ("sequence" in value or {"x", "width"} <= value.keys())
+    return kind.endswith("labels") or kind in OUTLINES or placed
+
+
 def drawn_results(results) -> list:
     "The (field, result) pairs that mark a place, one for each id."
     drawn = [(n, r) for n, r in results if not isinstance(r, dict) or r.get("type") in SHAPES]
     ids = {_id(r) for _, r in drawn}
     for name, r in results:
-        kind = str(r.get("type")) if isinstance(r, dict) else "rectangle"
-        if kind not in SHAPES and (kind.endswith("labels") or kind in OUTLINES):
+        if isinstance(r, dict) and r.get("type") not in SHAPES and _marks_place(r):
             if _id(r) not in ids:
                 drawn.append((name, r))
                 ids.add(_id(r))
@@ -242,7 +248,8 @@ def studio_region(r, id, spoken, clip=None) -> Region:
     if "sequence" in value.value and clip is not None:
         phrase, track = _spoken(r, *spoken), studio_track(value, clip)
         return Region(phrase, keyframes=track, source="expression", id=id)
-    if "x" not in value or "width" not in value:
+    known = kind in SHAPES or str(kind).endswith("labels")
+    if not known or "x" not in value or "width" not in value:
         reason = f"`{kind}` is no rectangle: draw one around it, or leave it out of the export"
         raise Fault(f"{r.field}.type", kind, reason, "no_rectangle")
     if r.value.get("image_rotation") not in (None, 0):

@@ -9,6 +9,7 @@ __all__ = ['load_samples']
 import dataclasses, itertools, os
 from pathlib import Path
 from collections import Counter
+from types import SimpleNamespace
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import asset, get_logger
@@ -18,7 +19,7 @@ from fgclip_nb.data.media import MediaRoot
 from fgclip_nb.data.entries import ObjectPairs, open_text, read_entries
 from fgclip_nb.data.known import REGISTERED  # noqa: F401 (all readers are known from here on)
 from fgclip_nb.data.readers import READERS, reader_of, readers_of
-from fgclip_nb.data.reading import as_samples, format_of, read_row
+from fgclip_nb.data.reading import file_samples, format_of, read_by, read_row, told_where
 from fgclip_nb.data.source import Source, Tally, paragraph
 from fgclip_nb.data.shard_sources import column_map, holds_pictures
 from fgclip_nb.data.shards import is_sharded, open_shards
@@ -70,7 +71,7 @@ def _read_document(document, reader, src) -> list:
     "Samples of a file that is one object and recognised as a whole."
     src.format = src.tally.formats[src.file] = reader.name
     try:
-        return as_samples(reader.read(Row(document).value, src))
+        return read_by(reader, Row(document).value, src)
     except Fault as f:
         src.tally.entries += 1
         src.reject(f, entries=1)
@@ -120,25 +121,17 @@ def _read_json(path, src):
             yield from read_row(entry.value, src, format)
 
 
-def _own_samples(own, path, src):
-    "Samples of a file reader; a fault that ends it is a reject of what was read last."
-    try:
-        yield from own.read(path, src) or ()
-    except Fault as f:
-        src.tally.entries += 1
-        src.reject(f, entries=1)
-
-
 def read_file(path, src):
     """All samples of one data file, one after the other.
 
     Samples that several entries add to come last. Keys that nobody asked for become rejects."""
-    own = file_reader(path)
-    if own:
-        src.format = src.tally.formats[src.file] = own.name
-        yield from _own_samples(own, path, src)
-    else:
-        yield from _read_json(path, src)
+    with told_where(src):
+        own = file_reader(path)
+        if own:
+            src.format = src.tally.formats[src.file] = own.name
+            yield from file_samples(own, path, src)
+        else:
+            yield from _read_json(path, src)
     yield from src.groups.values()
     src.reject_unread()
 
@@ -167,7 +160,8 @@ def _first_known(path) -> str:
     own = file_reader(path)
     entries = [] if own else itertools.islice(read_entries(path), 1)
     values = [_as_dict(e.value) if isinstance(e.value, ObjectPairs) else e.value for e in entries]
-    return own.name if own else next((format_of(v) for v in values), "")
+    with told_where(SimpleNamespace(file=str(path), entry="its first entry")):
+        return own.name if own else next((format_of(v) for v in values), "")
 
 
 def _is_looked_up(path, files) -> bool:
@@ -180,10 +174,18 @@ def _is_looked_up(path, files) -> bool:
 YOLO_HINT = "put a classes.txt with a class a line, or a data.yaml, beside its photos and texts"
 
 
+PACKED = (".zip", ".tar.gz", ".tgz", ".tar.zst", ".7z", ".rar", ".gz", ".bz2", ".xz")
+
+
 def _why_none(folder, found) -> str:
     "Why a folder has no data file: what is there and is of no known form, or what is looked for."
     if found:
         return f"holds no file of a known form; the first of its {len(found)} is {found[0].name}"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "cannot be read: permission denied"
+    packed = sorted(p for p in folder.iterdir() if p.name.lower().endswith(PACKED))
+    if packed:
+        return f"holds {packed[0].name}: unpack it, or make it a .tar without compression"
     photos = (p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if any(p.with_suffix(".txt").is_file() for p in itertools.islice(photos, 100)):
         return f"holds photos and texts of their names, as YOLO has them: {YOLO_HINT}"

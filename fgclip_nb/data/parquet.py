@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/08b_parquet.ipynb #bde81c52
+from collections import Counter
 from fgclip_nb.core.packed import most_unpacked
 from fgclip_nb.data.samples import Fault
 
@@ -167,7 +168,12 @@ def bounded_rows(open_file, read, columns=None):
     that gives a ParquetFile; `read(start, size)` gives bytes of the file. Raises what pyarrow
     raises for a damaged file, and ValueError."""
     file = open_file()
-    columns = file.schema_arrow.names if columns is None else columns
+    names = file.schema_arrow.names
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        reason = "the column stands in the head twice: rename or delete one"
+        yield 0, Fault(twice[0], f"{file.metadata.num_rows} rows", reason, "duplicate_key")
+        return
+    columns = names if columns is None else columns
     groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
     packed = sum(g.column(k).total_compressed_size for g in groups for k in range(g.num_columns))
     first, given = 0, 0
@@ -225,6 +231,6 @@ def null_rows(file, name, read):
     for k in range(file.num_row_groups):
         try:
             found.append(_null_in_group(file, k, name, read))
-        except (Fault, ValueError, OSError):
+        except (Fault, ValueError, OSError, KeyError):  # KeyError: two columns of one name
             found.append(np.zeros(file.metadata.row_group(k).num_rows, bool))
     return np.concatenate(found)

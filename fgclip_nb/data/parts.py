@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 from fgclip_nb.core.identity import DataError, python_files_hash
 from fgclip_nb.core.folder import get_logger, write_atomic
+from fgclip_nb.core.cache import user_cache
 from fgclip_nb.data.readers import READERS
 
 # %% ../../nbs/2_data/10d_parts.ipynb #4b044957
@@ -29,8 +30,8 @@ def pass_folder(beside, kind, spec) -> Path:
     code = python_files_hash(Path(__file__).parent)
     text = json.dumps(spec, sort_keys=True)
     key = hashlib.sha256(f"{text}{code}{readers}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgclip_nb"
-    root = Path(beside) / ".fgclip_nb" if beside and os.access(beside, os.W_OK) else cache
+    writable = beside and os.access(beside, os.W_OK)
+    root = Path(beside) / ".fgclip_nb" if writable else user_cache()
     folder = root / f"{kind}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "spec.json", text)

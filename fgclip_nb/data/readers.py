@@ -7,7 +7,8 @@ __all__ = ['reader']
 
 # %% ../../nbs/2_data/04a_readers.ipynb #527d04df
 from dataclasses import dataclass
-from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.own_code import OWN_FAULTS, check_free, in_words, is_own
 
 # %% ../../nbs/2_data/04a_readers.ipynb #71b7b8ac
 KINDS = ("entry", "value", "document", "file")
@@ -40,18 +41,19 @@ def has_keys(*keys):
 def reader(name, recognises, of="entry", rank=0, marks=(), ignored=(), suffixes=(), **more):
     """Decorator: from now on the function reads the data that `recognises` says yes to.
 
-    `name`: of the format; a second reader of that name replaces the first. `recognises`: a
+    `name`: of the format; the same function may take it again. `recognises`: a
     function, or a tuple of keys that must all be there. `of`: entry, value, document or file.
     `rank`: lower is asked earlier; the package's own have 10 and more. `marks`: keys that hints
     know the format by. `ignored`: keys nobody needs to read; other keys that the function does not
     ask for are reported, unless `watched` is False. `suffixes`: of a file reader, what it looks
     for in a folder. `beside`: names of files in the same folder that it looks things up in.
-    Raises ConfigError for another `of`."""
+    Raises ConfigError for another `of`, and for a name that other code has taken."""
     if of not in KINDS:
         raise ConfigError(f"reader {name!r}: `of` = {of!r} must be one of {', '.join(KINDS)}")
     recognise = recognises if callable(recognises) else has_keys(*recognises)
 
     def register(read):
+        check_free("reader", name, READERS[name].read if name in READERS else None, read)
         about = dict(marks=tuple(marks), ignored=frozenset(ignored), suffixes=tuple(suffixes))
         READERS[name] = Reader(name, recognise, read, of, rank, **about, **more)
         return read
@@ -64,8 +66,28 @@ def readers_of(kind) -> list:
     return sorted((r for r in READERS.values() if r.of == kind), key=lambda r: r.rank)
 
 
+class ReaderFailed(DataError):
+    "A user's reader failed when it was asked whether it knows something; it names reader and line."
+
+
+def says_yes(reader, thing) -> bool:
+    "Whether a reader recognises something. Raises `ReaderFailed` where a user's own fails at it."
+    try:
+        return bool(reader.recognises(thing))
+    except ReaderFailed as e:  # a table asks the readers of entries about its columns
+        raise ReaderFailed(f"{thing}: {e}") from e
+    except OWN_FAULTS as e:
+        if not is_own(reader.read):
+            raise
+        about = "an entry" if isinstance(thing, dict) else thing
+        raise ReaderFailed(
+            f"the reader `{reader.name}` was asked whether it reads {about}, and failed: "
+            f"{in_words(e, reader.read)}"
+        ) from e
+
+
 def reader_of(thing, kind="entry"):
     "The Reader that recognises an entry, value, document or file, or None."
     if kind != "file" and not isinstance(thing, dict):
         return None
-    return next((r for r in readers_of(kind) if r.recognises(thing)), None)
+    return next((r for r in readers_of(kind) if says_yes(r, thing)), None)

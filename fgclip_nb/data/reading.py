@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/2_data/05d_reading.ipynb #5d1a0003
-import dataclasses
-from fgclip_nb.data.samples import Fault
+import contextlib, dataclasses
+from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.own_code import OWN_FAULTS, in_words, is_own
+from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row
-from fgclip_nb.data.readers import READERS, reader_of
+from fgclip_nb.data.readers import READERS, ReaderFailed, reader_of
 from fgclip_nb.data.unread import with_meant_key
 
 # %% ../../nbs/2_data/05d_reading.ipynb #5d1a0006
@@ -18,7 +20,24 @@ def format_of(thing, kind="entry") -> str:
     reader = reader_of(thing, kind)
     return reader.name if reader else ""
 
-# %% ../../nbs/2_data/05d_reading.ipynb #5d1a0009
+# %% ../../nbs/2_data/05d_reading.ipynb #5d1a0012
+TEXTS = ("id", "media", "kind", "caption", "short_caption", "split", "label")
+
+
+def sample_fault(sample) -> str:
+    "Why something that a reader returned is no sample, or ''."
+    if not isinstance(sample, Sample):
+        return f"{type(sample).__name__} is no Sample"
+    wrong = [name for name in TEXTS if not isinstance(getattr(sample, name), str)]
+    if not all(isinstance(c, str) for c in sample.captions):
+        wrong.append("captions")
+    if not all(isinstance(r, Region) and isinstance(r.phrase, str) for r in sample.regions):
+        wrong.append("regions")
+    if not wrong:
+        return ""
+    return f"`{wrong[0]}` of a Sample cannot be {getattr(sample, wrong[0])!r:.80}"
+
+
 def as_samples(samples) -> list:
     "What a reader returned, as a list: it may be one sample, several, or None."
     if samples is None:
@@ -26,6 +45,69 @@ def as_samples(samples) -> list:
     return [samples] if dataclasses.is_dataclass(samples) else list(samples)
 
 
+def own_samples(samples, src) -> list:
+    """`as_samples` of what a user's reader returned, each looked at; `TypeError` for what is none.
+
+    One that was not made by `src.sample` is counted and told where it was read."""
+    if isinstance(samples, (str, bytes, dict)) or not hasattr(samples or (), "__iter__"):
+        samples = [samples]
+    made = as_samples(samples)
+    for sample in made:
+        if fault := sample_fault(sample):
+            raise TypeError(f"it returned what is no sample: {fault}")
+    for sample in (s for s in made if not s.file):
+        sample.file, sample.entry = src.file, src.entry
+        src.tally.kept += 1
+    return made
+
+
+def read_by(reader, thing, src) -> list:
+    """What a reader makes of a Row or a document, as a list of samples.
+
+    A user's reader that fails raises a Fault which names it and its line."""
+    if not is_own(reader.read):
+        return as_samples(reader.read(thing, src))
+    try:
+        return own_samples(reader.read(thing, src), src)
+    except (Fault, MemoryError):
+        raise
+    except OWN_FAULTS as e:
+        reason = f"the reader `{reader.name}` failed: {in_words(e, reader.read)}"
+        raise Fault("entry", getattr(thing, "value", thing), reason, "reader_failed") from e
+
+# %% ../../nbs/2_data/05d_reading.ipynb #5d1a0015
+def place_in(src) -> str:
+    "`file, entry` of what is read."
+    return f"{src.file}, {src.entry}" if src.entry else src.file
+
+
+@contextlib.contextmanager
+def told_where(src):
+    "Context that says with a `ReaderFailed` which file and entry was read."
+    try:
+        yield
+    except ReaderFailed as e:
+        raise DataError(f"{place_in(src)}: {e}") from e
+
+
+def file_samples(reader, path, src):
+    """Samples of a file reader; a fault that ends it is a reject of what was read last.
+
+    Raises `DataError`, with file, entry, reader and line, where a user's reader fails."""
+    own = is_own(reader.read)
+    try:
+        for sample in reader.read(path, src) or ():
+            yield from own_samples(sample, src) if own else [sample]
+    except Fault as f:
+        src.tally.entries += 1
+        src.reject(f, entries=1)
+    except OWN_FAULTS as e:
+        if not own or isinstance(e, (DataError, MemoryError)):
+            raise
+        words = in_words(e, reader.read)
+        raise DataError(f"{place_in(src)}: the reader `{reader.name}` failed: {words}") from e
+
+# %% ../../nbs/2_data/05d_reading.ipynb #5d1a0009
 def read_row(value, src, format) -> list:
     "Samples of one entry; its faults are noted, and the keys that nobody asked for."
     src.tally.entries += 1
@@ -38,7 +120,7 @@ def read_row(value, src, format) -> list:
         src.split = src.split_in(row)
         if src.format not in READERS or READERS[src.format].of in ("file", "document"):
             raise Fault("entry", value, "no known format has these keys", "unknown_format")
-        samples = as_samples(READERS[src.format].read(row, src))
+        samples = read_by(READERS[src.format], row, src)
     except Fault as f:
         src.reject(with_meant_key(f, row), entries=1)
         return []

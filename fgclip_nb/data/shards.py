@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
 from fgclip_nb.core.folder import read_json, shown, write_atomic
+from fgclip_nb.core.cache import user_cache
 from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.samples import CaptionNegative, Keyframe, Negatives, Region, Sample
 
@@ -164,9 +165,8 @@ def _note_of(folder) -> Path:
     "The file that says which shards were compared: in the folder, or in the user's cache."
     if os.access(folder, os.W_OK):
         return Path(folder) / ".arrow" / "compared.json"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgclip_nb"
     key = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
-    return cache / f"shards-{key}.json"
+    return user_cache() / f"shards-{key}.json"
 
 
 def check_sums(folder):

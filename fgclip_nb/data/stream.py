@@ -24,7 +24,7 @@ from fgclip_nb.data.parts import (
 )
 from fgclip_nb.data.known import REGISTERED  # noqa: F401 (registers the readers)
 from fgclip_nb.data.readers import readers_of
-from fgclip_nb.data.reading import format_of, read_row
+from fgclip_nb.data.reading import format_of, read_row, told_where
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shard_sources import (
     IN_MEMORY,
@@ -75,8 +75,9 @@ def row_samples(src, row, root) -> list:
     "The samples of a StreamRow; its faults are rejects of `src`. `root`: a MediaRoot."
     src.entry = row.where
     src.root = InRow(src.file, row.picture) if row.picture else root
-    entry = _entry_of(row)
-    found = read_row(entry, src, "" if isinstance(entry, Fault) else format_of(entry))
+    with told_where(src):
+        entry = _entry_of(row)
+        found = read_row(entry, src, "" if isinstance(entry, Fault) else format_of(entry))
     if row.picture:  # no other row can be about it
         found += src.groups.values()
         src.groups.clear()

@@ -9,8 +9,9 @@ __all__ = ['show', 'Expectations', 'expect']
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from fgclip_nb.core.identity import stable_id
+from fgclip_nb.core.identity import ConfigError, stable_id
 from fgclip_nb.core.plain import NO_MATH, escape_html
+from fgclip_nb.core.own_code import OWN_FAULTS, in_words, is_own
 from fgclip_nb.core.config import PRESET_NAMES, epochs_of
 from fgclip_nb.core.patience import judged_by, patience_of
 from fgclip_nb.diagnostics.numbers import MAX_STORED_SCALE, chance_level, mean_of
@@ -187,12 +188,32 @@ DUPLICATE_EFFECTS = {
 }
 
 
+def expected_levels(term, facts) -> list:
+    """What `term.expected` says: rows (what, level in nats or None, why).
+
+    Raises `ConfigError`, which names the term, where a user's fails or says something else."""
+    try:
+        said = [(what, level, why) for what, level, why in term.expected(facts)]
+        rows = [(a, x.item() if hasattr(x, "item") else x, b) for a, x, b in said]
+        for what, level, why in rows:
+            if not isinstance(level, (int, float, type(None))) or not isinstance(what + why, str):
+                raise TypeError(f"{(what, level, why)!r:.80} is no such row")
+    except OWN_FAULTS as e:
+        if not is_own(term.expected):
+            raise
+        raise ConfigError(
+            f"the loss term `{term.name}`: `expected` gives rows (what, level in nats, why); "
+            f"this one failed: {in_words(e, term.expected)}"
+        ) from e
+    return rows
+
+
 def term_levels(term, facts):
     "Rows of a loss term: the levels that it expects by itself, or where the level will be found."
     if term.expected is None:
         yield f"{term.name} chance level", None, f"as recorded, in the column chance_{term.name}"
         return
-    for what, level, why in term.expected(facts):
+    for what, level, why in expected_levels(term, facts):
         yield f"{term.name} chance level" + (f", {what}" if what else ""), level, why
 
 

@@ -6,7 +6,7 @@
 __all__ = ['evidence', 'verdicts', 'headline']
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #f36edc42
-import math, re
+import dataclasses, math, re
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import Run, read_json, read_jsonl
@@ -113,7 +113,7 @@ def run_evidence(run) -> Evidence:
     log, retrieval = run.path / "training.log", run.path / "retrieval.json"
     facts = text_facts(log) if log.exists() else {}
     manifest = run.manifest()
-    for name in ("load_report", "source", "fresh_norms"):
+    for name in ("load_report", "source", "fresh_norms", "resumed"):
         if manifest.get(name):
             facts[name] = manifest[name]
     for name, file in (("retrieval", retrieval), ("audit", run.path / "audit.json")):
@@ -244,13 +244,60 @@ def as_evidence(source) -> Evidence:
     return source if isinstance(source, Evidence) else evidence(source)
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #ca5fdf94
+class Noted(dict):
+    "Parameters of a run that note which of them were asked for, in `.asked`."
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.asked = set()
+
+    def __getitem__(self, name):
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.asked.add(name)
+        return super().get(name, default)
+
+
+def changes_in(ev: Evidence) -> dict:
+    "Parameter -> how it was changed while the run went on, in words."
+    found = {}
+    parts = ev.facts.get("resumed", [])
+    for part in parts if isinstance(parts, list) else []:
+        changed = part.get("changed") if isinstance(part, dict) else None
+        for name, values in changed.items() if isinstance(changed, dict) else ():
+            if isinstance(values, list) and len(values) == 2:
+                then, now = values
+                found[name] = f"`{name}` was {then!r} up to step {part.get('step')}, then {now!r}"
+    return found
+
+
+def judge(rule, ev: Evidence, changed: dict):
+    """The verdict of a rule, or None.
+
+    One that trips against a parameter which changed on the way cannot be judged: it holds all steps
+    against the last value."""
+    noted = dataclasses.replace(ev, params=Noted(ev.params))
+    noted.read = ev.read
+    verdict = rule(noted)
+    reasons = [why for name, why in changed.items() if name in noted.params.asked]
+    if verdict is None or not verdict.tripped or not reasons:
+        return verdict
+    why = f"{reasons[0]}, and this rule holds all steps against one value"
+    return dataclasses.replace(verdict, result=UNKNOWN, why=why, next_action="")
+
+# %% ../../nbs/6_diagnostics/12_judgement.ipynb #e7ed7afb
 def verdicts(source) -> list:
     """All verdicts that the evidence supports, in the order in which they lead.
 
     `source`: Run, path of a folder or log, DataFrame, or Evidence."""
     ev = as_evidence(source)
+    if not len(ev.frame) and not ev.facts:
+        return []
     added = {r.name: r for kind in added_kinds(ev) for r in term_rules(kind)}
-    judged = [r(ev) for r in by_rank(RULES | added)] if len(ev.frame) or ev.facts else []
+    changed = changes_in(ev)
+    judged = [judge(rule, ev, changed) for rule in by_rank(RULES | added)]
     return [v for v in judged if v is not None]
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #ae71e7fa

@@ -8,12 +8,14 @@ __all__ = []
 # %% ../../nbs/6_diagnostics/10_loss_rules.ipynb #788e68c8
 import functools, math
 import numpy as np
+from fgclip_nb.diagnostics.measures import NO_GRADIENT
 from fgclip_nb.diagnostics.rules import (
     CAUSE,
     FAIL,
     LATER,
     PASS,
     SHIPPED_KINDS,
+    UNKNOWN,
     UNLIKE,
     SYMPTOM,
     Rule,
@@ -251,16 +253,55 @@ def added_kinds(ev) -> list:
 NO_HURDLE = ("spread", "ranking")  # near chance where phrases are right; rises with its margin
 
 
+def idle_losses(ev, kind: str) -> list:
+    """A term, or parts of it, of which no gradient led to the model in any step where it was not 0.
+
+    A term that is 0 where the batch has nothing for it is none of these."""
+    columns = [c for c in ev.frame if c.startswith(f"{NO_GRADIENT}{kind}")]
+    names = [c.removeprefix(NO_GRADIENT) for c in columns]
+    idle = []
+    for name in (n for n in names if n == kind or n.startswith(f"{kind}_")):
+        loss, without = ev.series(f"loss_{name}"), ev.series(f"{NO_GRADIENT}{name}")
+        steps = loss.index[loss != 0]
+        if len(steps) and steps.isin(without.index[without == 1]).all():
+            idle.append(name)
+    return idle
+
+
+def _judge_gradient(ev, kind):
+    idle = idle_losses(ev, kind)
+    if not idle:
+        return None
+    named = ", ".join(f"`{name}`" for name in idle)
+    return (
+        FAIL,
+        len(idle),
+        f"the loss term {named} has no gradient: it does not depend on the model, trains nothing",
+        "Look for `.detach()`, `.item()`, `float()` or `torch.tensor(...)` between features and "
+        "loss.",
+    )
+
+
+def _if_trained(ev, kind, judge):
+    if kind in idle_losses(ev, kind):
+        return UNKNOWN, None, f"the {kind} loss has no gradient: how it moves says nothing"
+    return judge(ev, kind)
+
+
 def term_rules(kind: str) -> list:
-    """The rules of an added loss term: it does not rise, and it gets under its chance level.
+    """The rules of an added loss term: it has a gradient, it does not rise, and it gets under its
+    chance level.
 
     None for FG-CLIP 2's two terms whose level is no hurdle."""
     if kind in NO_HURDLE:
         return []
     needs = (f"loss_{kind}",)
-    rise = functools.partial(_judge_rise, kind=kind)
-    under = functools.partial(_judge_chance, kind=kind)
+    gradient = functools.partial(_judge_gradient, kind=kind)
+    rise = functools.partial(_if_trained, kind=kind, judge=_judge_rise)
+    under = functools.partial(_if_trained, kind=kind, judge=_judge_chance)
+    first = SYMPTOM - 1  # before what its loss seems to say
     return [
+        Rule(f"{kind}_has_gradient", gradient, needs, "", "a way to the model", rank=first),
         Rule(f"{kind}_loss_rise", rise, needs, "", "no rise, first to last 20 steps"),
         Rule(f"{kind}_above_chance", under, needs, "chance_ratio_limit", "loss / chance < {:g}"),
     ]

@@ -31,6 +31,9 @@ TERM_FIELDS = dict(
 )
 
 
+NO_GRADIENT = "no_gradient_"  # column of a term from which no gradient leads to the features
+
+
 def measure_of(term, attr: str):
     "A measure of a term, still on its device; None where the term knows nothing of the kind."
     from fgclip_nb.losses.terms import MEASURES
@@ -61,14 +64,16 @@ def term_values(terms: dict) -> dict:
 
     `terms` maps `loss_global_long`, `loss_region`, … to `LossTerm`; values stay on their device,
     NaN where there is nothing of the kind. A term with parts has a column of each
-    beside their mean. A name that is in no table of terms raises `ConfigError`."""
+    beside their mean. One that trains nothing has a column `no_gradient_…` of 1. A name that is in
+    no table of terms raises `ConfigError`."""
     from fgclip_nb.losses.table import by_term
 
     owned = by_term(terms)
     columns = {n: t.loss for name, x in owned.items() for n, t in x.items() if n != f"loss_{name}"}
     for name, members in owned.items():
         columns |= _columns_of(name, list(members.values()))
-    return columns
+    idle = [n for n, t in terms.items() if not getattr(t, "trains", True)]
+    return columns | {n.replace("loss_", NO_GRADIENT, 1): 1.0 for n in idle}
 
 
 def unless_nan() -> set:

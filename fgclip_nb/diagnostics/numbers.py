@@ -10,7 +10,7 @@ import json, math, os, struct
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.packed import check_ordinary
-from fgclip_nb.core.folder import naming, table_of
+from fgclip_nb.core.folder import get_logger, naming, table_of
 
 # %% ../../nbs/6_diagnostics/00_numbers.ipynb #150afb3a
 def chance_level(candidates) -> float:
@@ -89,6 +89,10 @@ class JsonLines:
     def write(self, row: dict):
         "Append a row; non-finite numbers are written as text."
         with naming(self.path):
+            if self.file and not os.fstat(self.file.fileno()).st_nlink:
+                lost = f"{self.path} was removed while it was written: its lines so far are lost"
+                get_logger().warning(lost)
+                self.close()
             if self.file is None:
                 self.file = open(self.path, "a", encoding="utf-8")
             self.file.write(json.dumps(jsonable(row)) + "\n")

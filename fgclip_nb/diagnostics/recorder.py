@@ -18,6 +18,7 @@ from fgclip_nb.diagnostics.signs import batch_mark, form_values, sign_values, we
 from fgclip_nb.diagnostics.inputs import least_mark, picture_values
 from fgclip_nb.diagnostics.fetch import Fetch, mean_of_known
 from fgclip_nb.diagnostics.measures import (
+    NO_GRADIENT,
     PAIRS,
     UpdateProbe,
     bank_health,
@@ -128,6 +129,9 @@ def mean_columns(notes: list, cfg, loss=None) -> dict:
     columns, optional = {}, unless_nan()
     for k in names:
         values = [r[k] for r in rows if k in r]
+        if k.startswith(NO_GRADIENT):  # in which share of the forwards that have the term
+            whole = k.replace(NO_GRADIENT, "loss_", 1)
+            values += [0.0] * (sum(whole in r for r in rows) - len(values))
         columns[k] = mean_of_known(values) if k in optional else mean_of(values)
     return columns if loss is None else columns | {"loss": loss}
 
@@ -181,6 +185,12 @@ def histogram_values(notes: list) -> dict:
     return {f"watch_diagnostics/cosine_{p}": c[0] for p, c in pairs.items() if c is not None}
 
 # %% ../../nbs/6_diagnostics/03_recorder.ipynb #fd36f5f9
+def idle_terms(row: dict) -> list:
+    "Names of the terms of a row that have a value, and no gradient in any forward of its step."
+    names = [k.removeprefix(NO_GRADIENT) for k in row if k.startswith(NO_GRADIENT)]
+    return [n for n in names if row[NO_GRADIENT + n] == 1 and row.get(f"loss_{n}", 0) != 0]
+
+
 def timing_row(step: int, times, images: int) -> dict:
     "The row of timing.jsonl; `times` = (whole step, waiting for data) in seconds."
     whole, data = times
@@ -233,6 +243,7 @@ class Recorder:
         self.pending = []
         self.runtime = runtime_interval()
         self.probe = UpdateProbe()
+        self.idle = set()  # names of loss terms of which it was said that they train nothing
 
     def truncate(self, step: int):
         """Cut all files back to `step` before training goes on from its checkpoint.
@@ -339,4 +350,14 @@ class Recorder:
             self.board.scalars(row)
         if row["step"] % self.cfg.log_every == 0 or row["step"] == 1:
             self.log.info(loss_line(row, line.passes))
+        self._tell_idle(row)
         return row
+
+    def _tell_idle(self, row: dict):
+        for name in set(idle_terms(row)) - self.idle:
+            self.idle.add(name)
+            self.log.warning(
+                f"step {row['step']}: the loss term `{name}` is {row[f'loss_{name}']:.4g} and "
+                "has no gradient: it does not depend on the model and trains nothing; look for "
+                "`.detach()`, `.item()`, `float()` or `torch.tensor(...)` in it"
+            )

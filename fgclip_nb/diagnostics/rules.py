@@ -6,13 +6,17 @@
 __all__ = ['Verdict', 'Evidence', 'rule']
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #22dfc643
-import dataclasses, math, re
+import copy, dataclasses, json, math, re, warnings
 from dataclasses import dataclass, field
+from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.core.own_code import OWN_FAULTS, check_free, in_words, is_own
+from fgclip_nb.core.params import nearest, short
 from fgclip_nb.core.config import known_parameters
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #5924c9cc
 PASS, FAIL, UNLIKE, LATER = "pass", "fail", "not comparable", "not reached"
 UNKNOWN = "cannot be judged"
+RESULTS = (PASS, FAIL, UNLIKE, LATER, UNKNOWN)
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #773c3dc4
 CAUSE, SYMPTOM, REMARK, TARGET = 0, 100, 200, 300
@@ -85,6 +89,12 @@ class Evidence:
     def last_step(self):
         "The last recorded step; None for a log without steps."
         return int(self.frame["step"].max()) if "step" in self.frame and len(self.frame) else None
+
+    def copied(self):
+        "The same evidence for somebody who may change what is handed out."
+        frame, timing = (t if t is None else t.copy() for t in (self.frame, self.timing))
+        own = dict(params=dict(self.params), facts=copy.deepcopy(self.facts))
+        return dataclasses.replace(self, frame=frame, timing=timing, **own)
 
     def until(self, step):
         "The same evidence as it stood at that step."
@@ -191,6 +201,44 @@ def above_luck(ev: Evidence, kind: str, n: int) -> bool:
     rows = float(rows_of(ev, kind).tail(n).sum())
     return float(top1.mean()) > luck + 3 * math.sqrt(luck * (1 - luck) / max(rows, 1))
 
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #07a50001
+def plain_value(value):
+    """What a rule measured, as verdicts.json holds it: numbers of numpy or torch become Python's.
+
+    Raises `TypeError`, `ValueError` or `OverflowError` for what JSON cannot hold."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, (int, float)):
+        float(value)
+    json.dumps(value)
+    return value
+
+
+def read_judgement(judged) -> tuple:
+    "(result, value, why, next action) of what a rule returned, or `TypeError`."
+    if not isinstance(judged, (tuple, list)) or len(judged) not in (3, 4):
+        raise TypeError(
+            f"it returned {short(judged)}: return (result, value, why), or with the next action as "
+            "a fourth, or None"
+        )
+    result, value, why, *action = judged
+    if not isinstance(result, str) or result not in RESULTS:
+        raise TypeError(f"its result is {short(result)}: one of {', '.join(RESULTS)} is meant")
+    if not isinstance(why, str) or not all(isinstance(a, str) for a in action):
+        raise TypeError(f"why and the next action are texts, not {short([why, *action])}")
+    try:
+        return result, plain_value(value), why, action[0] if action else ""
+    except (TypeError, ValueError, OverflowError) as e:
+        raise TypeError(f"its value {short(value)} is neither a number nor a text ({e})") from e
+
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #07a50004
+def failed_rule(name: str, judge, threshold: str, error) -> Verdict:
+    "The verdict of a rule that raised an error, or returned what is no judgement."
+    words = in_words(error, judge)
+    if not is_own(judge):
+        warnings.warn(f"fgclip_nb has a fault in its rule {name}: {words}", RuntimeWarning, 2)
+    again = "Mend it, then `python -m fgclip_nb.diagnostics RUN` judges the run again."
+    return Verdict(name, None, threshold, UNKNOWN, f"the rule itself failed: {words}", again)
+
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #69e9d8c5
 @dataclass(frozen=True)
 class Rule:
@@ -214,18 +262,40 @@ class Rule:
         return ", ".join(columns) or self.source or "does not apply, or its figures are not there"
 
     def __call__(self, ev: Evidence) -> Verdict | None:
-        "The verdict, or None when the evidence lacks a needed column."
+        """The verdict, or None when the evidence lacks a needed column.
+
+        A rule that fails cannot be judged; a user's own gets a copy of the evidence."""
         if not ev.has(*self.needs):
             return None
-        judged = self.judge(ev)
-        if judged is None:
-            return None
-        result, value, why, *action = judged
-        threshold = self.threshold.format(ev.limit(self.limit)) if self.limit else self.threshold
-        return Verdict(self.name, value, threshold, result, why, action[0] if action else "")
+        limit, threshold = self.limit, self.threshold
+        try:
+            judged = self.judge(ev.copied() if is_own(self.judge) else ev)
+            if judged is None:
+                return None
+            result, value, why, action = read_judgement(judged)
+            threshold = self.threshold.format(ev.limit(limit)) if limit else threshold
+        except OWN_FAULTS as e:
+            return failed_rule(self.name, self.judge, threshold, e)
+        return Verdict(self.name, value, threshold, result, why, action)
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #70f3df7c
 RULES = {}
+
+# %% ../../nbs/6_diagnostics/07_rules.ipynb #07a50006
+def check_about(name: str, limit, threshold, rank):
+    "Raise `ConfigError` for a limit, threshold or rank with which no verdict can be written."
+    known = known_parameters()
+    if limit and (limit not in known or isinstance(known[limit].default, (str, type(None)))):
+        raise ConfigError(
+            f"the rule `{name}`: its limit {short(limit)} is no parameter with a number"
+            f"{nearest(limit, known)}"
+        )
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise ConfigError(f"the rule `{name}`: its rank {short(rank)} is no number")
+    try:
+        threshold.format(0.5) if limit else str.encode(threshold)
+    except Exception as e:  # whatever is wrong with it is a mistake in this text
+        raise ConfigError(f"the rule `{name}`: its threshold {short(threshold)}: {e}") from e
 
 # %% ../../nbs/6_diagnostics/07_rules.ipynb #0a1602e0
 def rule(needs=(), limit="", threshold="", source="", rank=SYMPTOM):
@@ -233,11 +303,14 @@ def rule(needs=(), limit="", threshold="", source="", rank=SYMPTOM):
 
     `needs`: a column or several; `limit`: a parameter of a run, for the `{:g}` of `threshold`;
     `source`: what else it looks at, in words; `rank`: its place among those that trip, the lowest
-    leads (see `CAUSE`); the docstring is its sentence in the catalogue."""
+    leads (see `CAUSE`); the docstring is its sentence in the catalogue. Raises `ConfigError` for a
+    name that other code has taken, a limit that is no parameter, and a rank that is no number."""
 
     def register(judge):
         columns = (needs,) if isinstance(needs, str) else tuple(needs)
         name = judge.__name__
+        check_free("rule", name, RULES[name].judge if name in RULES else None, judge)
+        check_about(name, limit, threshold, rank)
         RULES[name] = Rule(name, judge, columns, limit, threshold, source, rank)
         return judge
 

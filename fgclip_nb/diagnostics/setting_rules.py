@@ -34,13 +34,13 @@ SCHEDULE_ADVICE = "Look at the schedule: its total steps, its warm-up, and what 
 @rule("lr", threshold="over 1 % of its peak for half the run", rank=CAUSE + 20)
 def learning_rate_zero(ev):
     "The learning rate is 0, or under a hundredth of its peak for over half of the run."
-    lr = ev.series("lr")
+    lr, asked = ev.series("lr"), ev.params.get("learning_rate")
     if len(lr) < 5:
         return LATER, None, "fewer than five learning rates so far"
     peak = float(lr.max())
     if peak == 0:
         why = "the learning rate is 0 at every step: nothing is trained"
-        return FAIL, 0.0, why, "Set `learning_rate`." if ev.params else SCHEDULE_ADVICE
+        return FAIL, 0.0, why, SCHEDULE_ADVICE if asked is None else "Set `learning_rate`."
     idle = float((lr < 0.01 * peak).mean())
     if idle <= 0.5 or ev.last_step and len(lr) < 20:
         return PASS, peak, f"at most {peak:.3g}"

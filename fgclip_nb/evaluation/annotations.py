@@ -11,26 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.core.folder import read_json
-from fgclip_nb.data.samples import VIDEO_SUFFIXES, Reject
+from fgclip_nb.core.folder import get_logger, read_json, shown
+from fgclip_nb.data.samples import Reject
 from fgclip_nb.data.ucf_crime import frame_spans
 from fgclip_nb.evaluation.features import read_plain_npy
+from fgclip_nb.evaluation.video_names import (
+    VideoNames,
+    bare_pairs,
+    pair_names,
+    video_name,
+    video_path,
+)
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #d61c18a8
-MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".npy")
-
-
-def video_name(name):
-    "Bare name of a video: no folder, no media suffix. Dots inside the name stay."
-    name = str(name).replace("\\", "/").rsplit("/", 1)[-1]
-    return next((name[: -len(s)] for s in MEDIA_SUFFIXES if name.lower().endswith(s)), name)
-
-
 @dataclass(frozen=True)
 class AnomalyVideo:
     """Test labels of a video.
 
-    classes: empty = normal; spans: anomalous frames (first, last), both inclusive, from 0."""
+    name: its path without suffix, as it was written; classes: empty = normal; spans: anomalous
+    frames (first, last), both inclusive, from 0."""
 
     name: str
     classes: tuple
@@ -62,9 +61,14 @@ def _spans(numbers):
     return tuple(spans)
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #9a319c01
+LONGEST_NAME = 4096  # letters: no path is longer
+
+
 def anomaly_line(line):
     "An annotation line -> `AnomalyVideo`; ValueError says what is wrong."
     fields = line.split()
+    if len(fields[0]) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(fields[0]):,} letters is none of a file")
     classes, numbers = _classes(fields)
     if "_label_" not in fields[0] and not numbers:
         raise ValueError("cut off: no start and end, not even -1")
@@ -73,27 +77,29 @@ def anomaly_line(line):
         raise ValueError("a normal video with an anomalous span")
     if classes and not spans:
         raise ValueError(f"class {classes[0]} without an anomalous span")
-    return AnomalyVideo(video_name(fields[0]), classes, spans)
+    return AnomalyVideo(video_path(fields[0]), classes, spans)
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #55c08adb
 def read_anomaly_annotations(path):
-    """UCF-Crime or XD-Violence test labels -> ({name: AnomalyVideo}, rejects).
+    """UCF-Crime or XD-Violence test labels -> ({path without suffix: AnomalyVideo}, rejects).
 
     One reject per wrong line, with its reason. Raises `DataError` when there is no file."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such annotation file")
-    videos, rejects = {}, []
+    videos, rejects, names = {}, [], VideoNames()
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             video = anomaly_line(line)
-            if video.name in videos:
-                raise ValueError(f"{video.name} stands in the file twice; the first line counts")
-            videos[video.name] = video
+            if names.twin(video.name):
+                raise ValueError(
+                    f"{video.name[-80:]} stands in the file twice; the first line counts"
+                )
+            videos[names.add(video.name)] = video
         except ValueError as e:
-            text, name = line.strip()[:120], line.split()[0]
+            text, name = line.strip()[:120], line.split()[0][:120]
             where = str(path), f"line {number}", "line"
             rejects.append(Reject(*where, text, str(e), name, "anomaly_annotation"))
     return videos, rejects
@@ -145,7 +151,7 @@ def _count_rows(path) -> list:
 
 
 def read_frame_counts(source):
-    """{name: frames} from a dictionary or a CSV with columns video and n_frames; None -> {}.
+    """{path: frames} from a dictionary or a CSV with columns video and n_frames; None -> {}.
 
     Raises `DataError` for other columns, a video that is there twice, or a count that is no whole
     number from 1 to MOST_FRAMES."""
@@ -155,13 +161,13 @@ def read_frame_counts(source):
         rows = [(f"frames of {name}", name, count) for name, count in source.items()]
     else:
         rows = _count_rows(source)
-    counts = {}
+    counts, names = {}, VideoNames()
     for where, video, count in rows:
         if not re.fullmatch("[0-9]{1,8}", str(count)) or not 1 <= int(count) <= MOST_FRAMES:
             raise DataError(f"{where}: n_frames is {str(count)[:40]!r}, not a number of frames")
-        if not video or video_name(video) in counts:
+        if not video or names.twin(video_path(video)):
             raise DataError(f"{where}: the video {video!r:.80} has no name, or stands there twice")
-        counts[video_name(video)] = int(count)
+        counts[names.add(video)] = int(count)
     return counts
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #a87429d5
@@ -187,21 +193,29 @@ def _checked_scores(name, scores):
 
 
 def read_scores(source):
-    """{name: scores (S,)} from a dictionary, a folder of npy files (no pickle), or a JSON object.
+    """{path: scores (S,)} from a dictionary, a folder of npy files (no pickle), or a JSON object.
 
+    Of a file or folder the names are all that ties scores to videos; a line in the log says so.
     NaN, Inf, empty or nested scores raise `DataError`, and so does a video that is there twice."""
+    given = source
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        source = {p.name: read_plain_npy(p) for p in sorted(Path(source).glob("*.npy"))}
+        files = sorted(Path(source).rglob("*.npy"))
+        given = {p.relative_to(source).as_posix(): read_plain_npy(p) for p in files}
     elif isinstance(source, (str, Path)):
-        source = read_json(source)
+        given = read_json(source)
+    names = VideoNames()
     out = {}
-    for name, scores in source.items():
-        values = _checked_scores(name, scores)
-        if video_name(name) in out:
-            raise DataError(
-                f"scores of {name}: the video is there twice, with and without suffix or folder"
-            )
-        out[video_name(name)] = values
+    for name, scores in given.items():
+        values = _checked_scores(str(name)[-80:], scores)
+        try:
+            out[names.add(name)] = values
+        except ValueError as e:
+            raise DataError(f"scores of {str(name)[-80:]}: {e}") from None
+    if out and given is not source:
+        get_logger().info(
+            "%s: scores of %d videos, known by their names alone, e.g. %s",
+            *(source, len(out), next(iter(out))[-80:]),
+        )
     return out
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #425c9a3e
@@ -233,29 +247,69 @@ def frame_scores(video, values):
         cut += max(0, last + 1 - len(values))
     return FrameScores(video, values, labels, cut)
 
+# %% ../../nbs/7_evaluation/10_annotations.ipynb #10a6d002
+def video_names(named, what):
+    "`VideoNames` of a dictionary by names; DataError where one video is there twice."
+    names = VideoNames()
+    for name in named:
+        try:
+            names.add(name)
+        except ValueError as e:
+            raise DataError(f"{what}: {str(name)[-80:]}: {e}") from None
+    return names
+
+
+def counts_of(frames, scored):
+    "{scored path: frames} of `read_frame_counts` for `VideoNames`; DataError where two fit."
+    counts = read_frame_counts(frames)
+    pairs, faults = pair_names(VideoNames(counts), scored)
+    for name, why in faults.items():
+        raise DataError(f"frame counts: the name {shown(name)} {why}")
+    return {video: counts[name] for name, video in pairs.items()}
+
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #07774e14
+def _annotation(source):
+    "({path: AnomalyVideo}, rejects, where they stand) of a file or of {name: AnomalyVideo}."
+    if isinstance(source, dict):
+        whole = video_names(source, "annotation").whole
+        return {path: source[name] for path, name in whole.items()}, [], "annotation"
+    return *read_anomaly_annotations(source), str(source)
+
+
+def _tell_bare(pairs):
+    "A line in the log where annotated folders are other ones than those of the scored videos."
+    bare = bare_pairs(pairs)
+    for annotated, scored in list(bare.items())[:1]:
+        get_logger().info(
+            "%d videos are matched by their bare names, their folders differ: %s is taken for %s",
+            *(len(bare), annotated[-80:], scored[-80:]),
+        )
+
+
 def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1):
-    """Scores and annotation of each video that has both.
+    """Scores and annotation of each video that has both, matched by `pair_names`.
 
     (list of `FrameScores`, rejects, names without scores, names without annotation).
     annotation_file: a file, or {name: AnomalyVideo}; scores: see `read_scores`; frames: see
     `read_frame_counts`; segment: see `to_frames`; smoothing: window in scores, see `smooth`."""
-    if isinstance(annotation_file, dict):
-        videos, rejects = {video_name(n): v for n, v in annotation_file.items()}, []
-        source = "annotation"
-    else:
-        videos, rejects = read_anomaly_annotations(annotation_file)
-        source = str(annotation_file)
-    scores, counts = read_scores(scores), read_frame_counts(frames)
+    videos, rejects, source = _annotation(annotation_file)
+    scores = read_scores(scores)
+    scored = VideoNames(scores)
+    counts = counts_of(frames, scored)
+    pairs, faults = pair_names(VideoNames(videos), scored)
+    _tell_bare(pairs)
     matched = []
-    for name in sorted(videos.keys() & scores.keys()):
-        values = to_frames(smooth(scores[name], smoothing), counts.get(name), segment)
+    for name in sorted(pairs):
+        values = smooth(scores[pairs[name]], smoothing)
         try:
+            values = to_frames(values, counts.get(pairs[name]), segment)
             matched.append(frame_scores(videos[name], values))
         except ValueError as e:
-            spans = str(videos[name].spans)
-            rejects.append(Reject(source, name, "span", spans, str(e), name, "anomaly_annotation"))
-    rejected = {r.sample for r in rejects}
-    missing = sorted(videos.keys() - scores.keys())
-    unannotated = sorted(scores.keys() - videos.keys() - rejected)
-    return matched, rejects, missing, unannotated
+            faults[name] = str(e)
+    for name, why in faults.items():
+        spans = str(videos[name].spans)[:120]
+        rejects.append(Reject(source, name, "span", spans, why, name, "anomaly_annotation"))
+    missing = sorted(videos.keys() - pairs.keys() - faults.keys())
+    rejected = {video_name(r.sample) for r in rejects}
+    left = {p: short for p, short in scored.short().items() if video_name(p) not in rejected}
+    return matched, rejects, missing, sorted(left[p] for p in left.keys() - pairs.values())

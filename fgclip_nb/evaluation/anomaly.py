@@ -6,13 +6,14 @@
 __all__ = ['anomaly_scores']
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #9583f80a
-import json, math
+import hashlib, io, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import ConfigError, DataError, weights_fingerprint
-from fgclip_nb.core.folder import read_json, write_atomic
+from fgclip_nb.core.identity import ConfigError, DataError, sha256_file, weights_fingerprint
+from fgclip_nb.core.folder import get_logger, read_json, shown, write_atomic
 from fgclip_nb.data.samples import visible_spans
+from fgclip_nb.data.frame_cache import fingerprint
 from fgclip_nb.data.video import read_frames
 from fgclip_nb.data.video_index import video_info
 from fgclip_nb.data.hard_negatives import load_class_sentences
@@ -21,7 +22,8 @@ from fgclip_nb.evaluation.views import box_features, picture_features, shown_pic
 from fgclip_nb.evaluation.encoder import frozen, need_dense, stack_features
 from fgclip_nb.evaluation.captions import as_encoder
 from fgclip_nb.evaluation.features import read_plain_npy
-from fgclip_nb.evaluation.annotations import AnomalyVideo, video_name
+from fgclip_nb.evaluation.video_names import named_videos, video_name
+from fgclip_nb.evaluation.annotations import MOST_FRAMES, AnomalyVideo
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #afcf8f17
 def read_prompts(source=None):
@@ -97,20 +99,22 @@ def _encode_video(encoder, path, every, boxes, most=64):
     return VideoFeatures(unit(stack_features(whole)), by_segment, frames)
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #aa3d2ac6
-def _cached_video(cache, name, encode, source):
-    """`VideoFeatures` from <cache>/<name>.npy (S,1+R,D).
-
-    encode(source) is called and kept where the file is not there yet."""
-    path, counts = cache / f"{name}.npy", cache / "frames.json"
-    known = read_json(counts)
-    if path.is_file() and name in known:
-        both = read_plain_npy(path).astype(np.float64)
-        return VideoFeatures(both[:, 0], both[:, 1:], known[name])
-    features = encode(source)
-    both = np.concatenate([features.whole[:, None], features.regions], axis=1)
-    np.save(path, both.astype(np.float32))
-    write_atomic(counts, json.dumps(known | {name: features.frames}, indent=1) + "\n")
-    return features
+def _kept_features(file, note, segments, places):
+    "float64 (S,1+R,D) of a cached file; DataError where it is not what its note says."
+    width = note.get("width")
+    expected = f"a finite float array ({segments} segments, {places} places, {width} dimensions)"
+    way_out = "delete it, and its features are made anew"
+    try:
+        array = read_plain_npy(file)
+    except DataError as e:
+        raise DataError(f"{file}: expected {expected}, got no whole npy array; {way_out}") from e
+    if array.shape != (segments, places, width) or array.dtype.kind != "f":
+        raise DataError(f"{file}: expected {expected}, got {array.dtype} {array.shape}; {way_out}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{file}: expected {expected}, got NaN or Inf; {way_out}")
+    if sha256_file(file) != note.get("sha256"):
+        raise DataError(f"{file}: is another file than the one its note was written for; {way_out}")
+    return array.astype(np.float64)
 
 
 def _open_cache(cache, about):
@@ -119,6 +123,11 @@ def _open_cache(cache, about):
     cache.mkdir(parents=True, exist_ok=True)
     note, about = cache / "made_from.json", json.loads(json.dumps(about))
     if not note.is_file():
+        if any(cache.glob("*.npy")):
+            raise DataError(
+                f"{cache}: holds npy files and no made_from.json, so nobody knows of which videos "
+                "and weights; give a new folder. Features of other programs go into `fit_heads`"
+            )
         write_atomic(note, json.dumps(about, indent=1) + "\n")
     noted = read_json(note)
     other = [k for k in about if noted.get(k) != about[k]]
@@ -129,13 +138,83 @@ def _open_cache(cache, about):
         )
     return cache
 
+# %% ../../nbs/7_evaluation/13_anomaly.ipynb #13a6d001
+def _known_as(file):
+    "The name in `<name>.<fingerprint>.npy`."
+    return file.stem.rsplit(".", 1)[0]
+
+
+class FeatureCache:
+    """Features of videos in a folder of `_open_cache`: <name>.<fingerprint>.npy and a note each.
+
+    read, encoded: how many videos it has given from there, and made."""
+
+    def __init__(self, cache, about):
+        self.folder = _open_cache(cache, about)
+        self.about = about
+        self.read = 0
+        self.encoded = 0
+
+    def _file(self, path, digest):
+        return self.folder / f"{video_name(path)[:50]}.{digest[:16]}.npy"
+
+    def _tell_namesakes(self, path):
+        "A line in the log where the folder has features under this name that are not taken."
+        bare = video_name(path)[:50]
+        kept = [f for f in self.folder.glob("*.npy") if f.stem == bare or _known_as(f) == bare]
+        if kept:
+            get_logger().warning(
+                "feature cache %s: %s has features of another video of that name, or of nobody "
+                "knows which; %s is encoded anew",
+                *(self.folder, kept[0].name, str(path)[-200:]),
+            )
+
+    def _keep(self, file, path, digest, features):
+        both = np.concatenate([features.whole[:, None], features.regions], axis=1)
+        stream = io.BytesIO()
+        np.save(stream, both.astype(np.float32))
+        note = {
+            "video": str(path),
+            "fingerprint": digest,
+            "frames": features.frames,
+            "width": both.shape[2],
+            "sha256": hashlib.sha256(stream.getvalue()).hexdigest(),
+            **self.about,
+        }
+        write_atomic(file, stream.getvalue())
+        write_atomic(file.with_suffix(".json"), json.dumps(note, indent=1) + "\n")
+
+    def features(self, path, encode):
+        "`VideoFeatures` of a video: as kept, or encode(path), which is then kept."
+        digest = fingerprint(path)
+        file = self._file(path, digest)
+        note = read_json(file.with_suffix(".json"))
+        if file.is_file() and note.get("fingerprint") == digest:
+            frames = note.get("frames")
+            if type(frames) is not int or not 0 < frames <= MOST_FRAMES:
+                raise DataError(
+                    f"{file.with_suffix('.json')}: `frames` is no number of frames, "
+                    f"{shown(frames)}; delete it, and the features are made anew"
+                )
+            segments = len(segment_frames(frames, self.about["every"]))
+            both = _kept_features(file, note, segments, 1 + len(self.about["boxes"]))
+            self.read += 1
+            return VideoFeatures(both[:, 0], both[:, 1:], frames)
+        self._tell_namesakes(path)
+        features = encode(path)
+        self._keep(file, path, digest, features)
+        self.encoded += 1
+        return features
+
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #be0fc898
 def video_features(model, paths, every=16, boxes=None, image_size=None, cache=None):
     """Features of a frame from every segment of `every` frames -> {name: `VideoFeatures`}.
 
-    boxes: (R,4) xyxy 0-1, default `grid_boxes()`. cache: a folder that keeps them, an array without
-    pickle per video; what is there is not encoded again. Raises `ConfigError` for cached features,
-    `DataError` for a cache of other weights, boxes, segments or image size."""
+    Names: see `named_videos`; of two videos with one bare name each has its folder. boxes: (R,4)
+    xyxy 0-1, default `grid_boxes()`. cache: a folder that keeps them, an array without pickle per
+    video with a note of what it was made from; what is there of the same video is not encoded
+    again. Raises `ConfigError` for cached features, `DataError` for a cache of other weights,
+    boxes, segments or image size, and for a broken file in it."""
     encoder = as_encoder(model, image_size)
     boxes = grid_boxes() if boxes is None else np.asarray(boxes)
     if not hasattr(encoder, "model"):
@@ -152,11 +231,15 @@ def video_features(model, paths, every=16, boxes=None, image_size=None, cache=No
     def encode(path):
         return _encode_video(encoder, path, every, boxes)
 
-    named = {video_name(p): p for p in paths}
+    named = {name: path for path, name in named_videos(paths).items()}
     if cache is None:
         return {n: encode(p) for n, p in named.items()}
-    cache = _open_cache(cache, about)
-    return {n: _cached_video(cache, n, encode, p) for n, p in named.items()}
+    kept = FeatureCache(cache, about)
+    features = {n: kept.features(p, encode) for n, p in named.items()}
+    get_logger().info(
+        "feature cache %s: %d videos read from it, %d encoded", cache, kept.read, kept.encoded
+    )
+    return features
 
 # %% ../../nbs/7_evaluation/13_anomaly.ipynb #9be7efba
 def anomaly_scores(
@@ -202,20 +285,22 @@ def _in_labelled_video(sample, region):
 
 def track_annotations(samples, wanted=None):
     """{name: AnomalyVideo} from the box tracks of clips: a frame is anomalous where a wanted region
-    is visible.
+    is visible. Names: see `named_videos`; classes: every label of the samples of a video.
 
     wanted: function of (sample, region); default every region of a video whose label is neither
     empty nor Normal."""
     wanted = wanted or _in_labelled_video
+    clips = [s for s in samples if s.kind == "video"]
+    names = named_videos(s.media for s in clips)
     spans, labels = {}, {}
-    for s in samples:
-        if s.kind != "video":
-            continue
-        name = video_name(s.media)
+    for s in clips:
+        name = names[str(s.media)]
         tracks = [v for r in s.regions if wanted(s, r) for v in visible_spans(r.keyframes)]
         spans.setdefault(name, []).extend((v[0].frame, v[-1].frame) for v in tracks)
-        labels[name] = s.label if s.label not in ("", "Normal") else "event"
+        own = labels.setdefault(name, [])
+        if tracks and s.label not in ("", "Normal", *own):
+            own.append(s.label)
     return {
-        n: AnomalyVideo(n, (labels[n],) if own else (), joined_spans(own))
+        n: AnomalyVideo(n, tuple(labels[n] or ["event"]) if own else (), joined_spans(own))
         for n, own in spans.items()
     }

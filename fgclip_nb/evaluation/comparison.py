@@ -6,12 +6,13 @@
 __all__ = ['compare_evaluations']
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #32bd9a64
-import glob
+import glob, re
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.plain import literal
 from fgclip_nb.evaluation.ranking import bootstrap_means, percentile_interval
+from fgclip_nb.evaluation.result_folder import ASIDE
 from fgclip_nb.evaluation.results import load_evaluation
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #ded7c26a
@@ -100,19 +101,23 @@ def plot_paired(paired, names=("first", "second")):
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #f1c9ecd1
 def _evaluation_name(folder, evaluation):
-    "A run's name, `baseline <model>`, or the folder's own."
+    "A run's name, `run (evaluation-2)`, `baseline <model>`, or the folder's own."
     if folder.name == "baseline":
         return f"baseline {Path(evaluation.manifest['model']).name}"
+    if re.fullmatch("evaluation-[0-9]+", folder.name):
+        return f"{folder.parent.name} ({folder.name})"
     return folder.parent.name if folder.name == "evaluation" else folder.name
 
 
 def load_evaluations(*where):
     """name -> `Evaluation` in and below folders, or folders that match patterns.
 
-    Baselines come after the models they belong to."""
+    A run that was evaluated more than once has each of them, by the folder. Baselines come after
+    the models they belong to."""
     evaluations, seen = {}, set()
     paths = [Path(p) for place in where for p in sorted(glob.glob(str(place)))]
-    folders = dict.fromkeys(f.parent for p in paths for f in sorted(p.rglob("evaluation.json")))
+    files = [f for p in paths for f in sorted(p.rglob("evaluation.json"))]
+    folders = dict.fromkeys(f.parent for f in files if f.parent.name != ASIDE)
     for folder in sorted(folders, key=lambda f: f.name == "baseline"):
         e = load_evaluation(folder)
         name = _evaluation_name(folder, e)

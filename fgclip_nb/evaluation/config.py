@@ -6,14 +6,16 @@
 __all__ = ['EvaluateConfig', 'evaluate_config']
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #efcb5874
-import hashlib, json
+import hashlib, json, os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from fgclip_nb.core.identity import ConfigError, project_root
+from fgclip_nb.core.identity import ConfigError, project_root, sha256_file
 from fgclip_nb.core.folder import resolve_path
 from fgclip_nb.core.params import check_names, check_values, nearest, param
+from fgclip_nb.data.frame_cache import fingerprint
 from fgclip_nb.evaluation.tasks import TASKS
-from fgclip_nb.evaluation.annotations import MEDIA_SUFFIXES, read_frame_counts, read_scores
+from fgclip_nb.evaluation.video_names import MEDIA_SUFFIXES, named_videos
+from fgclip_nb.evaluation.annotations import read_frame_counts, read_scores
 from fgclip_nb.evaluation.anomaly import anomaly_scores, track_annotations
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #1d9eabfa
@@ -106,9 +108,41 @@ def evaluate_config(params):
     check_names(params, [f.name for f in fields(EvaluateConfig)])
     return EvaluateConfig(**params)
 
+# %% ../../nbs/7_evaluation/15_config.ipynb #15d60002
+def torch_device(name) -> str:
+    "The device to compute on, empty for CUDA where there is one; `ConfigError` for one that fails."
+    import torch
+
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = str(e).split("\n")[0].split(". ")[0]
+        raise ConfigError(
+            f"parameter `device` = {name!r:.60}: torch has no such device here ({why:.200}); "
+            "use cpu or cuda, or leave it empty"
+        ) from e
+    return name
+
 # %% ../../nbs/7_evaluation/15_config.ipynb #65fbba52
+NO_ANSWER = ("output", "device", "batch_size")  # parameters that change no score
+
+
+def asked_parameters(cfg) -> dict:
+    "The parameters that a score depends on; a path as it is from everywhere."
+    kept = {k: v for k, v in asdict(cfg).items() if k not in NO_ANSWER}
+    return {k: _from_everywhere(v) for k, v in kept.items()}
+
+
+def _from_everywhere(value):
+    if isinstance(value, str) and value and resolve_path(value).exists():
+        return str(resolve_path(value).resolve())
+    return value
+
+
 def evaluation_folder(cfg):
-    """Where the results go.
+    """Where the results go, as long as no other evaluation lies there.
 
     `output`, else `evaluation` inside the run folder that holds the model, else
     runs/evaluate-<hash of the parameters>."""
@@ -117,7 +151,7 @@ def evaluation_folder(cfg):
     model = resolve_path(cfg.model)
     if (model / "checkpoints").is_dir():
         return model / "evaluation"
-    kept = {k: v for k, v in asdict(cfg).items() if k not in ("output", "device", "batch_size")}
+    kept = {k: v for k, v in asdict(cfg).items() if k not in NO_ANSWER}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return project_root() / "runs" / f"evaluate-{digest[:10]}"
 
@@ -142,21 +176,50 @@ def _videos_of(cfg, samples):
     return videos
 
 
+def _by_whole_path(paths, named):
+    "{whole path: value} of {name: value} whose names are those of `named_videos(paths)`."
+    whole = {name: os.path.abspath(path) for path, name in named_videos(paths).items()}
+    return {whole[name]: value for name, value in named.items()}
+
+
 def anomaly_input(cfg, encoder, samples):
     """Parameters -> (scores, annotation, frame counts) for `frame_auc`.
 
-    Raises `ConfigError` when there are neither scores nor videos."""
+    Videos have their whole paths for names, so that folders can tell two of one name apart. Raises
+    `ConfigError` when there are neither scores nor videos."""
     annotation = _place(cfg.annotations)
     if cfg.annotations == "tracks":
-        annotation = track_annotations(samples, cfg.event())
+        media = [s.media for s in samples if s.kind == "video"]
+        annotation = _by_whole_path(media, track_annotations(samples, cfg.event()))
     if cfg.scores:
         counts = read_frame_counts(_place(cfg.frame_counts))
         return read_scores(_place(cfg.scores)), annotation, counts
+    videos = _videos_of(cfg, samples)
     scores, frames = anomaly_scores(
-        encoder,
-        _videos_of(cfg, samples),
-        _place(cfg.prompts),
-        cfg.every,
-        cache=_place(cfg.feature_cache),
+        encoder, videos, _place(cfg.prompts), cfg.every, cache=_place(cfg.feature_cache)
     )
-    return scores, annotation, frames
+    return _by_whole_path(videos, scores), annotation, _by_whole_path(videos, frames)
+
+# %% ../../nbs/7_evaluation/15_config.ipynb #15d60005
+def _digest(parts) -> str:
+    "Twelve hex digits of texts."
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _content(path) -> str:
+    "`_digest` of a file, or of the npy files of a folder with their places."
+    files = [path] if path.is_file() else sorted(path.rglob("*.npy"))
+    return _digest(f"{f.relative_to(path)} {sha256_file(f)}" for f in files)
+
+
+def anomaly_sources(cfg, samples) -> dict:
+    "What the anomaly part reads, by parameter: content of files, and fingerprints of the videos."
+    if not cfg.annotations:
+        return {}
+    named = [k for k in ("annotations", "scores", "prompts", "frame_counts") if getattr(cfg, k)]
+    places = {k: _place(getattr(cfg, k)) for k in named}
+    sources = {k: _content(place) for k, place in places.items() if place.exists()}
+    if not cfg.scores:
+        videos = [f"{p.name} {fingerprint(p)}" for p in _videos_of(cfg, samples)]
+        sources["videos"] = _digest(videos)
+    return sources

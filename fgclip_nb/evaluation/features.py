@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
-from fgclip_nb.core.folder import model_folder, read_json, write_atomic
+from fgclip_nb.core.folder import read_json, write_atomic
+from fgclip_nb.core.weights import with_weights
 from fgclip_nb.evaluation.views import reads_patches
 from fgclip_nb.evaluation.encoder import is_clip, media_of
 from fgclip_nb.evaluation.captions import as_encoder, captions_of
@@ -118,6 +119,22 @@ def pick_rows(table, keys):
     features = [table[keys[i]] for i in places] or np.zeros((0, 0))
     return np.array(features, dtype=np.float32), np.array(places, dtype=np.int64)
 
+# %% ../../nbs/7_evaluation/07_features.ipynb #7f060002
+def need_a_fit(folder, table, keys):
+    "`DataError` where a folder has features, and none under any of the `keys` asked for."
+    if table and keys and not any(k in table for k in keys):
+        there, wanted = (_key_text(next(iter(x))) for x in (table, keys))
+        raise DataError(
+            f"{folder}: none of its {len(table)} names is one of the {len(keys)} asked for; there, "
+            f"for example: {there}; asked for: {wanted}. Photos are found by file name, regions by "
+            "file name and box or by id"
+        )
+
+
+def _key_text(key):
+    "A name, or the parts of a region's key, as text."
+    return repr(key if isinstance(key, str) else " ".join(map(str, key)))[:120]
+
 # %% ../../nbs/7_evaluation/07_features.ipynb #686dc9e6
 class CachedFeatures:
     """Stands in for an `Encoder`, with features from a folder.
@@ -144,8 +161,12 @@ class CachedFeatures:
             )
 
     def images(self, items):
-        "(float32 (k,D), rows (k,) int64) of the photos and clips that have a feature."
-        return pick_rows(self._images, [item_name(x) for x in items])
+        """(float32 (k,D), rows (k,) int64) of the photos and clips that have a feature.
+
+        Raises `DataError` where there are features, and none of these names is among them."""
+        names = [item_name(x) for x in items]
+        need_a_fit(self.folder, self._images, names)
+        return pick_rows(self._images, names)
 
     def texts(self, texts, long=False, phrase=False):
         """Features of `texts`, float32 (T,D); `DataError` when one is missing.
@@ -169,6 +190,7 @@ class CachedFeatures:
             for i, (item, own) in enumerate(zip(items, boxes))
             for box in own
         ]
+        need_a_fit(self.folder, self._regions, [k for _, k in keys])
         features, rows = pick_rows(self._regions, [k for _, k in keys])
         return features, np.array([keys[r][0] for r in rows], dtype=np.int64), rows
 
@@ -255,11 +277,11 @@ def random_model(name):
 def load_model(source):
     """A model, or cached features, by name.
 
-    source: a run folder (its best checkpoint, the log says which), a checkpoint folder of this
-    package or of official FG-CLIP or FG-CLIP 2, a folder or hub id of CLIP, SigLIP, Chinese-CLIP
-    (with its own tokenizer) in transformers' form, a file of OpenAI or open_clip, a folder with
-    image_features.npy, or the name of a preset (random weights, with a warning). Otherwise raises
-    `DataError`."""
+    source: a run folder (its best checkpoint, the log says which; it may be training), a checkpoint
+    folder of this package or of official FG-CLIP or FG-CLIP 2, a folder or hub id of CLIP, SigLIP,
+    Chinese-CLIP (with its own tokenizer) in transformers' form, a file of OpenAI or open_clip, a
+    folder with image_features.npy, or the name of a preset (random weights, with a warning).
+    Otherwise raises `DataError`."""
     from fgclip_nb.model.foreign import WITH_TOKENIZER, foreign_model
     from fgclip_nb.model.opening import NAMES, kind_of, open_model
 
@@ -267,8 +289,11 @@ def load_model(source):
     features = [path / f"{kind}_features.npy" for kind in ("image", "region")]
     if path.is_dir() and any(f.is_file() for f in features):
         return CachedFeatures(path)
-    path = model_folder(path)
     if not path.exists() and str(source) in NAMES:
         return random_model(str(source))
-    name = str(path if path.exists() else source)
-    return foreign_model(name) if kind_of(name) in WITH_TOKENIZER else open_model(name)
+
+    def load(folder):
+        name = str(folder if folder.exists() else source)
+        return foreign_model(name) if kind_of(name) in WITH_TOKENIZER else open_model(name)
+
+    return with_weights(path, load)

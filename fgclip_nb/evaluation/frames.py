@@ -117,6 +117,26 @@ def frame_figures(videos, threshold):
         "annotated_frames_cut": sum(v.cut for v in videos),
     }
 
+# %% ../../nbs/7_evaluation/11_frames.ipynb #11f0d001
+def _begin(names):
+    "The first three names of a list, shortened."
+    return [name[-80:] for name in names[:3]]
+
+
+def tell_left_out(rejects, missing, scored):
+    "Lines in the log: rejected entries of an annotation, and annotated videos without scores."
+    log = logging.getLogger("fgclip_nb")
+    if rejects:
+        log.warning(
+            "entries of the annotation that are left out: %d, e.g. %s: %s",
+            *(len(rejects), rejects[0].entry[-80:], rejects[0].reason),
+        )
+    if missing:
+        log.warning(
+            "%d of %d annotated videos have no scores, e.g. %s",
+            *(len(missing), len(missing) + scored, missing[0][-80:]),
+        )
+
 # %% ../../nbs/7_evaluation/11_frames.ipynb #36db803d
 def frame_auc(
     scores,
@@ -131,9 +151,10 @@ def frame_auc(
     """Frame-level ROC AUC and AP of any method's scores.
 
     scores: {video: per-frame or per-segment scores} (or what `read_scores` takes), names with or
-    without suffix; annotation_file: UCF-Crime or XD-Violence test labels, or {name: AnomalyVideo};
-    frames: frame counts (`read_frame_counts`); segment, smoothing: see `to_frames`, `smooth`;
-    threshold: for the false-alarm rate; repeats: draws behind the intervals, 0 for none.
+    without suffix and folder, see `pair_names`; annotation_file: UCF-Crime or XD-Violence test
+    labels, or {name: AnomalyVideo}; frames: frame counts (`read_frame_counts`); segment,
+    smoothing: see `to_frames`, `smooth`; threshold: for the false-alarm rate; repeats: draws
+    behind the intervals, 0 for none.
     Returns auc, ap, their interval (videos resampled), auc_anomalous (anomalous videos only),
     per_class, false_alarm_rate (share of the frames of normal videos at or over the threshold),
     denominators, missing, unannotated and rejects. A figure that needs two classes is None with
@@ -143,17 +164,12 @@ def frame_auc(
     )
     if not videos:
         where = "the annotation" if isinstance(annotation_file, dict) else annotation_file
+        why = f"; {rejects[0].entry}: {rejects[0].reason}" if rejects else ""
         raise DataError(
-            f"{where}: none of the scored videos has a usable line; "
-            f"scored: {extra[:3]}, rejects: {len(rejects)}"
+            f"{where}: none of the scored videos has a usable line; scored: "
+            f"{_begin(extra)}, annotated: {_begin(missing)}, rejects: {len(rejects)}{why}"
         )
-    if missing:
-        logging.getLogger("fgclip_nb").warning(
-            "%d of %d annotated videos have no scores, e.g. %s",
-            len(missing),
-            len(missing) + len(videos),
-            missing[0],
-        )
+    tell_left_out(rejects, missing, len(videos))
     curves = WeightedCurves(videos)
     return frame_figures(videos, threshold) | {
         "interval": video_bootstrap(videos, curves, repeats, seed) if repeats else {},

@@ -10,25 +10,71 @@ import copy
 from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
-from fgclip_nb.evaluation.annotations import video_name
+from fgclip_nb.evaluation.video_names import VideoNames, video_path
+from fgclip_nb.evaluation.annotations import video_names
 from fgclip_nb.evaluation.frames import frame_auc
+
+# %% ../../nbs/7_evaluation/12_heads.ipynb #12d60001
+def as_numbers(what, values):
+    "float32 array of finite numbers; `DataError`, which begins with `what`, for anything else."
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as e:
+        raise DataError(f"{what}: expected finite numbers, got rows of different lengths") from e
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{what}: expected finite numbers, got {array.dtype} {array.shape}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise DataError(f"{what}: expected finite numbers, got NaN, Inf or beyond float32")
+    return array
+
+
+AXES = {2: "(segments, D)", 4: "(channels, segments, rows, columns)"}
+
+
+def checked_features(name, features, dims=2, like=None):
+    """Features of a video as a float32 tensor of `dims` axes, see AXES.
+
+    like: (name, features) of another video that all but the number of segments must agree with.
+    Raises `DataError` for features of another kind or shape."""
+    import torch
+
+    what = f"features of {str(name)[-80:]}"
+    x = torch.from_numpy(as_numbers(what, features))
+    if x.ndim != dims or 0 in x.shape:
+        raise DataError(f"{what}: expected {AXES[dims]}, got shape {tuple(x.shape)}")
+    segments = AXES[dims].strip("(").split(", ").index("segments")
+    if like is not None and x.shape != _resized(like[1].shape, segments, x):
+        raise DataError(
+            f"{what}: shape {tuple(x.shape)}, and those of {like[0][-80:]} have "
+            f"{tuple(like[1].shape)}: all videos need features {AXES[dims]} of one model"
+        )
+    return x
+
+
+def _resized(shape, axis, other):
+    "A shape with the length that `other` has along one axis."
+    return (*shape[:axis], other.shape[axis], *shape[axis + 1 :])
 
 # %% ../../nbs/7_evaluation/12_heads.ipynb #7e3142e9
 def bags_of(videos):
     """{name: (features (S,D), label)} -> names, float32 tensors (S,D), labels (n,) float.
 
-    label: truthy and not 'Normal' = anomalous. Raises `DataError` for features of another shape, or
-    with NaN or Inf."""
+    label: truthy and not 'Normal' = anomalous. Raises `DataError` for features of another shape or
+    kind, of different widths, or with NaN or Inf."""
     import torch
 
     names = sorted(videos)
-    features = [torch.as_tensor(np.asarray(videos[n][0]), dtype=torch.float32) for n in names]
-    for n, f in zip(names, features):
-        if f.ndim != 2 or not len(f) or not torch.isfinite(f).all():
-            raise DataError(
-                f"features of {n}: expected finite (segments, D), "
-                f"got shape {np.shape(videos[n][0])}"
-            )
+    features, like = [], None
+    for n in names:
+        if not isinstance(videos[n], (tuple, list)) or len(videos[n]) != 2:
+            kind = type(videos[n]).__name__
+            raise DataError(f"{str(n)[-80:]}: expected (features, label), got {kind}")
+        features.append(checked_features(n, videos[n][0], like=like))
+        like = like or (n, features[0])
     labels = torch.tensor([float(bool(videos[n][1]) and videos[n][1] != "Normal") for n in names])
     return names, features, labels
 
@@ -119,16 +165,21 @@ def seed_spread(values):
 class AnomalyHeads:
     """Trained heads, one per seed.
 
-    fits: what `fit_head` returns; seen: names of all videos that trained or chose them."""
+    fits: what `fit_head` returns; seen: names of all videos that trained or chose them; dims, like:
+    what features must be, see `checked_features`."""
 
     fits: list
     seen: set
+    dims: int = 2
+    like: tuple | None = None
 
     def scores(self, features):
-        "{name: (S,D)} -> per seed {name: probabilities (S,)}."
+        """{name: (S,D)} -> per seed {name: probabilities (S,)}.
+
+        Raises `DataError` for features of another kind than the heads were trained on."""
         import torch
 
-        x = {n: torch.as_tensor(np.asarray(f), dtype=torch.float32) for n, f in features.items()}
+        x = {n: checked_features(n, f, self.dims, self.like) for n, f in features.items()}
         with torch.no_grad():
             return [
                 {n: torch.sigmoid(fit["head"](f)).squeeze(-1).numpy() for n, f in x.items()}
@@ -141,7 +192,8 @@ class AnomalyHeads:
 
         features: {name: (S,D)}; options: those of `frame_auc`. Raises `DataError` for a video that
         was used for training or selection."""
-        leaked = {video_name(n) for n in features} & self.seen
+        seen = VideoNames(self.seen)
+        leaked = [n for n in features if seen.twin(video_path(n))]
         if leaked:
             raise DataError(
                 f"{len(leaked)} test videos were used for training or selection, "
@@ -170,12 +222,12 @@ def distinct_seeds(seeds) -> list:
 
 
 def seen_videos(train_names, val_names) -> set:
-    "Bare names of the videos of both splits; `DataError` for a video that stands in both."
-    train, val = ({video_name(n) for n in names} for names in (train_names, val_names))
-    both = train & val
+    "Paths of the videos of both splits; `DataError` for one that stands in both, or twice in one."
+    train, val = (video_names(n, part) for n, part in ((train_names, "train"), (val_names, "val")))
+    both = sorted(path for path in val.whole if train.twin(path))
     if both:
-        raise DataError(f"{len(both)} videos stand in train and in val, e.g. {sorted(both)[0]}")
-    return train | val
+        raise DataError(f"{len(both)} videos stand in train and in val, e.g. {both[0][-80:]}")
+    return train.whole.keys() | val.whole.keys()
 
 # %% ../../nbs/7_evaluation/12_heads.ipynb #287668c6
 def fit_heads(
@@ -193,10 +245,14 @@ def fit_heads(
 
     Each seed's step is chosen on `val`. label: class name or bool; `Normal` and False are normal.
     top_k: the top S/top_k segments make a video's score. Raises `ConfigError` for fewer than three
-    seeds, `DataError` for a video in both splits or a split with one class only."""
+    seeds, `DataError` for a video in both splits, a split with one class only, or features that are
+    not finite numbers (S,D) of one width."""
     seeds = distinct_seeds(seeds)
     names, features, labels = zip(*(bags_of(v) for v in (train, val)))
     seen = seen_videos(*names)
+    like = next(((n[0], f[0]) for n, f in zip(names, features) if n), None)
+    for n, f in zip(names[1], features[1]):
+        checked_features(n, f, like=like)
     for name, y in zip(("train", "val"), labels):
         if len(y.unique()) < 2:
             raise DataError(
@@ -206,4 +262,4 @@ def fit_heads(
     fits = [
         fit_head(*bags, seed, steps, batch, top_k, hidden, learning_rate, every) for seed in seeds
     ]
-    return AnomalyHeads(fits, seen)
+    return AnomalyHeads(fits, seen, like=like)

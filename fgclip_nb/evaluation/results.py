@@ -26,6 +26,7 @@ from fgclip_nb.evaluation.label_files import list_file, read_labels, read_templa
 from fgclip_nb.evaluation.tasks import TASKS, Settings
 from fgclip_nb.evaluation.features import load_model
 from fgclip_nb.evaluation.held_out import read_evaluation_samples
+from fgclip_nb.evaluation.result_folder import asked, claimed_folder, replaced_wholly
 
 # %% ../../nbs/7_evaluation/08_results.ipynb #cb0cee66
 def _is_score(name, table):
@@ -207,15 +208,16 @@ def _ranked_from(frame, task):
         detail={"margin": frame["margin"].to_numpy()},
     )
 
-# %% ../../nbs/7_evaluation/08_results.ipynb #a80c7d0e
-def save_evaluation(evaluation, folder, dataset=""):
-    """Write an `Evaluation` into `folder` (made if needed). Returns the folder.
+# %% ../../nbs/7_evaluation/08_results.ipynb #8bd60000
+def _whole(evaluation):
+    "Content of evaluation.json."
+    return {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
 
-    evaluation.json, evaluation.csv, items.csv, clip_benchmark/*.json."""
-    folder = Path(folder)
+
+def _write_evaluation(evaluation, folder, dataset):
+    "The files of an `Evaluation`, into a folder."
     (folder / "clip_benchmark").mkdir(parents=True, exist_ok=True)
-    whole = {k: getattr(evaluation, k) for k in ("manifest", "results", "unreadable", "rejects")}
-    text = json.dumps(whole, indent=1, ensure_ascii=False, default=float) + "\n"
+    text = json.dumps(_whole(evaluation), indent=1, ensure_ascii=False, default=float) + "\n"
     write_atomic(folder / "evaluation.json", text)
     write_atomic(folder / "evaluation.csv", csv_text(evaluation.table()))
     write_atomic(folder / "items.csv", csv_text(_items_frame(evaluation.items)))
@@ -223,7 +225,23 @@ def save_evaluation(evaluation, folder, dataset=""):
     files = benchmark_files(evaluation.results, name, weights[:12], dataset or "data")
     for file, entry in files.items():
         write_atomic(folder / "clip_benchmark" / file, json.dumps(entry, indent=1) + "\n")
-    return folder
+
+# %% ../../nbs/7_evaluation/08_results.ipynb #a80c7d0e
+def save_evaluation(evaluation, folder, dataset="", baseline=None, paired=None):
+    """Write an `Evaluation` into `folder`, or into folder-2, … where that holds another one.
+
+    Returns the folder, which then holds evaluation.json, evaluation.csv, items.csv and
+    clip_benchmark/*.json of this evaluation and nothing of an earlier one. The same one (data,
+    parameters, tasks, weights, baseline) is replaced. baseline: the `Evaluation` that it was
+    compared with, into baseline/; paired: their table (`compare_evaluations`), into paired.csv."""
+    question = asked(_whole(evaluation), baseline and _whole(baseline))
+    with claimed_folder(folder, question) as place, replaced_wholly(place) as aside:
+        _write_evaluation(evaluation, aside, dataset)
+        if baseline:
+            _write_evaluation(baseline, aside / "baseline", dataset)
+        if paired is not None:
+            write_atomic(aside / "paired.csv", csv_text(paired))
+    return place
 
 
 def load_evaluation(folder):

@@ -10,7 +10,13 @@ import copy
 import numpy as np
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.evaluation.frames import auc_and_ap
-from fgclip_nb.evaluation.heads import AnomalyHeads, distinct_seeds, seen_videos
+from fgclip_nb.evaluation.heads import (
+    AnomalyHeads,
+    as_numbers,
+    checked_features,
+    distinct_seeds,
+    seen_videos,
+)
 
 # %% ../../nbs/7_evaluation/12a_temporal_heads.ipynb #d4a10006
 def motion_maps(features, rows: int, columns: int):
@@ -18,7 +24,7 @@ def motion_maps(features, rows: int, columns: int):
 
     First: distance of each place from its median over time; second: from the segment before; then a
     map per row that is 1 there. The places lie row by row. Raises `DataError` for another shape."""
-    features = np.asarray(features, np.float32)
+    features = as_numbers("features of a clip", features)
     if features.ndim != 3 or features.shape[1] != rows * columns or not len(features):
         raise DataError(
             f"features of a clip: expected (segments, {rows} x {columns} places, D), "
@@ -43,6 +49,15 @@ def segment_labels(video, segments: int, every: int):
     middle = np.arange(segments) * every + every // 2
     inside = [(first <= middle) & (middle <= last) for first, last in video.spans]
     return np.any(inside, axis=0) if inside else np.zeros(segments, bool)
+
+# %% ../../nbs/7_evaluation/12a_temporal_heads.ipynb #12a60001
+def checked_labels(name, labels, maps):
+    "float32 (S,) of the labels of a clip's maps (C,S,rows,columns); `DataError` for others."
+    what = f"labels of {str(name)[-80:]}"
+    values = as_numbers(what, labels)
+    if values.shape != (maps.shape[1],):
+        raise DataError(f"{what}: expected ({maps.shape[1]},), one a segment, got {values.shape}")
+    return values
 
 # %% ../../nbs/7_evaluation/12a_temporal_heads.ipynb #d4a10013
 def temporal_head(channels: int, reach: int, hidden: int):
@@ -127,15 +142,19 @@ def fit_temporal_heads(
     Returns `AnomalyHeads`, whose `scores` and `report` take {name: maps}. Each seed's step is
     chosen on `val`. maps: see `motion_maps`; window: segments of a clip that a step sees; reach:
     segments to each side that each of three layers looks at. Raises `ConfigError` for fewer than
-    three seeds, `DataError` for a video in both splits or segments of one class in a split."""
+    three seeds, `DataError` for a video in both splits, segments of one class in a split, maps of
+    different shapes, or not a label per segment."""
     import torch
 
     seeds = distinct_seeds(seeds)
     seen = seen_videos(train, val)
-    parts = []
+    parts, like = [], None
     for title, videos in (("train", train), ("val", val)):
-        clips = [torch.as_tensor(videos[n][0], dtype=torch.float32) for n in sorted(videos)]
-        labels = [torch.as_tensor(videos[n][1], dtype=torch.float32) for n in sorted(videos)]
+        clips, labels = [], []
+        for n in sorted(videos):
+            clips.append(checked_features(n, videos[n][0], 4, like))
+            like = like or (n, clips[0])
+            labels.append(torch.from_numpy(checked_labels(n, videos[n][1], clips[-1])))
         if not labels or len(torch.cat(labels).unique()) < 2:
             raise DataError(f"{title}: segments of both classes are needed")
         parts.append((clips, labels))
@@ -143,4 +162,4 @@ def fit_temporal_heads(
         fit_temporal_head(*parts, seed, steps, batch, window, reach, hidden, learning_rate, every)
         for seed in seeds
     ]
-    return AnomalyHeads(fits, seen)
+    return AnomalyHeads(fits, seen, 4, like)

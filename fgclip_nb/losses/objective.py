@@ -15,6 +15,7 @@ from fgclip_nb.losses.processes import all_counts, gather_rows, world_size
 from fgclip_nb.losses.bank import VECTORS, MemoryBank, Pushed
 from fgclip_nb.losses.terms import LossTerm
 from fgclip_nb.losses.table import TERMS, loss_term, row_names, term_of
+from fgclip_nb.losses.calling import losses_of
 from fgclip_nb.losses.contrast import global_loss, hard_negative_loss, region_loss
 from fgclip_nb.losses.sigmoid import fitting_bias, sigmoid_chance, sigmoid_loss
 from fgclip_nb.losses.spread import NEIGHBOURS, spread_loss
@@ -304,23 +305,6 @@ def gather_ids(ids: BatchIds) -> BatchIds:
     parts = gather_named({name: getattr(ids, name) for name in ID_FIELDS})
     return merge_ids([BatchIds(**part) for part in parts])
 
-# %% ../../nbs/5_losses/06_objective.ipynb #9bb4268f
-def named_losses(name: str, made) -> dict:
-    "What the function of the term `name` returned, as a dict from `loss_…` to `LossTerm`."
-    if made is None:
-        return {}
-    if isinstance(made, dict):
-        parts = {f"{name}_{part}": x for part, x in made.items()}
-        return {k: t for part, x in parts.items() for k, t in named_losses(part, x).items()}
-    if isinstance(made, Tensor) and made.ndim == 0:
-        made = LossTerm.of(made)
-    if not isinstance(made, LossTerm):
-        raise TypeError(
-            f"the loss term `{name}` returned a {type(made).__name__}: return a LossTerm, a loss "
-            "(a tensor without dimensions), a dict of these by part, or None"
-        )
-    return {f"loss_{name}": made}
-
 # %% ../../nbs/5_losses/06_objective.ipynb #06a93ba1
 def compute_losses(
     features: dict,
@@ -339,7 +323,7 @@ def compute_losses(
     without a row on any process is absent. In several processes rows and identities are gathered
     first: every process must call, all get the same values, and averaging the parameter gradients
     over processes gives the gradient of the undivided batch. The bank is read only; see
-    `push_regions`."""
+    `push_regions`. Raises `ConfigError` for a mistake of a user's term, which it names."""
     offered = dict(
         features=gather_features(features),
         batch=gather_ids(batch_ids(batch, features["image_features"].device)),
@@ -352,7 +336,7 @@ def compute_losses(
     for term in TERMS.values():
         if term.takes_part(cfg):
             state = states.setdefault(term.name, {}) if "state" in term.asks else None
-            terms |= named_losses(term.name, term(offered | dict(state=state)))
+            terms |= losses_of(term, offered | dict(state=state))
     return {name: term for name, term in terms.items() if term.rows}
 
 # %% ../../nbs/5_losses/06_objective.ipynb #cdb1805c

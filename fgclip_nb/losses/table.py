@@ -6,11 +6,12 @@
 __all__ = ['loss_term']
 
 # %% ../../nbs/5_losses/02a_table.ipynb #65e81ffb
-import inspect
+import dataclasses, inspect
 from dataclasses import dataclass
 from fgclip_nb.core.identity import ConfigError
-from fgclip_nb.core.params import nearest
-from fgclip_nb.core.config import declare_parameter, known_parameters
+from fgclip_nb.core.own_code import check_free, place_of, same_code
+from fgclip_nb.core.params import nearest, short
+from fgclip_nb.core.config import OWN_NAMES, LossParams, declare_parameter, known_parameters
 
 # %% ../../nbs/5_losses/02a_table.ipynb #b045b843
 OFFERED = dict(
@@ -29,7 +30,10 @@ def asked_for(compute) -> tuple:
 
     Another argument without a default raises `TypeError`."""
     arguments = inspect.signature(compute).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for a in arguments:
+        if a.kind not in named:
+            raise TypeError(f"{compute.__name__} takes `{a}`: ask by name for what it needs")
         if a.name not in OFFERED and a.default is a.empty:
             raise TypeError(
                 f"{compute.__name__} asks for `{a.name}`{nearest(a.name, OFFERED)}; "
@@ -78,12 +82,39 @@ def check_name(name: str, compute):
     "Raise `ConfigError` for the name of a term that is no word, or another function's already."
     if not name.isidentifier() or name.endswith("_in_batch"):
         raise ConfigError(f"a loss term cannot be called {name!r}: give it a name like `dense`")
-    known = TERMS.get(name)
-    if known and known.compute.__qualname__ != compute.__qualname__:
+    check_free("loss term", name, TERMS[name].compute if name in TERMS else None, compute)
+
+
+def is_weight(name: str) -> bool:
+    "Whether a parameter weighs a loss: one of core's `..._weight`, or one that was declared."
+    known = {f.name for f in dataclasses.fields(LossParams)}
+    return name in known and (name.endswith("_weight") or name not in OWN_NAMES)
+
+
+def declare_weight(name: str, compute, weight: str, default, range, help):
+    """Declare the parameter `weight` of the term `name`, with its default, range and help.
+
+    Raises `ConfigError`, which names the term, for what is no number in a range, and for a weight
+    that another term has declared otherwise."""
+    numbers = [default, *range]
+    if not all(isinstance(x, (int, float)) for x in numbers) or len(numbers) != 3:
         raise ConfigError(
-            f"the loss term `{name}` is {known.compute.__module__}.{known.compute.__qualname__} "
-            "already: choose another name"
+            f"the loss term `{name}` needs a number as `default` and two as `range`, not "
+            f"{short(default)} and {short(range)}"
         )
+    if not range[0] <= default <= range[1]:
+        raise ConfigError(
+            f"the loss term `{name}`: the default {short(default)} of `{weight}` is outside its "
+            f"range {short(list(range))}"
+        )
+    for term in TERMS.values():
+        if term.weight == weight and term.name != name and not same_code(term.compute, compute):
+            raise ConfigError(
+                f"`{weight}` is declared for the loss term `{term.name}` of "
+                f"{place_of(term.compute)} already: leave `default` out of `{name}` of "
+                f"{place_of(compute)} to share it, or choose another name"
+            )
+    declare_parameter(weight, default, help, *range)
 
 # %% ../../nbs/5_losses/02a_table.ipynb #6924a5eb
 def loss_term(
@@ -94,19 +125,21 @@ def loss_term(
     The function asks for what it needs by argument name (`OFFERED`) and returns a `LossTerm`, a
     plain loss (0-dim), a dict of parts by name, or None where the batch has nothing for it.
     weight: name of the parameter that weighs it, declared here when `default` is given (`range`
-    inclusive, `help` in words), else one that is declared already. rows, expected: see `Term`.
-    Raises `ConfigError` for a name that is taken or a weight that nobody declares."""
+    inclusive, `help` in words), else one that is declared already. rows (a name or several),
+    expected: see `Term`.
+    Raises `ConfigError` for a name that other code has taken, and for a weight that is none."""
 
     def register(compute):
         check_name(name, compute)
         if default is not None:
-            declare_parameter(weight, default, help, *range)
-        elif weight not in known_parameters():
+            declare_weight(name, compute, weight, default, range, help)
+        elif not is_weight(weight):
             raise ConfigError(
-                f"the loss term `{name}` has the weight `{weight}`, which is no parameter: "
-                "declare it with `default`, `range` and `help`"
+                f"the loss term `{name}` has the weight `{weight}`, which is no parameter that "
+                "weighs a loss: declare one with `default`, `range` and `help`"
             )
-        TERMS[name] = Term(name, weight, compute, asked_for(compute), tuple(rows), expected)
+        needed = (rows,) if isinstance(rows, str) else tuple(rows)
+        TERMS[name] = Term(name, weight, compute, asked_for(compute), needed, expected)
         return compute
 
     return register

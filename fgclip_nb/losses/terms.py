@@ -86,7 +86,8 @@ class LossTerm:
     candidates: offered to each row, masked ones included (hard negatives: mean over groups);
     candidates_in_batch: those of the batch. measures: (len(MEASURES),), detached.
     dropped: left out, rows without direction or groups with such a row or without a negative.
-    details: measures that this loss alone has, by name."""
+    details: measures that this loss alone has, by name. trains: whether a gradient leads from it
+    to the features."""
 
     loss: Tensor
     in_batch: Tensor
@@ -96,6 +97,7 @@ class LossTerm:
     measures: Tensor
     dropped: int = 0
     details: dict = field(default_factory=dict)
+    trains: bool = True
 
     chance = measure_property("chance")
     chance_in_batch = measure_property("chance_in_batch")
@@ -125,7 +127,7 @@ class LossTerm:
         counts = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("measures", "details")
+            if f.name not in ("measures", "details", "trains")
         }
         values = {k: float(torch.as_tensor(v).detach()) for k, v in (counts | self.details).items()}
         return {k: v for k, v in (values | self.values).items() if not math.isnan(v)}

@@ -9,6 +9,7 @@ __all__ = []
 import sys
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import Run
+from fgclip_nb.core.plain import plain_line
 from fgclip_nb.runs.comparison import Comparison, compare_runs, load_runs
 from fgclip_nb.runs.reproduction import reproduce
 from fgclip_nb.runs.sweeps import Sweep, parse_grid, sweep_folder
@@ -95,8 +96,8 @@ def main(argv) -> int:
     commands = dict(sweep=_sweep_command, compare=_compare_command, reproduce=_reproduce_command)
     try:
         return commands[a.what](a)
-    except (ConfigError, DataError) as e:
-        print(e, file=sys.stderr)
+    except (ConfigError, DataError, OSError) as e:
+        print(plain_line(f"error: {e}"), file=sys.stderr)
         return 2
 
 # %% ../../nbs/9_runs/99_command.ipynb #9def1b2b

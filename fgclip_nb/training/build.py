@@ -10,6 +10,7 @@ import dataclasses, math, os
 import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.folder import model_folder, resolve_path
+from fgclip_nb.core.weights import with_weights
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.model.layers import grid_positions
 from fgclip_nb.model.towers import SCALES
@@ -110,13 +111,35 @@ def weights_source(name: str):
     return model_folder(path) if os.path.exists(path) else name
 
 # %% ../../nbs/8_training/01_build.ipynb #8e81b839
+def second_at(folder) -> bool:
+    "`is_second` of a folder or file."
+    return is_second(str(folder))
+
+
 def recipe_by_name(cfg: TrainConfig) -> TrainConfig:
     "`settle_recipe` for a model that is not built yet; nothing is looked up where nothing is left."
     left = [cfg.losses == "auto", *(getattr(cfg, name) is None for name in FURTHER)]
     if not any(left):
         return cfg
-    source = cfg.model if cfg.model in NAMES else str(weights_source(cfg.model))
-    return settle_recipe(cfg, is_second(source, cfg.revision or None))
+    source = resolve_path(cfg.model)
+    if cfg.model in NAMES or not os.path.exists(source):
+        second = is_second(cfg.model, cfg.revision or None)
+    else:
+        second = with_weights(source, second_at)
+    return settle_recipe(cfg, second)
+
+# %% ../../nbs/8_training/01_build.ipynb #8b160002
+def opened_weights(cfg: TrainConfig):
+    "The model of `cfg.model` that is no preset; `weights_folder` is the path or name it came from."
+
+    def load(source):
+        asked = cfg.logit_scale_init, cfg.override_logit_scale
+        model = open_model(source, cfg.revision or None, *asked)
+        model.weights_folder = source
+        return model
+
+    path = resolve_path(cfg.model)
+    return with_weights(path, load) if os.path.exists(path) else load(cfg.model)
 
 # %% ../../nbs/8_training/01_build.ipynb #252ebf3f
 def build_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
@@ -127,8 +150,7 @@ def build_model(cfg: TrainConfig, log) -> FGCLIP | FGCLIP2:
     if cfg.model in NAMES:
         model = random_model(cfg, log)
     else:
-        asked = cfg.logit_scale_init, cfg.override_logit_scale
-        model = open_model(weights_source(cfg.model), cfg.revision or None, *asked)
+        model = opened_weights(cfg)
     if cfg.image_size:
         resize_positions_(model, cfg.image_size)
     if isinstance(model, FGCLIP2):

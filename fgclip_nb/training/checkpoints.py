@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #f4c7a5c2
-import json, os, re, shutil
+import contextlib, json, os, re, shutil
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,9 +47,15 @@ def load_optimizer_tensors(model, optimizer, tensors: dict):
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #e8d86015
 def term_tensors(states: dict) -> dict:
-    "What loss terms keep, {term: {name: tensor}}, as `term/name` -> tensor on the CPU."
+    """What loss terms keep, {term: {name: tensor or number}}, as `term/name` -> tensor on the CPU.
+
+    Copies: two names may hold one tensor, which no file can. Python's floats keep their digits."""
     return {
-        f"{term}/{name}": torch.as_tensor(x).detach().cpu().contiguous()
+        f"{term}/{name}": torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+        .detach()
+        .cpu()
+        .contiguous()
+        .clone()
         for term, kept in states.items()
         for name, x in kept.items()
     }
@@ -108,10 +114,13 @@ def _stamps(folder) -> tuple:
 
 def is_sound(folder) -> bool:
     "Whether a checkpoint has no fault; it is read again only when one of its files has changed."
-    stamps = _stamps(folder)
-    if stamps not in _faults:
-        _faults[stamps] = checkpoint_fault(folder)
-    return not _faults[stamps]
+    try:
+        stamps = _stamps(folder)
+        if stamps not in _faults:
+            _faults[stamps] = checkpoint_fault(folder)
+        return not _faults[stamps]
+    except FileNotFoundError:  # somebody removes it at this moment
+        return False
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #d83f0831
 def save_checkpoint(
@@ -128,7 +137,8 @@ def save_checkpoint(
     for left in root.glob(".aside_*"):
         shutil.rmtree(left, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        root.mkdir(exist_ok=True)
+        aside.mkdir()
         model.save_pretrained(aside)
         save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
         held = bank.state_dict() if bank is not None else {}
@@ -141,7 +151,8 @@ def save_checkpoint(
         _sync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
-        _faults[_stamps(final)] = ""
+        with contextlib.suppress(FileNotFoundError):  # where somebody removes it at once
+            _faults[_stamps(final)] = ""
         sync(root)
     except BaseException as e:
         shutil.rmtree(aside, ignore_errors=True)
@@ -235,9 +246,16 @@ def name_best(run_path, best: dict):
     write_atomic(file, json.dumps(dict(step=best["step"], folder=folder.name, **judged)) + "\n")
 
 # %% ../../nbs/8_training/03_checkpoints.ipynb #7d021db5
+def _remove(folder):
+    "Remove a folder, though somebody else removes it too."
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
 def prune_checkpoints(run_path, keep: int, best: int | None):
     "Remove all sound checkpoints but the newest `keep` and the one of step `best`."
     sound = [(step, folder) for step, folder in Run(run_path).checkpoints() if is_sound(folder)]
     for step, folder in sound[:-keep]:
         if step != best:
-            shutil.rmtree(folder)
+            _remove(folder)

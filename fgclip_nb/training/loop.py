@@ -19,7 +19,7 @@ from fgclip_nb.training.memory import explain_memory
 from fgclip_nb.training.step import begin_line, run_step, settle, shared_batches
 from fgclip_nb.training.validation import note_validation, validate
 from fgclip_nb.training.interruption import Interrupted, agree_to_stop, in_company, stop_signals
-from fgclip_nb.training.preparation import file_logger, open_folder, prepare
+from fgclip_nb.training.preparation import file_logger, keep_params, open_folder, prepare
 from fgclip_nb.training.progress import Progress
 from fgclip_nb.training.parent import end_with_parent, under_launcher
 from fgclip_nb.training.launcher import launch, leave_group, settle_processes, wait_for_the_first
@@ -145,7 +145,6 @@ def settled(run: Run, cfg: TrainConfig) -> bool:
         return False
     check_params(run.path, cfg)
     if goes_on(run.path, cfg):
-        (run.path / "finished.json").unlink(missing_ok=True)  # several processes come here
         return False
     conclude_late(run)
     steps = run.summary().get("steps", "all its")
@@ -166,6 +165,7 @@ def _train(cfg, accelerator, path, log, data):
     s = prepare(cfg, accelerator, path, log, data)
     restore(s)
     if s.is_main:
+        keep_params(path, cfg)
         announce(s, shown=data is not None)
     if s.is_main and s.recorder.board:
         s.recorder.board.start()
@@ -199,6 +199,11 @@ def train(cfg: TrainConfig, data: RunData | None = None) -> Run:
     log, handler = file_logger(path, accelerator.is_main_process)
     try:
         _train(cfg, accelerator, path, log, data)
+    except FileNotFoundError as e:
+        if path.exists():
+            raise
+        gone = f"{path} was moved or deleted while the run trained: it cannot go on there"
+        raise FileNotFoundError(e.errno, gone) from e
     finally:
         log.removeHandler(handler)
         handler.close()

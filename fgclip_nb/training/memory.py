@@ -8,6 +8,7 @@ __all__ = ['OutOfMemory']
 # %% ../../nbs/8_training/06_memory.ipynb #f2560f72
 import contextlib
 import torch
+from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.training.rundata import clip_frames, has_clips
 from fgclip_nb.training.state import TrainState
@@ -101,8 +102,8 @@ def explain_memory(s: TrainState, doing: str, step: int = 0, batches=()):
     The message says what was in the batches of `step` (0: no step) and what to lower first."""
     try:
         yield
-    except (RuntimeError, MemoryError) as e:
-        if not ran_out_of_memory(e):
+    except (RuntimeError, MemoryError, ConfigError) as e:  # the last: in a user's loss term
+        if not ran_out_of_memory(e) and not ran_out_of_memory(e.__cause__):
             raise
         held = _held_samples(step_names(s, step) if step else [])
         shapes = "".join(f"; {batch_shapes(b)}" for b in batches)

@@ -37,11 +37,18 @@ from fgclip_nb.training.validation import check_best_by
 GROWING = ("training.log", "metrics.jsonl", "timing.jsonl", "bad_steps.jsonl")
 
 
+def keep_params(path, cfg: TrainConfig):
+    "Write the parameters of the run in `path`, which is no longer finished."
+    write_atomic(path / "params.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False))
+    (path / "finished.json").unlink(missing_ok=True)
+
+
 def open_folder(cfg: TrainConfig, is_main: bool):
     """The run folder, created, locked and checked against the parameters: (path, lock).
 
-    Raises `ConfigError` where somebody else writes to it or it has other parameters. Processes
-    other than the first get no lock and write nothing."""
+    Raises `ConfigError` where somebody else writes to it or it has other parameters. The parameters
+    of a run that was begun stay until it goes on (`keep_params`). Processes other than the first
+    get no lock and write nothing."""
     path = run_folder(cfg)
     path.mkdir(parents=True, exist_ok=True)
     if not is_main:
@@ -50,7 +57,8 @@ def open_folder(cfg: TrainConfig, is_main: bool):
     for name in GROWING:
         check_ordinary(path / name)
     check_params(path, cfg)
-    write_atomic(path / "params.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False))
+    if not Run(path).begun:
+        keep_params(path, cfg)
     return path, lock
 
 # %% ../../nbs/8_training/10_preparation.ipynb #511a4678
@@ -105,7 +113,7 @@ def source_check(model, cfg) -> dict:
     temperatures. Empty for a preset or another kind of file."""
     if cfg.model in RANDOM_MODELS:
         return {}
-    source = weights_source(cfg.model)
+    source = getattr(model, "weights_folder", None) or weights_source(cfg.model)
     files = sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []
     own, compared, differ = model.state_dict(), 0, []
     for file in files:
@@ -161,10 +169,11 @@ def start_facts(s: TrainState) -> dict:
 def write_manifest(s: TrainState):
     """Write what the run started from.
 
-    A resumed run leaves that alone and adds to `resumed` the step and machine it goes on with."""
+    A resumed run leaves that alone and adds to `resumed` the step and machine it goes on with, and
+    the parameters that were changed."""
     before = Run(s.path).manifest() if s.step else {}
     if before:
-        part = dict(step=s.step, **machine_facts(s))
+        part = dict(step=s.step, **machine_facts(s), changed=s.changed)
         now = before | dict(resumed=before.get("resumed", []) + [part])
     else:
         now = start_facts(s)

@@ -9,6 +9,7 @@ __all__ = []
 import shutil
 from safetensors.torch import load_file
 from fgclip_nb.core.patience import patience_of
+from fgclip_nb.core.config import allowed_to_change, changed_between
 from fgclip_nb.core.identity import ConfigError, versions, weights_fingerprint
 from fgclip_nb.core.folder import Run, checkpoint_fault, checkpoint_state, get_logger, shown
 from fgclip_nb.diagnostics.numbers import whole_steps
@@ -125,7 +126,7 @@ def restore(s: TrainState):
     newest = usable_checkpoint(s)
     if newest:
         step, folder, state = newest
-        if state["data"] != s.data.fingerprint and "data" not in s.cfg.allow_changed.split(","):
+        if state["data"] != s.data.fingerprint and "data" not in allowed_to_change(s.cfg):
             raise ConfigError(
                 f"{folder} was trained on other data (fingerprint {state['data']}, now "
                 f"{s.data.fingerprint}): restore them, give another `output`, or name `data` in "
@@ -148,6 +149,9 @@ def restore(s: TrainState):
         s.log.info(
             f"resumed from {folder.name} ({s.total_steps - step} of {s.total_steps} steps to go)"
         )
+        s.changed = changed_between(state.get("params") or {}, s.cfg)
+        for name, (then, now) in s.changed.items():
+            s.log.info(f"parameter `{name}`: {then!r} up to step {step}, {now!r} from here on")
     if s.is_main:
         name_best(s.path, s.best)
         s.recorder.truncate(s.step)

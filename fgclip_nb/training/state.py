@@ -215,6 +215,7 @@ class TrainState:
     load_rejects: int = 0  # of those, how many could not be read
     term_states: dict = field(default_factory=dict)  # what loss terms keep between steps, by term
     best: dict = field(default_factory=dict)  # score and step of the best validation
+    changed: dict = field(default_factory=dict)  # parameters: (of the checkpoint, now)
     done: bool = False  # an early stop has ended the training before its last step
     signal_here: str = ""  # name of the signal that this process got, at any moment
     stop_signal: str = ""  # name of the signal that all processes stop for
