@@ -160,12 +160,16 @@ def text_batch_features(model, texts, context_length, long=False, phrase=False):
     long: by the path with 248 positions, where the model has one. phrase: texts of regions, which
     FG-CLIP 2 reads by its box walk."""
     from fgclip_nb.text.packing import tokenize
+    from fgclip_nb.text.vocabulary import check_rows
 
     if reads_patches(model):
         short = "phrase" if phrase else "caption"
         return piece_features(model, texts, WALKS["long" if long else short])
     if getattr(model, "tokenizer", None) is not None:
         return tokenizer_features(model, texts, context_length)
+    text_config = getattr(getattr(model, "config", None), "text_config", None)
+    if text_config is not None:
+        check_rows(text_config, type(model).__name__, agreed=True)
     device = next(model.parameters()).device
     batch = tokenize(texts, context_length=context_length).to(device)
     if hasattr(model, "encode_text"):

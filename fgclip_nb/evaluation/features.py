@@ -264,18 +264,6 @@ def save_features(model, samples, folder, texts=(), image_size=None):
     return folder
 
 # %% ../../nbs/7_evaluation/07_features.ipynb #7d89b359
-WITH_TOKENIZER = ("chinese_clip",)  # kinds whose texts are read by the tokenizer of their folder
-
-
-def foreign_model(name):
-    "transformers' own model at a folder or hub id, in eval mode, with its tokenizer."
-    from transformers import AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained(name).eval()
-    model.tokenizer = AutoTokenizer.from_pretrained(name)
-    return model
-
-
 def random_model(name):
     "A preset with random weights, said loudly."
     from fgclip_nb.model.opening import preset_model
@@ -294,6 +282,7 @@ def load_model(source):
     Chinese-CLIP (with its own tokenizer) in transformers' form, a file of OpenAI or open_clip, a
     folder with image_features.npy, or the name of a preset (random weights, with a warning).
     Otherwise raises `DataError`."""
+    from fgclip_nb.model.foreign import WITH_TOKENIZER, foreign_model
     from fgclip_nb.model.opening import NAMES, kind_of, open_model
 
     path = Path(source)

@@ -25,7 +25,14 @@ from fgclip_nb.model.weights import (
     read_weights,
 )
 from fgclip_nb.model.openai import convert_openai, openai_config, openai_features, read_openai
-from fgclip_nb.model.open_clip import settle_facts, strip_wrappers, with_facts
+from fgclip_nb.model.open_clip import (
+    OPENAI,
+    photos_beside,
+    settle_facts,
+    strip_wrappers,
+    with_facts,
+)
+from fgclip_nb.model.pixels import settle_inputs, settle_pixels
 
 log = logging.getLogger("fgclip_nb")
 
@@ -285,8 +292,10 @@ def load_pretrained(
     sizes = read_config(source) if config is None else {}
     if config is None:
         config = make_config(cls.config_class, short_sizes(sizes), f"{source.name}: config.json")
+    inputs = LoadReport()
+    settle_inputs(source, config, inputs)
     tensors, files = read_weights(source)
-    report = LoadReport(source.name, [str(f) for f in files])
+    report = LoadReport(source.name, [str(f) for f in files], inputs=inputs.inputs)
     split_long_positions(tensors, report)
     dtype = None if dtype == "auto" else dtype or torch_dtype
     scales = (logit_scale_init, override_logit_scale)
@@ -363,6 +372,7 @@ def load_openai(
     In eval mode; see `build_loaded`. filename: that file of the folder or hub repository `file`.
     hidden_act, head_width, name: see `settle_facts`. prove: compare features with the independent
     reading of the file."""
+    source = None if filename is not None or Path(file).is_file() else file
     file = open_clip_file(file, filename, revision)
     report = LoadReport(str(file), [str(file)])
     raw, archive = read_named_openai(file)
@@ -376,6 +386,11 @@ def load_openai(
     split_long_positions(tensors, report)
     sizes = short_sizes(with_facts(openai_config(raw), facts, file))
     config = make_config(cls.config_class, sizes, file)
+    photos = None if facts == OPENAI else photos_beside(file)
+    if source is None:
+        settle_pixels(config, photos, report)
+    else:
+        settle_inputs(HubFolder(source, revision), config, report, photos)
     model = build_loaded(cls, config, tensors, report, True, logit_scale_init, override_logit_scale)
     if prove:
         inputs = proof_inputs(config)

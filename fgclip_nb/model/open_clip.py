@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from fgclip_nb.core.folder import read_json
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.text.tokenizer import EOS
+from fgclip_nb.model.config import check_number
+from fgclip_nb.model.pixels import PhotoSettings, colours, open_clip_settings
 from fgclip_nb.model.openai import COUNTS
 
 # %% ../../nbs/4_model/09a_open_clip.ipynb #97b6700d
@@ -60,47 +63,91 @@ def facts_of_name(name: str) -> Facts:
     return Facts(act, HEADS.get(size[1], 64), where=f"open_clip's model {name}")
 
 # %% ../../nbs/4_model/09a_open_clip.ipynb #6ef20066
-FOREIGN_PARTS = {
-    "vision_cfg": (
-        "timm_model_name",
-        "attentional_pool",
-        "global_average_pool",
-        "ls_init_value",
-        "no_ln_pre",
-        "final_ln_after_pool",
-        "pos_embed_type",
-    ),
-    "text_cfg": ("hf_model_name", "embed_cls", "ls_init_value", "no_causal_mask", "proj_bias"),
+# what stands in the tensors, is read below, or matters in training alone
+READ = {
+    "": "embed_dim vision_cfg text_cfg quick_gelu custom_text cast_dtype init_logit_scale".split(),
+    "vision_cfg": "image_size patch_size width layers mlp_ratio head_width norm_kwargs "
+    "patch_dropout output_tokens".split(),
+    "text_cfg": "vocab_size width layers mlp_ratio heads norm_kwargs pad_id output_tokens".split(),
 }
-HARMLESS = dict(pos_embed_type="learnable", pool_type="tok")
+PLAIN = {
+    "vision_cfg": dict(pos_embed_type=["learnable"], pool_type=["tok"], in_chans=[3]),
+    "text_cfg": dict(
+        context_length=[77, 248],
+        pool_type=["argmax", "eos"],
+        eos_id=[2, EOS],  # 2 is open_clip's default, which argmax does not look at
+        proj_type=["linear"],
+        tokenizer_kwargs=[dict(clean="lower")],
+    ),
+}
+NOT_USED = ("timm_", "hf_", "attn_pooler_")  # details of what is switched off by the names below
+SWITCHES = ("timm_model_name", "hf_model_name", "hf_tokenizer_name")
+
+
+def is_plain(part: str, name: str, value) -> bool:
+    "Is an entry of a part ('' for the whole) one that this package's class has, or may skip?"
+    if value in (None, False, {}, [], "") or name in READ[part]:
+        return True
+    if name == "hf_tokenizer_name":
+        return str(value).startswith("openai/clip-vit")
+    if name.startswith(NOT_USED) and name not in SWITCHES:
+        return True
+    return value in PLAIN.get(part, {}).get(name, [])
 
 
 def check_plain_parts(config: dict, source):
     "DataError for what a configuration of open_clip has and this package's class has not."
-    for part, names in FOREIGN_PARTS.items():
-        for name in names:
-            value = config.get(part, {}).get(name)
-            if value and value != HARMLESS.get(name):
-                raise DataError(
-                    f"{source}: {part}.{name} is {value!r}: not a plain CLIP with two transformers"
-                    " (SigLIP: FGCLIP2.from_siglip reads its transformers form)"
-                )
-    if isinstance(config.get("vision_cfg", {}).get("layers"), list):
+    for part in ("", "vision_cfg", "text_cfg"):
+        entries = config[part] if part else config
+        odd = next((n for n, value in entries.items() if not is_plain(part, n, value)), None)
+        if odd is not None:
+            raise DataError(
+                f"{source}: {part and part + '.'}{odd} is {entries[odd]!r:.80}: not a plain CLIP "
+                "with two transformers and OpenAI's vocabulary "
+                "(SigLIP: FGCLIP2.from_siglip reads its transformers form)"
+            )
+    if isinstance(config["vision_cfg"].get("layers"), list):
         raise DataError(f"{source}: vision_cfg.layers is a list: ResNets are not supported")
+    text = config["text_cfg"]
+    if text.get("pool_type") == "eos" and text.get("eos_id", 2) != EOS:
+        raise DataError(
+            f"{source}: text_cfg.eos_id is {text.get('eos_id', 2)!r}, CLIP's texts end with {EOS}"
+        )
 
 
+def norm_eps(config: dict, source) -> float:
+    "Epsilon of the norms, which both towers have to share; DataError for what is no number."
+    found = []
+    for part in ("vision_cfg", "text_cfg"):
+        norms = config[part].get("norm_kwargs") or {}
+        if not isinstance(norms, dict) or norms.keys() - {"eps"}:
+            raise DataError(f"{source}: {part}.norm_kwargs is {norms!r:.80}; only eps is known")
+        found.append(norms.get("eps", 1e-5))
+        check_number(f"{source}: {part}.norm_kwargs.eps", found[-1], 0, 1, float)
+    if found[0] != found[1]:
+        raise DataError(
+            f"{source}: norm_kwargs.eps is {found[0]} of vision_cfg and {found[1]} of text_cfg; "
+            "one number for both is needed"
+        )
+    return found[0]
+
+# %% ../../nbs/4_model/09a_open_clip.ipynb #238e26de
 def facts_of_config(entries: dict, source) -> Facts:
     """Entries of open_clip_config.json (or of its model_cfg) -> facts.
 
-    DataError for what is no plain CLIP."""
-    config = entries.get("model_cfg", entries)
+    DataError for what is no plain CLIP, ConfigError for impossible numbers."""
+    config = entries.get("model_cfg")
+    if not isinstance(config, dict):
+        config = {k: v for k, v in entries.items() if k != "preprocess_cfg"}
     vision, text = config.get("vision_cfg"), config.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise DataError(f"{source}: no model_cfg with vision_cfg and text_cfg of open_clip")
     check_plain_parts(config, source)
+    head, heads = vision.get("head_width", 64), text.get("heads", 8)
+    check_number(f"{source}: vision_cfg.head_width", head, 1, 65_536)
+    check_number(f"{source}: text_cfg.heads", heads, 1, 4096)
     act = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    eps = (vision.get("norm_kwargs") or {}).get("eps", 1e-5)
-    return Facts(act, vision.get("head_width", 64), text.get("heads"), eps, str(source))
+    return Facts(act, head, heads, norm_eps(config, source), str(source))
 
 # %% ../../nbs/4_model/09a_open_clip.ipynb #21324008
 def facts_of_params(text: str, where) -> Facts | None:
@@ -122,6 +169,38 @@ def facts_beside(path) -> Facts | None:
     for params in (folder / "params.txt", folder.parent / "params.txt"):
         if params.is_file():
             return facts_of_params(params.read_text(encoding="utf-8"), params)
+    return None
+
+# %% ../../nbs/4_model/09a_open_clip.ipynb #e24e69c8
+def photos_of_params(text: str, where) -> PhotoSettings:
+    "params.txt of an open_clip training -> mean and deviation; CLIP's where it names none."
+    told = {}
+    for name in ("mean", "std"):
+        line = re.search(rf"^image_{name}: (?!None)(.*)$", text, re.M)
+        if line:
+            values = [float(v) for v in re.findall(r"\d*\.?\d+(?:e-?\d+)?", line[1])]
+            told[name] = colours(
+                values, f"image_{name}", where, least=-100 if name == "mean" else 0
+            )
+    return PhotoSettings(str(where), **told)
+
+
+def photos_beside(path) -> PhotoSettings | None:
+    """How photos are shown to the model of a file, by what open_clip wrote beside it.
+
+    DataError where that is no plain CLIP, whatever else is told about the file."""
+    folder = Path(path).parent
+    config = folder / "open_clip_config.json"
+    if config.is_file():
+        entries = read_json(config)
+        facts_of_config(entries, config)
+        shown = entries.get("preprocess_cfg") or {}
+        if not isinstance(shown, dict):
+            raise DataError(f"{config}: preprocess_cfg is no object, but {type(shown).__name__}")
+        return open_clip_settings(shown, config)
+    for params in (folder / "params.txt", folder.parent / "params.txt"):
+        if params.is_file():
+            return photos_of_params(params.read_text(encoding="utf-8"), params)
     return None
 
 # %% ../../nbs/4_model/09a_open_clip.ipynb #6efdd4e3

@@ -11,10 +11,12 @@ import torch
 from fgclip_nb.core.folder import read_json
 from fgclip_nb.core.hub import HubFolder
 from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.text.vocabulary import check_rows
 from fgclip_nb.model.config import PRESETS, FGCLIPConfig
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.fgclip2 import FGCLIP2
 from fgclip_nb.model.siglip import FINE_SCALES, SIGLIP_PRESETS, FGCLIP2Config
+from fgclip_nb.model.siglip_loading import known_pieces
 
 log = logging.getLogger("fgclip_nb")
 
@@ -73,6 +75,18 @@ def settle_second_scale(model, asked, override, source):
         getattr(model, name).fill_(asked)
 
 # %% ../../nbs/4_model/19_opening.ipynb #bceeae19
+def open_first(source, kind, revision, scale):
+    "The FGCLIP at `source`, of a kind by `kind_of`; DataError where it cannot read CLIP's tokens."
+    if kind == "file":
+        model = FGCLIP.from_openai(source, **scale)
+    elif kind == "open_clip":
+        model = FGCLIP.from_open_clip(source, revision=revision, **scale)
+    else:
+        model = FGCLIP.from_clip(source, revision=revision, **scale)
+    check_rows(model.config.text_config, source, "tokenizer" in model.load_report.inputs)
+    return model
+
+# %% ../../nbs/4_model/19_opening.ipynb #717dcbd5
 def open_model(source, revision=None, logit_scale_init=None, override_logit_scale=False):
     """The model that lies at `source`, float32, in eval mode: FGCLIP or FGCLIP2.
 
@@ -81,15 +95,13 @@ def open_model(source, revision=None, logit_scale_init=None, override_logit_scal
     source, scale = str(source), dict(logit_scale_init=logit_scale_init)
     scale["override_logit_scale"] = override_logit_scale
     kind = kind_of(source, revision)
-    if kind == "file":
-        return FGCLIP.from_openai(source, **scale)
-    if kind == "open_clip":
-        return FGCLIP.from_open_clip(source, revision=revision, **scale)
     if kind not in SECOND_KINDS:
-        return FGCLIP.from_clip(source, revision=revision, **scale)
+        return open_first(source, kind, revision, scale)
     load = FGCLIP2.from_pretrained if kind == "fgclip2" else FGCLIP2.from_siglip
     model = load(source, revision=revision)
     settle_second_scale(model, *scale.values(), source)
+    if HubFolder(source, revision).get("tokenizer.json") is not None:
+        known_pieces(model)  # read now, so that one of another model is refused before all else
     log.info(
         "FG-CLIP 2: logit_scale = %.4f (exp=%.1f), logit_bias = %.4f",
         model.logit_scale.item(),

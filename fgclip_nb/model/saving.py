@@ -10,6 +10,7 @@ from pathlib import Path
 from fgclip_nb.core.folder import naming, write_atomic
 from fgclip_nb.data.photos import own_scale
 from fgclip_nb.text.tokenizer import get_tokenizer
+from fgclip_nb.text.vocabulary import ROWS
 
 # %% ../../nbs/4_model/11_saving.ipynb #6ffd93de
 def make_processor(config):
@@ -71,6 +72,13 @@ def model_card(model, numbers=None) -> str:
     ]
     return card + "\n## Numbers of the run\n\n| | |\n|-|-|\n" + "\n".join(rows) + "\n"
 
+# %% ../../nbs/4_model/11_saving.ipynb #c7d81fd7
+def reads_clip_tokens(model) -> bool:
+    "Whether texts become CLIP's numbers for a model: by its rows, or by the files it came with."
+    rows = model.config.text_config.vocab_size
+    report = getattr(model, "load_report", None)
+    return rows == ROWS or rows > ROWS and report is not None and "tokenizer" in report.inputs
+
 # %% ../../nbs/4_model/11_saving.ipynb #e8a44cab
 def write_weights(model, folder):
     "model.safetensors under the official names, written aside and renamed."
@@ -91,7 +99,7 @@ def save_model(model, save_directory, architecture, numbers=None, processor=True
     write_atomic(folder / "config.json", model.config.to_json_string())
     write_weights(model, folder)
     write_atomic(folder / "README.md", model_card(model, numbers))
-    if processor and model.config.text_config.vocab_size == 49408:
+    if processor and reads_clip_tokens(model):
         with naming(folder):
             make_processor(model.config).save_pretrained(folder)
 

@@ -13,7 +13,8 @@ from transformers.models.siglip2.configuration_siglip2 import Siglip2Config
 from fgclip_nb.core.folder import read_json, write_atomic
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.hub import HubFolder
-from fgclip_nb.text.pieces import Pieces
+from fgclip_nb.text.pieces import Pieces, largest_number
+from fgclip_nb.model.pixels import check_half, folder_settings
 from fgclip_nb.model.weights import FOREIGN, LoadReport, check_report, match, read_weights
 from fgclip_nb.model.loading import FROM_AUTO, HUB
 from fgclip_nb.model.saving import write_weights
@@ -224,7 +225,9 @@ def load_siglip(
     stored_config, kind = read_siglip_config(source, start)
     tensors, files = read_weights(source)
     report = LoadReport(source.name, [str(f) for f in files])
-    model = build_siglip(cls, config or stored_config, tensors, report, start)
+    config = config or stored_config
+    check_half(config, folder_settings(source, "Siglip"), report)
+    model = build_siglip(cls, config, tensors, report, start)
     if prove:
         prove_siglip(model, source, kind)
     model.pieces_from = (source.name, revision)
@@ -233,6 +236,7 @@ def load_siglip(
 
 # %% ../../nbs/4_model/17_siglip_loading.ipynb #a74ec5c4
 TOY_PIECES = 632  # of the shipped vocabulary
+REAL_SIZE = 256_000  # of the released one
 
 
 def known_pieces(model) -> Pieces:
@@ -251,10 +255,16 @@ def known_pieces(model) -> Pieces:
                 "Pieces(folder), a folder with the tokenizer.json of its checkpoint"
             )
         pieces = Pieces(name, revision)
-        if len(pieces) > size:
+        if (most := largest_number(pieces.tokenizer)) >= size:
             raise DataError(
-                f"{pieces.name}: the vocabulary has {len(pieces):,} pieces, the model "
-                f"{size:,}; they do not belong together"
+                f"{pieces.name}: the vocabulary has {len(pieces):,} pieces up to number {most:,}, "
+                f"the model {size:,}; they do not belong together"
+            )
+        if size == REAL_SIZE and not pieces.is_real():
+            log.warning(
+                "%s: known texts have other numbers than with the released vocabulary: this is the "
+                "tokenizer of another model, or was changed",
+                pieces.name,
             )
         model.pieces = pieces
     return model.pieces

@@ -13,7 +13,7 @@ from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.text.tokenizer import BOS, EOS, encode, read_vocabulary
 
 # %% ../../nbs/1_text/00a_vocabulary.ipynb #2feb1a19
-def _check_length(path):
+def check_length(path):
     "DataError for a file that is too large to be read whole, or no ordinary file."
     check_ordinary(path)
     if (size := Path(path).stat().st_size) > MOST_JSON:
@@ -26,7 +26,7 @@ def read_tokenizer(path):
     DataError for a file that is too large or that the library cannot read."""
     from tokenizers import Tokenizer
 
-    _check_length(path)
+    check_length(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises plain Exception for a broken file
@@ -68,7 +68,7 @@ def check_tokenizer(path):
 
 def check_merges(path):
     "DataError for a merges.txt that puts letters together in another order than CLIP's."
-    _check_length(path)
+    check_length(path)
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     if merges != read_vocabulary()[1]:
@@ -82,7 +82,7 @@ FOREIGN_FILES = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.
 
 def _check_class(path, compared):
     "DataError where a tokenizer_config.json names another class; compared: tokenizer.json agrees."
-    _check_length(path)
+    check_length(path)
     kind = read_json(path).get("tokenizer_class")
     known = CLIP_CLASSES + ANY_CLASS * compared
     if kind is not None and kind not in known:
