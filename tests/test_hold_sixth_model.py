@@ -283,9 +283,14 @@ def photo(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scale", [HALF, dict(do_normalize=False), dict(image_mean=0.2), dict(image_std=[0.3, 0.2, 0.1])]
+    "file, scale",
+    [
+        ("processor_config.json", HALF),
+        ("preprocessor_config.json", dict(do_normalize=False)),
+        ("preprocessor_config.json", dict(image_mean=0.2)),
+        ("preprocessor_config.json", dict(image_std=[0.3, 0.2, 0.1])),
+    ],
 )
-@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
 def test_mean_and_deviation_of_a_folder_are_used_and_saved(clip, photo, tmp_path, scale, file):
     folder, write = clip
     CLIPImageProcessor(size=dict(height=32, width=32), do_center_crop=False).save_pretrained(folder)
