@@ -64,7 +64,7 @@ def read_pickle(path):
             raise DataError(f"it is a TorchScript archive, which holds code. {HOW_TO_CONVERT}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        met = re.search(r"Trying to load ([^\n]*)|nsupported [^\n]*", str(e))
+        met = re.search(r"Trying to load ([^\n]*)|[Uu]nsupported [^\n]*", str(e))
         if not met:
             raise DataError(f"{path}: not a readable PyTorch file") from e
         raise DataError(
