@@ -70,8 +70,11 @@ def project_root(start=None) -> Path:
 
 # %% ../../nbs/0_core/00_identity.ipynb #e3237421
 def git_output(folder, *arguments) -> str:
-    "What `git` answers in a folder; empty where it fails, for instance outside a repository."
-    r = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    "What `git` answers in a folder; empty outside a repository, and where there is no `git`."
+    try:
+        r = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return ""
     return r.stdout if r.returncode == 0 else ""
 
 # %% ../../nbs/0_core/00_identity.ipynb #c12d08c3

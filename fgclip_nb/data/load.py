@@ -436,6 +436,11 @@ def load_samples(path, media_root=None, missing="auto", split="auto", columns=""
         raise ConfigError(f"`split` = {split!r} must be one of {', '.join(SPLITS)}")
     named = column_map(columns)
     if is_sharded(path):
+        if split != "auto":
+            raise ConfigError(
+                f"`split` = {split!r} says nothing of {path}: converted shards keep the parts that "
+                f"were settled then; leave it out, or convert again with --split {split}"
+            )
         return open_shards(path, media_root), []
     streamed = None if has_reader(path, columns) else open_stream(path, media_root, columns, split)
     if streamed:

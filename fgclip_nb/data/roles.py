@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/2_data/21a_roles.ipynb #a4bcca31
-import json, os
+import itertools, json, os
 from pathlib import Path
 import numpy as np
-from fgclip_nb.core.identity import stable_id
-from fgclip_nb.core.folder import get_logger, write_atomic
+from fgclip_nb.core.identity import DataError, stable_id
+from fgclip_nb.core.folder import get_logger, naming, read_jsonl, write_atomic
 
 # %% ../../nbs/2_data/21a_roles.ipynb #a48c2e3b
 def role_of(split: str, name: str) -> str:
@@ -51,22 +51,62 @@ def role_row(sample, role: str) -> dict:
     return dict(role=role, id=sample.id, media=sample.media, bytes=size, span=sample.span)
 
 
+ROLE_FILES = ("split.jsonl", "split.parquet")  # of samples in memory; of shards and streams
+WRITTEN_AT_ONCE = 100_000  # rows
+
+
+def _column_rows(samples, role_of_row):
+    "Yield `role_row` of shards or a stream by their columns; no sample is read."
+    columns = zip(*(samples.column(name) for name in ("split", "id", "media")), strict=True)
+    for split, id, media in columns:
+        role = role_of_row(split, id)
+        yield dict(role=role, id=id, media=media, bytes=media_bytes(media), span=None)
+
+
+def _write_parquet(file, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in ("role", "id", "media")])
+    schema = schema.append(pa.field("bytes", pa.int64()))
+    aside = file.with_name(f".{file.name}.tmp")
+    with naming(file), pq.ParquetWriter(aside, schema, compression="zstd") as out:
+        while part := list(itertools.islice(rows, WRITTEN_AT_ONCE)):
+            columns = {name: [row[name] for row in part] for name in schema.names}
+            out.write_table(pa.table(columns, schema))
+    os.replace(aside, file)
+
+
 def write_roles(path, train, val):
-    "Write `split.jsonl` into the run folder `path`; nothing for memory-mapped shards."
+    """Write `split.jsonl` into the run folder `path`: `role_row` of every sample.
+
+    Of shards and streams `split.parquet`, without spans."""
+    parts, path = (("train", train), ("val", val)), Path(path)
     if hasattr(train, "subset"):
-        return
-    rows = [role_row(s, role) for role, part in (("train", train), ("val", val)) for s in part]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomic(Path(path) / "split.jsonl", lines)
+        rows = (_column_rows(part, lambda *_, role=role: role) for role, part in parts)
+        return _write_parquet(path / ROLE_FILES[1], itertools.chain.from_iterable(rows))
+    rows = [role_row(s, role) for role, part in parts for s in part]
+    write_atomic(path / ROLE_FILES[0], "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def kept_roles(path):
+    "Rows that `write_roles` left in a run folder, or None; DataError where they are damaged."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines, table = (Path(path) / name for name in ROLE_FILES)
+    if lines.exists():
+        return list(read_jsonl(lines))
+    if not table.exists():
+        return None
+    try:
+        return [row | dict(span=None) for row in pq.read_table(table).to_pylist()]
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{table}: not readable ({e})") from e
 
 # %% ../../nbs/2_data/21a_roles.ipynb #b19df097
 def data_roles(samples) -> list:
     "Rows as in `split.jsonl` for samples whose run left no list: by `role_of`."
     if hasattr(samples, "subset"):
-        names = ("split", "id", "media")
-        columns = zip(*(samples.column(name) for name in names))
-        return [
-            dict(role=role_of(split, id), id=id, media=media, bytes=media_bytes(media), span=None)
-            for split, id, media in columns
-        ]
+        return list(_column_rows(samples, role_of))
     return [role_row(s, role_of(s.split, s.id)) for s in samples]

@@ -28,8 +28,20 @@ def yolo_box(numbers, field) -> tuple:
     return (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
 
 
-def yolo_region(r, names, id) -> Region:
-    "The Region of a Row with the `line` of a file of labels."
+def without_keypoints(numbers, keypoints: int) -> list:
+    """A line's numbers without those of its keypoints, which stand behind the box.
+
+    keypoints: how many numbers they are, 0 for none; a Fault for a line of another length."""
+    if not keypoints or len(numbers) == 4:
+        return numbers
+    if len(numbers) != 4 + keypoints:
+        reason = f"neither a box nor a box and the {keypoints} numbers of `kpt_shape`"
+        raise Fault("line", len(numbers), reason)
+    return numbers[:4]
+
+
+def yolo_region(r, names, id, keypoints=0) -> Region:
+    "The Region of a Row with the `line` of a file of labels; `without_keypoints`."
     words = r.text("line").split()
     try:
         numbers = [float(word) for word in words]
@@ -38,9 +50,8 @@ def yolo_region(r, names, id) -> Region:
     if not numbers or numbers[0] not in names:
         reason = f"no class of this number: there are {len(names)}"
         raise Fault("line", words[:1], reason, "unknown_category")
-    return Region(
-        with_article(names[numbers[0]]), box=yolo_box(numbers[1:], "line"), source="category", id=id
-    )
+    box = yolo_box(without_keypoints(numbers[1:], keypoints), "line")
+    return Region(with_article(names[numbers[0]]), box=box, source="category", id=id)
 
 # %% ../../nbs/2_data/09h_yolo.ipynb #a1000009
 PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -78,6 +89,17 @@ def class_names(value) -> dict:
             raise Fault("names", {number: name}, "not a number and a name")
         names[int(number)] = check_text(name, "names").replace("_", " ")
     return names
+
+
+def keypoint_numbers(description) -> int:
+    "How many numbers of keypoints stand in a line, by `kpt_shape`: points times 2 or 3; 0: none."
+    shape = description.get("kpt_shape")
+    if shape is None:
+        return 0
+    whole = isinstance(shape, list) and all(type(n) is int for n in shape)
+    if not whole or len(shape) != 2 or shape[0] < 1 or shape[1] not in (2, 3):
+        raise Fault("kpt_shape", shape, "not [number of points, 2 or 3]")
+    return shape[0] * shape[1]
 
 
 def labels_of(photo) -> Path:
@@ -132,15 +154,15 @@ def _label_lines(photo, src) -> list:
     return [(f"{labels.name} line {n}", dict(line=x)) for n, x in enumerate(lines, 1) if x.strip()]
 
 
-def read_yolo_photo(photo, names, split, src) -> Sample:
-    "The sample of one photo and its file of labels."
+def read_yolo_photo(photo, names, split, src, keypoints=0) -> Sample:
+    "The sample of one photo and its file of labels; keypoints: of `without_keypoints`."
     name = os.path.relpath(photo, src.root.root)
     media = src.media([name], "photo")
     try:
         lines = _label_lines(photo, src)
     except (OSError, ValueError, EOFError) as e:
         raise Fault("labels", str(labels_of(photo)), f"not readable: {e}", "unreadable_file") from e
-    regions = src.regions(lines, lambda r, i: yolo_region(r, names, f"{name}#{i}"), name)
+    regions = src.regions(lines, lambda r, i: yolo_region(r, names, f"{name}#{i}", keypoints), name)
     return src.sample(id=name, media=media, regions=regions, split=split or src.split)
 
 
@@ -178,12 +200,12 @@ def listed_photos(description, part, src):
 def read_yolo(path, src):
     "Samples of all photos of a data.yaml, each in the part that lists it."
     description = load_description(path)
-    names = class_names(description["names"])
+    names, keypoints = class_names(description["names"]), keypoint_numbers(description)
     for part in PARTS:
         for photo in listed_photos(description, part, src):
             src.entry, src.tally.entries = f"{part}: {photo.name}", src.tally.entries + 1
             try:
-                yield read_yolo_photo(photo, names, part, src)
+                yield read_yolo_photo(photo, names, part, src, keypoints)
             except Fault as f:
                 src.reject(f, entries=1)
 

@@ -8,12 +8,12 @@ __all__ = []
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #5d2eba92
 from collections import defaultdict
 from pathlib import Path
-from fgclip_nb.core.identity import DataError
-from fgclip_nb.core.folder import Run, get_logger, read_jsonl, resolve_path
+from fgclip_nb.core.identity import ConfigError, DataError
+from fgclip_nb.core.folder import Run, get_logger, resolve_path
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.media_lists import media_name
-from fgclip_nb.data.splits import spans_meet
-from fgclip_nb.data.roles import data_roles, media_bytes
+from fgclip_nb.data.splits import leave_out, read_names, spans_meet
+from fgclip_nb.data.roles import data_roles, kept_roles, media_bytes
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #462506ca
 def run_of(source):
@@ -29,21 +29,35 @@ def _existing(path):
     return resolve_path(path) if resolve_path(path).exists() else path
 
 
-def run_roles(source) -> list:
-    "Rows of `split.jsonl` (role, id, media, bytes, span) of the run of a model; [] without a run."
+def _roles_of_data(params: dict) -> list:
+    "Rows for the data of a run's parameters, read again as the run read them."
+    how = {name: params[name] for name in ("split", "columns") if name in params}
+    root = _existing(params.get("media_root"))
+    samples, _ = load_samples(_existing(params["data"]), root, missing="keep", **how)
+    if names := _existing(params.get("test_data")):
+        samples, _ = leave_out(samples, read_names(names))
+    return data_roles(samples)
+
+
+def run_roles(source):
+    """Rows (role, id, media, bytes, span) of the run of a model, as it left them; [] without a run.
+
+    None, and a warning, for a run that left none and whose data can no longer be read."""
     run = run_of(source)
     if run is None:
         return []
-    if (run.path / "split.jsonl").exists():
-        return list(read_jsonl(run.path / "split.jsonl"))
-    params = run.params()
+    rows = kept_roles(run.path)
+    if rows is not None:
+        return rows
     try:
-        samples, _ = load_samples(
-            _existing(params["data"]), _existing(params.get("media_root")), missing="keep"
+        return _roles_of_data(run.params())
+    except (DataError, ConfigError) as e:
+        get_logger().warning(
+            f"{run.path}: what this run trained on is not known: it left no list of it, and its "
+            f"data cannot be read again ({e}). Whether the samples scored here were trained on "
+            "cannot be told"
         )
-    except DataError:
-        return []
-    return data_roles(samples)
+        return None
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #fb22809c
 def _same_media(sample, row) -> bool:
@@ -55,11 +69,11 @@ def _same_media(sample, row) -> bool:
     return -1 in (row["bytes"], size := media_bytes(sample.media)) or size == row["bytes"]
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #df81f422
-def roles_in_run(source, samples) -> list:
-    """A role per sample: `train` where the run of `source` trained on it, `val` or `test` where it
-    was held out, empty where the run does not know it or `source` is no run."""
+def roles_among(rows, samples) -> list:
+    """A role per sample by a run's rows: `train` where it trained on it, `val` or `test` where it
+    was held out, empty where the run does not know it."""
     known = defaultdict(list)
-    for row in run_roles(source):
+    for row in rows:
         known[media_name(row["media"])].append(row)
     roles = []
     for s in samples:
@@ -71,14 +85,18 @@ def roles_in_run(source, samples) -> list:
 
 def seen_in_training(source, samples) -> list:
     "The samples whose photo, or stretch of video, the run of the model `source` trained on."
-    return [s for s, role in zip(samples, roles_in_run(source, samples)) if role == "train"]
+    roles = roles_among(run_roles(source) or (), samples)
+    return [s for s, role in zip(samples, roles) if role == "train"]
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #a1e5afe0
 def held_out(samples, source) -> tuple:
     """(samples to score, a sentence) by what the run of the model `source` held out.
 
-    Everything and a warning where the run trained on all of them."""
-    roles = roles_in_run(source, samples)
+    Everything, which the sentence says, where the run trained on all of them or nobody knows."""
+    rows = run_roles(source)
+    if rows is None:
+        return samples, f"all {len(samples)}, and whether the run trained on them is not known"
+    roles = roles_among(rows, samples)
     trained = roles.count("train")
     if not trained:
         parts = [s for s in samples if s.split == "val"]

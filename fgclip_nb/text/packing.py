@@ -163,7 +163,10 @@ class TextBatch:
 
 # %% ../../nbs/1_text/01_packing.ipynb #f8e3ceda
 def _cut(ids, context_length):
-    "A tuple of token numbers, cut to `context_length` with its closing mark."
+    """A tuple of token numbers, cut to `context_length` with its closing mark.
+
+    A text that says `<|endoftext|>` ends there: CLIP takes its feature at the first such mark."""
+    ids = ids[: ids.index(EOS) + 1]
     return ids if len(ids) <= context_length else (*ids[: context_length - 1], EOS)
 
 # %% ../../nbs/1_text/01_packing.ipynb #55efd8b3

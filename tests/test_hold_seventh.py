@@ -1,0 +1,162 @@
+"""What a seventh attack found: keypoints taken for outlines, runs that forget whom they trained on,
+a machine without git, a caption that says CLIP's end mark."""
+
+import json
+import shutil
+
+import pytest
+
+import micro
+from fgclip_nb.core.identity import ConfigError
+
+
+def pose_set(folder, shape, line):
+    from PIL import Image
+
+    for part in ("images/train", "labels/train"):
+        (folder / part).mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(folder / "images/train/1.jpg")
+    (folder / "labels/train/1.txt").write_text(line + "\n")
+    about = f"train: images/train\nnames: [tiger]\nkpt_shape: {shape}\n"
+    (folder / "data.yaml").write_text(about)
+    return folder / "data.yaml"
+
+
+@pytest.mark.parametrize(
+    "shape, points",
+    [("[2, 2]", "0.1 0.1 0.9 0.9"), ("[2, 3]", "0.1 0.1 2 0.9 0.9 0"), ("[2, 2]", "")],
+)
+def test_the_box_of_a_pose_is_its_box(tmp_path, shape, points):
+    from fgclip_nb.data.load import load_samples
+
+    samples, rejects = load_samples(pose_set(tmp_path, shape, f"0 0.5 0.5 0.2 0.4 {points}"))
+    (region,) = samples[0].regions
+    assert region.box == pytest.approx((0.4, 0.3, 0.6, 0.7)) and not rejects
+
+
+@pytest.mark.parametrize("shape, said", [("[3, 2]", "kpt_shape"), ("17", "number of points")])
+def test_a_pose_of_another_shape_is_a_reject(tmp_path, shape, said):
+    from fgclip_nb.data.load import load_samples
+
+    _, rejects = load_samples(pose_set(tmp_path, shape, "0 0.5 0.5 0.2 0.4 0.1 0.1 0.9 0.9"))
+    assert len(rejects) == 1 and said in rejects[0].reason
+
+
+def test_no_git_is_no_fault(tmp_path, monkeypatch):
+    from fgclip_nb.core.identity import code_identity
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code = code_identity()
+    assert (code["commit"], code["diff"]) == ("", "") and code["package"]
+
+
+@pytest.mark.parametrize("said", ["a cat<|endoftext|>", "a <|endoftext|> b", "<|endoftext|>"])
+def test_a_text_ends_where_it_says_so(said):
+    "CLIP and transformers take the feature at the first end mark."
+    from fgclip_nb.text.packing import tokenize
+    from fgclip_nb.text.tokenizer import EOS
+
+    batch = tokenize([said, "a dog"])
+    ids = batch.input_ids[batch.index[0], : batch.lengths[batch.index[0]]].tolist()
+    assert ids.index(EOS) == len(ids) - 1
+    assert ids == tokenize(said.partition("<|endoftext|>")[0]).input_ids[0].tolist()
+    assert batch.whole[0] > len(ids), "the diagnostics can tell that it was cut"
+
+
+# Whom a run from shards or a stream trained on
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    from fgclip_nb.data.__main__ import main
+
+    folder = tmp_path_factory.mktemp("shards")
+    params = micro.micro_world(folder, photos=40, held_out=6)
+    assert main(["convert", params["data"], str(folder / "shards")]) in (None, 0)
+    return folder, dict(params, data=str(folder / "shards"))
+
+
+def run_of(params, folder, **more):
+    "A run folder as training leaves it at its start."
+    import yaml
+
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.data.roles import write_roles
+    from fgclip_nb.training.rundata import prepare_data
+
+    cfg = TrainConfig(**params | more, output=str(folder))
+    data = prepare_data(cfg)
+    folder.mkdir()
+    (folder / "params.yaml").write_text(yaml.safe_dump(cfg.as_dict()))
+    write_roles(folder, data.train, data.val)
+    return data
+
+
+def test_a_run_from_shards_keeps_whom_it_trained_on(shards, tmp_path):
+    from fgclip_nb.evaluation.held_out import read_evaluation_samples, seen_in_training
+
+    folder, params = shards
+    data = run_of(params, tmp_path / "run")
+    shutil.copytree(folder / "shards", tmp_path / "away")
+    (folder / "shards").rename(folder / "gone")
+    try:
+        scored, _, part = read_evaluation_samples(
+            str(tmp_path / "away"), None, "auto", str(tmp_path / "run")
+        )
+    finally:
+        (folder / "gone").rename(folder / "shards")
+    assert {s.id for s in scored} == set(data.val.column("id")) and "held out" in part
+    assert not seen_in_training(str(tmp_path / "run"), scored)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_a_run_left_out_is_not_what_it_trained_on(shards, tmp_path, listed):
+    from fgclip_nb.evaluation.held_out import read_evaluation_samples
+
+    folder, params = shards
+    lines = [json.loads(line) for line in open(folder / "data/regions.jsonl")]
+    key = next(k for k in lines[0] if str(lines[0][k]).endswith(".png"))
+    names = [row[key] for row in lines[:10]]
+    (tmp_path / "test.txt").write_text("".join(f"{name}\n" for name in names))
+    data = run_of(params, tmp_path / "run", test_data=str(tmp_path / "test.txt"))
+    assert len(data.train) + len(data.val) == 36
+    if not listed:  # by an older version
+        (tmp_path / "run/split.parquet").unlink()
+    own = folder / "data" / f"test_{listed}.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in lines[:10]))
+    scored, _, part = read_evaluation_samples(str(own), None, "auto", str(tmp_path / "run"))
+    assert len(scored) == 10, part
+
+
+def test_a_run_that_left_no_list_and_lost_its_data_says_so(shards, tmp_path, capsys):
+    from fgclip_nb.evaluation.held_out import read_evaluation_samples
+
+    folder, params = shards
+    run_of(params, tmp_path / "run")
+    (tmp_path / "run/split.parquet").unlink()
+    (folder / "shards").rename(folder / "gone")
+    try:
+        scored, _, part = read_evaluation_samples(
+            str(folder / "gone"), None, "auto", str(tmp_path / "run")
+        )
+    finally:
+        (folder / "gone").rename(folder / "shards")
+    assert len(scored) == 46 and "whether the run trained on them is not known" in part
+    assert "what this run trained on is not known" in capsys.readouterr().out
+
+
+def test_a_damaged_list_of_roles_names_its_file(tmp_path):
+    from fgclip_nb.core.identity import DataError
+    from fgclip_nb.data.roles import kept_roles
+
+    (tmp_path / "split.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="split.parquet: not readable"):
+        kept_roles(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "test", "none"])
+def test_parts_of_shards_are_settled_when_they_are_made(shards, split):
+    from fgclip_nb.data.load import load_samples
+
+    with pytest.raises(ConfigError, match=f"convert again with --split {split}"):
+        load_samples(shards[1]["data"], split=split)
