@@ -160,3 +160,28 @@ def test_parts_of_shards_are_settled_when_they_are_made(shards, split):
 
     with pytest.raises(ConfigError, match=f"convert again with --split {split}"):
         load_samples(shards[1]["data"], split=split)
+
+
+@pytest.mark.parametrize("what", ["images", "categories", "the same twice"])
+def test_an_id_that_two_entries_have_is_a_reject(tmp_path, what):
+    from PIL import Image
+
+    from fgclip_nb.data.load import load_samples
+
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (80, 60)).save(tmp_path / name)
+    images = [dict(id=k, file_name=f"{n}.png", width=80, height=60) for k, n in enumerate("ab")]
+    categories = [dict(id=1, name="cat"), dict(id=2, name="dog")]
+    box = dict(bbox=[1, 1, 20, 20])
+    annotations = [dict(id=k, image_id=k, category_id=k + 1, **box) for k in (0, 1)]
+    images += [dict(images[1], id=0)] * (what == "images") + images * (what == "the same twice")
+    categories += [dict(id=1, name="horse")] * (what == "categories")
+    content = dict(images=images, categories=categories, annotations=annotations)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    samples, rejects = load_samples(tmp_path / "a.json")
+    kept = sorted((s.id, r.phrase) for s in samples for r in s.regions)
+    rules = {r.rule for r in rejects}
+    if what == "the same twice":
+        assert kept == [("a.png", "a cat"), ("b.png", "a dog")] and not rules
+    else:
+        assert kept == [("b.png", "a dog")] and "duplicate_key" in rules

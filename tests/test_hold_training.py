@@ -99,6 +99,7 @@ def test_a_process_without_a_batch_keeps_nobody_waiting(tmp_path, accumulate):
 STUCK = """
 import time
 state.GROUP_TIMEOUT_S = 20
+sys.modules["fgclip_nb.training.interruption"].TELL_S = 3
 run_step = loop.run_step
 def step(s, batches):
     if RANK and s.step + 1 == 3:
@@ -118,6 +119,7 @@ def test_a_hang_ends_with_process_and_step(world, tmp_path):
     assert "process 1 of 2: nothing has happened for 18 s after step 2" in said
     log = (tmp_path / "run" / "training.log").read_text()
     assert "a wait of more than 20 s" in log
+    assert "process 0 of 2: no end of the step after step 2 for 3 s; it waits for" in log
 
 
 def killed_before_the_report():

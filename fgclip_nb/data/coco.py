@@ -85,15 +85,35 @@ def _size_of_file(sample):
     return (height, width) if orientation >= 5 else (width, height)
 
 # %% ../../nbs/2_data/06_coco.ipynb #cafe0002
+def ambiguous_ids(entries, *fields) -> set:
+    "Ids that entries share whose first given field of these differs: two files were put together."
+    first, found = {}, set()
+    for entry in entries:
+        id = _known_id(entry, "id") if isinstance(entry, dict) else None
+        if id is not None:
+            what = next((entry[name] for name in fields if entry.get(name)), None)
+            found |= {id} if first.setdefault(id, what) != what else set()
+    return found
+
+
+def check_id(id, ambiguous, what: str):
+    "A Fault for an id that two different entries have: what belongs to which cannot be told."
+    if id in ambiguous:
+        reason = f"two {what} have this id: number them anew before files are put together"
+        raise Fault("id", id, reason, "duplicate_key")
+
+
 def coco_images(src, pairs) -> dict:
     """image id -> (sample, its size as this file has it or None), one entry each.
 
     A second file about the same image adds to the same sample."""
     samples, boxed = {}, boxed_annotations(pairs)
+    ambiguous = ambiguous_ids(pairs["images"], "file_name", *ADDRESSES)
     for i, image in enumerate(pairs["images"]):
         src.entry, src.tally.entries = f"images[{i}]", src.tally.entries + 1
         try:
             id, row = coco_id(image, "id"), Row(image)
+            check_id(id, ambiguous, "images")
             sample = _coco_image(row, src)
             sample.captions += image_captions(row, boxed[id])
             samples[id] = (sample, row.size() or (_size_of_file(sample) if boxed[id] else None))
@@ -112,9 +132,11 @@ def category_words(name) -> str:
 def coco_names(src, pairs) -> dict:
     "category id -> name."
     names = {}
+    ambiguous = ambiguous_ids(pairs.get("categories") or (), "name")
     for i, c in enumerate(pairs.get("categories") or ()):
         src.entry = f"categories[{i}]"
         try:
+            check_id(coco_id(c, "id"), ambiguous, "categories")
             names[coco_id(c, "id")] = category_words(Row(c).text("name"))
         except Fault as f:
             src.reject(f)

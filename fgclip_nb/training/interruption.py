@@ -6,7 +6,7 @@
 __all__ = ['Interrupted', 'ProcessLost']
 
 # %% ../../nbs/8_training/09_interruption.ipynb #da2ab136
-import contextlib, signal, threading, time
+import contextlib, logging, signal, threading, time
 import torch
 from fgclip_nb.training.state import TrainState, group_timeout
 
@@ -65,6 +65,7 @@ class ProcessLost(RuntimeError):
 
 # %% ../../nbs/8_training/09_interruption.ipynb #aa547564
 GRACE_S = 3.0  # the process that failed first shall end first: its status is the run's
+TELL_S = 60.0  # that a step of several processes takes before it is told; then twice as long
 
 
 def lost_the_others(error) -> bool:
@@ -74,21 +75,36 @@ def lost_the_others(error) -> bool:
     return isinstance(error, group) or any(name in words for name in ("gloo", "nccl"))
 
 
+def _tell_of_waiting(s: TrainState, me: str, limit: float, over):
+    "Until the event `over`, say now and then that a step is not done, and before the limit that."
+    begun, next_line, done = time.monotonic(), TELL_S, s.step
+    while next_line < 0.9 * limit:
+        if over.wait(begun + next_line - time.monotonic()):
+            return
+        s.log.log(
+            logging.WARNING if s.accelerator.is_main_process else logging.ERROR,
+            f"{me}: no end of the step after step {done} for {next_line:.0f} s; it waits for its "
+            f"photos, its work or another process, {limit:.0f} s at most",
+        )
+        next_line *= 2
+    if not over.wait(begun + 0.9 * limit - time.monotonic()):
+        s.log.error(f"{me}: nothing has happened for {0.9 * limit:.0f} s after step {done}")
+
+
 @contextlib.contextmanager
 def in_company(s: TrainState):
     """While inside, a failing process group is a `ProcessLost` with process and step.
 
-    A step that hangs is told by every process shortly before the group's time limit."""
+    A step that hangs is told by every process after a minute, and shortly before the group's time
+    limit."""
     if s.accelerator.num_processes == 1:
         yield
         return
     limit = group_timeout().total_seconds()
     me = f"process {s.accelerator.process_index} of {s.accelerator.num_processes}"
     done = s.step
-    hang = f"{me}: nothing has happened for {0.9 * limit:.0f} s after step {done}"
-    timer = threading.Timer(0.9 * limit, s.log.error, [hang])
-    timer.daemon = True
-    timer.start()
+    over = threading.Event()
+    threading.Thread(target=_tell_of_waiting, args=(s, me, limit, over), daemon=True).start()
     try:
         yield
     except RuntimeError as e:
@@ -101,4 +117,4 @@ def in_company(s: TrainState):
             f"says: {str(e).splitlines()[0]}"
         ) from e
     finally:
-        timer.cancel()
+        over.set()
