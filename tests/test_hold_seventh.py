@@ -185,3 +185,15 @@ def test_an_id_that_two_entries_have_is_a_reject(tmp_path, what):
         assert kept == [("a.png", "a cat"), ("b.png", "a dog")] and not rules
     else:
         assert kept == [("b.png", "a dog")] and "duplicate_key" in rules
+
+
+def test_cells_of_a_sweep_never_share_a_folder():
+    from fgclip_nb.runs.sweeps import named_cells, parse_grid
+
+    long = "x" * 120
+    models = ["m/a", "m-a", f"{long}/a", f"{long}-a"]
+    named = named_cells(dict(model=models, seed=[0, 1]))
+    assert len(named) == 8 and not any("/" in name for name in named)
+    assert named == named_cells(dict(model=models, seed=[0, 1]))
+    with pytest.raises(ConfigError, match="`seed` is given twice"):
+        parse_grid([("seed", "0"), ("seed", "1")])

@@ -7,6 +7,7 @@ __all__ = ['Sweep']
 
 # %% ../../nbs/9_runs/02_sweeps.ipynb #74c9db33
 import hashlib, itertools, json, os, time
+from collections import Counter
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, project_root
 from fgclip_nb.core.folder import Run, write_atomic
@@ -42,6 +43,8 @@ def parse_grid(pairs) -> dict:
                 "`output` is chosen by the sweep, a folder per cell; "
                 "give --output for all of them together"
             )
+        if name in grid:
+            raise ConfigError(f"`{name}` is given twice: name all its values at once, by commas")
         grid[name] = [parse_value(v) for v in values.split(",")]
     return grid
 
@@ -55,6 +58,21 @@ def cell_name(params: dict) -> str:
     "A folder name for a cell: name=value, or a hash when that is too long."
     name = ",".join(f"{k}={v}" for k, v in params.items()).replace("/", "-").replace(" ", "")
     return name if len(name) <= 100 else hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def named_cells(grid: dict) -> dict:
+    """Folder name -> parameters of every cell.
+
+    Values that differ only in what a folder name cannot hold are told apart by a hash."""
+    named, every = {}, cells(grid)
+    times = Counter(map(cell_name, every))
+    for params in every:
+        name = cell_name(params)
+        if times[name] > 1:
+            exact = json.dumps(params, sort_keys=True, default=str).encode()
+            name = f"{name[:100]}-{hashlib.sha256(exact).hexdigest()[:8]}"
+        named[name] = params
+    return named
 
 
 def sweep_folder(notebook, grid) -> Path:
@@ -113,7 +131,7 @@ class Sweep:
         self.notebook = str(Path(notebook).resolve())
         self.folder = Path(folder).resolve()
         self.jobs, self.cluster = jobs, cluster
-        self.cells = {cell_name(c): c for c in cells(grid)}
+        self.cells = named_cells(grid)
         self.errors = {}
         self.state = {
             name: "finished before" if Run(self.folder / name).finished else "waiting"
