@@ -197,3 +197,14 @@ def test_cells_of_a_sweep_never_share_a_folder():
     assert named == named_cells(dict(model=models, seed=[0, 1]))
     with pytest.raises(ConfigError, match="`seed` is given twice"):
         parse_grid([("seed", "0"), ("seed", "1")])
+
+
+def test_an_output_that_is_a_file_is_said_to_be_one(tmp_path):
+    from fgclip_nb.core.config import TrainConfig
+    from fgclip_nb.training.preparation import open_folder
+
+    (tmp_path / "taken").write_text("mine")
+    for output in ("taken", "taken/run"):
+        with pytest.raises(ConfigError, match="there is a file"):
+            open_folder(TrainConfig(output=str(tmp_path / output)), is_main=True)
+    assert (tmp_path / "taken").read_text() == "mine"

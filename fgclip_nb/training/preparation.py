@@ -50,7 +50,10 @@ def open_folder(cfg: TrainConfig, is_main: bool):
     of a run that was begun stay until it goes on (`keep_params`). Processes other than the first
     get no lock and write nothing."""
     path = run_folder(cfg)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise ConfigError(f"`output` = {str(path)!r}: there is a file ({e}); name a folder") from e
     if not is_main:
         return path, None
     lock = FolderLock(path)
