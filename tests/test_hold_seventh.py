@@ -208,3 +208,52 @@ def test_an_output_that_is_a_file_is_said_to_be_one(tmp_path):
         with pytest.raises(ConfigError, match="there is a file"):
             open_folder(TrainConfig(output=str(tmp_path / output)), is_main=True)
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_two_entries_about_one_photo_are_one_photo():
+    import numpy as np
+
+    from fgclip_nb.data.samples import Sample
+    from fgclip_nb.evaluation.captions import caption_retrieval
+
+    class Perfect:
+        cut = set()
+
+        def why_lost(self, sample):
+            return "lost"
+
+        def images(self, samples):
+            return np.eye(12)[[int(s.media) for s in samples]], np.arange(len(samples))
+
+        def texts(self, texts, long=False):
+            return np.eye(12)[[int(t.split()[1]) for t in texts]]
+
+    samples = [
+        Sample(f"{i} {k}", str(i), caption=f"long {i} {k}", short_caption=f"thing {i} side {k}")
+        for i in range(12)
+        for k in range(2)
+    ]
+    for long in (False, True):
+        found = caption_retrieval(Perfect(), samples, long=long, permutations=10)
+        assert found["r1"] == 1.0 and found["mean_rank"] == 1.0
+
+
+def test_photos_saved_anew_under_their_names_are_told(tmp_path, capsys):
+    import dataclasses
+
+    from fgclip_nb.data.samples import Sample
+    from fgclip_nb.data.roles import write_roles
+    from fgclip_nb.evaluation.held_out import held_out
+
+    (tmp_path / "params.yaml").write_text("data: mine.json\n")
+    here, there = tmp_path / "a.jpg", tmp_path / "small/a.jpg"
+    there.parent.mkdir()
+    here.write_bytes(b"a photo"), there.write_bytes(b"small")
+    trained = Sample("1", str(here))
+    write_roles(tmp_path, [trained], [])
+    again = dataclasses.replace(trained, media=str(there))
+    scored, part = held_out([again], str(tmp_path))
+    assert scored == [again] and "1 of them bear names that this run trained on" in part
+    assert "scored: everything there is; 1 of them" in capsys.readouterr().out
+    other = dataclasses.replace(trained, media=str(tmp_path / "b.jpg"))
+    assert held_out([other], str(tmp_path))[1] == "everything there is"

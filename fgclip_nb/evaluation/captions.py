@@ -53,20 +53,34 @@ class CaptionSet:
     lost: dict
 
 
+def captions_by_photo(samples, long=False, most=5) -> tuple:
+    """(a sample per photo or stretch of a clip, its distinct captions, at most `most` short ones).
+
+    Entries about one photo are one photo: as two they would be each other's wrong answer."""
+    firsts, captions = {}, {}
+    for k, s in enumerate(samples):
+        key = (s.media, s.span) if s.media else k
+        firsts.setdefault(key, s)
+        captions.setdefault(key, {}).update(dict.fromkeys(captions_of(s, long, most)))
+    limit = None if long else most
+    return list(firsts.values()), [list(found)[:limit] for found in captions.values()]
+
+
 def encode_captions(encoder, samples, long=False, most=5):
     """Encode the samples' photos and captions -> `CaptionSet`.
 
     Photos without a caption stay as distractors. Raises `DataError` when no caption is left."""
-    images, rows = encoder.images(samples)
-    kept = [samples[i] for i in rows]
-    pairs = [(c, i) for i, s in enumerate(kept) for c in captions_of(s, long, most)]
+    photos, captions = captions_by_photo(samples, long, most)
+    images, rows = encoder.images(photos)
+    kept = [photos[i] for i in rows]
+    pairs = [(c, i) for i, row in enumerate(rows) for c in captions[row]]
     if not pairs:
         raise DataError(
             f"no readable photo with a {'long' if long else 'short'} caption "
             f"among {len(samples)} samples"
         )
     texts, owner = [c for c, _ in pairs], np.array([i for _, i in pairs], dtype=np.int64)
-    lost = lost_reasons(encoder, samples, rows)
+    lost = lost_reasons(encoder, photos, rows)
     lost["without caption"] = len(kept) - len(set(owner.tolist()))
     return CaptionSet(
         kept, images, texts, encoder.texts(texts, long), owner, {k: n for k, n in lost.items() if n}

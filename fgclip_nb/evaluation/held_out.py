@@ -89,6 +89,12 @@ def seen_in_training(source, samples) -> list:
     return [s for s, role in zip(samples, roles) if role == "train"]
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #a1e5afe0
+def namesakes(rows, samples) -> int:
+    "How many samples bear the name of a medium that a run trained on: saved anew, or others."
+    names = {media_name(row["media"]) for row in rows if row["role"] == "train"}
+    return sum(media_name(s.media) in names for s in samples)
+
+
 def held_out(samples, source) -> tuple:
     """(samples to score, a sentence) by what the run of the model `source` held out.
 
@@ -100,7 +106,14 @@ def held_out(samples, source) -> tuple:
     trained = roles.count("train")
     if not trained:
         parts = [s for s in samples if s.split == "val"]
-        return parts or samples, "the validation part" if parts else "everything there is"
+        part = "the validation part" if parts else "everything there is"
+        if alike := namesakes(rows, parts or samples):
+            part += (
+                f"; {alike} of them bear names that this run trained on, and other sizes: photos "
+                "that were only saved anew would be a score of its memory"
+            )
+            get_logger().warning(f"scored: {part}")
+        return parts or samples, part
     wanted = "val" if "val" in roles else ""
     kept = [s for s, role in zip(samples, roles) if role in (wanted, "test")]
     if not kept:

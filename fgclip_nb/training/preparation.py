@@ -11,7 +11,13 @@ from functools import partial
 from pathlib import Path
 import torch, yaml
 from safetensors import safe_open
-from fgclip_nb.core.identity import code_identity, hardware, versions, weights_fingerprint
+from fgclip_nb.core.identity import (
+    ConfigError,
+    code_identity,
+    hardware,
+    versions,
+    weights_fingerprint,
+)
 from fgclip_nb.core.packed import check_ordinary
 from fgclip_nb.core.folder import (
     PlainFormatter,
