@@ -101,6 +101,7 @@ def test_whoever_names_the_run_gets_the_best_and_is_told(worsening, heard):
     assert weights_fingerprint(load_model(newest)) == trained[newest.name] != trained[name]
 
 
+@pytest.mark.ci
 def test_without_validation_the_newest_sound_one_is_taken(world, tmp_path, heard):
     from fgclip_nb.core.folder import Run
     from fgclip_nb.core.identity import DataError

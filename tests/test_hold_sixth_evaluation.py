@@ -452,7 +452,7 @@ def test_seconds_that_hold_no_frame(tmp_path, span):
         assert any(w in rejects[0].reason for w in ("starts before 0", "ends where", "ends before"))
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_the_notebook_twice_on_one_run(checkpointed, tmp_path):
     "Two evaluations of one run: two folders, the second told; nothing of the first is touched."
     from test_front_door import papermill, said

@@ -46,9 +46,14 @@ loop.run_step = step
 """
 
 
-@pytest.mark.ci
+def first_in_ci(*values):
+    "Values of a parameter, the first for `make test-ci`, the others long."
+    marks = [pytest.mark.ci, *[pytest.mark.long] * (len(values) - 1)]
+    return [pytest.param(v, marks=m) for v, m in zip(values, marks, strict=True)]
+
+
 @pytest.mark.parametrize(
-    "more", [{}, dict(gradient_accumulation_steps=2), dict(gradient_caching=1)]
+    "more", first_in_ci(dict(gradient_caching=1), dict(gradient_accumulation_steps=2), {})
 )
 def test_a_step_that_is_not_finite_is_skipped_by_all_processes(world, tmp_path, more):
     from fgclip_nb.core.folder import Run, read_jsonl
@@ -79,8 +84,7 @@ loop.train_loop = without
 """
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", first_in_ci(2, 1))
 def test_a_process_without_a_batch_keeps_nobody_waiting(tmp_path, accumulate):
     from fgclip_nb.core.folder import Run
 
@@ -401,8 +405,16 @@ def test_a_loader_that_dies_during_a_step_costs_nothing(world, tmp_path):
     assert micro.outcome(tmp_path / "killed") == micro.outcome(tmp_path / "whole")
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("steps", [(1,), (1, 4), (9,)], ids=["once", "twice", "with nothing left"])
+STOPPED_IN = dict(once=((1,), "ci"), twice=((1, 4), "long"), at_the_end=((9,), "ci"))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(steps, id=name, marks=getattr(pytest.mark, mark))
+        for name, (steps, mark) in STOPPED_IN.items()
+    ],
+)
 def test_a_stopped_loader_is_told_and_replaced(world, tmp_path, steps):
     params = dict(world, num_workers=2, max_steps=10, eval_every=0)
     stops = functools.partial(stopping_a_loader, steps)
@@ -422,7 +434,7 @@ def reading_slowly():
     Examples.__getitem__ = lambda self, where: time.sleep(0.3) or whole(self, where)
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_late_batch_is_told_without_loader_processes_too(world, tmp_path):
     params = dict(world, max_steps=1, eval_every=0, output=str(tmp_path / "run"))
     assert micro.run(params, change=reading_slowly) == 0

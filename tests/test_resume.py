@@ -82,8 +82,13 @@ def test_twenty_kills(world, tmp_path, name, streamed):
     killed_like_uninterrupted(params, tmp_path, TWENTY)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    "name, status",
+    [
+        pytest.param("SIGTERM", 143, marks=pytest.mark.ci),
+        pytest.param("SIGINT", 130, marks=pytest.mark.long),
+    ],
+)
 def test_a_polite_signal_saves_and_ends_with_its_own_status(world, tmp_path, name, status):
     params = dict(world, output=str(tmp_path / "run"), gradient_caching=2)
     assert micro.run(params, f"{name}:5") == status
@@ -95,7 +100,7 @@ def test_a_polite_signal_saves_and_ends_with_its_own_status(world, tmp_path, nam
     assert micro.outcome(tmp_path / "run") == micro.outcome(tmp_path / "whole")
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_a_finished_run_of_constant_rate_goes_on_as_one(tmp_path):
     from fgclip_nb.core.config import TrainConfig
     from fgclip_nb.core.identity import ConfigError

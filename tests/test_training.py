@@ -118,7 +118,10 @@ def test_without_output_the_folder_is_named_by_its_parameters(world, tmp_path, m
     assert run_folder(cfg) == first.with_name(first.name + "-2")
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no state"])
+MORE_DAMAGE = [pytest.param(d, marks=pytest.mark.ci) for d in ("truncate", "remove", "no state")]
+
+
+@pytest.mark.parametrize("damage", ["flip", *MORE_DAMAGE])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_path, damage):
     params = dict(world, output=str(tmp_path / "run"))
     assert micro.run(params, "step:8") == -9
@@ -764,6 +767,7 @@ time.sleep(60)""",
     assert e.value.status == 143 and (tmp_path / "heard").read_text() == "15"
 
 
+@pytest.mark.ci
 def test_a_child_ends_with_its_parent(tmp_path):
     """A killed notebook leaves no training behind."""
     child = (
