@@ -1,6 +1,7 @@
 """What a seventh attack found: keypoints taken for outlines, runs that forget whom they trained on,
 a machine without git, a caption that says CLIP's end mark."""
 
+import contextlib
 import json
 import shutil
 
@@ -92,19 +93,26 @@ def run_of(params, folder, **more):
     return data
 
 
+@contextlib.contextmanager
+def elsewhere(folder, place):
+    "While inside, a folder lies in another place."
+    folder.rename(place)
+    try:
+        yield
+    finally:
+        place.rename(folder)
+
+
 def test_a_run_from_shards_keeps_whom_it_trained_on(shards, tmp_path):
     from fgclip_nb.evaluation.held_out import read_evaluation_samples, seen_in_training
 
     folder, params = shards
     data = run_of(params, tmp_path / "run")
     shutil.copytree(folder / "shards", tmp_path / "away")
-    (folder / "shards").rename(folder / "gone")
-    try:
+    with elsewhere(folder / "shards", folder / "gone"):
         scored, _, part = read_evaluation_samples(
             str(tmp_path / "away"), None, "auto", str(tmp_path / "run")
         )
-    finally:
-        (folder / "gone").rename(folder / "shards")
     assert {s.id for s in scored} == set(data.val.column("id")) and "held out" in part
     assert not seen_in_training(str(tmp_path / "run"), scored)
 
@@ -134,13 +142,10 @@ def test_a_run_that_left_no_list_and_lost_its_data_says_so(shards, tmp_path, cap
     folder, params = shards
     run_of(params, tmp_path / "run")
     (tmp_path / "run/split.parquet").unlink()
-    (folder / "shards").rename(folder / "gone")
-    try:
+    with elsewhere(folder / "shards", folder / "gone"):
         scored, _, part = read_evaluation_samples(
             str(folder / "gone"), None, "auto", str(tmp_path / "run")
         )
-    finally:
-        (folder / "gone").rename(folder / "shards")
     assert len(scored) == 46 and "whether the run trained on them is not known" in part
     assert "what this run trained on is not known" in capsys.readouterr().out
 

@@ -114,8 +114,10 @@ def yaml_value(text: str, most: int = 1 << 16):
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has references (*name), which are not read")
-        if twice := _key_twice(yaml.compose(text, yaml.SafeLoader)):
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if twice := _key_twice(node):
             raise ValueError(f"{plain_line(twice)[:60]!r} stands twice")
-        return yaml.safe_load(text)
+        return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(plain_line(e)) from e

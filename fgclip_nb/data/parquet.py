@@ -6,9 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/2_data/08b_parquet.ipynb #bde81c52
-from collections import Counter
 from fgclip_nb.core.packed import most_unpacked
 from fgclip_nb.data.samples import Fault
+from fgclip_nb.data.rows import column_twice
 
 # %% ../../nbs/2_data/08b_parquet.ipynb #794d2fd1
 DICTIONARY = 2  # the kind of a page
@@ -169,9 +169,8 @@ def bounded_rows(open_file, read, columns=None):
     raises for a damaged file, and ValueError."""
     file = open_file()
     names = file.schema_arrow.names
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        reason = "the column stands in the head twice: rename or delete one"
-        yield 0, Fault(twice[0], f"{file.metadata.num_rows} rows", reason, "duplicate_key")
+    if fault := column_twice(names, f"{file.metadata.num_rows} rows"):
+        yield 0, fault
         return
     columns = names if columns is None else columns
     groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]

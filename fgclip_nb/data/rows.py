@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/2_data/02_rows.ipynb #30858a4e
 import json, math, re
+from collections import Counter
 from fgclip_nb.data.samples import Fault, Keyframe
 
 # %% ../../nbs/2_data/02_rows.ipynb #c0f8d565
@@ -70,6 +71,13 @@ def check_box(value, field, size=None, form="xyxy") -> tuple:
     return box
 
 # %% ../../nbs/2_data/02_rows.ipynb #7d4eb413
+def column_twice(names, value=None):
+    "The Fault of a table (`value`: of it) with two columns of one name, or None."
+    twice = next((name for name, times in Counter(names).items() if name and times > 1), None)
+    reason = "the column stands in the head twice: rename or delete one"
+    return None if twice is None else Fault(twice, value, reason, "duplicate_key")
+
+
 DUPLICATE = "\0duplicate key"
 
 

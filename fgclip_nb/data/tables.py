@@ -9,7 +9,7 @@ __all__ = []
 import csv, re
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, Region, is_video
-from fgclip_nb.data.rows import check_box, check_text
+from fgclip_nb.data.rows import check_box, check_text, column_twice
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.photos import photo_size
@@ -230,9 +230,8 @@ UNCLOSED = "a quote opens in this row and never closes: the rest of the file sta
 def table_rows(path):
     "(place, dict or Fault) of each line of a table behind its head."
     head = head_of(path)
-    if twice := [c for c in head if c and head.count(c) > 1][:1]:
-        reason = "the column stands in the head twice: rename or delete one"
-        yield "row 1", Fault(twice[0], None, reason, "duplicate_key")
+    if fault := column_twice(head):
+        yield "row 1", fault
         return
     with open_text(path) as f:
         mark, ended, number = _delimiter(f.readline(100_000)), [], 0

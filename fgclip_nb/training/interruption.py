@@ -6,9 +6,10 @@
 __all__ = ['Interrupted', 'ProcessLost']
 
 # %% ../../nbs/8_training/09_interruption.ipynb #da2ab136
-import contextlib, logging, signal, threading, time
+import contextlib, logging, signal, time
 import torch
 from fgclip_nb.training.state import TrainState, group_timeout
+from fgclip_nb.training.reading import meanwhile
 
 # %% ../../nbs/8_training/09_interruption.ipynb #3f85417c
 class Interrupted(RuntimeError):
@@ -103,10 +104,9 @@ def in_company(s: TrainState):
     limit = group_timeout().total_seconds()
     me = f"process {s.accelerator.process_index} of {s.accelerator.num_processes}"
     done = s.step
-    over = threading.Event()
-    threading.Thread(target=_tell_of_waiting, args=(s, me, limit, over), daemon=True).start()
     try:
-        yield
+        with meanwhile(_tell_of_waiting, s, me, limit):
+            yield
     except RuntimeError as e:
         if not lost_the_others(e):
             raise
@@ -116,5 +116,3 @@ def in_company(s: TrainState):
             f"or did not answer within {limit:.0f} s. The same command resumes {s.path}; torch "
             f"says: {str(e).splitlines()[0]}"
         ) from e
-    finally:
-        over.set()

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/8_training/05_reading.ipynb #435e3da0
-import dataclasses, multiprocessing, re, signal, threading, time
+import contextlib, dataclasses, multiprocessing, re, signal, threading, time
 from dataclasses import dataclass
 import psutil
 import torch
@@ -156,7 +156,7 @@ class LoaderLost(RuntimeError):
     "A loader process died or does not answer."
 
 
-def _watch(s: TrainState, workers, over, given_up: list):
+def _watch(s: TrainState, workers, given_up: list, over):
     """Until the event `over`, say every minute that a batch is late and for whom it waits.
 
     Workers are killed, and `given_up` says why, when one is stopped or after ten minutes: the wait
@@ -175,23 +175,32 @@ def _watch(s: TrainState, workers, over, given_up: list):
             return
 
 
+@contextlib.contextmanager
+def meanwhile(tell, *about):
+    "While inside, `tell(*about, over)` runs in a thread of its own; the event `over` is the end."
+    over = threading.Event()
+    threading.Thread(target=tell, args=(*about, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def next_batch(s: TrainState, batches, workers):
     """The next item of a loader, None after the last. Raises `LoaderLost`.
 
     It waits in torch, which asks a stopped worker for its memory without a time limit; so another
     thread looks at the clock."""
-    over, given_up = threading.Event(), []
-    threading.Thread(target=_watch, args=(s, workers, over, given_up), daemon=True).start()
+    given_up = []
     try:
-        return next(batches, None)
+        with meanwhile(_watch, s, workers, given_up):
+            return next(batches, None)
     except Exception as e:
         if given_up:
             raise LoaderLost(given_up[0]) from e
         if DEATH.match(str(e)):
             raise LoaderLost(f"a loader process died ({str(e).splitlines()[0]})") from e
         raise
-    finally:
-        over.set()
 
 
 def may_hold(s: TrainState, k: int, last: int) -> str:
