@@ -141,11 +141,11 @@ def test_two_videos_of_one_name(tiny, tmp_path, told):
     cfg = EvaluateConfig(
         videos=str(tmp_path / "videos"), annotations=str(tmp_path / "a.txt"), every=8
     )
-    scores, annotation, frames = anomaly_input(cfg, tiny, [])
-    figures = frame_auc(scores, annotation, frames, repeats=0)
+    scores, annotation, frames, every = anomaly_input(cfg, tiny, [])
+    figures = frame_auc(scores, annotation, frames, every, repeats=0)
     assert (figures["videos"], figures["anomalous_videos"], figures["rejects"]) == (3, 1, [])
     (tmp_path / "a.txt").write_text(lines.replace("x/v1", "v1").replace("y/v1.mp4", "w"))
-    figures = frame_auc(scores, tmp_path / "a.txt", frames, repeats=0)
+    figures = frame_auc(scores, tmp_path / "a.txt", frames, every, repeats=0)
     assert figures["videos"] == 1 and len(figures["rejects"]) == 1
     assert "fits 2 videos" in figures["rejects"][0]["reason"]
     assert any("left out: 1" in line and "fits 2 videos" in line for line in told)

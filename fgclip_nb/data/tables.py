@@ -69,6 +69,8 @@ def is_table_row(row) -> bool:
 def _texts(row) -> tuple:
     "All captions of a row, in the order of TEXT_COLUMNS, each once."
     texts = [t for c in TEXT_COLUMNS if c in row for t in row.texts(c)]
+    if any(t.strip().lower() == "nan" for t in texts):
+        raise Fault("text", "nan", "a missing value, written as text: leave the cell empty")
     return tuple(dict.fromkeys(t for t in texts if t.strip()))
 
 
@@ -85,12 +87,17 @@ def size_of(row, media) -> tuple:
     return (height, width) if orientation >= 5 else (width, height)
 
 
+NO_NAME = "a number without its name: write the names of the categories"
+
+
 def _box_region(r, size, texts, label, id) -> Region:
     "The Region of a row with four corners: its text, or its class."
     corners = [r.get(c) for c in corner_columns(r)]
     if all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in corners) and any(corners):
         size = None  # shares already
     box = check_box(corners, "box", size)
+    if not texts and label.strip().isdecimal():
+        raise Fault("label", label, NO_NAME, "unknown_category")
     phrase = texts[0] if texts else with_article(label)
     if not phrase.strip():
         raise Fault("text", None, "a box without a text or a class", "missing_field")
@@ -116,8 +123,7 @@ def object_rows(row) -> list:
 def _object_region(r, size, id) -> Region:
     name = r.get("name")
     if isinstance(name, int):
-        reason = "a number without its name: write the names of the categories"
-        raise Fault(r.field, name, reason, "unknown_category")
+        raise Fault(r.field, name, NO_NAME, "unknown_category")
     phrase = with_article(check_text(name, r.field))
     return Region(phrase, box=r.box("bbox", size, "xywh"), source="category", id=id)
 
@@ -190,29 +196,35 @@ NUMBERS = {"width", "height", "score", *(c for names in CORNERS for c in names)}
 MAX_CELL = 1_000_000  # characters
 
 
-def _delimiter(head) -> str:
-    return max(",\t;|", key=head.count)
+def mark_and_head(file) -> tuple:
+    "(mark between cells, line of names) of an open table, read up to there; Excel may name its mark."
+    line = file.readline(100_000).lstrip("\ufeff")
+    if named := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):
+        return named[1], file.readline(100_000)
+    return max(",\t;|", key=line.count), line
 
 
 def head_of(path) -> list:
     "The names of a table's columns, in lower case and without blanks; [] where there is none."
     try:
         with open_text(path) as f:
-            line = f.readline(100_000).lstrip("\ufeff")
-        cells = next(csv.reader([line], delimiter=_delimiter(line)), [])
+            mark, line = mark_and_head(f)
+        cells = next(csv.reader([line], delimiter=mark), [])
     except (OSError, EOFError, ValueError, csv.Error):
         return []
     return [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in cells]
 
 
-def _cell(column, text):
-    "A cell's value: a number where the column holds some, None where it is empty."
+def _cell(column, text, mark):
+    """A cell's value: a number where the column holds some, None where it is empty.
+
+    Between semicolons a number may have a decimal comma."""
     if not text.strip():
         return None
     if column not in NUMBERS:
         return text
     try:
-        number = float(text)
+        number = float(text.replace(",", ".") if mark == ";" else text)
     except ValueError:
         return text
     return int(number) if number == number and abs(number) < 1e15 and number % 1 == 0 else number
@@ -234,7 +246,8 @@ def table_rows(path):
         yield "row 1", fault
         return
     with open_text(path) as f:
-        mark, ended, number = _delimiter(f.readline(100_000)), [], 0
+        mark, _ = mark_and_head(f)
+        ended, number = [], 0
         lines = csv.reader(_noting_the_end(f, ended), delimiter=mark, skipinitialspace=True)
         while True:
             number += 1
@@ -250,7 +263,7 @@ def table_rows(path):
                 return
             if not any(cell.strip() for cell in cells):
                 continue
-            value = {c: _cell(c, cell) for c, cell in zip(head, cells)}
+            value = {c: _cell(c, cell, mark) for c, cell in zip(head, cells)}
             if len(cells) != len(head):
                 reason = f"{len(cells)} cells under {len(head)} columns (a comma without quotes?)"
                 value = Fault("row", cells, reason)

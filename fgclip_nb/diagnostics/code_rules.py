@@ -104,7 +104,7 @@ def few_behind(ev) -> tuple:
     winners = ev.series("batch_least").nunique()
     mean, deviation = expected_winners(known, size, steps)
     behind = samples_behind(winners, size, steps, known)
-    if winners > mean - 3 * deviation or behind > known / 2:
+    if winners >= mean - 3 * deviation or behind > known / 2:
         return ()
     why = (
         f"{steps} batches seem to be drawn from about {behind} of the {known} training samples "

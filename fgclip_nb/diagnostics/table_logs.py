@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_diagnostics/05b_table_logs.ipynb #b25beaac
-import csv, json
+import csv, json, re
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import get_logger
@@ -78,11 +78,24 @@ def trainer_state_rows(path) -> list:
     return rows
 
 
+DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+([eE][-+]?\d+)?\s*")
+
+
+def decimal_point(cell):
+    "A cell with a point where it is a number with a decimal comma; else as it is."
+    number = isinstance(cell, str) and DECIMAL_COMMA.fullmatch(cell)
+    return cell.replace(",", ".") if number else cell
+
+
 def csv_rows(path) -> list:
     "Rows of a CSV file with names in its first line."
     lines = read_text(path).splitlines()
-    dialect = ";" if lines and lines[0].count(";") > lines[0].count(",") else ","
-    return record_rows(csv.DictReader(closed_lines(path, lines), delimiter=dialect))
+    lines = lines[1:] if lines and lines[0].lower().startswith("sep=") else lines
+    mark = max(",;\t", key=lines[0].count) if lines else ","
+    rows = csv.DictReader(closed_lines(path, lines), delimiter=mark)
+    if mark != ";":
+        return record_rows(rows)
+    return record_rows({k: decimal_point(v) for k, v in row.items()} for row in rows)
 
 
 def json_rows(path) -> list:

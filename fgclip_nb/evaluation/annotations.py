@@ -121,20 +121,26 @@ def smooth(scores, window):
     return np.lib.stride_tricks.sliding_window_view(padded, window).mean(-1)
 
 
-def to_frames(scores, frames=None, segment=None):
-    """Per-frame scores float64: `scores` (S,) repeated to `frames`.
+def come_per_frame(scores: int, frames: int) -> bool:
+    """Whether so many scores are one per frame: no tenth more or less of them than frames, or a
+    multiple of 16, as of clips of 16 frames that share a score, and no whole clip more or less."""
+    off = abs(scores - frames)
+    return off <= frames / 10 or (scores % 16 == 0 and off < 16)
 
-    segment: frames per score; None spreads the scores evenly. Scores that already come per frame
-    (more than half as many as frames) stay."""
+
+def to_frames(scores, frames=None, segment=None):
+    """Per-frame scores float64 of `scores` (S,); `frames` many where the number is known.
+
+    segment: frames per score. Without it scores that `come_per_frame` are cut off at the end, or
+    the last one is repeated, and others are spread evenly."""
     scores = np.asarray(scores, dtype=np.float64)
     if segment and not 0 < segment * len(scores) <= MOST_FRAMES:
         raise ConfigError(f"segment: a number of frames per score is expected, got {segment}")
-    if segment:
-        missing = max(0, (frames or 0) - len(scores) * segment)
-        return np.pad(np.repeat(scores, segment), (0, missing), mode="edge")[:frames]
-    if frames is None or 2 * len(scores) > frames:
-        return scores
-    return scores[np.arange(frames) * len(scores) // frames]
+    if frames and not segment and not come_per_frame(len(scores), frames):
+        return scores[np.arange(frames) * len(scores) // frames]
+    scores = np.repeat(scores, segment or 1)
+    missing = max(0, (frames or 0) - len(scores))
+    return np.pad(scores, (0, missing), mode="edge")[:frames]
 
 # %% ../../nbs/7_evaluation/10_annotations.ipynb #08405e09
 def _count_rows(path) -> list:
@@ -286,10 +292,25 @@ def _tell_bare(pairs):
         )
 
 
+def normal_by_name(videos, unpaired) -> dict:
+    """{path: AnomalyVideo} of scored videos without a line whose own names call them normal.
+
+    XD-Violence's list of test labels holds its violent videos only."""
+    if not any("_label_" in name for name in videos):
+        return {}
+    normal = [p for p in unpaired if video_name(p).endswith("_label_A")]
+    if normal:
+        get_logger().info(
+            "%d scored videos without a line are normal by their names, e.g. %s",
+            *(len(normal), normal[0][-80:]),
+        )
+    return {p: AnomalyVideo(p, (), ()) for p in normal}
+
+
 def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1):
     """Scores and annotation of each video that has both, matched by `pair_names`.
 
-    (list of `FrameScores`, rejects, names without scores, names without annotation).
+    Videos of `normal_by_name` need no line. Returns (list of `FrameScores`, rejects, names without scores, names without annotation).
     annotation_file: a file, or {name: AnomalyVideo}; scores: see `read_scores`; frames: see
     `read_frame_counts`; segment: see `to_frames`; smoothing: window in scores, see `smooth`."""
     videos, rejects, source = _annotation(annotation_file)
@@ -298,6 +319,8 @@ def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1
     counts = counts_of(frames, scored)
     pairs, faults = pair_names(VideoNames(videos), scored)
     _tell_bare(pairs)
+    normal = normal_by_name(videos, sorted(scores.keys() - pairs.values()))
+    videos, pairs = videos | normal, pairs | {path: path for path in normal}
     matched = []
     for name in sorted(pairs):
         values = smooth(scores[pairs[name]], smoothing)

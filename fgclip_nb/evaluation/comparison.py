@@ -7,6 +7,7 @@ __all__ = ['compare_evaluations']
 
 # %% ../../nbs/7_evaluation/09_comparison.ipynb #32bd9a64
 import glob, re
+from collections import Counter
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
@@ -19,10 +20,23 @@ from fgclip_nb.evaluation.results import load_evaluation
 ENOUGH_PHOTOS = 10
 
 
+def numbered(ids) -> list:
+    "(id, how many of it there are, how many of these came before) of each of a list of ids."
+    times, before = Counter(ids), Counter()
+    out = []
+    for k in ids:
+        out.append((k, times[k], before[k]))
+        before[k] += 1
+    return out
+
+
 def _shared_rows(a, b):
-    "Row numbers int64 (2,k) of the items that both `Ranked` have, in each."
-    place = {k: i for i, k in enumerate(a.ids)}
-    both = [(place[k], j) for j, k in enumerate(b.ids) if k in place]
+    """Row numbers int64 (2,k) of the items that both `Ranked` have, in each.
+
+    Items of one id, a photo in several rows of the data, are paired in order where both have as
+    many of them, else not at all."""
+    place = {k: i for i, k in enumerate(numbered(a.ids))}
+    both = [(place[k], j) for j, k in enumerate(numbered(b.ids)) if k in place]
     return np.array(both, dtype=np.int64).reshape(-1, 2).T
 
 

@@ -184,7 +184,7 @@ def _by_whole_path(paths, named):
 
 
 def anomaly_input(cfg, encoder, samples):
-    """Parameters -> (scores, annotation, frame counts) for `frame_auc`.
+    """Parameters -> (scores, annotation, frame counts, frames per score) for `frame_auc`.
 
     Videos have their whole paths for names, so that folders can tell two of one name apart. Raises
     `ConfigError` when there are neither scores nor videos."""
@@ -194,12 +194,13 @@ def anomaly_input(cfg, encoder, samples):
         annotation = _by_whole_path(media, track_annotations(samples, cfg.event()))
     if cfg.scores:
         counts = read_frame_counts(_place(cfg.frame_counts))
-        return read_scores(_place(cfg.scores)), annotation, counts
+        return read_scores(_place(cfg.scores)), annotation, counts, None
     videos = _videos_of(cfg, samples)
     scores, frames = anomaly_scores(
         encoder, videos, _place(cfg.prompts), cfg.every, cache=_place(cfg.feature_cache)
     )
-    return _by_whole_path(videos, scores), annotation, _by_whole_path(videos, frames)
+    whole = [_by_whole_path(videos, values) for values in (scores, frames)]
+    return whole[0], annotation, whole[1], cfg.every
 
 # %% ../../nbs/7_evaluation/15_config.ipynb #15d60005
 def _digest(parts) -> str:

@@ -123,8 +123,9 @@ def _begin(names):
     return [name[-80:] for name in names[:3]]
 
 
-def tell_left_out(rejects, missing, scored):
-    "Lines in the log: rejected entries of an annotation, and annotated videos without scores."
+def tell_left_out(rejects, missing, unannotated, scored):
+    """Lines in the log: rejected entries of an annotation, annotated videos without scores, and
+    scored ones without annotation."""
     log = logging.getLogger("fgclip_nb")
     if rejects:
         log.warning(
@@ -135,6 +136,11 @@ def tell_left_out(rejects, missing, scored):
         log.warning(
             "%d of %d annotated videos have no scores, e.g. %s",
             *(len(missing), len(missing) + scored, missing[0][-80:]),
+        )
+    if unannotated:
+        log.warning(
+            "%d of %d scored videos are not annotated and do not count, e.g. %s",
+            *(len(unannotated), len(unannotated) + scored, unannotated[0][-80:]),
         )
 
 # %% ../../nbs/7_evaluation/11_frames.ipynb #36db803d
@@ -169,7 +175,7 @@ def frame_auc(
             f"{where}: none of the scored videos has a usable line; scored: "
             f"{_begin(extra)}, annotated: {_begin(missing)}, rejects: {len(rejects)}{why}"
         )
-    tell_left_out(rejects, missing, len(videos))
+    tell_left_out(rejects, missing, extra, len(videos))
     curves = WeightedCurves(videos)
     return frame_figures(videos, threshold) | {
         "interval": video_bootstrap(videos, curves, repeats, seed) if repeats else {},

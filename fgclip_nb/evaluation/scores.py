@@ -6,6 +6,7 @@
 __all__ = ['retrieval']
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #9cbdeec9
+from collections import Counter
 from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import binomtest
@@ -143,6 +144,15 @@ def _ranked_links(features, right, permuted, ties, ks, ids, groups):
     )
 
 
+def _numbered_texts(owner) -> list:
+    "A name for each text, `<its photo>#<number>`: whatever other photos are there, it is the same."
+    number, names = Counter(), []
+    for photo in owner:
+        names.append(f"{photo}#{number[photo]}")
+        number[photo] += 1
+    return names
+
+
 def rank_both_ways(
     images,
     texts,
@@ -163,8 +173,8 @@ def rank_both_ways(
         i2t, t2i = permuted_links(texts_of, images_of, permutations, seed)
     ids = range(len(images)) if image_ids is None else np.asarray(image_ids).tolist()
     names = [str(i) for i in ids]
-    owner = [names[i] for i in images_of[:, 0]]
-    text_names = [f"{names[i]}#{t}" for t, i in enumerate(images_of[:, 0])]
+    owner = names if text_image is None else [str(i) for i in np.asarray(text_image).tolist()]
+    text_names = _numbered_texts(owner)
     return (
         _ranked_links((images, texts), texts_of, i2t, ties, ks, names, names),
         _ranked_links((texts, images), images_of, t2i, ties, ks, text_names, owner),

@@ -61,11 +61,15 @@ def _parser():
 
 # %% ../../nbs/9_runs/99_command.ipynb #8a482aef
 def _sweep_command(a) -> int:
-    "Run a grid and print its spread; 1 when a cell failed."
+    "Run a grid and print its spread; 1 when a cell failed, 130 when it was interrupted."
     grid = parse_grid(a.pairs)
     sweep = Sweep(a.notebook, grid, a.output or sweep_folder(a.notebook, grid), a.jobs, a.cluster)
     print(f"{len(sweep.cells)} cells in {sweep.folder}", flush=True)
-    state = sweep.run(lambda line: print(line, flush=True))
+    try:
+        state = sweep.run(lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with what is not finished", file=sys.stderr)
+        return 130
     done = [Run(sweep.folder / n) for n, s in state.items() if s != "failed"]
     if done:
         print(Comparison(done).spread.round(4).to_string())
@@ -91,7 +95,8 @@ def _reproduce_command(a) -> int:
 
 # %% ../../nbs/9_runs/99_command.ipynb #1c473796
 def main(argv) -> int:
-    "The command's status: 0; 1 = a cell failed or a run did not reproduce; 2 = wrong arguments."
+    """The command's status: 0; 1 = a cell failed or a run did not reproduce; 2 = wrong arguments;
+    130 = a sweep was interrupted."""
     a = _parser().parse_args(argv)
     commands = dict(sweep=_sweep_command, compare=_compare_command, reproduce=_reproduce_command)
     try:

@@ -61,6 +61,16 @@ def load_runs(*where) -> list:
         runs |= {folder.resolve(): Run(folder) for folder in folders}
     return list(runs.values())
 
+# %% ../../nbs/9_runs/00_comparison.ipynb #70940ac8
+def run_names(runs) -> list:
+    "The name of each run's folder, with as much of the path before it as tells them all apart."
+    parts = [r.path.resolve().parts for r in runs]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return []
+
 # %% ../../nbs/9_runs/00_comparison.ipynb #0f805209
 WHEN_AND_WHERE = (
     "notebook",
@@ -192,7 +202,7 @@ def progress_notes(runs) -> list:
     lengths = [len(r.metrics()) for r in runs]
     notes = []
     if not all(finished):
-        names = ", ".join(r.name for r, f in zip(runs, finished) if not f)
+        names = ", ".join(name for name, f in zip(run_names(runs), finished) if not f)
         notes.append(f"Unfinished: {names}. Their last figures are of an earlier stage.")
     if len(set(lengths)) > 1:
         notes.append(
@@ -263,7 +273,8 @@ class Comparison:
     labels: list = field(init=False)  # the group of each
 
     def __post_init__(self):
-        self.rows = [run_row(r) for r in self.runs]
+        names = run_names(self.runs)
+        self.rows = [run_row(r) | dict(run=name) for r, name in zip(self.runs, names)]
         self.notes = comparability(self.runs)
         varying = list(differences(self.runs))
         self.labels = [group_key(r, varying) for r in self.runs]
@@ -290,7 +301,7 @@ class Comparison:
         "A DataFrame of everything that differs: parameters, code, data, versions."
         import pandas as pd
 
-        return pd.DataFrame(differences(self.runs), index=[r.name for r in self.runs]).T
+        return pd.DataFrame(differences(self.runs), index=run_names(self.runs)).T
 
 # %% ../../nbs/9_runs/00_comparison.ipynb #b282a5a1
 def compare_runs(runs) -> Comparison:
@@ -361,9 +372,9 @@ def expected_table(runs):
     import pandas as pd
 
     parts = {}
-    for r in runs:
+    for run, r in zip(run_names(runs), runs):
         rows = expected_and_observed(r.expectations(), run_evidence(r))
         for name, expected, observed, _ in rows:
-            parts.setdefault((r.name, "expected"), {})[name] = expected
-            parts.setdefault((r.name, "observed"), {})[name] = observed
+            parts.setdefault((run, "expected"), {})[name] = expected
+            parts.setdefault((run, "observed"), {})[name] = observed
     return pd.DataFrame(parts)

@@ -1,0 +1,182 @@
+"""What an eighth independent attack found, kept from coming back.
+
+Whole data sets, evaluations and commands as users have them, not one function at a time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from PIL import Image
+
+from fgclip_nb import CachedFeatures, compare_evaluations, evaluate, frame_auc, load_samples
+from fgclip_nb.evaluation.annotations import AnomalyVideo
+from fgclip_nb.evaluation.ranking import cosines, unit
+from fgclip_nb.runs.__main__ import main
+from fgclip_nb.runs.comparison import compare_runs
+from synthetic_runs import synthetic_run
+
+
+def test_violent_videos_alone_are_annotated_in_xd_violence(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    scores, lines, labels = {}, [], []
+    for k in range(6):
+        scores[f"v{k}__#1_label_B1-0-0"] = rng.random(40)
+        lines.append(f"v{k}__#1_label_B1-0-0.mp4 10 19")
+        labels.append(np.isin(np.arange(40), np.arange(10, 20)))
+    for k in range(4):
+        scores[f"n{k}__#1_label_A"] = rng.random(40)
+        labels.append(np.zeros(40, bool))
+    (tmp_path / "annotations.txt").write_text("\n".join(lines))
+    told = frame_auc(scores | {"w__#1_label_B2-0-0": [0.5]}, tmp_path / "annotations.txt")
+    expected = roc_auc_score(np.concatenate(labels), np.concatenate(list(scores.values())))
+    assert told["auc"] == pytest.approx(expected)
+    assert (told["normal_videos"], told["anomalous_videos"]) == (4, 6)
+    assert told["unannotated"] == ["w__#1_label_B2-0-0"]
+    printed = capsys.readouterr().out
+    assert "4 scored videos without a line are normal by their names" in printed
+    assert "1 of 11 scored videos are not annotated and do not count" in printed
+
+
+def test_a_table_as_excel_saves_it_abroad(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    rows = ["sep=;", "image;label;x1;y1;x2;y2", "a.png;tiger;0,25;0,5;0,5;1,0"]
+    (tmp_path / "boxes.csv").write_text("\r\n".join(rows), encoding="utf-8-sig")
+    samples, rejects = load_samples(tmp_path / "boxes.csv")
+    (region,) = samples[0].regions
+    assert (region.box, region.phrase, rejects) == ((0.25, 0.5, 0.5, 1.0), "a tiger", [])
+
+
+@pytest.mark.parametrize(
+    "text", ["image,label,x1,y1,x2,y2\na.png,3,1,1,9,9\n", "image,caption\na.png,nan\n"]
+)
+def test_what_is_no_text_is_not_learnt(tmp_path, text):
+    "The number of a class, and pandas' mark for a value that is missing."
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "data.csv").write_text(text)
+    samples, rejects = load_samples(tmp_path / "data.csv")
+    assert not any(s.regions or s.captions for s in samples)
+    assert len(rejects) == 1 and rejects[0].reason
+
+
+def test_runs_of_one_name_stay_two(tmp_path, capsys):
+    for day, scale in (("monday", 2.6592), ("tuesday", 4.6052)):
+        params = dict(logit_scale_init=scale)
+        synthetic_run(tmp_path / day / "train", steps=30, scale=scale, params=params)
+    assert main(["compare", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "monday/train" in told and "tuesday/train" in told
+    assert list(compare_runs(tmp_path).differing.columns) == ["monday/train", "tuesday/train"]
+
+
+def pairs(folder, rows, name="a.json"):
+    "Samples of rows of the package's own format, with a grey photo each."
+    for row in rows:
+        Image.new("RGB", (32, 24)).save(folder / row["image"])
+    (folder / name).write_text(json.dumps(rows))
+    samples, rejects = load_samples(folder / name, media_root=str(folder))
+    assert not rejects
+    return samples
+
+
+def cached(folder, **arrays):
+    "`CachedFeatures` of arrays (npy) and lists (JSON)."
+    folder.mkdir()
+    for name, values in arrays.items():
+        if isinstance(values, list):
+            (folder / f"{name}.json").write_text(json.dumps(values))
+        else:
+            np.save(folder / f"{name}.npy", values.astype(np.float32))
+    return CachedFeatures(folder)
+
+
+def test_rows_of_one_photo_are_compared_each_with_itself(tmp_path):
+    "A row per region: regions of one photo in several rows have equal ids."
+    rows = [
+        {
+            "image": f"p{i}.png",
+            "regions": [
+                {
+                    "caption": f"thing {i} {k}",
+                    "bbox": [0.1 * k, 0.1, 0.1 * k + 0.4, 0.6],
+                    "negatives": [f"other {i} {k}"],
+                }
+            ],
+        }
+        for i in range(12)
+        for k in range(4)
+    ]
+    samples = pairs(tmp_path, rows)
+    regions = [r for s in samples for r in s.regions]
+    texts = [t for r in regions for t in (r.phrase, *r.negatives)]
+    vectors = np.random.default_rng(0).normal(size=(len(texts), 8))
+    by_text = dict(zip(texts, vectors))
+
+    def scored(name, right):
+        known = [
+            by_text[r.phrase if int(r.phrase[-1]) in right else r.negatives[0]] for r in regions
+        ]
+        features = cached(
+            tmp_path / name,
+            region_features=np.array(known),
+            region_boxes=np.array([r.box for r in regions]),
+            region_names=[Path(s.media).name for s in samples],
+            text_features=vectors,
+            texts=texts,
+        )
+        return evaluate(features, samples, tasks=["hard_negatives"])
+
+    first, second = scored("first", {0, 1}), scored("second", {0, 1, 2})
+    table = compare_evaluations(first, second)
+    row = table[table.metric == "acc1"].iloc[0]
+    assert (row["first"], row["second"], row["items"]) == (0.5, 0.75, 48)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_a_photo_less_shifts_no_caption(tmp_path, captions):
+    rows = [
+        {"image": f"p{i}.png", "captions": [f"caption {i} {k}" for k in range(n)]}
+        for i, n in enumerate([captions] + [3] * 11)
+    ]
+    samples = pairs(tmp_path, rows)
+    texts = [c for s in samples for c in s.captions]
+    numbers = [tuple(map(int, t.split()[1:])) for t in texts]
+    vectors = np.array([np.eye(12)[i if k else (i + 1) % 12] for i, k in numbers])
+
+    def scored(name, there):
+        names = [rows[i]["image"] for i in there]
+        features = dict(image_features=np.eye(12)[there], image_names=names)
+        features |= dict(text_features=vectors, texts=texts)
+        return evaluate(cached(tmp_path / name, **features), samples, tasks=["short_retrieval"])
+
+    table = compare_evaluations(scored("all", [*range(12)]), scored("less", [*range(1, 12)]))
+    row = table[(table["list"] == "t2i") & (table.metric == "r1")].iloc[0]
+    assert (row["items"], row["only_second"]) == (33, 0)
+    assert row["first"] == row["second"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_one_score_for_every_two_frames_is_no_score_per_frame(every):
+    rng = np.random.default_rng(every)
+    videos, scores, frames = {}, {}, {}
+    for k in range(8):
+        n = 101 + 2 * k
+        labels = np.zeros(n, bool)
+        labels[40:70] = k < 4
+        name = f"v{k}"
+        videos[name] = AnomalyVideo(name, ("Abuse",) * (k < 4), ((40, 69),) * (k < 4))
+        noise = rng.random(n) / 10
+        scores[name] = (labels + noise)[::every]
+        frames[name] = n
+    for segment in (None, every):
+        told = frame_auc(scores, videos, frames, segment=segment, repeats=0)
+        assert told["frames"] == sum(frames.values()) and told["auc"] > 0.9
+
+
+def test_orthogonal_vectors_tie_on_every_processor():
+    rng = np.random.default_rng(0)
+    a, b = (unit(np.round(rng.normal(size=(n, 3)))) for n in (40, 200))
+    one_by_one = [[np.float32(round(sum(x * y), 12)) for y in b] for x in a]
+    assert (cosines(a, b) == np.array(one_by_one)).all()
