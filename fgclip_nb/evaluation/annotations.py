@@ -310,7 +310,8 @@ def normal_by_name(videos, unpaired) -> dict:
 def match_scores(scores, annotation_file, frames=None, segment=None, smoothing=1):
     """Scores and annotation of each video that has both, matched by `pair_names`.
 
-    Videos of `normal_by_name` need no line. Returns (list of `FrameScores`, rejects, names without scores, names without annotation).
+    Videos of `normal_by_name` need no line. Returns (list of `FrameScores`, rejects, names without
+    scores, names without annotation).
     annotation_file: a file, or {name: AnomalyVideo}; scores: see `read_scores`; frames: see
     `read_frame_counts`; segment: see `to_frames`; smoothing: window in scores, see `smooth`."""
     videos, rejects, source = _annotation(annotation_file)

@@ -248,7 +248,7 @@ def anomaly_scores(
     """Zero-shot scores per segment of `every` frames -> ({name: scores (S,)}, {name: frames}).
 
     Ready for `frame_auc(…, frames=…, segment=every)`. Score = (1 - region_weight) * whole frame +
-    region_weight * highest region. prompts: see `read_prompts`; boxes, cache: see `video_features`."""
+    region_weight * highest region. prompts: see `read_prompts`; boxes, cache: `video_features`."""
     encoder, prompts = as_encoder(model, image_size), read_prompts(prompts)
     features = video_features(encoder, paths, every, boxes, cache=cache)
     normal = unit(encoder.texts(prompts["Normal"]))
