@@ -197,7 +197,7 @@ MAX_CELL = 1_000_000  # characters
 
 
 def mark_and_head(file) -> tuple:
-    "(mark between cells, line of names) of an open table; Excel may name the mark in a line before."
+    "(mark between cells, line of names) of an open table; Excel names the mark a line before."
     line = file.readline(100_000).lstrip("\ufeff")
     if named := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):
         return named[1], file.readline(100_000)
