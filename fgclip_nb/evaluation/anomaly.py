@@ -251,17 +251,16 @@ def anomaly_scores(
     region_weight * highest region. prompts: see `read_prompts`; boxes, cache: `video_features`."""
     encoder, prompts = as_encoder(model, image_size), read_prompts(prompts)
     features = video_features(encoder, paths, every, boxes, cache=cache)
-    normal = unit(encoder.texts(prompts["Normal"]))
     others = [t for c, texts in prompts.items() if c != "Normal" for t in texts]
-    anomalous = unit(encoder.texts(others))
     scale = math.exp(encoder.model.logit_scale.item())
 
-    def probability(x):
-        return anomaly_probability(x, normal, anomalous, scale)
+    def probability(x, phrase):
+        sentences = [unit(encoder.texts(t, phrase=phrase)) for t in (prompts["Normal"], others)]
+        return anomaly_probability(x, *sentences, scale)
 
     scores = {
-        n: (1 - region_weight) * probability(f.whole)
-        + region_weight * probability(f.regions).max(-1)
+        n: (1 - region_weight) * probability(f.whole, phrase=False)
+        + region_weight * probability(f.regions, phrase=True).max(-1)
         for n, f in features.items()
     }
     return scores, {n: f.frames for n, f in features.items()}

@@ -58,10 +58,12 @@ def label_set(given, there, own=True) -> list:
     return labels
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #5befb56d
-def class_features(encoder, labels, templates):
-    "One unit vector per label (C,D): mean of its prompts' unit vectors, made a unit vector again."
+def class_features(encoder, labels, templates, phrase=False):
+    """One unit vector per label (C,D): mean of its prompts' unit vectors, made a unit vector again.
+
+    phrase: labels of regions, see `Encoder.texts`."""
     prompts = [t.format(label) for label in labels for t in templates]
-    features = unit(encoder.texts(prompts), "prompt features")
+    features = unit(encoder.texts(prompts, phrase=phrase), "prompt features")
     return unit(features.reshape(len(labels), len(templates), -1).mean(1))
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #45316514

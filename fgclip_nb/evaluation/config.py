@@ -34,6 +34,7 @@ class EvaluateConfig:
     media_root: str = param(
         "", "folder that image paths start from; empty for the folder of the data file"
     )
+    columns: str = param("", "of tables, as in training; empty: as the run of `model` read them")
     split: str = param(
         "auto", "split to score; `auto`: what the run held out, else val; `all`: everything"
     )

@@ -123,15 +123,28 @@ def held_out(samples, source) -> tuple:
     return kept, f"{why}; it trained on {trained} of the others (`split=all` scores them too)"
 
 
-def read_evaluation_samples(data, media_root=None, split=None, model=""):
+def as_the_run_read(data, source) -> dict:
+    "`media_root` and `columns` with which the run of the model `source` read the same data path."
+    run = run_of(source) if source else None
+    params = run.params() if run else {}
+    if not run or Path(_existing(params["data"])).resolve() != Path(_existing(data)).resolve():
+        return {}
+    return dict(media_root=_existing(params.get("media_root")), columns=params.get("columns", ""))
+
+
+def read_evaluation_samples(data, media_root=None, split=None, model="", columns=""):
     """(samples, rejects, which part they are) of `sample`, a path in any format, or a list.
 
     split: a name, `auto` (what the run of `model` held out; else val where there is one), or None,
-    empty or `all` for everything. Missing media stay in. Raises `DataError` when nothing is
-    left."""
+    empty or `all` for everything. media_root, columns: see `load_samples`; without them as the run
+    of `model` read the same data. Missing media stay in. Raises `DataError` when nothing is left.
+    """
     rejects = []
     if isinstance(data, (str, Path)):
-        data, rejects = load_samples(data, media_root or None, missing="keep")
+        how = as_the_run_read(data, model)
+        given = dict(media_root=media_root, columns=columns)
+        how |= {name: value for name, value in given.items() if value}
+        data, rejects = load_samples(data, missing="keep", **how)
         if rejects:
             get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
     # embedded photos stay in their shards until one is looked at

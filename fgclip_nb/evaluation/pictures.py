@@ -93,7 +93,7 @@ def plot_mistakes(mistakes, title="Worst mistakes", samples=()):
 def similarity_map(encoder, photo, texts):
     "Cosines of each patch of one photo (sample or path) with each text: float32 (T, grid, grid)."
     patches = encoder.dense(photo)
-    grid, words = len(patches), unit(encoder.texts(texts))
+    grid, words = len(patches), unit(encoder.texts(texts, phrase=True))
     return cosines(words, unit(patches.reshape(grid * grid, -1))).reshape(len(texts), grid, grid)
 
 

@@ -330,14 +330,16 @@ def evaluate(
     name="",
     image_size=None,
     batch_size=64,
+    columns="",
     **settings,
 ):
     """Run `tasks` (names in TASKS) over `data` -> `Evaluation`.
 
     model: a model, an `Encoder`, cached features, or what `load_model` takes. data: `sample`, a
     path that `load_samples` reads, or samples. split: a name, `auto` (what the run behind a model's
-    path held out, else val where there is one) or None (everything). settings: those of `Settings`,
-    ties, permutations, seed, labels, templates, captions. Raises `ConfigError` for an unknown task
+    path held out, else val where there is one) or None (everything). media_root, columns: see
+    `read_evaluation_samples`. settings: those of `Settings`, ties, permutations, seed, labels,
+    templates, captions. Raises `ConfigError` for an unknown task
     or setting."""
     tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     _check_names(tasks, settings)
@@ -346,7 +348,7 @@ def evaluate(
         model = load_model(source)
     encoder = as_encoder(model, image_size, batch_size)
     settings = Settings(**settings)
-    samples, rejects, part = read_evaluation_samples(data, media_root, split, source)
+    samples, rejects, part = read_evaluation_samples(data, media_root, split, source, columns)
     results, items = {}, {}
     for task in tasks:
         result = TASKS[task](encoder, samples, settings)

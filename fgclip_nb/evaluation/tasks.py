@@ -119,7 +119,7 @@ def region_classification_task(encoder, samples, settings):
     regions = encode_regions(encoder, samples, known)
     ranked = classify(
         regions.features,
-        class_features(encoder, labels, templates),
+        class_features(encoder, labels, templates, phrase=True),
         [label_of(r.phrase, labels) for _, r in regions.items],
         regions.ids,
         regions.groups,
@@ -225,7 +225,7 @@ def region_phrases_task(encoder, samples, settings):
     phrases = {phrase_key(r.phrase): r.phrase for _, r in regions.asked()}
     number = {folded: k for k, folded in enumerate(phrases)}
     texts = list(phrases.values())
-    features = encoder.texts(texts) if texts else np.zeros((0, 1), np.float32)
+    features = encoder.texts(texts, phrase=True) if texts else np.zeros((0, 1), np.float32)
     target = [number[phrase_key(r.phrase)] for _, r in regions.items]
     ranked = classify(
         regions.features, features, target, regions.ids, regions.groups, **settings.permute()

@@ -36,16 +36,19 @@ def first_pass(model, chunks: list, autocast) -> tuple:
     return states, parts
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #a0542172
+def joined_features(parts: list) -> dict:
+    "Features of all chunks by name; parameters among them are those of the first."
+    names = row_names()
+    there = [k for k in names if any(k in p for p in parts)]
+    rows = {k: torch.cat([p[k] for p in parts if k in p]) for k in there}
+    return {k: x for k, x in parts[0].items() if k not in names} | rows
+
+
 def joined_leaves(parts: list) -> dict:
     """Features of all chunks by name as leaves that collect a gradient; parameters among the
     features stay themselves."""
-    names = row_names()
-    rows = {
-        k: torch.cat([p[k] for p in parts if k in p]).detach().requires_grad_()
-        for k in names
-        if any(k in p for p in parts)
-    }
-    return {k: x for k, x in parts[0].items() if k not in names} | rows
+    names, joined = row_names(), joined_features(parts)
+    return {k: x.detach().requires_grad_() if k in names else x for k, x in joined.items()}
 
 # %% ../../nbs/5_losses/07_gradient_caching.ipynb #3db2e261
 def second_pass(model, chunks: list, states: list, leaves: dict, autocast):

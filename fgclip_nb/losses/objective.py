@@ -286,21 +286,21 @@ def gather_named(named: dict) -> list:
     return by_process(whole, table, list(named))
 
 # %% ../../nbs/5_losses/06_objective.ipynb #41027ad7
-def gather_features(features: dict) -> dict:
+def gather_features(features: dict, gather: bool = True) -> dict:
     """Features of all processes by name, rank after rank; names without a row anywhere are absent.
 
     Every process must call and have image_features. What is not one of `row_names` stays as it
-    is."""
+    is. gather=False: those of this process."""
     names = row_names()
-    if world_size() > 1:
+    if gather and world_size() > 1:
         parts = gather_named({k: features.get(k, features["image_features"][:0]) for k in names})
         features = features | {k: torch.cat([p[k] for p in parts]) for k in names}
     return {k: x for k, x in features.items() if k not in names or len(x)}
 
 
-def gather_ids(ids: BatchIds) -> BatchIds:
+def gather_ids(ids: BatchIds, gather: bool = True) -> BatchIds:
     "Identities of all processes, in the order of `gather_features`."
-    if world_size() == 1:
+    if not gather or world_size() == 1:
         return ids
     parts = gather_named({name: getattr(ids, name) for name in ID_FIELDS})
     return merge_ids([BatchIds(**part) for part in parts])
@@ -313,6 +313,7 @@ def compute_losses(
     duplicates: str = "mask",
     cfg=None,
     states: dict | None = None,
+    gather: bool = True,
 ) -> dict:
     """Every term of the table that the features allow, by name -> `LossTerm`; of FG-CLIP the names
     are loss_global_short, loss_global_long, loss_region and loss_hard.
@@ -322,11 +323,12 @@ def compute_losses(
     defaults. states: what terms keep between steps, by name of the term, changed in place. A term
     without a row on any process is absent. In several processes rows and identities are gathered
     first: every process must call, all get the same values, and averaging the parameter gradients
-    over processes gives the gradient of the undivided batch. The bank is read only; see
+    over processes gives the gradient of the undivided batch. gather=False: of this process's rows
+    alone, as in a validation, where all processes look at the same samples. The bank is read only; see
     `push_regions`. Raises `ConfigError` for a mistake of a user's term, which it names."""
     offered = dict(
-        features=gather_features(features),
-        batch=gather_ids(batch_ids(batch, features["image_features"].device)),
+        features=gather_features(features, gather),
+        batch=gather_ids(batch_ids(batch, features["image_features"].device), gather),
         bank=bank,
         duplicates=duplicates,
         cfg=cfg or TrainConfig(),

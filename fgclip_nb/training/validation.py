@@ -17,6 +17,7 @@ from fgclip_nb.data.findings import can_contrast
 from fgclip_nb.batches.loading import collate_loaded
 from fgclip_nb.losses.table import TERMS
 from fgclip_nb.losses.objective import compute_losses, total_loss
+from fgclip_nb.losses.gradient_caching import joined_features
 from fgclip_nb.diagnostics.measures import measure_of, to_floats
 from fgclip_nb.diagnostics.signs import best_scale, sign_values
 from fgclip_nb.diagnostics.inputs import picture_values
@@ -35,27 +36,39 @@ VAL_SIGNS += ("tokens_captions", "toned_share", "flat_share")
 UNKNOWN = re.compile("_chance_|_top1_")  # columns that are left out where they are not a number
 
 
+def features_of(s: TrainState, batch) -> dict:
+    "Features of a batch by name, encoded `batch_size` samples at a time."
+    small = len(batch) <= s.cfg.batch_size
+    parts = []
+    for part in [batch] if small else batch.split(s.cfg.batch_size):
+        with s.autocast():
+            parts.append(s.model(part))
+    return parts[0] if small else joined_features(parts)
+
+
 def validation_losses(s: TrainState, examples) -> tuple:
     """Means of the loss terms over the validation samples, and the features for retrieval.
 
     (means by name, list of image features (B,D), list of text features (T,D), picture of each
-    caption), all on the CPU. In this process alone: equal rows of others would mask each other."""
+    caption), all on the CPU. Every process does it alone, with batches of the size that all of them
+    have together: the samples are the same, and gathered they would be their own copies."""
     rows, images, texts, owners = [], [], [], []
-    for lo in range(0, len(examples), s.cfg.batch_size):
-        hi = min(lo + s.cfg.batch_size, len(examples))
+    size = s.cfg.batch_size * s.accelerator.num_processes
+    for lo in range(0, len(examples), size):
+        hi = min(lo + size, len(examples))
         drawn = [examples[0, i] for i in range(lo, hi)]
         batch, _ = collate_loaded(drawn, s.cfg.context_length, s.form)
         if batch is None:
             continue
         batch = batch.to(s.accelerator.device)
-        with s.autocast():
-            features = s.model(batch)
+        features = features_of(s, batch)
         terms = compute_losses(
             features,
             batch,
             duplicates=s.cfg.duplicates,
             cfg=s.cfg,
             states=copy.deepcopy(s.term_states),  # looked at, not moved on
+            gather=False,
         )
         columns = {f"val_{n}": t.loss for n, t in terms.items()}
         for kind in ("chance", "top1"):
