@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/2_data/09a_declared_size.ipynb #f6a71b60
 import dataclasses
+from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, Reject, sample_reject
+from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.photos import photo_size, same_shape, turn_box
 from fgclip_nb.data.video_index import video_info
 
@@ -93,3 +95,26 @@ def fit_to_file(sample, size_of=file_size) -> tuple:
         doubt = f"{text}: whether its boxes were drawn on the stored picture cannot be told"
         return sample, [_note(sample, "perhaps_turned", doubt, 0)]
     return sample, []
+
+# %% ../../nbs/2_data/09a_declared_size.ipynb #91bb289e
+def fit_to_files(samples) -> tuple:
+    """(samples as their files show them, notes) by `fit_to_file`, each file looked at once.
+
+    What is drawn, has no box or cannot be read stays as it is."""
+    sizes, fitted, notes = {}, [], []
+
+    def size_of(sample):
+        if sample.media not in sizes:
+            sizes[sample.media] = file_size(sample)
+        return sizes[sample.media]
+
+    for sample in samples:
+        placed = any(r.box is not None or r.keyframes for r in sample.regions)
+        if placed and not is_made(sample.media):
+            try:
+                sample, more = fit_to_file(sample, size_of)
+                notes += more
+            except DataError:
+                pass  # who encodes it says why it cannot
+        fitted.append(sample)
+    return fitted, notes

@@ -33,13 +33,18 @@ def _stream(members, start, count, seed):
     return row[start - rounds[0] * n :][:count]
 
 # %% ../../nbs/2_data/01_order.ipynb #b033c34b
+def is_abnormal(label: str | None) -> bool:
+    "Whether a clip's class is one other than `Normal`; None: of a photo, which is neither."
+    return label not in ("Normal", "", None)
+
+
 def balanced_order(labels, seed=0, epoch=0, share=0.5) -> np.ndarray:
     """Order of an epoch in which abnormal clips have `share` of every run of consecutive places.
 
     `labels`: a class name per sample; "Normal" and "" are normal, anything else abnormal. Returns
     int64 (len(labels),) indices. Without both kinds it is a plain permutation."""
-    normal = np.array([label in ("Normal", "") for label in labels])
-    n, kinds = len(normal), (np.flatnonzero(~normal), np.flatnonzero(normal))
+    abnormal = np.array([is_abnormal(label) for label in labels])
+    n, kinds = len(abnormal), (np.flatnonzero(abnormal), np.flatnonzero(~abnormal))
     if not len(kinds[0]) or not len(kinds[1]):
         return epoch_order(n, seed, epoch)
     places = np.floor(np.arange(1, n + 1) * share + 1e-9) > np.floor(np.arange(n) * share + 1e-9)

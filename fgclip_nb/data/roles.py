@@ -23,21 +23,54 @@ def role_of(split: str, name: str) -> str:
         return "test"
     return "val" if split.lower() in ("val", "valid", "validation") else "train"
 
+# %% ../../nbs/2_data/21a_roles.ipynb #cd3108fe
+ROLES = np.array(["", "train", "val", "test"])
+KNOWN_ROLES = {role: k for k, role in enumerate(ROLES)}
+
+
+def _identities(samples) -> np.ndarray:
+    "Role by its own split (0: none), and identities of name and medium, of each sample."
+    names = ("split", "id", "media")
+    if hasattr(samples, "subset"):
+        rows = zip(*(samples.column(name) for name in names), strict=True)
+    else:
+        rows = ((s.split, s.id, s.media) for s in samples)
+    rows = (
+        (KNOWN_ROLES[role_of(split, id)] if split else 0, stable_id(id), stable_id(media or id))
+        for split, id, media in rows
+    )
+    return np.fromiter(rows, [("role", "i1"), ("name", "i8"), ("medium", "i8")])
+
+
+def roles_of(samples) -> np.ndarray:
+    """train, val or test of each sample: `role_of`, and one role for all entries of a medium.
+
+    Without a split of their own they take that of entries with one, else that of the least hash.
+    Where nothing would be left to train on, what has no split trains."""
+    rows = _identities(samples)
+    _, group = np.unique(rows["medium"], return_inverse=True)
+    least = np.full(len(rows), np.iinfo(np.int64).max)
+    np.minimum.at(least, group, rows["name"])
+    by_medium = np.where(least % 10 == 0, KNOWN_ROLES["val"], KNOWN_ROLES["train"])
+    declared = np.flatnonzero(rows["role"])[::-1]  # the first of a medium is written last
+    by_medium[group[declared]] = rows["role"][declared]
+    roles = np.where(rows["role"], rows["role"], by_medium[group])
+    if not (roles == KNOWN_ROLES["train"]).any():
+        roles[rows["role"] == 0] = KNOWN_ROLES["train"]
+    return ROLES[roles]
+
 # %% ../../nbs/2_data/21a_roles.ipynb #b83cb162
 def split_samples(samples) -> tuple:
     """(train, validation) samples; those of a test split are in neither.
 
     Of memory-mapped shards the columns are read and no sample."""
+    roles = roles_of(samples)
+    train, val = (np.flatnonzero(roles == role) for role in ("train", "val"))
     if hasattr(samples, "subset"):
-        names = zip(samples.column("split"), samples.column("id"))
-        roles = np.array([role_of(split, name) for split, name in names])
-        train, val = (np.flatnonzero(roles == role) for role in ("train", "val"))
         return samples.subset(train), samples.subset(val)
-    roles = [role_of(s.split, s.id) for s in samples]
-    if "test" in roles:
-        get_logger().info(f"{roles.count('test')} samples of the test split are left alone")
-    train, val = ([s for s, r in zip(samples, roles) if r == role] for role in ("train", "val"))
-    return train, val
+    if left := len(samples) - len(train) - len(val):
+        get_logger().info(f"{left} samples of the test split are left alone")
+    return [samples[i] for i in train], [samples[i] for i in val]
 
 # %% ../../nbs/2_data/21a_roles.ipynb #64dc0c24
 def media_bytes(path) -> int:
@@ -55,12 +88,10 @@ ROLE_FILES = ("split.jsonl", "split.parquet")  # of samples in memory; of shards
 WRITTEN_AT_ONCE = 100_000  # rows
 
 
-def _column_rows(samples, role_of_row):
-    "Yield `role_row` of shards or a stream by their columns; no sample is read."
-    columns = zip(*(samples.column(name) for name in ("split", "id", "media")), strict=True)
-    for split, id, media in columns:
-        role = role_of_row(split, id)
-        yield dict(role=role, id=id, media=media, bytes=media_bytes(media), span=None)
+def _column_rows(samples, roles):
+    "Yield `role_row` of shards or a stream by their columns and roles; no sample is read."
+    for role, id, media in zip(roles, samples.column("id"), samples.column("media")):
+        yield dict(role=str(role), id=id, media=media, bytes=media_bytes(media), span=None)
 
 
 def _write_parquet(file, rows):
@@ -83,7 +114,7 @@ def write_roles(path, train, val):
     Of shards and streams `split.parquet`, without spans."""
     parts, path = (("train", train), ("val", val)), Path(path)
     if hasattr(train, "subset"):
-        rows = (_column_rows(part, lambda *_, role=role: role) for role, part in parts)
+        rows = (_column_rows(part, itertools.repeat(role)) for role, part in parts)
         return _write_parquet(path / ROLE_FILES[1], itertools.chain.from_iterable(rows))
     rows = [role_row(s, role) for role, part in parts for s in part]
     write_atomic(path / ROLE_FILES[0], "".join(json.dumps(row) + "\n" for row in rows))
@@ -106,7 +137,7 @@ def kept_roles(path):
 
 # %% ../../nbs/2_data/21a_roles.ipynb #b19df097
 def data_roles(samples) -> list:
-    "Rows as in `split.jsonl` for samples whose run left no list: by `role_of`."
+    "Rows as in `split.jsonl` for samples whose run left no list: by `roles_of`."
     if hasattr(samples, "subset"):
-        return list(_column_rows(samples, role_of))
-    return [role_row(s, role_of(s.split, s.id)) for s in samples]
+        return list(_column_rows(samples, roles_of(samples)))
+    return [role_row(s, str(role)) for s, role in zip(samples, roles_of(samples))]

@@ -338,9 +338,11 @@ class Recorder:
             columns |= form_values(notes[-1]["batch"], model) if notes else {}
         return columns
 
-    def finish(self, line: Line) -> dict:
-        "Wait for the numbers of a line that was begun, write it and return its row."
-        row = finished_row(line.columns.result(), self.cfg.max_grad_norm)
+    def finish(self, line: Line, extra: dict | None = None) -> dict:
+        """Wait for the numbers of a line that was begun, write it and return its row.
+
+        extra: columns that were known only now."""
+        row = finished_row(line.columns.result() | (extra or {}), self.cfg.max_grad_norm)
         self.metrics.write(row)
         if line.times:
             self.timing.write(timing_row(row["step"], line.times, line.images))

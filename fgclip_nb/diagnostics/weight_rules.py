@@ -35,6 +35,14 @@ def common_sample(rows: list) -> tuple:
 MOST_SKIPPED = 10**12  # what is more is no count
 
 
+def overflowed(ev):
+    """Which steps (bool Series) were skipped because fp16's scale was too large, with a sound loss.
+
+    A scaler tries larger scales again and again; `steps_skipped` judges how often."""
+    sound = ev.frame["loss"].abs() < math.inf
+    return sound & (ev.frame["overflows"] > 0) if "overflows" in ev.frame else sound & False
+
+
 @rule(threshold="none", source="loss", rank=CAUSE + 1)
 def finite_numbers(ev):
     "NaN, infinity or skipped steps; a sample that all of them share is named."
@@ -46,11 +54,14 @@ def finite_numbers(ev):
     unknown = ev.frame["loss"].isna()
     if len(unknown) >= 5 and unknown.tail(5).all():  # a step in between may have had no text
         bad = bad | unknown
-    broken, counts = ev.frame[bad], ev.series("skipped")
+    scaled = overflowed(ev)
+    broken, rest = ev.frame[bad & ~scaled], ev.frame[~scaled]
+    counts = rest["skipped"].dropna() if "skipped" in rest else ev.series("skipped")
     skipped = int(counts[counts.abs() <= MOST_SKIPPED].sum())
     if not len(broken) and not skipped:
-        return PASS, 0, f"all {len(ev.frame)} steps are finite"
-    first = broken.iloc[0] if len(broken) else ev.frame[ev.frame["skipped"] > 0].iloc[0]
+        aside = f", but {scaled.sum()} that the scale of fp16 overflowed" if scaled.any() else ""
+        return PASS, 0, f"all {len(ev.frame)} steps are finite{aside}"
+    first = broken.iloc[0] if len(broken) else rest[rest["skipped"] > 0].iloc[0]
     named = first.get("nonfinite") or "loss or gradient"
     why = f"NaN or infinity from step {first.get('step', 0):g} on, first in {named}"
     advice = (

@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #5d2eba92
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import Run, get_logger, resolve_path
+from fgclip_nb.data.samples import Reject
+from fgclip_nb.data.declared_size import fit_to_files
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.media_lists import media_name
 from fgclip_nb.data.splits import leave_out, read_names, spans_meet
@@ -132,6 +134,32 @@ def as_the_run_read(data, source) -> dict:
     return dict(media_root=_existing(params.get("media_root")), columns=params.get("columns", ""))
 
 
+def _of_stream(stream) -> tuple:
+    "(samples, rejects) of a set whose pixels are in its rows: one that cannot be read is a reject."
+    samples, rejects = [], []
+    for k in range(len(stream)):
+        try:
+            samples.append(stream[k])
+        except DataError as e:
+            place = dict(file=str(stream.spec["path"]), entry=f"sample {k}", field="media")
+            rejects.append(Reject(**place, value="", reason=str(e), rule="unreadable_media"))
+    return samples, rejects
+
+
+def _as_their_files(data) -> tuple:
+    """(samples, rejects): boxes turned with their photos, as training has them; see
+    `fit_to_files`. Embedded photos of shards were looked at when these were written."""
+    if hasattr(data, "light"):
+        return list(data.light()), []  # the bytes stay in the shards until one is looked at
+    if hasattr(data, "part"):
+        return _of_stream(data)
+    samples, notes = fit_to_files(data)
+    for rule, count in Counter(note.rule for note in notes).items():
+        first = next(note for note in notes if note.rule == rule)
+        get_logger().warning("%s: %d samples; the first: %s", rule, count, first)
+    return samples, [note for note in notes if note.regions]
+
+
 def read_evaluation_samples(data, media_root=None, split=None, model="", columns=""):
     """(samples, rejects, which part they are) of `sample`, a path in any format, or a list.
 
@@ -145,14 +173,15 @@ def read_evaluation_samples(data, media_root=None, split=None, model="", columns
         given = dict(media_root=media_root, columns=columns)
         how |= {name: value for name, value in given.items() if value}
         data, rejects = load_samples(data, missing="keep", **how)
-        if rejects:
-            get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
-    # embedded photos stay in their shards until one is looked at
-    samples, part = list(data.light() if hasattr(data, "light") else data), "everything there is"
+    samples, unfit = _as_their_files(data)
+    rejects, part = rejects + unfit, "everything there is"
+    if rejects:
+        get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
+    splits = {s.split for s in samples}
     if split == "auto":
         samples, part = held_out(samples, model)
     elif split not in (None, "", "all"):
         samples, part = [s for s in samples if s.split == split], f"split {split}"
     if not samples:
-        raise DataError(f"no samples of {part}; splits there: {sorted({s.split for s in data})}")
+        raise DataError(f"no samples of {part}; splits there: {sorted(splits)}")
     return samples, rejects, part

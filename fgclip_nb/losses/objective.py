@@ -324,8 +324,8 @@ def compute_losses(
     without a row on any process is absent. In several processes rows and identities are gathered
     first: every process must call, all get the same values, and averaging the parameter gradients
     over processes gives the gradient of the undivided batch. gather=False: of this process's rows
-    alone, as in a validation, where all processes look at the same samples. The bank is read only; see
-    `push_regions`. Raises `ConfigError` for a mistake of a user's term, which it names."""
+    alone, as in a validation, where all processes look at the same samples. The bank is read only;
+    see `push_regions`. Raises `ConfigError` for a mistake of a user's term, which it names."""
     offered = dict(
         features=gather_features(features, gather),
         batch=gather_ids(batch_ids(batch, features["image_features"].device), gather),

@@ -14,6 +14,7 @@ from fgclip_nb.core.identity import hardware
 from fgclip_nb.core.folder import write_atomic
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.data.video_index import frame_times
+from fgclip_nb.data.order import is_abnormal
 from fgclip_nb.data.clips import region_presence, sample_frames, span_frames
 from fgclip_nb.data.filters import a_few, write_rejects
 from fgclip_nb.data.audit import audit, photo_facts
@@ -32,7 +33,7 @@ from fgclip_nb.model.config import PRESETS, FGCLIPConfig
 from fgclip_nb.training.rundata import RunData, clip_frames, has_clips
 from fgclip_nb.training.build import recipe_by_name
 from fgclip_nb.training.sizes import count_parameters, size_rows
-from fgclip_nb.training.state import TrainState
+from fgclip_nb.training.state import TrainState, clip_labels, is_balanced
 from fgclip_nb.training.preparation import write_manifest
 
 # %% ../../nbs/8_training/12_announcement.ipynb #e449928c
@@ -77,6 +78,7 @@ def coverage_rows(data: RunData, cfg: TrainConfig):
         region
         for part in (data.train, data.val)
         for i in range(0, len(part), every)
+        if part[i].kind == "video"
         for region in seen_regions(part[i], cfg)
     ]
     if not seen:
@@ -121,6 +123,20 @@ def patch_share(cfg: TrainConfig) -> float | None:
     return 1 / (size // patch) ** 2
 
 
+def balance_rows(samples, cfg: TrainConfig):
+    "A row for clips of which some are abnormal: how many of a batch are drawn from these."
+    if hasattr(samples, "block_sizes"):
+        return  # the order of a stream is that of its files
+    labels = clip_labels(samples)
+    if is_balanced(labels):
+        abnormal = sum(map(is_abnormal, labels))
+        how = (
+            f"`abnormal_share` of every batch of {cfg.batch_size}: drawn from the {abnormal} of "
+            f"{len(labels)} training samples with another label than Normal, however few they are"
+        )
+        yield "abnormal clips per batch", cfg.abnormal_share * cfg.batch_size, how
+
+
 def input_rows(cfg: TrainConfig):
     "Rows of what the model is shown, where its name tells, and of the device."
     if known := input_size(cfg):
@@ -152,6 +168,7 @@ def what_to_expect(
         expected.rows += hope_rows(photos.get("line"))
     if clips:
         expected.rows += coverage_rows(data, cfg)
+        expected.rows += balance_rows(data.train, cfg)
     expected.rows += input_rows(cfg)
     parameters = parameters or count_parameters(cfg, clips)
     if parameters:

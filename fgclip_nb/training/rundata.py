@@ -51,8 +51,12 @@ def chosen_samples(cfg: TrainConfig) -> tuple:
 
 # %% ../../nbs/8_training/00_rundata.ipynb #92764180
 def has_clips(samples) -> bool:
-    "Whether a data set holds videos (its first sample tells)."
-    return bool(len(samples)) and samples[0].kind == "video"
+    "Whether a data set holds videos; of a stream its first sample tells."
+    if hasattr(samples, "light"):
+        return "video" in samples.column("kind")  # no sample of shards is read for it
+    if hasattr(samples, "part"):
+        return bool(len(samples)) and samples[0].kind == "video"
+    return any(s.kind == "video" for s in samples)
 
 
 def clip_frames(cfg: TrainConfig) -> int:

@@ -14,7 +14,7 @@ import torch
 from fgclip_nb.core.identity import ConfigError
 from fgclip_nb.core.params import nearest
 from fgclip_nb.core.config import TrainConfig, epochs_of, run_folder
-from fgclip_nb.data.order import TrainingOrder, balanced_order, block_order
+from fgclip_nb.data.order import TrainingOrder, balanced_order, block_order, is_abnormal
 from fgclip_nb.model.fgclip import FGCLIP
 from fgclip_nb.model.fgclip2 import FGCLIP2
 from fgclip_nb.losses.bank import MemoryBank
@@ -167,8 +167,22 @@ class Trackers(Board):
         self.writer = None
 
 # %% ../../nbs/8_training/04_state.ipynb #acb9dec0
+def clip_labels(samples) -> list:
+    "The class of each clip, in the order of the samples; None for a photo, whatever its label."
+    if hasattr(samples, "column"):
+        pairs = zip(samples.column("kind"), samples.column("label"))
+    else:
+        pairs = ((s.kind, s.label) for s in samples)
+    return [label if kind == "video" else None for kind, label in pairs]
+
+
+def is_balanced(labels) -> bool:
+    "Whether `clip_labels` hold normal and abnormal clips."
+    return len({is_abnormal(label) for label in labels if label is not None}) == 2
+
+
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
-    "The order of training for `world` processes; with labelled clips every batch is balanced."
+    "The order of training for `world` processes; batches are balanced where clips `is_balanced`."
     if hasattr(samples, "block_sizes"):  # a stream: samples of a file come near each other
         sizes, lanes = samples.block_sizes(), cfg.stream_lanes
 
@@ -176,12 +190,12 @@ def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
             return block_order(sizes, cfg.batch_size, lanes, cfg.seed, epoch)
 
         return TrainingOrder(len(samples), cfg.batch_size, cfg.seed, world, along_files)
-    labels = samples.column("label") if hasattr(samples, "column") else [s.label for s in samples]
+    labels = clip_labels(samples)
 
     def balanced(epoch):
         return balanced_order(labels, cfg.seed, epoch, cfg.abnormal_share)
 
-    order = balanced if any(labels) else None
+    order = balanced if is_balanced(labels) else None
     return TrainingOrder(len(samples), cfg.batch_size, cfg.seed, world, order)
 
 

@@ -330,16 +330,19 @@ def begin_line(s: TrainState, launched: Launched, times: tuple, validation: dict
     )
 
 
-def note_skipped(s: TrainState, launched: Launched, culprit: str):
-    "Write down a skipped step, unless only the scale of fp16 was too large: that is told."
+def note_skipped(s: TrainState, launched: Launched, culprit: str) -> bool:
+    """Write down a skipped step, unless only the scale of fp16 was too large: that is told.
+
+    Whether it was that."""
     if not is_overflow(s.scaler, culprit):
         note_bad_step(s, launched.step, launched.batches, culprit)
-        return
+        return False
     s.skipped += 1
     s.log.info(
         f"step {launched.step}: fp16 overflow: the scale of the gradients is halved to "
         f"{s.scaler.get_scale():g}; the step is skipped ({s.skipped} so far)"
     )
+    return True
 
 
 def settle(s: TrainState):
@@ -351,10 +354,11 @@ def settle(s: TrainState):
         return
     line = launched.line
     skipped = line.columns.result()["skipped"] if s.is_main else line.result()["skipped"]
+    overflow = False
     if skipped:
         culprit = agreed_culprit(first_non_finite(*launched.flags), s.accelerator)
-        note_skipped(s, launched, culprit)
+        overflow = note_skipped(s, launched, culprit)
     else:
         s.bad_in_a_row = 0
     if s.is_main:
-        s.recorder.finish(line)
+        s.recorder.finish(line, dict(overflows=float(overflow)) if s.scaler else {})
