@@ -94,8 +94,15 @@ class Example:
 
 # %% ../../nbs/3_batches/00_examples.ipynb #b9e9e5d4
 def region_identity(sample, region) -> int:
-    "The number of a region: the same in every epoch and on every process."
-    return stable_id(f"{sample.id}\n{region.id}\n{region.phrase}")
+    """The number of a region: the same in every epoch, on every process and for every phrase.
+
+    It is its place in the photo or video; without a box or track its own id and phrase."""
+    if region.box is None and not region.keyframes:
+        return stable_id(f"{sample.id}\n{region.id}\n{region.phrase}")
+    corners = region.box and np.round(region.box, 4).tolist()
+    track = [(k.frame, np.round(k.bbox, 4).tolist(), k.enabled) for k in region.keyframes]
+    times = sample.span, region.span
+    return stable_id(f"{sample.media or sample.id}\n{times}\n{corners}\n{track}")
 
 
 def drawn_region(sample, region, boxes, frames, rng, train: bool) -> ExampleRegion:

@@ -82,12 +82,15 @@ def classify(
     permutations=1000,
     seed=0,
     ties="against",
+    right=None,
 ):
     """Features (n,D) against class features (C,D), target (n,) class numbers -> `Ranked`.
 
-    groups: the photo of each item, permuted and resampled together. detail: target, the best wrong
-    class and its margin over the right one."""
+    groups: the photo of each item, permuted and resampled together. right: (n,g) numbers of all
+    right classes, -1 = no entry; default the target alone. detail: target, the best wrong class and
+    its margin over the right one."""
     target = np.asarray(target, dtype=np.int64)
+    right = target[:, None] if right is None else right
     if not len(target):
         return _nothing_ranked(ks)
     ids = ids or [str(i) for i in range(len(target))]
@@ -95,21 +98,19 @@ def classify(
     perm = grouped_permutations(groups, permutations, seed)
 
     def permuted(block):
-        return target[perm[:, block]][..., None]
+        return right[perm[:, block]]
 
     places = rank_queries(
         unit(features),
         unit(classes, "class features"),
-        target[:, None],
+        right,
         permuted if permutations else None,
         ties,
         ks,
     )
-    one = np.ones_like(target)
+    options, n_right = np.full_like(target, len(classes)), (right >= 0).sum(1)
     detail = {"target": target, "predicted": places.wrong, "margin": places.margin}
-    return Ranked(
-        ids, groups, places.ranks, one * len(classes), one, ks, null=places.null, detail=detail
-    )
+    return Ranked(ids, groups, places.ranks, options, n_right, ks, null=places.null, detail=detail)
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #831c04c1
 def per_class(ranked, labels):

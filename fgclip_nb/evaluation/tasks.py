@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from fgclip_nb.core.identity import DataError, stable_id
 from fgclip_nb.data.samples import LEVELS
+from fgclip_nb.batches.examples import region_identity
 from fgclip_nb.evaluation.ranking import unit
 from fgclip_nb.evaluation.scores import rank_both_ways
 from fgclip_nb.evaluation.captions import encode_captions, lost_reasons
@@ -217,10 +218,26 @@ def hard_negatives_task(encoder, samples, settings):
     )
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #82405964
+def right_phrases(regions, number) -> np.ndarray:
+    """Numbers of the phrases that are right for each item (n,g), -1 = no entry: all of its region.
+
+    regions: a `RegionSet`; number: `phrase_key` -> number."""
+    of_region = {}
+    for sample, region in regions.asked():
+        said = of_region.setdefault(region_identity(sample, region), {})
+        said[number[phrase_key(region.phrase)]] = None
+    right = [list(of_region[region_identity(*item)]) for item in regions.items]
+    table = np.full((len(right), max(map(len, right), default=1)), -1, dtype=np.int64)
+    for row, numbers in zip(table, right):
+        row[: len(numbers)] = numbers
+    return table
+
+
 def region_phrases_task(encoder, samples, settings):
     """Regions against the distinct phrases of all of them -> TaskResult `phrases`.
 
-    Phrases that differ in case or spaces alone are one."""
+    Phrases that differ in case or spaces alone are one. Of several phrases for one box or track
+    each is right."""
     regions = encode_regions(encoder, samples, lambda r: bool(r.phrase.strip()))
     phrases = {phrase_key(r.phrase): r.phrase for _, r in regions.asked()}
     number = {folded: k for k, folded in enumerate(phrases)}
@@ -228,7 +245,13 @@ def region_phrases_task(encoder, samples, settings):
     features = encoder.texts(texts, phrase=True) if texts else np.zeros((0, 1), np.float32)
     target = [number[phrase_key(r.phrase)] for _, r in regions.items]
     ranked = classify(
-        regions.features, features, target, regions.ids, regions.groups, **settings.permute()
+        regions.features,
+        features,
+        target,
+        regions.ids,
+        regions.groups,
+        **settings.permute(),
+        right=right_phrases(regions, number),
     )
     ranked.asked = len(regions.asked())
     ranked.lost = regions.lost()
