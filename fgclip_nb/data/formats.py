@@ -181,7 +181,9 @@ def read_regions(row, src) -> Sample:
     video = "video" in row.value
     key = "video" if video else "image"
     name, size = row.text(key), row.size()
-    id, fields = row.text("id", "") or name, _own_captions(row)
+    number = type(row.get("id")) is int
+    id = str(row.get("id")) if number else row.text("id", "") or name
+    fields = _own_captions(row)
     media = src.media(video_names(name) if video else [name], key)
     items, objects = row.items("regions"), row.items("objects")
     fields.update(

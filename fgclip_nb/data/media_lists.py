@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_data/20a_media_lists.ipynb #77336f9e
-import csv, os, re
+import csv, os, re, unicodedata
 from collections import defaultdict
 from pathlib import Path
 from fgclip_nb.core.identity import DataError
@@ -18,9 +18,14 @@ from fgclip_nb.data.reading import format_of
 from fgclip_nb.data.load import load_samples
 
 # %% ../../nbs/2_data/20a_media_lists.ipynb #110dca39
+def composed(path) -> str:
+    "A path with slashes, accents as macOS writes them (a letter and its mark) made one letter."
+    return unicodedata.normalize("NFC", str(path).replace("\\", "/"))
+
+
 def media_name(path) -> str:
     "A medium's name without folder and extension, in lower case."
-    return re.sub(r"\.\w{1,5}$", "", str(path).replace("\\", "/").rsplit("/", 1)[-1]).lower()
+    return re.sub(r"\.\w{1,5}$", "", composed(path).rsplit("/", 1)[-1]).lower()
 
 # %% ../../nbs/2_data/20a_media_lists.ipynb #23398adb
 FEATURE_SUFFIXES = (
@@ -124,7 +129,7 @@ def json_names(path) -> list:
 # %% ../../nbs/2_data/20a_media_lists.ipynb #5d782d2b
 def listed_name(path) -> str:
     "A medium's path as written, without extension, in lower case; of UCF-Crime the name alone."
-    parts = [p for p in str(path).replace("\\", "/").split("/") if p not in ("", ".")]
+    parts = [p for p in composed(path).split("/") if p not in ("", ".")]
     if not parts or ucf_label(parts[-1]) and re.search(r"\d{3}", parts[-1]):
         return media_name(path)
     return "/".join([*map(str.lower, parts[:-1]), media_name(path)])

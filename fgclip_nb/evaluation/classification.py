@@ -26,12 +26,24 @@ def _words(text) -> str:
     return " ".join(text.casefold().replace("_", " ").strip(" .").split())
 
 
-def label_of(phrase, labels):
+ARTICLES = ("", "a ", "an ", "the ")
+
+
+def _is_named(text, name, whole) -> bool:
+    "Whether a text ends with a name; `whole`: whether it is the name, an article aside."
+    if not text.endswith(name):
+        return False
+    start = text.removesuffix(name)
+    return start in ARTICLES if whole else start[-1:] in ("", " ")
+
+
+def label_of(phrase, labels, whole=False):
     """Number of the label that `phrase` is, or ends with; the longest match wins.
 
-    None without one. An underscore is a space."""
+    None without one. An underscore is a space. whole: of the name of a class, which is no other one
+    that it ends with: a sea lion is no lion."""
     text, *folded = (_words(t) for t in (phrase, *labels))
-    fits = [i for i, name in enumerate(folded) if text == name or text.endswith(" " + name)]
+    fits = [i for i, name in enumerate(folded) if _is_named(text, name, whole)]
     return max(fits, key=lambda i: len(labels[i]), default=None)
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #6ec36b92
@@ -44,7 +56,7 @@ def label_set(given, there, own=True) -> list:
     `there`: labels of the data. Where none of them is in the set, the default gives way to them
     (not without `own`) and a set that was given raises `DataError`."""
     labels = read_labels(given)
-    if not there or any(label_of(label, labels) is not None for label in there):
+    if not there or any(label_of(label, labels, whole=own) is not None for label in there):
         return labels
     examples = ", ".join(map(repr, sorted(there)[:3]))
     if not is_file_name(given) or str(given) != DEFAULT_LABELS:

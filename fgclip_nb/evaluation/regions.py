@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 import numpy as np
 from fgclip_nb.data.samples import visible_spans
+from fgclip_nb.data.filters import area, clip_box, places
 from fgclip_nb.evaluation.encoder import is_clip
 
 # %% ../../nbs/7_evaluation/05_regions.ipynb #66fb84a9
@@ -89,8 +90,16 @@ def _photo_regions(encoder, pairs):
     return features, [items[i] for i in rows]
 
 
+def shows_something(region) -> bool:
+    "Whether any box of a region has an area within the picture; True for one without a box."
+    boxes = [box for _, box in places(region)]
+    return not boxes or any(area(clip_box(box)) > 0 for box in boxes)
+
+
 def _why_left(encoder, sample, region, unreadable):
     "Why a region has no feature."
+    if not shows_something(region):
+        return "box without an area in the picture"
     if not is_clip(sample) and region.box is None:
         return "no box in a photo"
     if is_clip(sample) and sample.media not in unreadable:
@@ -101,10 +110,15 @@ def _why_left(encoder, sample, region, unreadable):
 def encode_regions(encoder, samples, wanted):
     "Encode the regions of photos and clips for which wanted(region) holds -> `RegionSet`."
     pairs = [(s, r) for s in samples for r in s.regions if wanted(r)]
-    boxed = [(s, r) for s, r in pairs if not is_clip(s) and r.box is not None]
+    seen = [(s, r) for s, r in pairs if shows_something(r)]
+    boxed = [(s, r) for s, r in seen if not is_clip(s) and r.box is not None]
     parts = [_photo_regions(encoder, boxed)]
-    for s in {id(s): s for s, _ in pairs if is_clip(s)}.values():
-        features, regions = encoder.clip_regions(s, wanted)
+
+    def wanted_there(region):
+        return wanted(region) and shows_something(region)
+
+    for s in {id(s): s for s, _ in seen if is_clip(s)}.values():
+        features, regions = encoder.clip_regions(s, wanted_there)
         parts.append((features, [(s, r) for r in regions]))
     items = [pair for _, part in parts for pair in part]
     features = [f for f, part in parts if part] or [parts[0][0]]

@@ -137,7 +137,8 @@ def classification_task(encoder, samples, settings):
     without labels, or whose labels are none of those given."""
     named = [s for s in samples if s.label]
     labels = label_set(settings.labels, {s.label for s in named})
-    known = [s for s in named if label_of(s.label, labels) is not None]
+    number = {s.label: label_of(s.label, labels, whole=True) for s in named}
+    known = [s for s in named if number[s.label] is not None]
     if not known:
         raise DataError(f"classification: none of the {len(samples)} samples has a label")
     features, rows = encoder.images(known)
@@ -145,7 +146,7 @@ def classification_task(encoder, samples, settings):
     ranked = classify(
         features,
         class_features(encoder, labels, read_templates(settings.templates)),
-        [label_of(s.label, labels) for s in kept],
+        [number[s.label] for s in kept],
         [s.id for s in kept],
         **settings.permute(),
     )

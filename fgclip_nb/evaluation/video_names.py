@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import VIDEO_SUFFIXES
+from fgclip_nb.data.media_lists import composed
 
 # %% ../../nbs/7_evaluation/09a_video_names.ipynb #9a71d006
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".npy")
@@ -17,7 +18,7 @@ MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".npy")
 
 def video_path(name):
     "Path of a video as it was named, with `/` and without media suffix. Dots inside stay."
-    parts = str(name).replace("\\", "/").split("/")
+    parts = composed(name).split("/")
     path = "/".join(p for p in parts if p not in ("", "."))
     return next((path[: -len(s)] for s in MEDIA_SUFFIXES if path.lower().endswith(s)), path)
 
