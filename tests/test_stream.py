@@ -360,7 +360,7 @@ def test_any_entries_in_a_tar_are_kept_or_rejected(tmp_path_factory, entries):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(ENTRIES, min_size=1, max_size=3))
 def test_any_rows_of_datasets_are_kept_or_rejected(entries):
-    from fgclip_nb.data.shard_sources import IterableSource
+    from fgclip_nb.data.dataset_sources import IterableSource
     import datasets
 
     def rows(shards):

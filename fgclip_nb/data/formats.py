@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/07_formats.ipynb #3951dd50
 from pathlib import Path
 from fgclip_nb.data.samples import CaptionNegative, Fault, Negatives, Region, Sample
-from fgclip_nb.data.rows import Row, check_int
+from fgclip_nb.data.rows import Row, check_int, check_name
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.source import level_of_file, paragraph, split_named, with_article
@@ -149,7 +149,9 @@ def _own_region(r, id, size, video) -> Region:
 
 
 def _own_object(r, id, size) -> Region:
-    return Region(with_article(r.text("category")), box=_own_box(r, size), source="category", id=id)
+    name = check_name(r.get("category"), f"{r.field}.category") if "category" in r else ""
+    phrase = with_article(name or r.text("category"))
+    return Region(phrase, box=_own_box(r, size), source="category", id=id)
 
 # %% ../../nbs/2_data/07_formats.ipynb #d2627e0e
 def _own_captions(row) -> dict:
@@ -186,10 +188,11 @@ def read_regions(row, src) -> Sample:
     fields = _own_captions(row)
     media = src.media(video_names(name) if video else [name], key)
     items, objects = row.items("regions"), row.items("objects")
+    says = bool(items or objects or any(fields.values()))
     fields.update(
         span=row.seconds("span"),
         split=split_named(row.text("split", "")) or src.split,
-        label=row.text("label", ""),
+        label=src.class_in(row, "label", alone=not says),
     )
     regions = src.regions(items, lambda r, i: _own_region(r, f"{id}#{i}", size, video), id)
     regions += src.regions(objects, lambda r, i: _own_object(r, f"{id}#o{i}", size), id)

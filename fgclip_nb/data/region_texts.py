@@ -13,6 +13,7 @@ from fgclip_nb.data.samples import Fault, Region, Sample
 from fgclip_nb.data.rows import Row, check_box, check_int, check_number
 from fgclip_nb.data.media import address_names
 from fgclip_nb.data.parquet import bounded_rows
+from fgclip_nb.data.features import as_described, described
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.source import with_article
 from fgclip_nb.data.reading import format_of, read_row
@@ -95,14 +96,12 @@ def read_genome(row, src):
     names = [f"{place}{number}.jpg" for place in FOLDERS]
     url = about.get("url")
     names = [*(address_names(url)[-2:-1] if isinstance(url, str) else ()), *names]
-    media = src.media(names, "id")
-    size = size_of(Row(about), media)
+    media, items = src.media(names, "id"), _genome_items(row)
+    size = size_of(Row(about), media, src.root)
     sample = src.shared(src.coco, names[0], media, size)
     first = len(sample.regions)
     sample.regions += src.regions(
-        _genome_items(row),
-        lambda r, i: _genome_region(r, size, f"{sample.id}#{first + i}"),
-        sample.id,
+        items, lambda r, i: _genome_region(r, size, f"{sample.id}#{first + i}"), sample.id
     )
     src.tally.kept, sample.entries = src.tally.kept + 1, sample.entries + 1
 
@@ -180,8 +179,9 @@ def parquet_rows(path):
         return pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
 
     try:
+        about = described(open_file().schema_arrow)
         for number, value in bounded_rows(open_file, read):
-            yield f"row {number}", value
+            yield f"row {number}", as_described(value, about)
             number += 1
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as e:
         reason = f"not readable as Parquet from here on: {e}"

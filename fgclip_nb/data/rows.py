@@ -50,6 +50,16 @@ def check_text(value, field) -> str:
         )
     return value
 
+# %% ../../nbs/2_data/02_rows.ipynb #f30fe9f5
+NO_NAME = "a number without its name: write the names of the categories"
+
+
+def check_name(value, field) -> str:
+    "The name of a class as `check_text` takes it, or a Fault; of a number that nobody knows it."
+    if isinstance(value, (int, float)):
+        raise Fault(field, value, NO_NAME, "unknown_category")
+    return check_text(value, field)
+
 # %% ../../nbs/2_data/02_rows.ipynb #d9f0b9a1
 def check_box(value, field, size=None, form="xyxy") -> tuple:
     """(x1, y1, x2, y2) as fractions from a list of four numbers, or a Fault.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from fgclip_nb.data.samples import Fault, LEVELS, Reject, Sample, shorten
-from fgclip_nb.data.rows import Row
+from fgclip_nb.data.rows import Row, check_name
 from fgclip_nb.data.readers import READERS
 from fgclip_nb.data.unread import KeyUse, level_of, unread_faults, with_meant_key
 
@@ -113,6 +113,7 @@ class Source:
         self.split = self.file_split  # of what is being read
         self.found_in = ""  # `beside` where the last medium was found there
         self.odd_splits = set()  # values of `split` that say nothing, each told once
+        self.odd_labels = set()  # kinds of labels that cannot be used, each told once
         self.entry = self.key = self.format = ""  # of what is being read
         # samples that several entries add to; the last two also several files
         self.groups, self.coco, self.crepe = {}, {}, {}
@@ -129,6 +130,22 @@ class Source:
             reason = "neither train, val nor test: what has it is trained on; write one of them"
             self.reject(Fault("split", split, reason, "unread_split"))
         return named or self.file_split
+
+    def class_in(self, row, key, alone) -> str:
+        """The class that a Row names under `key` for the whole, or ''.
+
+        What is no name is a Fault where the row says nothing else (`alone`); where it does, the row
+        is kept without it, which is told once."""
+        value = row.get(key)
+        try:
+            return "" if value is None else check_name(value, key)
+        except Fault as f:
+            if alone:
+                raise
+            if type(value) not in self.odd_labels:
+                self.odd_labels.add(type(value))
+                self.reject(f)
+            return ""
 
     def named(self, id) -> str:
         "An id that stays apart from equal ids about media of another folder."
@@ -209,16 +226,24 @@ class Source:
                 self.reject(with_meant_key(f, row), regions=1, sample=sample)
         return regions
 
-    def shared(self, groups, name, media, size, split="") -> Sample:
-        """The sample that several entries about one medium add to, made when it is asked for first.
-
-        What makes them meet is the medium's path. Entries of different splits stay apart."""
+    def waiting(self, groups, media, split="") -> Sample | None:
+        "The sample that earlier entries about a medium have made; None in a split of its own."
         split = split or self.split
         for part in dict.fromkeys((split, "", "train", "val", "test")):
             sample = groups.get((media, part))
             if sample is not None and (not split or sample.split in ("", split)):
-                sample.split = sample.split or split
                 return sample
+
+    def shared(self, groups, name, media, size, split="") -> Sample:
+        """The sample that several entries about one medium add to, made when it is asked for first.
+
+        What makes them meet is the medium's path. Entries of different splits stay apart. Ask when
+        nothing of the entry can be a Fault any more: the sample of a rejected one would stay."""
+        split = split or self.split
+        sample = self.waiting(groups, media, split)
+        if sample is not None:
+            sample.split = sample.split or split
+            return sample
         sample = Sample(
             self.named(name),
             media,

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/2_data/10g_stream.ipynb #f77e8ac3
 import copy, json, os, tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, sha256_file
@@ -27,9 +28,6 @@ from fgclip_nb.data.readers import readers_of
 from fgclip_nb.data.reading import format_of, read_row, told_where
 from fgclip_nb.data.declared_size import fit_to_file
 from fgclip_nb.data.shard_sources import (
-    IN_MEMORY,
-    DatasetSource,
-    IterableSource,
     ParquetSource,
     StreamRow,
     TarSource,
@@ -38,15 +36,28 @@ from fgclip_nb.data.shard_sources import (
     shard_files,
     shard_suffix,
 )
+from fgclip_nb.data.dataset_sources import (
+    IN_MEMORY,
+    DatasetSource,
+    IterableSource,
+    saved_source,
+    saved_splits,
+)
 from fgclip_nb.data.shards import no_bars
 from fgclip_nb.data.source import Source, Tally
 
 # %% ../../nbs/2_data/10g_stream.ipynb #cbb2ecd0
 class InRow:
-    "Stands for the media root where the picture is in the row itself."
+    """Stands for the media root where the picture is in the row itself.
 
-    def __init__(self, shard, picture):
-        self.path = f"{shard}/{picture}"
+    `fetch()`: (entry, name of the picture, its bytes) of the row."""
+
+    def __init__(self, shard, picture, fetch):
+        self.path, self.fetch = f"{shard}/{picture}", fetch
+
+    def photo(self, path) -> bytes:
+        "The picture itself, read now: for boxes in pixels of a row that tells no size."
+        return self.fetch()[2]
 
     def find(self, names, field) -> tuple:
         "(what stands for the picture's path, True), whatever name the entry has for it."
@@ -71,10 +82,12 @@ def _entry_of(row):
     return entry
 
 
-def row_samples(src, row, root) -> list:
-    "The samples of a StreamRow; its faults are rejects of `src`. `root`: a MediaRoot."
+def row_samples(src, row, root, fetch) -> list:
+    """The samples of a StreamRow; its faults are rejects of `src`.
+
+    `root`: a MediaRoot. `fetch()`: (entry, name of the picture, its bytes) of the row."""
     src.entry = row.where
-    src.root = InRow(src.file, row.picture) if row.picture else root
+    src.root = InRow(src.file, row.picture, fetch) if row.picture else root
     with told_where(src):
         entry = _entry_of(row)
         found = read_row(entry, src, "" if isinstance(entry, Fault) else format_of(entry))
@@ -121,7 +134,8 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
     for number, row in enumerate(source.scan(shard)):
         if src.gives_up(number):
             break
-        for part, s in enumerate(_drop_absent(row_samples(src, row, root), src)):
+        found = row_samples(src, row, root, partial(source.fetch, row))
+        for part, s in enumerate(_drop_absent(found, src)):
             places.append((row.shard, row.row, part, row.start, row.size))
             regions += len(s.regions)
             for name in NAMES:
@@ -139,11 +153,6 @@ def index_shard(source, shard, media_root="", split="auto") -> dict:
     )
 
 # %% ../../nbs/2_data/10g_stream.ipynb #afcb5d72
-def _is_saved(path) -> bool:
-    "Whether a folder was written by `save_to_disk` of `datasets`."
-    return isinstance(path, (str, Path)) and os.path.isfile(Path(path) / "state.json")
-
-
 def _hub_stamp(name) -> str:
     "What changes when a data set of the hub, or a local folder in its place, changes."
     if os.path.isdir(name):
@@ -177,13 +186,8 @@ def open_source(path, columns="") -> tuple:
         return source, files
     if is_address(path):
         raise DataError(f"{path}: no .tar and no .parquet is there")
-    if _is_saved(path):
-        import datasets
-
-        with reaching(path):
-            stamp = (Path(path) / "state.json").read_text()
-            data = datasets.load_from_disk(str(path))
-        return _of_datasets(data, str(path), columns, stamp)
+    if folders := saved_splits(path):
+        return saved_source(folders, columns)
     if isinstance(path, str) and path.startswith("hub:"):
         import datasets
 
@@ -307,7 +311,7 @@ class Stream:
         base = os.path.dirname(self.source.names[source_row.shard])
         root = MediaRoot(self.media_root or base or ".")
         row = source_row._replace(entry=entry, picture=picture)
-        found = row_samples(src, row, root)
+        found = row_samples(src, row, root, lambda: (entry, picture, pixels))
         if len(found) <= part:
             reason = src.tally.rejects[0].reason if src.tally.rejects else "no sample"
             raise DataError(f"{src.file}, {row.where}: {reason}; changed since it was indexed?")
@@ -350,7 +354,7 @@ class Stream:
         src = shard_source(self.source, number, self.split, Tally())
         root = MediaRoot(self.media_root or os.path.dirname(self.source.names[number]) or ".")
         for row in self.source.scan(number):
-            yield from row_samples(src, row, root)
+            yield from row_samples(src, row, root, partial(self.source.fetch, row))
 
     def block_sizes(self) -> np.ndarray:
         "Samples in each shard, of those that these are."

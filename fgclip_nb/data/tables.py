@@ -9,10 +9,12 @@ __all__ = []
 import csv, re
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.samples import Fault, Region, is_video
-from fgclip_nb.data.rows import check_box, check_text, column_twice
+from fgclip_nb.data.rows import DECODER, NO_NAME, check_box, check_name, column_twice
 from fgclip_nb.data.media import video_names
 from fgclip_nb.data.entries import open_text
 from fgclip_nb.data.photos import photo_size
+from fgclip_nb.data.features import BOXES_OF_OBJECTS, NAMES_OF_OBJECTS
+from fgclip_nb.data.features import first_of, foreign_objects
 from fgclip_nb.data.readers import reader
 from fgclip_nb.data.source import with_article
 from fgclip_nb.data.reading import format_of, read_row
@@ -37,11 +39,6 @@ CORNERS = (
 )
 
 
-def first_of(row, columns) -> str:
-    "The first of `columns` that a dict or Row has, or ''."
-    return next((c for c in columns if c in row), "")
-
-
 def corner_columns(row) -> tuple:
     "The four columns of a dict or Row that hold a box, or ()."
     return next((names for names in CORNERS if all(n in row for n in names)), ())
@@ -54,15 +51,16 @@ TEXTS = tuple(c for c in TEXT_COLUMNS if c not in ("caption", "captions", "short
 def _is_own(row) -> bool:
     "Whether a row of the package's own format stands here: `image` or `video` with its keys."
     objects = row.get("objects")
-    own = any(key in row for key in OWN_KEYS) or isinstance(objects, list)
-    return ("image" in row or "video" in row) and (own or not first_of(row, TEXTS))
+    foreign = foreign_objects(objects)
+    own = any(key in row for key in OWN_KEYS if not (foreign and key == "captions"))
+    own = own or (isinstance(objects, list) and not foreign)
+    return ("image" in row or "video" in row) and (own or not (foreign or first_of(row, TEXTS)))
 
 
 def is_table_row(row) -> bool:
     "Whether a row names a medium and says something about it."
-    says = first_of(row, TEXT_COLUMNS + LONG_COLUMNS + LABEL_COLUMNS) or isinstance(
-        row.get("objects"), dict
-    )
+    said = first_of(row, TEXT_COLUMNS + LONG_COLUMNS + LABEL_COLUMNS)
+    says = said or isinstance(row.get("objects"), (dict, list))
     return bool(first_of(row, MEDIA_COLUMNS) and (says or corner_columns(row)) and not _is_own(row))
 
 # %% ../../nbs/2_data/09b_tables.ipynb #9b000012
@@ -74,20 +72,19 @@ def _texts(row) -> tuple:
     return tuple(dict.fromkeys(t for t in texts if t.strip()))
 
 
-def size_of(row, media) -> tuple:
-    "(width, height) that a row declares, else those of the photo; a Fault without either."
+def size_of(row, media, root) -> tuple:
+    """(width, height) that a row declares, else those of the photo; a Fault without either.
+
+    `root`: the MediaRoot, or what stands for it where the photo is in the row itself."""
     size = row.size()
     if size:
         return size
     try:
-        (width, height), orientation = photo_size(media)
+        (width, height), orientation = photo_size(root.photo(media))
     except DataError as e:
         reason = "missing, and the photo cannot tell: a box in pixels needs its width and height"
         raise Fault("width", None, reason, "missing_size") from e
     return (height, width) if orientation >= 5 else (width, height)
-
-
-NO_NAME = "a number without its name: write the names of the categories"
 
 
 def _box_region(r, size, texts, label, id) -> Region:
@@ -104,15 +101,14 @@ def _box_region(r, size, texts, label, id) -> Region:
     return Region(phrase, box=box, source="expression" if texts else "category", id=id)
 
 # %% ../../nbs/2_data/09b_tables.ipynb #9b000015
-NAMES_OF_OBJECTS = ("categories", "category", "labels", "label", "names", "phrases", "captions")
-
-
 def object_rows(row) -> list:
     "(field, dict of box and name) pairs of a row's `objects`; [] when it has none."
-    if "objects" not in row or not isinstance(row.get("objects"), dict):
+    if isinstance(row.get("objects"), list):
+        return row.items("objects")
+    if not isinstance(row.get("objects"), dict):
         return []
     objects = row.row("objects")
-    boxes = objects.items(first_of(objects, ("bbox", "bboxes", "boxes")) or "bbox")
+    boxes = objects.items(first_of(objects, BOXES_OF_OBJECTS) or "bbox")
     names = objects.items(first_of(objects, NAMES_OF_OBJECTS) or "categories")
     if len(names) != len(boxes):
         reason = f"{len(boxes)} boxes and {len(names)} names"
@@ -121,11 +117,10 @@ def object_rows(row) -> list:
 
 
 def _object_region(r, size, id) -> Region:
-    name = r.get("name")
-    if isinstance(name, int):
-        raise Fault(r.field, name, NO_NAME, "unknown_category")
-    phrase = with_article(check_text(name, r.field))
-    return Region(phrase, box=r.box("bbox", size, "xywh"), source="category", id=id)
+    "The Region of a box (x, y, width, height in pixels) with the name of its category."
+    phrase = with_article(check_name(r.get(first_of(r, NAMES_OF_OBJECTS)), r.field))
+    box = r.box(first_of(r, BOXES_OF_OBJECTS) or "bbox", size, "xywh")
+    return Region(phrase, box=box, source="category", id=id)
 
 # %% ../../nbs/2_data/09b_tables.ipynb #9b000017
 def _add_texts(sample, texts, long):
@@ -135,20 +130,24 @@ def _add_texts(sample, texts, long):
     sample.caption = sample.caption or long
 
 
-def _row_regions(row, src, sample, texts, label):
+def _size_for(row, src, media, boxes) -> tuple:
+    "(width, height) of a row's photo, as earlier rows have it; looked up where there are boxes."
+    declared, known = row.size(), src.waiting(src.groups, media)
+    if known is not None and known.width:
+        return known.width, known.height
+    return size_of(row, media, src.root) if boxes else declared or (None, None)
+
+
+def _row_regions(row, src, sample, texts, label, objects):
     "Add the regions of a row to its sample: one of four corners, and those of `objects`."
-    corners, objects = corner_columns(row), object_rows(row)
-    if not corners and not objects:
-        return
-    size = (sample.width, sample.height) if sample.width else size_of(row, sample.media)
-    sample.width, sample.height = size
+    corners, size = corner_columns(row), (sample.width, sample.height)
     first = len(sample.regions)
 
     def place(r, i):
         id = f"{sample.id}#{first + i}"
-        if "name" in r.value:
-            return _object_region(r, size, id)
-        return _box_region(r, size, texts, label, id)
+        if corners and i == 0:
+            return _box_region(r, size, texts, label, id)
+        return _object_region(r, size, id)
 
     rows = [("", {k: row.get(k) for k in corners})] if corners else []
     sample.regions += src.regions(rows + objects, place, sample.id, level="objects[]")
@@ -170,6 +169,9 @@ def _row_regions(row, src, sample, texts, label):
         "sha256",
         "md5",
         "license",
+        "area",
+        "iscrowd",
+        "bbox_id",
     ),
 )
 def read_table_row(row, src):
@@ -180,12 +182,18 @@ def read_table_row(row, src):
     name, texts = row.text(key), _texts(row)
     long = "".join(row.text(c, "") for c in LONG_COLUMNS[:1] if c in row)
     label_key = first_of(row, LABEL_COLUMNS)
-    label = str(row.get(label_key)) if label_key else ""
     media = src.media(video_names(name) if is_video(name) else [name], key)
-    sample = src.shared(src.groups, name, media, row.size() or (None, None))
-    _row_regions(row, src, sample, texts, label)
+    corners, objects = corner_columns(row), object_rows(row)
+    if corners:
+        label = str(row.get(label_key)) if label_key else ""
+    else:
+        label = src.class_in(row, label_key, alone=not (texts or long or objects))
+    size = _size_for(row, src, media, corners or objects)
+    sample = src.shared(src.groups, name, media, size)
+    sample.width, sample.height = size
+    _row_regions(row, src, sample, texts, label, objects)
     sample.kind = "video" if is_video(name) else "image"
-    if corner_columns(row):
+    if corners:
         texts, label = (), ""  # they are about the box
     _add_texts(sample, texts, long)
     sample.label = sample.label or label
@@ -215,12 +223,25 @@ def head_of(path) -> list:
     return [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in cells]
 
 
+def _decoded(text):
+    "The value of a text that is JSON, or the text."
+    try:
+        return DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        return text
+
+
 def _cell(column, text, mark):
     """A cell's value: a number where the column holds some, None where it is empty.
 
-    Between semicolons a number may have a decimal comma."""
+    Between semicolons a number may have a decimal comma. `objects` may be written as JSON; a class
+    that is a number is one, as it is in every other file."""
     if not text.strip():
         return None
+    if column in LABEL_COLUMNS and text.strip().isdecimal() and len(text) < 10:
+        return int(text)
+    if column == "objects":
+        return _decoded(text)
     if column not in NUMBERS:
         return text
     try:
@@ -278,6 +299,8 @@ def is_table(path) -> bool:
     if not str(path).lower().endswith((*TABLES, ".txt")):
         return False
     columns = dict.fromkeys(head_of(path), "")
+    if "objects" in columns:
+        columns["objects"] = {}
     if {"start1", "end1"} <= columns.keys():
         return False  # when events take place in videos: labels to score by, not samples
     return is_table_row(columns) or bool(format_of(columns))
