@@ -14,8 +14,8 @@ from fgclip_nb.core.identity import DataError
 from fgclip_nb.data.drawing import PIXELS
 from fgclip_nb.data.motion import FRAMES, RATE, clip_at
 from fgclip_nb.data.photos import existing_file
-from fgclip_nb.data.whole_clips import Packet, check_length, check_order, check_pause, doubt_about
-from fgclip_nb.data.whole_clips import frames_lost_at_head
+from fgclip_nb.data.whole_clips import Packet, check_fragments, check_length, check_order
+from fgclip_nb.data.whole_clips import check_pause, doubt_about, frames_lost_at_head, segment_end
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #304b28cd
 @dataclass(frozen=True)
@@ -104,13 +104,17 @@ def opened_video(path):
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #b545336d
 def _check_bytes(container, stream):
-    "ValueError when an MP4 lacks bytes that its index promises."
+    "ValueError when an MP4 or a Matroska file lacks bytes that its index or its header promises."
+    end = 0
     if "mp4" in container.format.name:
+        check_fragments(container.name)
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        if end > container.size:
-            raise ValueError(
-                f"cut off: its index reaches byte {end} of {container.size}; fetch it again"
-            )
+    elif "matroska" in container.format.name:
+        end = segment_end(container.name)
+    if end > container.size:
+        raise ValueError(
+            f"damaged or cut off: its index reaches byte {end} of {container.size}; fetch it again"
+        )
 
 
 def _check_end(container, reached, step):
@@ -140,13 +144,16 @@ def _stated_seconds(container, stream) -> float:
         return 0.0
 
 # %% ../../nbs/2_data/03b_video_index.ipynb #2683fb10
-def _visible_seconds(container, stream, packets, ends) -> float:
-    "How long the visible frames of a stream last (s), as its container reckons it."
+def _visible_seconds(container, stream, packets, ends) -> tuple:
+    "The least and the most that the visible frames of a stream last (s), as its container reckons."
     shown = [(p.pts, end) for p, end in zip(packets, ends) if p.pts is not None and not p.hidden]
     if not shown:
-        return 0.0
-    start = min(pts for pts, _ in shown) if "mp4" in container.format.name else 0
-    return float((max(end for _, end in shown) - start) * stream.time_base)
+        return 0.0, 0.0
+    last = max(end for _, end in shown)
+    lengths = [last]
+    if "mp4" in container.format.name:
+        lengths = [last - min(pts for pts, _ in shown), sum(end - pts for pts, end in shown)]
+    return float(min(lengths) * stream.time_base), float(max(lengths) * stream.time_base)
 
 
 def _scan(container, stream):
@@ -169,9 +176,10 @@ def _scan(container, stream):
     if damaged:
         raise ValueError(f"{damaged} of its {len(packets)} frames are damaged; fetch it again")
     _check_end(container, reached, reached / len(packets))
-    found = _visible_seconds(container, stream, packets, ends)
-    shown = sum(not p.hidden for p in packets)
-    short = check_length(_stated_seconds(container, stream), found, shown)
+    least, most = _visible_seconds(container, stream, packets, ends)
+    stated = _stated_seconds(container, stream)
+    found = min(max(stated, least), most)  # what it holds that comes nearest to what it says
+    short = check_length(stated, found, sum(not p.hidden for p in packets))
     if "mp4" in container.format.name:
         check_order(packets)
     return packets, short
