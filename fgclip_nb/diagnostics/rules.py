@@ -145,6 +145,14 @@ def chance(ev: Evidence, kind: str):
     return chance(ev, "region") if no_bank and not len(named) else named
 
 
+def overflowed(ev: Evidence):
+    """Which steps (bool Series) were skipped because fp16's scale was too large, with a sound loss.
+
+    A scaler tries larger scales again and again; `steps_skipped` judges how often."""
+    sound = ev.frame["loss"].abs() < math.inf
+    return sound & (ev.frame["overflows"] > 0) if "overflows" in ev.frame else sound & False
+
+
 def in_batch(ev: Evidence):
     "The in-batch part of the region loss by step; the whole loss when there is no bank."
     named = ev.series("loss_region_in_batch")

@@ -21,6 +21,7 @@ from fgclip_nb.diagnostics.rules import (
     above_luck,
     chance,
     chance_share,
+    overflowed,
     rule,
 )
 
@@ -33,14 +34,6 @@ def common_sample(rows: list) -> tuple:
 
 
 MOST_SKIPPED = 10**12  # what is more is no count
-
-
-def overflowed(ev):
-    """Which steps (bool Series) were skipped because fp16's scale was too large, with a sound loss.
-
-    A scaler tries larger scales again and again; `steps_skipped` judges how often."""
-    sound = ev.frame["loss"].abs() < math.inf
-    return sound & (ev.frame["overflows"] > 0) if "overflows" in ev.frame else sound & False
 
 
 @rule(threshold="none", source="loss", rank=CAUSE + 1)

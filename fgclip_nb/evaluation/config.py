@@ -143,11 +143,27 @@ def _from_everywhere(value):
     return value
 
 
+def check_writable(folder):
+    "Raise `ConfigError` for a place where nothing can be written, before any work is done for it."
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"results would go to {folder}, and nothing can be written into {there}: give another "
+            "folder by the parameter `output`"
+        )
+
+
 def evaluation_folder(cfg):
     """Where the results go, as long as no other evaluation lies there.
 
     `output`, else `evaluation` inside the run folder that holds the model, else
-    runs/evaluate-<hash of the parameters>."""
+    runs/evaluate-<hash of the parameters>. Raises `ConfigError` where nothing can be written."""
+    folder = _named_folder(cfg)
+    check_writable(folder)
+    return folder
+
+
+def _named_folder(cfg):
     if cfg.output:
         return resolve_path(cfg.output)
     model = resolve_path(cfg.model)
