@@ -2,20 +2,40 @@
 
 Whole data sets, evaluations and commands as users have them, not one function at a time."""
 
+import io
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from PIL import Image
 
-from fgclip_nb import CachedFeatures, compare_evaluations, evaluate, frame_auc, load_samples
+from fgclip_nb import (
+    CachedFeatures,
+    Run,
+    Sample,
+    Region,
+    TrainConfig,
+    compare_evaluations,
+    evaluate,
+    frame_auc,
+    load_model,
+    load_samples,
+    prepare_data,
+    read_image,
+)
+from fgclip_nb.evaluation.classification import class_features
+from fgclip_nb.evaluation.encoder import Encoder
+from fgclip_nb.evaluation.held_out import read_evaluation_samples
 from fgclip_nb.evaluation.annotations import AnomalyVideo
 from fgclip_nb.evaluation.ranking import cosines, unit
 from fgclip_nb.runs.__main__ import main
 from fgclip_nb.runs.comparison import compare_runs
+import micro
 from synthetic_runs import synthetic_run
 
 
@@ -180,3 +200,120 @@ def test_orthogonal_vectors_tie_on_every_processor():
     a, b = (unit(np.round(rng.normal(size=(n, 3)))) for n in (40, 200))
     one_by_one = [[np.float32(round(sum(x * y), 12)) for y in b] for x in a]
     assert (cosines(a, b) == np.array(one_by_one)).all()
+
+
+def coco_of_turned_photos(folder, orientations=(1, 5, 6, 8)):
+    "Photos with a red thing, each with its EXIF note, and COCO boxes drawn on the stored pictures."
+    images, annotations = [], []
+    for k, orientation in enumerate(orientations):
+        stored = np.zeros((60, 100, 3), np.uint8)
+        stored[5:25, 60:90] = (250, 10, 10)
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(stored).save(folder / f"{k}.png", exif=exif)
+        images.append(dict(id=k, file_name=f"{k}.png", width=100, height=60))
+        box = dict(bbox=[60, 5, 30, 20], image_id=k, id=k + 1, category_id=k, area=600, iscrowd=0)
+        annotations.append(box)
+    categories = [dict(id=k, name=f"car {k}") for k in range(len(orientations))]
+    whole = dict(images=images, annotations=annotations, categories=categories)
+    (folder / "instances.json").write_text(json.dumps(whole))
+    return folder / "instances.json"
+
+
+def test_an_evaluation_asks_about_the_boxes_that_training_saw(tmp_path):
+    data = coco_of_turned_photos(tmp_path)
+    trained = prepare_data(TrainConfig(data=str(data), media_root=str(tmp_path)))
+    seen = {s.media: [r.box for r in s.regions] for s in (*trained.train, *trained.val)}
+    for given in (str(data), load_samples(data, media_root=str(tmp_path))[0]):
+        samples, rejects, _ = read_evaluation_samples(given, str(tmp_path))
+        assert {s.media: [r.box for r in s.regions] for s in samples} == seen and not rejects
+    for s in samples:
+        picture = read_image(s.media)
+        shares = np.array(s.regions[0].box) * np.tile(picture.shape[1::-1], 2)
+        x1, y1, x2, y2 = shares.round().astype(int)
+        assert (picture[y1:y2, x1:x2, 0] > 200).all()
+
+
+def test_photos_of_another_size_are_no_questions(tmp_path):
+    data = coco_of_turned_photos(tmp_path, (1, 1))
+    whole = json.loads(data.read_text())
+    whole["images"][0] |= dict(width=60, height=100)
+    data.write_text(json.dumps(whole))
+    samples, rejects, _ = read_evaluation_samples(str(data), str(tmp_path))
+    assert [len(s.regions) for s in samples] == [0, 1]
+    assert [r.rule for r in rejects] == ["other_size"]
+
+
+@pytest.mark.parametrize("ties", ["against", "official"])
+def test_boxes_that_show_nothing_are_not_scored(tmp_path, ties):
+    "Boxes in pixels and boxes turned over have features of zeros, which tie with every text."
+    boxes = ((10, 20, 30, 24), (0.9, 0.9, 0.1, 0.1), (0.5, 0.5, 0.5, 0.9), (0.1, 0.1, 0.9, 0.9))
+    image = str(tmp_path / "a.png")
+    Image.new("RGB", (64, 48)).save(image)
+    regions = [Region(f"thing {k}", box=b, negatives=("no", "not")) for k, b in enumerate(boxes)]
+    samples = [Sample(id="a", media=image, regions=regions)]
+    told = evaluate("tiny", samples, tasks=["hard_negatives"], ties=ties, permutations=20)
+    table = told.results["hard_negatives"]["given"]
+    assert (table["queries"], table["asked"], sum(table["lost"].values())) == (1, 4, 3)
+
+
+def test_a_table_is_evaluated_by_the_columns_it_was_trained_with(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    png = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(png, "PNG")
+    photo = dict(bytes=png.getvalue(), path="a.png")
+    rows = dict(foto=[photo] * 3, beschreibung=["a cat", "a dog", "a cow"])
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    columns = "image=foto, short_caption=beschreibung"
+    (tmp_path / "run").mkdir()
+    params = f"data: {tmp_path / 't.parquet'}\ncolumns: '{columns}'\n"
+    (tmp_path / "run/params.yaml").write_text(params)
+    for how in (dict(model=str(tmp_path / "run")), dict(columns=columns)):
+        samples, rejects, _ = read_evaluation_samples(str(tmp_path / "t.parquet"), **how)
+        assert sorted(s.short_caption for s in samples) == ["a cat", "a cow", "a dog"]
+
+
+def test_phrases_of_regions_are_read_by_the_head_that_regions_train(tmp_path):
+    torch.manual_seed(0)
+    model = load_model("fgclip2-tiny")
+    encoder = Encoder(model)
+    before = class_features(encoder, ["cat", "dog"], ["a {}"], phrase=True)
+    plain = class_features(encoder, ["cat", "dog"], ["a {}"])
+    samples = [s for s in load_samples("sample")[0] if s.regions][:4]
+    asked = dict(tasks=["region_phrases"], permutations=20)
+    scores = evaluate(model, samples, **asked).items["region_phrases"]["phrases"]
+    with torch.no_grad():
+        model.boxtext_head.weight.normal_()
+    other = Encoder(model)
+    assert not np.allclose(class_features(other, ["cat", "dog"], ["a {}"], phrase=True), before)
+    assert np.allclose(class_features(other, ["cat", "dog"], ["a {}"]), plain)
+    again = evaluate(model, samples, **asked).items["region_phrases"]["phrases"]
+    assert (scores.ranks != again.ranks).any()
+
+
+def test_test_media_are_left_out_however_their_names_are_composed(tmp_path):
+    names = ["caf\u00e9.png", "\u00fcber.png", *(f"p{k}.png" for k in range(12))]
+    rows = [{"image": name, "caption": f"photo of {name}"} for name in names]
+    pairs(tmp_path, rows)
+    listed = [unicodedata.normalize("NFD", name) for name in names[:3]]
+    (tmp_path / "test.txt").write_text("\n".join(listed))
+    cfg = TrainConfig(
+        data=str(tmp_path / "a.json"),
+        media_root=str(tmp_path),
+        test_data=str(tmp_path / "test.txt"),
+    )
+    data = prepare_data(cfg)
+    assert {Path(s.media).name for s in (*data.train, *data.val)} == set(names[3:])
+
+
+@pytest.mark.ci
+def test_the_scale_of_fp16_is_no_fault_of_the_run(tmp_path):
+    world = micro.micro_world(tmp_path)
+    params = dict(world, precision="fp16", max_steps=24, output=str(tmp_path / "run"))
+    assert micro.run(params) == 0
+    run = Run(tmp_path / "run")
+    assert run.metrics()["overflows"].sum() > 0
+    told = {v["name"]: v["result"] for v in run.verdicts()}
+    assert told["finite_numbers"] == told["steps_skipped"] == "pass"

@@ -225,6 +225,9 @@ def convert(path, out, media_root=None, embed=False, split="auto") -> dict:
         writer.note(tally.rejects)
         if len(tally.missing) > 10_000:
             tally.missing.clear()
+    if not writer.totals["samples"]:
+        first = f"; the first: {tally.rejects[0]}" if tally.rejects else ""
+        raise DataError(f"{path}: nothing is kept, so nothing is converted{first}")
     writer.note(tally.rejects)
     totals = writer.close(embedded=embed, formats=tally.formats)
     get_logger().info(

@@ -63,7 +63,7 @@ def causes() -> dict:
     return catalogue(RULES)
 
 # %% ../../nbs/6_diagnostics/12_judgement.ipynb #027a5f35
-COUNTS = ("train", "val", "regions", "train_regions")
+COUNTS = ("train", "val", "regions", "train_regions", "abnormal")
 
 
 def _check_audit(path, audit, inside=""):

@@ -123,16 +123,17 @@ def patch_share(cfg: TrainConfig) -> float | None:
     return 1 / (size // patch) ** 2
 
 
+def abnormal_clips(samples) -> int:
+    "How many clips the abnormal part of every batch is drawn from; 0 where none is balanced."
+    return sum(map(is_abnormal, clip_labels(samples))) if is_balanced(samples) else 0
+
+
 def balance_rows(samples, cfg: TrainConfig):
     "A row for clips of which some are abnormal: how many of a batch are drawn from these."
-    if hasattr(samples, "block_sizes"):
-        return  # the order of a stream is that of its files
-    labels = clip_labels(samples)
-    if is_balanced(labels):
-        abnormal = sum(map(is_abnormal, labels))
+    if abnormal := abnormal_clips(samples):
         how = (
             f"`abnormal_share` of every batch of {cfg.batch_size}: drawn from the {abnormal} of "
-            f"{len(labels)} training samples with another label than Normal, however few they are"
+            f"{len(samples)} training samples with another label than Normal, however few they are"
         )
         yield "abnormal clips per batch", cfg.abnormal_share * cfg.batch_size, how
 
@@ -189,6 +190,7 @@ def announce(s: TrainState, shown: bool = False):
     )
     write_manifest(s)
     facts = audit(s.data.train, s.data.val, s.data.rejects, s.cfg.context_length)
+    facts["abnormal"] = abnormal_clips(s.data.train)
     write_atomic(s.path / "audit.json", json.dumps(facts, indent=1))
     if s.cfg.frame_cache:
         parts = (a_few(part) for part in (s.data.train, s.data.val))

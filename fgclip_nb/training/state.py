@@ -176,13 +176,17 @@ def clip_labels(samples) -> list:
     return [label if kind == "video" else None for kind, label in pairs]
 
 
-def is_balanced(labels) -> bool:
-    "Whether `clip_labels` hold normal and abnormal clips."
-    return len({is_abnormal(label) for label in labels if label is not None}) == 2
+def is_balanced(samples) -> bool:
+    """Whether batches are balanced: there are normal and abnormal clips.
+
+    Never those of a stream, whose order is that of its files."""
+    if hasattr(samples, "block_sizes"):
+        return False
+    return len({is_abnormal(x) for x in clip_labels(samples) if x is not None}) == 2
 
 
 def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
-    "The order of training for `world` processes; batches are balanced where clips `is_balanced`."
+    "The order of training for `world` processes; batches are balanced where samples `is_balanced`."
     if hasattr(samples, "block_sizes"):  # a stream: samples of a file come near each other
         sizes, lanes = samples.block_sizes(), cfg.stream_lanes
 
@@ -195,7 +199,7 @@ def training_order(cfg: TrainConfig, samples, world: int) -> TrainingOrder:
     def balanced(epoch):
         return balanced_order(labels, cfg.seed, epoch, cfg.abnormal_share)
 
-    order = balanced if is_balanced(labels) else None
+    order = balanced if is_balanced(samples) else None
     return TrainingOrder(len(samples), cfg.batch_size, cfg.seed, world, order)
 
 
