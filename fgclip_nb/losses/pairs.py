@@ -9,16 +9,16 @@ __all__ = []
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from fgclip_nb.losses.processes import NO_ID
 
 # %% ../../nbs/5_losses/03_pairs.ipynb #a47aa930
 def equal_ids(rows: tuple, columns: tuple) -> Tensor | None:
     """(n, m) bool: row and column agree in at least one identity; None without any kind.
 
-    rows, columns: one (n,) and (m,) int64 tensor per kind of identity; `NO_ID` equals nothing."""
+    rows, columns: one (n,) and (m,) int64 tensor per kind of identity. Negative numbers, `NO_ID`
+    among them, are unknown and equal nothing."""
     same = None
     for r, c in zip(rows, columns):
-        agree = (r[:, None] == c[None]) & (r != NO_ID)[:, None]
+        agree = (r[:, None] == c[None]) & (r >= 0)[:, None]
         same = agree if same is None else same | agree
     return same
 

@@ -52,9 +52,10 @@ def run_folders(path: Path) -> list:
 def load_runs(*where) -> list:
     """Runs in folders, below folders, or matching patterns, in natural order, each once.
 
-    Raises `DataError` naming a place without any."""
+    Files are passed over: a sweep's folder holds the notebooks of its runs. Raises `DataError`
+    naming a place without any."""
     runs = {}
-    for place in where:
+    for place in [p for p in where if not Path(p).is_file()] or where:
         folders = [folder for path in matching_paths(place) for folder in run_folders(path)]
         if not folders:
             raise DataError(f"{place}: no run folder (a folder with params.yaml) there")
