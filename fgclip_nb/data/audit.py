@@ -33,14 +33,17 @@ def rejected_boxes(rejects) -> list:
 def box_facts(kept: list, rejected: list) -> dict:
     """What boxes (x1, y1, x2, y2), fractions as given, have in common.
 
-    n; xywh_share: those that fit into the picture as x, y, width, height. Of the kept ones:
-    distinct_share, spread (largest deviation of a coordinate), whole_share; right, bottom: where
-    their last hundredth ends. rejected_side: median largest coordinate of the rejected ones."""
+    n; xywh_share: those that fit into the picture as x, y, width, height; corners_share: those that
+    do as two corners, if these were read as x, y, width, height. Of the kept ones: distinct_share,
+    spread (largest deviation of a coordinate), whole_share; right, bottom: where their last
+    hundredth ends. rejected_side: median largest coordinate of the rejected ones."""
     every = np.array(kept + rejected, float).reshape(-1, 4)
     if not len(every):
         return dict(n=0)
     inside = (every[:, :2] + every[:, 2:] <= 1.001).all(axis=1)
-    facts = dict(n=len(every), xywh_share=float(inside.mean()))
+    start, end = every[:, :2], every[:, 2:] - every[:, :2]
+    corners = ((end > start) & (end <= 1.001)).all(axis=1)
+    facts = dict(n=len(every), xywh_share=float(inside.mean()), corners_share=float(corners.mean()))
     if rejected:
         facts["rejected_side"] = float(np.median(np.abs(rejected).max(axis=1)))
     if kept:

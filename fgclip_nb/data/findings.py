@@ -94,7 +94,7 @@ ADVICE = dict(
     not_finite=("fix", "Find the NaN or infinite numbers in the export."),
     out_of_range=(
         "fix",
-        "Pixels for fractions, or another image's size? "
+        "Pixels for fractions, two corners for x, y, width, height, or another image's size? "
         "`out_of_range=clip` keeps boxes that only lean over the edge.",
     ),
     min_area=(

@@ -258,10 +258,30 @@ def _noting_the_end(lines, ended):
 
 
 UNCLOSED = "a quote opens in this row and never closes: the rest of the file stands in it"
+SWALLOWED = (
+    "a quote opens in this row, and the next rows stand in it up to where another one closes"
+)
+MEDIUM = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mkv|mov|webm)\s*$", re.IGNORECASE)
+
+
+def _unquoted(cell) -> str:
+    "A cell of a table with tabs: quotes count around the whole of it alone."
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def swallowed_rows(cells, mark) -> bool:
+    "Whether a cell of several lines holds rows: a line begins or ends with the name of a medium."
+    inside = [line for cell in cells for line in cell.splitlines()[1:] if mark in line]
+    ends = [part for line in inside for part in (line.split(mark)[0], line.split(mark)[-1])]
+    return any(MEDIUM.search(part) for part in ends)
 
 
 def table_rows(path):
-    "(place, dict or Fault) of each line of a table behind its head."
+    """(place, dict or Fault) of each line of a table behind its head.
+
+    Between tabs a quote is a letter, unless it stands around a whole cell: captions are written as
+    they are there."""
     head = head_of(path)
     if fault := column_twice(head):
         yield "row 1", fault
@@ -269,7 +289,10 @@ def table_rows(path):
     with open_text(path) as f:
         mark, _ = mark_and_head(f)
         ended, number = [], 0
-        lines = csv.reader(_noting_the_end(f, ended), delimiter=mark, skipinitialspace=True)
+        quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
+        lines = csv.reader(
+            _noting_the_end(f, ended), delimiter=mark, quoting=quoting, skipinitialspace=True
+        )
         while True:
             number += 1
             try:
@@ -284,6 +307,10 @@ def table_rows(path):
                 return
             if not any(cell.strip() for cell in cells):
                 continue
+            if swallowed_rows(cells, mark):
+                yield f"row {number}", Fault("row", cells, SWALLOWED)
+                continue
+            cells = list(map(_unquoted, cells)) if mark == "\t" else cells
             value = {c: _cell(c, cell, mark) for c, cell in zip(head, cells)}
             if len(cells) != len(head):
                 reason = f"{len(cells)} cells under {len(head)} columns (a comma without quotes?)"

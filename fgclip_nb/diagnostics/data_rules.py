@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_diagnostics/07a_data_rules.ipynb #543ad2e2
 import math
+from fgclip_nb.diagnostics.inputs import corners_as_sizes
 from fgclip_nb.diagnostics.expectations import TOO_SMALL
 from fgclip_nb.diagnostics.rules import CAUSE, FAIL, PASS, TARGET, UNKNOWN, chance_share, rule
 
@@ -195,7 +196,10 @@ def wrong_reading(ev) -> str:
         )
     if boxes.get("n", 0) < 20:
         return ""
-    refused = (audit_of(ev, "rejected_regions") or {}).get("no_area", 0)
+    lost = audit_of(ev, "rejected_regions") or {}
+    if said := corners_as_sizes(boxes, lost):
+        return said
+    refused = lost.get("no_area", 0)
     if boxes["xywh_share"] > 0.98 and refused > 0.1 * boxes["n"]:
         return (
             f"{refused} have no area as two corners, and all of them fit into the picture as x, y, "

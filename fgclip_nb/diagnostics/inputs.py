@@ -171,6 +171,19 @@ def own_boxes(batch, samples: list) -> dict:
         own.append(bool(near) and picture == owner)
     return dict(own_boxes=sum(own) / len(own)) if own else {}
 
+# %% ../../nbs/6_diagnostics/01b_inputs.ipynb #395994e6
+def corners_as_sizes(boxes: dict, refused: dict) -> str:
+    """A sentence where two corners were read as x, y, width, height; '' where nothing says so.
+
+    boxes: `box_facts`; refused: regions lost by rule."""
+    out = refused.get("out_of_range", 0)
+    if boxes.get("n", 0) < 20 or boxes.get("corners_share", 0) < 0.98 or out < 0.02 * boxes["n"]:
+        return ""
+    return (
+        f"{out} boxes leave their picture as x, y, width, height, and all {boxes['n']} fit into it "
+        "as two corners: write x, y, width, height"
+    )
+
 # %% ../../nbs/6_diagnostics/01b_inputs.ipynb #b1a00020
 WAYS = dict(
     mirrored=lambda x: x.flip(-1),

@@ -12,10 +12,13 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import Run, get_logger, resolve_path
 from fgclip_nb.data.samples import Reject
 from fgclip_nb.data.declared_size import fit_to_files
+from fgclip_nb.data.filters import in_range
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.media_lists import media_name
 from fgclip_nb.data.splits import leave_out, read_names, spans_meet
+from fgclip_nb.data.audit import box_facts
 from fgclip_nb.data.roles import data_roles, kept_roles, media_bytes
+from fgclip_nb.diagnostics.inputs import corners_as_sizes
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #462506ca
 def run_of(source):
@@ -160,6 +163,14 @@ def _as_their_files(data) -> tuple:
     return samples, [note for note in notes if note.regions]
 
 
+def _tell_corners(samples):
+    "A line in the log where boxes seem to be two corners that were read as x, y, width, height."
+    boxes = [r.box for s in samples for r in s.regions if r.box is not None]
+    out = sum(not in_range(box) for box in boxes)
+    if said := corners_as_sizes(box_facts(boxes, []), dict(out_of_range=out)):
+        get_logger().warning("boxes: %s", said)
+
+
 def read_evaluation_samples(data, media_root=None, split=None, model="", columns=""):
     """(samples, rejects, which part they are) of `sample`, a path in any format, or a list.
 
@@ -177,6 +188,7 @@ def read_evaluation_samples(data, media_root=None, split=None, model="", columns
     rejects, part = rejects + unfit, "everything there is"
     if rejects:
         get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
+    _tell_corners(samples)
     splits = {s.split for s in samples}
     if split == "auto":
         samples, part = held_out(samples, model)

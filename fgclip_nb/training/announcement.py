@@ -20,6 +20,7 @@ from fgclip_nb.data.filters import a_few, write_rejects
 from fgclip_nb.data.audit import audit, photo_facts
 from fgclip_nb.data.roles import write_roles
 from fgclip_nb.data.frame_cache import FrameCache, cache_share
+from fgclip_nb.diagnostics.inputs import corners_as_sizes
 from fgclip_nb.diagnostics.expectations import (
     RANDOM_MODELS,
     Expectations,
@@ -190,6 +191,8 @@ def announce(s: TrainState, shown: bool = False):
     )
     write_manifest(s)
     facts = audit(s.data.train, s.data.val, s.data.rejects, s.cfg.context_length)
+    if said := corners_as_sizes(facts["boxes"], facts["rejected_regions"]):
+        s.log.warning(f"data {s.cfg.data}: {said}")
     facts["abnormal"] = abnormal_clips(s.data.train)
     write_atomic(s.path / "audit.json", json.dumps(facts, indent=1))
     if s.cfg.frame_cache:
