@@ -4,6 +4,7 @@ Whole data sets, evaluations and commands as users have them, not one function a
 
 import io
 import json
+import logging
 import unicodedata
 from pathlib import Path
 
@@ -39,7 +40,20 @@ import micro
 from synthetic_runs import synthetic_run
 
 
-def test_violent_videos_alone_are_annotated_in_xd_violence(tmp_path, capsys):
+@pytest.fixture
+def told():
+    "Lines of the package's log."
+    lines, handler, log = [], logging.Handler(), logging.getLogger("fgclip_nb")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield lines
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+def test_violent_videos_alone_are_annotated_in_xd_violence(tmp_path, told):
     rng = np.random.default_rng(0)
     scores, lines, labels = {}, [], []
     for k in range(6):
@@ -50,14 +64,13 @@ def test_violent_videos_alone_are_annotated_in_xd_violence(tmp_path, capsys):
         scores[f"n{k}__#1_label_A"] = rng.random(40)
         labels.append(np.zeros(40, bool))
     (tmp_path / "annotations.txt").write_text("\n".join(lines))
-    told = frame_auc(scores | {"w__#1_label_B2-0-0": [0.5]}, tmp_path / "annotations.txt")
+    figures = frame_auc(scores | {"w__#1_label_B2-0-0": [0.5]}, tmp_path / "annotations.txt")
     expected = roc_auc_score(np.concatenate(labels), np.concatenate(list(scores.values())))
-    assert told["auc"] == pytest.approx(expected)
-    assert (told["normal_videos"], told["anomalous_videos"]) == (4, 6)
-    assert told["unannotated"] == ["w__#1_label_B2-0-0"]
-    printed = capsys.readouterr().out
-    assert "4 scored videos without a line are normal by their names" in printed
-    assert "1 of 11 scored videos are not annotated and do not count" in printed
+    assert figures["auc"] == pytest.approx(expected)
+    assert (figures["normal_videos"], figures["anomalous_videos"]) == (4, 6)
+    assert figures["unannotated"] == ["w__#1_label_B2-0-0"]
+    assert "4 scored videos without a line are normal by their names" in "\n".join(told)
+    assert "1 of 11 scored videos are not annotated and do not count" in "\n".join(told)
 
 
 def test_a_table_as_excel_saves_it_abroad(tmp_path):

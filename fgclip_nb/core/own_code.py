@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/0_core/02a_own_code.ipynb #0a2a0003
-import functools, importlib, inspect, sysconfig, traceback
+import functools, glob, importlib, inspect, sys, sysconfig, traceback
 from pathlib import Path
 import fgclip_nb
 from fgclip_nb.core.identity import ConfigError
@@ -130,3 +130,24 @@ def load_extensions(names: str):
             raise  # of one of this package's doors: it says all
         except OWN_FAULTS as e:
             raise ConfigError(why_not_imported(name, e)) from e
+
+# %% ../../nbs/0_core/02a_own_code.ipynb #63af82d5
+def refuse_own_modules(names: str, folder):
+    """`ConfigError` where a module of `extensions`, or a package around it, would be found within a
+    folder that somebody else may have written. Nothing is imported."""
+    root = Path(folder).resolve()
+    for name in filter(None, map(str.strip, names.split(","))):
+        parts = name.split(".")
+        places = [Path(p or ".", *parts[:n]) for p in sys.path for n in range(1, len(parts) + 1)]
+        files = [
+            Path(f)
+            for p in places
+            for f in (*glob.glob(f"{glob.escape(str(p))}.*"), p / "__init__.py")
+        ]
+        inside = [f for f in files if f.is_file() and f.resolve().is_relative_to(root)]
+        if inside:
+            raise ConfigError(
+                f"parameter `extensions` of this run names the module {name!r}, which is "
+                f"{inside[0]}, a file of the run itself: it is not executed unasked. Read it, copy "
+                "it to where you keep your own, and name that in `extensions` of params.yaml"
+            )

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #5d2eba92
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import Run, get_logger, resolve_path
 from fgclip_nb.data.samples import Reject
@@ -136,33 +137,69 @@ def as_the_run_read(data, source) -> dict:
         return {}
     return dict(media_root=_existing(params.get("media_root")), columns=params.get("columns", ""))
 
+# %% ../../nbs/7_evaluation/07a_held_out.ipynb #4db70f12
+class StreamPhoto(NamedTuple):
+    "A photo in the rows of a stream, read when it is looked at."
 
-def _of_stream(stream) -> tuple:
-    "(samples, rejects) of a set whose pixels are in its rows: one that cannot be read is a reject."
+    stream: object
+    place: int
+
+    def read(self) -> bytes:
+        return self.stream[self.place].data
+
+
+class StreamedSample(NamedTuple):
+    "What is known of a sample of a stream before it is read."
+
+    place: int
+    split: str
+    id: str
+    media: str
+    span: tuple | None = None
+    kind: str = "image"
+
+
+def listed(data) -> list:
+    "The samples of a set, without the bytes of embedded photos; of a stream `StreamedSample`s."
+    if hasattr(data, "light"):
+        return list(data.light())
+    if not hasattr(data, "part"):
+        return list(data)
+    columns = (data.column(name) for name in ("split", "id", "media"))
+    return [StreamedSample(k, *row) for k, row in enumerate(zip(*columns, strict=True))]
+
+
+def _of_stream(stream, chosen) -> tuple:
+    "(samples, rejects) of `StreamedSample`s: one that cannot be read is a reject."
     samples, rejects = [], []
-    for k in range(len(stream)):
+    for place, *_ in chosen:
         try:
-            samples.append(stream[k])
+            sample = stream[place]
         except DataError as e:
-            place = dict(file=str(stream.spec["path"]), entry=f"sample {k}", field="media")
-            rejects.append(Reject(**place, value="", reason=str(e), rule="unreadable_media"))
+            where = dict(file=str(stream.spec["path"]), entry=f"sample {place}", field="media")
+            rejects.append(Reject(**where, value="", reason=str(e), rule="unreadable_media"))
+            continue
+        if sample.data is not None:
+            sample.data = StreamPhoto(stream, place)
+        samples.append(sample)
     return samples, rejects
 
 
-def _as_their_files(data) -> tuple:
-    """(samples, rejects): boxes turned with their photos, as training has them; see
-    `fit_to_files`. Embedded photos of shards were looked at when these were written."""
+def as_their_files(data, chosen) -> tuple:
+    """(samples, rejects) of those `chosen` of a set: boxes turned with their photos as in training.
+
+    See `fit_to_files`. Shards were looked at when they were written."""
     if hasattr(data, "light"):
-        return list(data.light()), []  # the bytes stay in the shards until one is looked at
+        return chosen, []
     if hasattr(data, "part"):
-        return _of_stream(data)
-    samples, notes = fit_to_files(data)
+        return _of_stream(data, chosen)
+    samples, notes = fit_to_files(chosen)
     for rule, count in Counter(note.rule for note in notes).items():
         first = next(note for note in notes if note.rule == rule)
         get_logger().warning("%s: %d samples; the first: %s", rule, count, first)
     return samples, [note for note in notes if note.regions]
 
-
+# %% ../../nbs/7_evaluation/07a_held_out.ipynb #9e7ddd4c
 def _tell_corners(samples):
     "A line in the log where boxes seem to be two corners that were read as x, y, width, height."
     boxes = [r.box for s in samples for r in s.regions if r.box is not None]
@@ -184,11 +221,7 @@ def read_evaluation_samples(data, media_root=None, split=None, model="", columns
         given = dict(media_root=media_root, columns=columns)
         how |= {name: value for name, value in given.items() if value}
         data, rejects = load_samples(data, missing="keep", **how)
-    samples, unfit = _as_their_files(data)
-    rejects, part = rejects + unfit, "everything there is"
-    if rejects:
-        get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
-    _tell_corners(samples)
+    samples, part = listed(data), "everything there is"
     splits = {s.split for s in samples}
     if split == "auto":
         samples, part = held_out(samples, model)
@@ -196,4 +229,8 @@ def read_evaluation_samples(data, media_root=None, split=None, model="", columns
         samples, part = [s for s in samples if s.split == split], f"split {split}"
     if not samples:
         raise DataError(f"no samples of {part}; splits there: {sorted(splits)}")
+    samples, unfit = as_their_files(data, samples)
+    if rejects := rejects + unfit:
+        get_logger().warning("%d entries rejected, the first: %s", len(rejects), rejects[0])
+    _tell_corners(samples)
     return samples, rejects, part

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fgclip_nb.core.identity import DataError, code_identity, versions
 from fgclip_nb.core.folder import Run, read_jsonl
+from fgclip_nb.core.own_code import refuse_own_modules
 from fgclip_nb.core.config import TrainConfig
 from fgclip_nb.runs.comparison import flat
 
@@ -138,12 +139,14 @@ def reproduce(run, output=None, tell=None) -> Reproduction:
 
     `output`: folder of the second run, default `<run>-again`, counted on where it exists.
     `tell`: gets a line per mismatch before it starts (default: print).
-    Raises `DataError` for a folder without params.yaml."""
+    Raises `DataError` for a folder without params.yaml, `ConfigError` for one that brings modules
+    of its own as `extensions`."""
     from fgclip_nb.training.loop import train
 
     run = run if isinstance(run, Run) else Run(run)
     if not run.params():
         raise DataError(f"{run.path}: no params.yaml there, so it is no run folder")
+    refuse_own_modules(str(run.params().get("extensions") or ""), run.path)
     mismatches = unlike_now(run)
     for line in mismatches:
         (tell or print)(f"not as it was: {line}")

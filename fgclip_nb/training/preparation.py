@@ -49,6 +49,11 @@ def keep_params(path, cfg: TrainConfig):
     (path / "finished.json").unlink(missing_ok=True)
 
 
+def foreign_files(path) -> list:
+    "Names of what a run would write on in a folder and that is there already."
+    return [name for name in (*GROWING, "checkpoints", "report.html") if (path / name).exists()]
+
+
 def open_folder(cfg: TrainConfig, is_main: bool):
     """The run folder, created, locked and checked against the parameters: (path, lock).
 
@@ -62,6 +67,11 @@ def open_folder(cfg: TrainConfig, is_main: bool):
         raise ConfigError(f"`output` = {str(path)!r}: there is a file ({e}); name a folder") from e
     if not is_main:
         return path, None
+    if not (path / "params.yaml").exists() and (found := foreign_files(path)):
+        raise ConfigError(
+            f"`output` = {str(path)!r} has {found[0]} and no params.yaml: it is another program's, "
+            "or of a run that lost its parameters; name another folder, or move the file"
+        )
     lock = FolderLock(path)
     for name in GROWING:
         check_ordinary(path / name)
