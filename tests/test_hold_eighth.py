@@ -5,6 +5,7 @@ Whole data sets, evaluations and commands as users have them, not one function a
 import io
 import json
 import logging
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -31,7 +32,10 @@ from fgclip_nb import (
 )
 from fgclip_nb.evaluation.classification import class_features
 from fgclip_nb.evaluation.encoder import Encoder
-from fgclip_nb.evaluation.held_out import read_evaluation_samples
+from fgclip_nb.evaluation.held_out import read_evaluation_samples, some_of
+from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.runs.reproduction import reproduce
+from fgclip_nb.training.loop import train
 from fgclip_nb.evaluation.annotations import AnomalyVideo
 from fgclip_nb.evaluation.ranking import cosines, unit
 from fgclip_nb.runs.__main__ import main
@@ -330,3 +334,101 @@ def test_the_scale_of_fp16_is_no_fault_of_the_run(tmp_path):
     assert run.metrics()["overflows"].sum() > 0
     told = {v["name"]: v["result"] for v in run.verdicts()}
     assert told["finite_numbers"] == told["steps_skipped"] == "pass"
+
+
+def noise(seed):
+    "The bytes of a picture that no other seed has."
+    kept = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(kept, "PNG")
+    return kept.getvalue()
+
+
+def rows_in_parquet(folder, paths, pictures):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = [dict(bytes=p, path=path) for p, path in zip(pictures, paths)]
+    rows = dict(image=pictures, caption=[f"picture number {k}" for k in range(len(paths))])
+    pq.write_table(pa.table(rows), folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def rows_in_tar(folder, paths, pictures):
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for k, (path, picture) in enumerate(zip(paths, pictures)):
+            about = json.dumps(dict(url=path, caption=f"picture number {k}")).encode()
+            for suffix, content in (("png", picture), ("json", about)):
+                member = tarfile.TarInfo(f"{k:05d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder / "t.tar"
+
+
+@pytest.mark.parametrize("written", [rows_in_parquet, rows_in_tar])
+def test_names_beside_pictures_are_no_identities(tmp_path, written):
+    "`datasets` keeps the last part of a path alone, and of a URL many photos may have one."
+    scores = []
+    for name, paths in (("equal", ["image.png"] * 8), ("own", [f"{k}.png" for k in range(8)])):
+        (tmp_path / name).mkdir()
+        data = written(tmp_path / name, paths, map(noise, range(8)))
+        samples = load_samples(data)[0]
+        assert len({s.id for s in samples}) == len({s.media for s in samples}) == 8
+        told = evaluate("tiny", str(data), tasks=["short_retrieval"], permutations=20)
+        scores.append(told.results["short_retrieval"]["i2t"])
+    assert scores[0]["queries"] == scores[1]["queries"] == 8
+    assert scores[0]["chance"] == scores[1]["chance"] and scores[0]["r1"] == scores[1]["r1"]
+
+
+def test_a_stream_is_not_held_in_memory_and_equal_pictures_are_one(tmp_path):
+    data = rows_in_parquet(tmp_path, ["a.png", "b.png", "c.png"], map(noise, (1, 2, 1)))
+    samples, rejects, _ = read_evaluation_samples(str(data))
+    assert not any(isinstance(s.data, bytes) for s in samples) and not rejects
+    assert samples[0].media == samples[2].media != samples[1].media
+    assert samples[1].encoded == noise(2)
+    some = some_of(load_samples(data)[0], 2)
+    assert [s.encoded for s in some] == [noise(1), noise(1)]
+
+
+def test_places_in_galleries_of_other_sizes_are_not_compared(tmp_path, told):
+    rows = [{"image": f"p{i}.png", "captions": [f"caption {i}"]} for i in range(24)]
+    samples = pairs(tmp_path, rows)
+    few, all_of_them = (
+        evaluate("tiny", part, tasks=["short_retrieval"], permutations=20)
+        for part in (samples[:12], samples)
+    )
+    table = compare_evaluations(few, all_of_them)
+    assert not table.decided.any()
+    assert "ranked among 12 candidates in the first and 24 in the second" in "\n".join(told)
+
+
+def test_a_folder_of_another_program_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("hello")
+    cfg = TrainConfig(output=str(tmp_path), device="cpu", max_steps=1)
+    with pytest.raises(ConfigError, match="metrics.jsonl and no params.yaml"):
+        train(cfg)
+    assert (tmp_path / "metrics.jsonl").read_text() == "hello"
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_cannot_bring_code_that_is_executed(tmp_path, monkeypatch):
+    run = tmp_path / "theirs"
+    run.mkdir()
+    (run / "params.yaml").write_text("extensions: theirs.evil\n")
+    (run / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="it is not executed unasked"):
+        reproduce(run)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_corners_where_sizes_belong_are_told_before_training(tmp_path, told):
+    rng = np.random.default_rng(0)
+    start, size = rng.integers(0, 50, (30, 2)), rng.integers(10, 50, (30, 2))
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    boxes = np.hstack([start, start + size]).tolist()
+    objects = dict(bbox=boxes, category=[f"thing {k}" for k in range(30)])
+    row = dict(file_name="a.png", width=100, height=100, objects=objects)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    read_evaluation_samples(str(tmp_path / "metadata.jsonl"))
+    assert "all 30 fit into it as two corners" in "\n".join(told)

@@ -74,6 +74,14 @@ def _media_key(entry) -> str:
     return "image"
 
 
+def picture_name(row) -> str:
+    """A name for the picture in a StreamRow that no other of its shard has.
+
+    In tables a name is what stands beside the bytes, and may be that of many: `datasets` keeps the
+    last part of a path alone."""
+    return row.picture if row.size else f"{row.where}/{row.picture}"
+
+
 def _entry_of(row):
     "The row's entry; where no reader knows it, with the picture's name as `image` or `f_path`."
     entry = row.entry
@@ -82,18 +90,31 @@ def _entry_of(row):
     return entry
 
 
+def name_by_row(samples, name):
+    """Give the samples of a row, and their regions, ids by the picture in it: its `name`.
+
+    What an entry says of where its photo came from may be the same for many."""
+    for part, sample in enumerate(samples):
+        sample.id = f"{name}#{part}" if part else name
+        for region in sample.regions:
+            region.id = f"{sample.id}#{region.id.rpartition('#')[2]}"
+
+
 def row_samples(src, row, root, fetch) -> list:
     """The samples of a StreamRow; its faults are rejects of `src`.
 
     `root`: a MediaRoot. `fetch()`: (entry, name of the picture, its bytes) of the row."""
     src.entry = row.where
-    src.root = InRow(src.file, row.picture, fetch) if row.picture else root
+    src.root = root
+    if row.picture:
+        src.root, src.folder = InRow(src.file, picture_name(row), fetch), Path(src.file).stem
     with told_where(src):
         entry = _entry_of(row)
         found = read_row(entry, src, "" if isinstance(entry, Fault) else format_of(entry))
     if row.picture:  # no other row can be about it
         found += src.groups.values()
         src.groups.clear()
+        name_by_row(found, src.named(picture_name(row)))
     waiting = sum(map(len, (src.groups, src.coco, src.crepe)))
     if waiting:
         for held in (src.groups, src.coco, src.crepe):

@@ -180,6 +180,7 @@ def read_table_row(row, src):
     Returns None: the sample waits in `src.groups` for more rows about its medium."""
     key = first_of(row, MEDIA_COLUMNS)
     name, texts = row.text(key), _texts(row)
+
     long = "".join(row.text(c, "") for c in LONG_COLUMNS[:1] if c in row)
     label_key = first_of(row, LABEL_COLUMNS)
     media = src.media(video_names(name) if is_video(name) else [name], key)

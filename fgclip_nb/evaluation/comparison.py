@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError
+from fgclip_nb.core.folder import get_logger
 from fgclip_nb.core.plain import literal
 from fgclip_nb.evaluation.ranking import bootstrap_means, percentile_interval
 from fgclip_nb.evaluation.result_folder import ASIDE
@@ -40,12 +41,27 @@ def _shared_rows(a, b):
     return np.array(both, dtype=np.int64).reshape(-1, 2).T
 
 
+def as_many_candidates(task, name, a, b) -> bool:
+    """Whether items (n,) were ranked among equally many candidates, up to one in twenty.
+
+    Otherwise a line in the log: a place among twenty is another thing than one among sixty."""
+    alike = bool((np.abs(a - b) <= 0.05 * np.minimum(a, b)).all())
+    if not alike:
+        get_logger().warning(
+            "%s, %s: ranked among %d candidates in the first and %d in the second evaluation: "
+            "their scores do not compare, and nothing is decided",
+            *(task, name, round(a.mean()), round(b.mean())),
+        )
+    return alike
+
+
 def paired_rows(task, name, a, b, repeats, seed):
     "Difference b - a of each score of two `Ranked` on the items that both have, as table rows."
     ia, ib = _shared_rows(a, b)
     if not len(ia):
         return []
     groups, out = [a.groups[i] for i in ia], []
+    alike = as_many_candidates(task, name, a.options[ia], b.options[ib])
     for metric, va in a.values().items():
         if metric == "mean_rank" and (a.options == 2).all():
             continue
@@ -61,7 +77,9 @@ def paired_rows(task, name, a, b, repeats, seed):
                 "difference": float((vb - va).mean()),
                 "low": low,
                 "high": high,
-                "decided": bool(low > 0 or high < 0) and len(set(groups)) >= ENOUGH_PHOTOS,
+                "decided": bool(low > 0 or high < 0)
+                and len(set(groups)) >= ENOUGH_PHOTOS
+                and alike,
                 "photos": len(set(groups)),
                 "items": len(ia),
                 "only_first": len(a) - len(ia),

@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #5d2eba92
+import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import Run, get_logger, resolve_path
 from fgclip_nb.data.samples import Reject
@@ -145,7 +147,7 @@ class StreamPhoto(NamedTuple):
     place: int
 
     def read(self) -> bytes:
-        return self.stream[self.place].data
+        return self.stream[self.place].encoded
 
 
 class StreamedSample(NamedTuple):
@@ -170,8 +172,10 @@ def listed(data) -> list:
 
 
 def _of_stream(stream, chosen) -> tuple:
-    "(samples, rejects) of `StreamedSample`s: one that cannot be read is a reject."
-    samples, rejects = [], []
+    """(samples, rejects) of `StreamedSample`s: one that cannot be read is a reject.
+
+    Rows with equal pictures are about one photo."""
+    samples, rejects, media = [], [], {}
     for place, *_ in chosen:
         try:
             sample = stream[place]
@@ -180,9 +184,19 @@ def _of_stream(stream, chosen) -> tuple:
             rejects.append(Reject(**where, value="", reason=str(e), rule="unreadable_media"))
             continue
         if sample.data is not None:
+            content = hashlib.sha256(sample.encoded).digest()
+            sample.media = media.setdefault(content, sample.media)
             sample.data = StreamPhoto(stream, place)
         samples.append(sample)
     return samples, rejects
+
+
+def some_of(data, most=1_000) -> list:
+    "The samples; of shards or a stream at most `most`, evenly spread, with photos where they lie."
+    if not hasattr(data, "part"):
+        return data
+    places = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int).tolist()
+    return _of_stream(data, [(place,) for place in places])[0]
 
 
 def as_their_files(data, chosen) -> tuple:

@@ -56,10 +56,16 @@ class TaskResult:
     notes: dict = field(default_factory=dict)
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #0d104bae
+def distinct_ids(samples) -> list:
+    "The id of each sample; with its medium where another sample has the same one."
+    times = Counter(s.id for s in samples)
+    return [s.id if times[s.id] == 1 else f"{s.id} ({s.media})" for s in samples]
+
+
 def retrieval_task(encoder, samples, settings, long=False):
     "Caption retrieval both ways -> TaskResult with `i2t` and `t2i`."
     encoded = encode_captions(encoder, samples, long, settings.captions)
-    media, ids = [s.media for s in encoded.samples], [s.id for s in encoded.samples]
+    media, ids = [s.media for s in encoded.samples], distinct_ids(encoded.samples)
     spans = [s.span for s in encoded.samples]
     i2t, t2i = rank_both_ways(
         unit(encoded.images, "image_features"),

@@ -12,9 +12,8 @@ import numpy as np
 from safetensors.torch import load_file
 from fgclip_nb.core.identity import DataError
 from fgclip_nb.core.folder import checkpoint_fault, get_logger, write_atomic
-from fgclip_nb.data.filters import a_few
 from fgclip_nb.evaluation.encoder import Encoder
-from fgclip_nb.evaluation.held_out import read_evaluation_samples
+from fgclip_nb.evaluation.held_out import read_evaluation_samples, some_of
 from fgclip_nb.evaluation.results import task_tables
 from fgclip_nb.evaluation.tasks import TASKS, Settings, phrase_key
 from fgclip_nb.training.rundata import clip_frames
@@ -119,7 +118,7 @@ def measured_skills(encoder, train, held_out) -> dict:
     """Results of each task that the held-out samples ask, dict(held_out, training): task -> list
     -> table."""
     found = dict(held_out={}, training={})
-    train = a_few(train)
+    train = some_of(train)
     if len(captioned(held_out)) > 1:
         seen = as_many_photos(train, held_out)
         found["held_out"]["short_retrieval"] = ask(encoder, held_out, "short_retrieval")
