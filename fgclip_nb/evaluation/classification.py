@@ -11,9 +11,10 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import get_logger
 from fgclip_nb.evaluation.ranking import (
     TIE_RULES,
+    distinct_sets,
     grouped_permutations,
     null_sums,
-    padded_rows,
+    permuted_sets,
     rank_queries,
     row_blocks,
     unit,
@@ -107,22 +108,21 @@ def classify(
         return _nothing_ranked(ks)
     ids = ids or [str(i) for i in range(len(target))]
     groups = list(groups or ids)
-    perm = grouped_permutations(groups, permutations, seed)
-
-    def permuted(block):
-        return right[perm[:, block]]
-
+    kind, table = distinct_sets((row[row >= 0].tolist() for row in right), len(classes))
+    perm = grouped_permutations(groups, permutations, seed).T
     places = rank_queries(
         unit(features),
         unit(classes, "class features"),
-        right,
-        permuted if permutations else None,
+        lambda block: table[kind[block]].toarray(),
+        permuted_sets(perm, kind, [table], ks, ties) if permutations else None,
         ties,
-        ks,
+        width=max(permutations, table.nnz, *table.shape),
     )
-    options, n_right = np.full_like(target, len(classes)), (right >= 0).sum(1)
+    options = np.full_like(target, len(classes))
     detail = {"target": target, "predicted": places.wrong, "margin": places.margin}
-    return Ranked(ids, groups, places.ranks, options, n_right, ks, null=places.null, detail=detail)
+    return Ranked(
+        ids, groups, places.ranks, options, places.right, ks, null=places.null, detail=detail
+    )
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #831c04c1
 def per_class(ranked, labels):
@@ -155,6 +155,14 @@ def most_frequent_answer(ranked, labels):
     often = int(habits.argmax())
     share = float(habits[often] / len(ranked))
     return {"most_frequent_answer": {"label": labels[often], "share": share}}
+
+# %% ../../nbs/7_evaluation/04_classification.ipynb #606d6563
+def padded_rows(lists):
+    "Ragged lists of row numbers -> int64 (n, longest), filled up with -1."
+    out = np.full((len(lists), max([1, *map(len, lists)])), -1, dtype=np.int64)
+    for row, items in zip(out, lists):
+        row[: len(items)] = items
+    return out
 
 # %% ../../nbs/7_evaluation/04_classification.ipynb #a4c1d86a
 def _own_scores(features, texts):

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #7e11faf4
+import hashlib
 import math
 from dataclasses import dataclass
 import numpy as np
@@ -42,29 +43,42 @@ def cosines(a, b):
 TIE_RULES = ("against", "official")
 
 
-def standing(scores, ties="against"):
+def standing(scores, ties="against", times=None):
     """For each entry of `scores` (n,m): how many entries of its row are as high, int32 (n,m).
 
-    As high is >= with ties="against" and > with "official"; another rule is a `ConfigError`."""
-    from scipy.stats import rankdata
-
+    As high is >= with ties="against" and > with "official"; another rule is a `ConfigError`.
+    times int32 (m,): how many entries each column stands for, default one."""
     if ties not in TIE_RULES:
         raise ConfigError(f"ties: {ties!r} is not one of {', '.join(TIE_RULES)}")
-    method = "max" if ties == "against" else "min"
-    ranks = rankdata(-scores, method=method, axis=1).astype(np.int32)
-    return ranks if ties == "against" else ranks - 1
+    times = np.ones(scores.shape[1], dtype=np.int32) if times is None else times
+    keys = scores if ties == "against" else -scores
+    order = np.argsort(keys, axis=1)
+    keys, here = np.take_along_axis(keys, order, 1), times[order]
+    before = here.cumsum(1, dtype=np.int32) - here
+    before[:, 1:][keys[:, 1:] == keys[:, :-1]] = 0  # a tie stands where its first entry does
+    counts = np.empty_like(before)
+    np.put_along_axis(counts, order, np.maximum.accumulate(before, axis=1), 1)
+    return times.sum(dtype=np.int32) - counts if ties == "against" else counts
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #ff1f80f0
-def best_rank(counts, right, ties="against"):
+NOT_RIGHT = np.iinfo(np.int32).max  # stands for the count of a candidate that is not right
+
+
+def rank_of(best, tied, ties):
+    """Rank (from 1) of right answers whose lowest count is `best`; 0 where none is right.
+
+    Right answers never count against each other: `tied` of them have the lowest count."""
+    return np.where(best == NOT_RIGHT, 0, best + 1 - (tied if ties == "against" else 0))
+
+
+def best_rank(counts, ties="against", times=None):
     """Rank (from 1) of the best right answer of each query; 0 where a query has none.
 
-    counts (n,m) from `standing`; right (…,n,g) candidate numbers, -1 = no entry. Right answers
-    never count against each other."""
-    far = np.iinfo(np.int32).max
-    picked = np.where(right >= 0, counts[np.arange(len(counts))[:, None], right], far)
-    best = picked.min(-1)
-    rank = best + 1 - ((picked == best[..., None]).sum(-1) if ties == "against" else 0)
-    return np.where(best == far, 0, rank)
+    counts (…,m): of the right answers from `standing`, `NOT_RIGHT` for all others; times: as
+    there."""
+    best = counts.min(-1, keepdims=True, initial=NOT_RIGHT)
+    tied = counts == best
+    return rank_of(best[..., 0], tied.sum(-1) if times is None else tied @ times, ties)
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #0a550385
 def chance_recall(n, m, k):
@@ -104,42 +118,57 @@ def percentile_interval(draws, level=0.95):
     "[low, high] that holds the middle `level` of `draws`."
     return [float(v) for v in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #33211c71
-def padded_rows(lists):
-    "Ragged lists of row numbers -> int64 (n, longest), filled up with -1."
-    out = np.full((len(lists), max([1, *map(len, lists)])), -1, dtype=np.int64)
-    for row, items in zip(out, lists):
-        row[: len(items)] = items
-    return out
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #7d8cc90e
+def marked(rows, columns, shape):
+    "Sparse bool table that is True at these rows and columns."
+    from scipy.sparse import csr_array
+
+    return csr_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape)
 
 
-def _rows_of(ids):
-    "Distinct id -> row numbers."
-    rows = {}
-    for row, key in enumerate(ids):
-        rows.setdefault(key, []).append(row)
-    return rows
+def distinct_sets(lists, m):
+    """Sets among lists of numbers below `m`: (number of each list's set (n,), what sets hold).
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #5412007a
-def _link_tables(rows, text_image, text_ids, n_images):
-    "The two padded tables of `links` from checked ids; rows: image id -> row numbers."
-    shared = {}
-    for key, text in zip(text_image, text_ids):
-        shared.setdefault(text, {}).update(dict.fromkeys(rows[key]))
-    images_of = [list(shared[text]) for text in text_ids]
-    texts_of = [[] for _ in range(n_images)]
-    for text, images in enumerate(images_of):
-        for image in images:
-            texts_of[image].append(text)
-    return padded_rows(texts_of), padded_rows(images_of)
+    The second is sparse, bool (sets,m)."""
+    sets = {}
+    number = [sets.setdefault(tuple(sorted(set(items))), len(sets)) for items in lists]
+    rows = np.repeat(np.arange(len(sets)), [len(items) for items in sets])
+    held = np.array([k for items in sets for k in items], dtype=np.int64)
+    return np.array(number, dtype=np.int64), marked(rows, held, (len(sets), m))
+
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #dedca412
+@dataclass
+class Links:
+    """Which answers are right, by sentence: texts with equal ids are one.
+
+    sentence (T,): number of each text's sentence; kind (I,): number of each photo's set of
+    sentences; table: sparse bool (kinds, sentences), what each set holds."""
+
+    sentence: np.ndarray
+    kind: np.ndarray
+    table: object
+
+    def texts_of(self, photos):
+        "Which texts are right for a slice of photos, bool (rows,T)."
+        return self.table[self.kind[photos]].toarray()[:, self.sentence]
+
+    def photos_of(self, texts):
+        "Which photos are right for a slice of texts, bool (rows,I)."
+        return self.table.T.tocsr()[self.sentence[texts]].toarray()[:, self.kind]
+
+
+def _numbered(ids):
+    "Numbers of ids, equal ones alike, in the order in which they come."
+    numbers = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in ids], dtype=np.int64)
 
 
 def links(n_images, n_texts, image_ids=None, text_image=None, text_ids=None):
-    """Which answers are right: (texts of each image (I,g), images of each text (T,h)).
+    """Which answers are right, as `Links`.
 
-    Both are int64 row numbers, -1 = none. text_image: for each text its image's row, or its id when
-    image_ids are given; default: text i belongs to image i. text_ids: texts with equal ids are one
-    sentence and share their images. Raises `DataError` for an unknown image."""
+    text_image: for each text its image's row, or its id when image_ids are given; default: text i
+    belongs to image i. text_ids: texts with equal ids are one sentence and share their images.
+    Raises `DataError` for an unknown image."""
     image_ids = list(range(n_images)) if image_ids is None else list(np.asarray(image_ids).tolist())
     if text_image is None and n_images != n_texts:
         raise DataError(
@@ -151,38 +180,27 @@ def links(n_images, n_texts, image_ids=None, text_image=None, text_ids=None):
     for (name, n), ids in zip(sizes.items(), (image_ids, text_image, text_ids)):
         if len(ids) != n:
             raise DataError(f"{name}: {len(ids)} entries for {n} rows")
-    rows = _rows_of(image_ids)
-    unknown = [t for t, key in enumerate(text_image) if key not in rows]
-    if unknown:
-        raise DataError(
-            f"text_image: text {unknown[0]} belongs to image {text_image[unknown[0]]!r}, "
-            "which is not among the images"
-        )
-    return _link_tables(rows, text_image, text_ids, n_images)
+    sentence, said = _numbered(text_ids), {key: [] for key in image_ids}
+    for t, key in enumerate(text_image):
+        if key not in said:
+            raise DataError(
+                f"text_image: text {t} belongs to image {key!r}, which is not among the images"
+            )
+        said[key].append(int(sentence[t]))
+    sets, table = distinct_sets(said.values(), int(sentence.max(initial=-1)) + 1)
+    kind = dict(zip(said, sets))
+    return Links(sentence, np.array([kind[key] for key in image_ids], dtype=np.int64), table)
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #c41d7f03
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #b6b07a45
 def _permutations(n, repeats, seed):
-    "`repeats` random permutations of n rows and their inverses, int64 (repeats,n) each."
+    "Random permutations of n rows, one per column, and their inverses, int32 (n,repeats) each."
     rng = np.random.default_rng(seed)
-    perm = np.zeros((repeats, 0), dtype=np.int64)
-    if n:
-        perm = np.argsort(rng.random((repeats, n)), axis=1)
-    return perm, np.argsort(perm, axis=1)
-
-
-def permuted_links(texts_of, images_of, repeats, seed):
-    """Links under permutations, as functions of a slice of queries.
-
-    block -> right answers int64 (repeats, rows, g), for image queries and for text queries."""
-    perm, inverse = _permutations(len(texts_of), repeats, seed)
-
-    def texts_of_images(block):
-        return texts_of[perm[:, block]]
-
-    def images_of_texts(block):
-        return np.where(images_of[block] >= 0, inverse[:, images_of[block]], -1)
-
-    return texts_of_images, images_of_texts
+    perm, inverse = np.empty((2, n, repeats), dtype=np.int32)
+    for column in range(repeats):
+        order = np.argsort(rng.random(n))
+        perm[:, column] = order
+        inverse[order, column] = np.arange(n)
+    return perm, inverse
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #66ddead2
 def grouped_permutations(groups, repeats, seed):
@@ -196,6 +214,49 @@ def grouped_permutations(groups, repeats, seed):
         row[here] = np.argsort(shuffled[inverse], kind="stable")
     return perm
 
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #c0b17e5f
+def _lowest_of_sets(table, counts, tied):
+    """For each query and each set of columns: its lowest count (n,sets), and how many have it.
+
+    table: sparse bool (sets,m); counts (n,m); tied (n,m) or (m,): how many have each count."""
+    sizes = np.diff(table.indptr)
+    starts = table.indptr[:-1][sizes > 0]
+    counts = counts[:, table.indices]
+    tied = np.broadcast_to(tied[..., table.indices], counts.shape)
+    best = np.full((len(counts), len(sizes)), NOT_RIGHT, dtype=np.int32)
+    best[:, sizes > 0] = np.minimum.reduceat(counts, starts, axis=1)
+    tied = np.where(counts == np.repeat(best, sizes, axis=1), tied, 0)
+    number = np.zeros_like(best)
+    number[:, sizes > 0] = np.add.reduceat(tied, starts, axis=1)
+    return best, number
+
+
+def ranks_of_sets(counts, tables, ties="against", times=None):
+    """Ranks (n,sets) that queries would have if the answers of each set were right; 0: empty set.
+
+    counts (n,m) from `standing`, times as there; tables: sparse bool, sets of columns, then sets of
+    those sets, ..."""
+    tied = np.ones(counts.shape[1], dtype=np.int32) if times is None else times
+    for table in tables:
+        counts, tied = _lowest_of_sets(table, counts, tied)
+    return rank_of(counts, tied, ties)
+
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #4bc747c5
+def moved_ranks(counts, right, perm, inverse, ties="against"):
+    """Ranks (P,) of a query whose right photos are moved by permutations; 0 where it has none.
+
+    counts (I,) from `standing`; right bool (I,) before they move; perm, inverse (I,P)."""
+    if (counts == counts[0]).all():  # a collapsed model: whoever is right stands alike
+        return np.full(perm.shape[1], best_rank(np.where(right, counts, NOT_RIGHT), ties))
+    own = np.flatnonzero(right)
+    top = np.flatnonzero(counts <= 8 * len(counts) // max(1, len(own)))
+    if len(top) > len(own):
+        top = top[:0]
+    ranks = best_rank(np.where(right[perm[top]], counts[top, None], NOT_RIGHT).T, ties)
+    missed = np.flatnonzero(ranks == 0)
+    ranks[missed] = best_rank(counts[inverse[np.ix_(own, missed)]].T, ties)
+    return ranks
+
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #44e88b99
 def row_blocks(n, width, budget=4_000_000):
     "Slices over n rows so that rows × width stays near `budget` entries."
@@ -203,49 +264,109 @@ def row_blocks(n, width, budget=4_000_000):
     return [slice(i, min(n, i + rows)) for i in range(0, n, rows)]
 
 
-def null_sums(ranks, ks):
-    "ranks (P,n), 0 = no right answer -> float64 (P, len(ks)+1): hits at each k, sum of ranks."
-    hits = [((ranks > 0) & (ranks <= k)).sum(1) for k in ks]
-    return np.stack([*hits, ranks.sum(1)], 1).astype(np.float64)
+def null_sums(ranks, ks, times=1):
+    """ranks (P,n), 0 = no right answer -> float64 (P, len(ks)+1): hits at each k, sum of ranks.
+
+    times (n,): how often each query is asked."""
+    hits = [(((ranks > 0) & (ranks <= k)) * times).sum(1) for k in ks]
+    return np.stack([*hits, (ranks * times).sum(1)], 1).astype(np.float64)
 
 # %% ../../nbs/7_evaluation/00_ranking.ipynb #0991eaf1
 def _best_wrong(scores, right):
-    "Best candidate that is not right, its lead over the best right one; scores (n,m), right (n,g)."
-    rows, there = np.arange(len(scores))[:, None], right >= 0
-    own = np.where(there, scores[rows, right], -np.inf).max(1)
-    wrong = scores.copy()
-    wrong[(rows + 0 * right)[there], right[there]] = -np.inf
-    best = wrong.argmax(1)
-    return best, wrong[rows[:, 0], best] - own
+    "Best candidate that is not right, its lead over the best right one; both arguments (n,m)."
+    own = np.where(right, scores, -np.inf).max(1)
+    wrong = np.where(right, -np.inf, scores)
+    return wrong.argmax(1), wrong.max(1) - own
 
-# %% ../../nbs/7_evaluation/00_ranking.ipynb #d5faa0e9
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #07e70a94
 @dataclass
 class Places:
     """What `rank_queries` finds for n queries.
 
-    ranks (n,) of the best right answer (0 without one); the best wrong candidate (n,) and its lead
-    `margin` (n,) over the right one; null (P, len(ks)+1): sums under permutations."""
+    ranks (n,) of the best right answer (0 without one); right (n,): right answers; the best wrong
+    candidate (n,) and its lead `margin` (n,) over the right one; null (P, len(ks)+1): sums under
+    permutations."""
 
     ranks: np.ndarray
+    right: np.ndarray
     wrong: np.ndarray
     margin: np.ndarray
     null: np.ndarray | None = None
 
 
-def rank_queries(queries, candidates, right, permuted=None, ties="against", ks=(1, 5, 10)):
+def rank_queries(queries, candidates, right, null=None, ties="against", times=None, width=1):
     """`Places` of the best right answers, and what they would be under permuted links.
 
-    queries (n,D), candidates (m,D) unit rows; right (n,g) candidate numbers, -1 = none;
-    permuted: function(block) -> right answers (P,rows,g) under P permutations."""
-    n, sums = len(queries), 0
-    out = Places(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64), np.zeros(n))
-    for block in row_blocks(n, max(len(candidates), 1000 * right.shape[1] if permuted else 1)):
+    queries (n,D), candidates (m,D) unit rows, times as for `standing`; right: function(block) ->
+    bool (rows,m); null: function(block, counts, right) -> their `null_sums` under permutations;
+    width: entries that it writes per query."""
+    parts, sums = [], 0
+    for block in row_blocks(len(queries), max(len(candidates), width)):
         scores = cosines(queries[block], candidates)
-        counts = standing(scores, ties)
-        out.ranks[block] = best_rank(counts, right[block], ties)
-        out.wrong[block], out.margin[block] = _best_wrong(scores, right[block])
-        if permuted is not None:
-            sums = sums + null_sums(best_rank(counts, permuted(block), ties), ks)
-    if permuted is not None:
-        out.null = sums
-    return out
+        counts, there = standing(scores, ties, times), right(block)
+        ranks = best_rank(np.where(there, counts, NOT_RIGHT), ties, times)
+        number = there.sum(1) if times is None else there @ times
+        parts.append((ranks, number, *_best_wrong(scores, there)))
+        if null is not None:
+            sums = sums + null(block, counts, there)
+    return Places(*map(np.concatenate, zip(*parts)), None if null is None else sums)
+
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #eeac1a6a
+def permuted_sets(perm, kind, tables, ks, ties="against", times=None):
+    """`null` of `rank_queries` where query i receives the answers of query perm[i].
+
+    perm (n,P); kind (n,): number of each query's set; tables, times as for `ranks_of_sets`."""
+
+    def null(block, counts, right):
+        ranks = ranks_of_sets(counts, tables, ties, times)
+        return null_sums(np.take_along_axis(ranks, kind[perm[block]], 1).T, ks)
+
+    return null
+
+
+def permuted_photos(perm, inverse, ks, ties="against", asked=None):
+    """`null` of `rank_queries` where photo i receives the texts of photo perm[i].
+
+    perm, inverse (I,P); asked (n,): how often each query is asked, default once."""
+
+    def null(block, counts, right):
+        ranks = np.empty((perm.shape[1], len(counts)), dtype=np.int64)
+        for part in row_blocks(len(ranks), int(right.sum(1).max())):
+            there, back = perm[:, part], inverse[:, part]
+            for column, query in enumerate(zip(counts, right)):
+                ranks[part, column] = moved_ranks(*query, there, back, ties)
+        return null_sums(ranks, ks, 1 if asked is None else asked[block])
+
+    return null
+
+# %% ../../nbs/7_evaluation/00_ranking.ipynb #3c1aa7b7
+def _permuted_links(linked, times, permutations, seed, ks, ties):
+    "The two `null` of `rank_links`, with the same permutations."
+    perm, inverse = _permutations(len(linked.kind), permutations, seed)
+    texts = np.arange(len(times))
+    tables = [marked(linked.sentence, texts, (linked.table.shape[1], len(texts))), linked.table]
+    return (
+        permuted_sets(perm, linked.kind, tables, ks, ties, times),
+        permuted_photos(perm, inverse, ks, ties, times),
+    )
+
+
+def rank_links(images, texts, linked, ks=(1, 5, 10), permutations=1000, seed=0, ties="against"):
+    """`Places` of photos asking for texts, and of texts asking for photos.
+
+    images (I,D), texts (T,D): unit rows; linked: `Links`. Texts of one sentence with equal features
+    are ranked as one."""
+    prints = (hashlib.sha256(row.tobytes()).digest() for row in texts)
+    number = _numbered(zip(linked.sentence.tolist(), prints))
+    _, first, times = np.unique(number, return_index=True, return_counts=True)
+    times, texts = times.astype(np.int32), texts[first]
+    linked = Links(linked.sentence[first], linked.kind, linked.table)
+    nulls = (None, None)
+    if permutations:
+        nulls = _permuted_links(linked, times, permutations, seed, ks, ties)
+    width = max(permutations, linked.table.nnz, *linked.table.shape)
+    i2t = rank_queries(images, texts, linked.texts_of, nulls[0], ties, times, width)
+    t2i = rank_queries(texts, images, linked.photos_of, nulls[1], ties, width=permutations)
+    i2t.wrong = first[i2t.wrong]
+    found = (t2i.ranks, t2i.right, t2i.wrong, t2i.margin)
+    return i2t, Places(*(column[number] for column in found), t2i.null)

@@ -17,8 +17,7 @@ from fgclip_nb.evaluation.ranking import (
     chance_recall,
     percentile_interval,
     links,
-    permuted_links,
-    rank_queries,
+    rank_links,
     unit,
 )
 
@@ -125,9 +124,8 @@ def summarise(ranked, repeats=1000, seed=0):
     return table
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #a046405b
-def _ranked_links(features, right, permuted, ties, ks, ids, groups):
-    "Rank one direction's queries and keep those that have a right answer."
-    places = rank_queries(*features, right, permuted, ties, ks)
+def _answered(places, options, ks, ids, groups):
+    "The queries of one direction's `Places` that have a right answer, among `options` candidates."
     answered = places.ranks > 0
     rows = np.flatnonzero(answered)
     detail = {"query": rows, "wrong": places.wrong[answered], "margin": places.margin[answered]}
@@ -135,8 +133,8 @@ def _ranked_links(features, right, permuted, ties, ks, ids, groups):
         ids=[ids[i] for i in rows],
         groups=[groups[i] for i in rows],
         ranks=places.ranks[answered],
-        options=np.full(len(rows), len(features[1])),
-        right=(right[answered] >= 0).sum(1),
+        options=np.full(len(rows), options),
+        right=places.right[answered],
         ks=ks,
         prefix="r",
         null=places.null,
@@ -167,17 +165,15 @@ def rank_both_ways(
     """(`Ranked` of photos asking for text, `Ranked` of texts asking for photos).
 
     images (I,D), texts (T,D): unit rows; `links` explains image_ids, text_image and text_ids."""
-    texts_of, images_of = links(len(images), len(texts), image_ids, text_image, text_ids)
-    i2t, t2i = None, None
-    if permutations:
-        i2t, t2i = permuted_links(texts_of, images_of, permutations, seed)
+    linked = links(len(images), len(texts), image_ids, text_image, text_ids)
+    i2t, t2i = rank_links(images, texts, linked, ks, permutations, seed, ties)
     ids = range(len(images)) if image_ids is None else np.asarray(image_ids).tolist()
     names = [str(i) for i in ids]
     owner = names if text_image is None else [str(i) for i in np.asarray(text_image).tolist()]
     text_names = _numbered_texts(owner)
     return (
-        _ranked_links((images, texts), texts_of, i2t, ties, ks, names, names),
-        _ranked_links((texts, images), images_of, t2i, ties, ks, text_names, owner),
+        _answered(i2t, len(texts), ks, names, names),
+        _answered(t2i, len(images), ks, text_names, owner),
     )
 
 # %% ../../nbs/7_evaluation/01_scores.ipynb #daea617f
