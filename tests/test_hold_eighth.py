@@ -432,3 +432,15 @@ def test_corners_where_sizes_belong_are_told_before_training(tmp_path, told):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     read_evaluation_samples(str(tmp_path / "metadata.jsonl"))
     assert "all 30 fit into it as two corners" in "\n".join(told)
+
+
+@pytest.mark.ci
+def test_a_run_does_not_become_shorter(tmp_path):
+    world = micro.micro_world(tmp_path)
+    params = dict(world, lr_schedule="constant", output=str(tmp_path / "run"))
+    assert micro.run(dict(params, max_steps=6)) == 0
+    before = (tmp_path / "run/params.yaml").read_bytes()
+    assert micro.run(dict(params, max_steps=4)) == 2
+    assert (tmp_path / "run/params.yaml").read_bytes() == before and Run(tmp_path / "run").finished
+    said = "".join(p.read_text() for p in tmp_path.glob("run.*.txt"))
+    assert "has 6 steps already, and 4 are asked for" in said
