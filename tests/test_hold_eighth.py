@@ -32,8 +32,9 @@ from fgclip_nb import (
 )
 from fgclip_nb.evaluation.classification import class_features
 from fgclip_nb.evaluation.encoder import Encoder
-from fgclip_nb.evaluation.held_out import read_evaluation_samples, some_of
-from fgclip_nb.core.identity import ConfigError
+from fgclip_nb.evaluation.held_out import read_evaluation_samples, seen_in_training, some_of
+from fgclip_nb.data.roles import write_roles
+from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.runs.reproduction import reproduce
 from fgclip_nb.training.loop import train
 from fgclip_nb.evaluation.annotations import AnomalyVideo
@@ -444,3 +445,26 @@ def test_a_run_does_not_become_shorter(tmp_path):
     assert (tmp_path / "run/params.yaml").read_bytes() == before and Run(tmp_path / "run").finished
     said = "".join(p.read_text() for p in tmp_path.glob("run.*.txt"))
     assert "has 6 steps already, and 4 are asked for" in said
+
+
+def test_keys_of_tars_are_those_of_many(tmp_path):
+    "A new set whose keys begin at 00000 again, as every set of img2dataset's, is a new set."
+    for name, first in (("train", 0), ("test", 100)):
+        (tmp_path / name).mkdir()
+        rows_in_tar(tmp_path / name, [""] * 30, map(noise, range(first, first + 30)))
+    params = dict(data=str(tmp_path / "train/t.tar"), split="auto")
+    data = prepare_data(TrainConfig(**params))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/params.yaml").write_text(json.dumps(params))
+    write_roles(tmp_path / "run", data.train, data.val)
+    run = str(tmp_path / "run")
+    scored, _, part = read_evaluation_samples(str(tmp_path / "test/t.tar"), None, "auto", run)
+    assert len(scored) == 30 and "bear names that this run trained on" in part
+    assert not seen_in_training(run, scored)
+    scored, _, part = read_evaluation_samples(params["data"], None, "auto", run)
+    assert len(scored) == len(data.val) and "held out" in part
+    both = TrainConfig(**params, test_data=str(tmp_path / "test/t.tar"))
+    assert len(prepare_data(both).train) == len(data.train)
+    own = TrainConfig(**params, test_data=params["data"])
+    with pytest.raises(DataError, match="nearly all|every|all of"):
+        prepare_data(own)

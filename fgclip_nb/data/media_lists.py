@@ -14,6 +14,7 @@ from fgclip_nb.data.samples import VIDEO_SUFFIXES
 from fgclip_nb.data.media import ucf_label
 from fgclip_nb.data.entries import ObjectPairs, open_text, read_entries
 from fgclip_nb.data.shards import is_sharded
+from fgclip_nb.data.shard_sources import shard_files
 from fgclip_nb.data.reading import format_of
 from fgclip_nb.data.load import load_samples
 
@@ -178,6 +179,15 @@ def _name_in_set(sample, media_root=None) -> str:
     return listed_name(os.path.relpath(sample.media, folder) if inside else sample.media)
 
 # %% ../../nbs/2_data/20a_media_lists.ipynb #643439ce
+def _names_in_set(samples, media_root=None) -> list:
+    """The names of the media of a data set.
+
+    Pictures in tars and tables by their whole places: a key such as 00001 is that of many."""
+    if hasattr(samples, "part") and not hasattr(samples, "light"):
+        return [f"/{listed_name(media)}" for media in samples.column("media")]
+    return [_name_in_set(s, media_root) for s in samples]
+
+
 class MediaNames(set):
     """Names of media with the folders they carry (`listed_name`).
 
@@ -195,7 +205,7 @@ def list_names(path, media_root=None) -> MediaNames:
 
     Raises `DataError` when there is no name in it."""
     file, names = Path(path), []
-    if file.is_file() and not is_sharded(path):
+    if file.is_file() and not is_sharded(path) and not shard_files(path):
         is_json = file.name.lower().endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz"))
         names = json_names(file) if is_json else text_names(file)
         if not is_json and all(".json" in name.lower() for name in names):
@@ -203,7 +213,7 @@ def list_names(path, media_root=None) -> MediaNames:
     of_data = not names
     if of_data:
         samples = load_samples(path, media_root, missing="keep")[0]
-        names = [_name_in_set(s, media_root) for s in samples]
+        names = _names_in_set(samples, media_root)
     if not names:
         raise DataError(f"{path}: no name of a photo or video could be read from this list")
     return MediaNames(names, path, of_data)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from fgclip_nb.core.identity import DataError, stable_id
 from fgclip_nb.core.folder import get_logger, naming, read_jsonl, write_atomic
+from fgclip_nb.data.scenes import is_made
 
 # %% ../../nbs/2_data/21a_roles.ipynb #a48c2e3b
 def role_of(split: str, name: str) -> str:
@@ -90,7 +91,9 @@ WRITTEN_AT_ONCE = 100_000  # rows
 
 def _column_rows(samples, roles):
     "Yield `role_row` of shards or a stream by their columns and roles; no sample is read."
+    root = getattr(samples, "root", "")  # shards write media from there
     for role, id, media in zip(roles, samples.column("id"), samples.column("media")):
+        media = media if is_made(media) else os.path.join(root, media)
         yield dict(role=str(role), id=id, media=media, bytes=media_bytes(media), span=None)
 
 
