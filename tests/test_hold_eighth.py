@@ -468,3 +468,18 @@ def test_keys_of_tars_are_those_of_many(tmp_path):
     own = TrainConfig(**params, test_data=params["data"])
     with pytest.raises(DataError, match="nearly all|every|all of"):
         prepare_data(own)
+
+
+def test_a_box_without_a_class_is_none(tmp_path):
+    objects = [
+        dict(bbox=[0.1, 0.1, 0.5, 0.5], category=""),
+        dict(bbox=[0, 0, 1, 1], category="cup"),
+    ]
+    rows = [{"image": "a.png", "objects": objects}]
+    Image.new("RGB", (32, 24)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.csv").write_text("image,label,x1,y1,x2,y2\na.png,,1,1,9,9\na.png,nan,1,1,9,9\n")
+    samples, rejects = load_samples(tmp_path / "a.json")
+    assert [r.phrase for r in samples[0].regions] == ["a cup"] and len(rejects) == 1
+    samples, rejects = load_samples(tmp_path / "b.csv")
+    assert not any(s.regions for s in samples) and len(rejects) == 2

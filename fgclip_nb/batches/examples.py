@@ -99,8 +99,8 @@ def region_identity(sample, region) -> int:
     It is its place in the photo or video; without a box or track its own id and phrase."""
     if region.box is None and not region.keyframes:
         return stable_id(f"{sample.id}\n{region.id}\n{region.phrase}")
-    corners = region.box and np.round(region.box, 4).tolist()
-    track = [(k.frame, np.round(k.bbox, 4).tolist(), k.enabled) for k in region.keyframes]
+    corners = [round(float(v), 4) for v in region.box or ()]
+    track = [(k.frame, *(round(float(v), 4) for v in k.bbox), k.enabled) for k in region.keyframes]
     times = sample.span, region.span
     return stable_id(f"{sample.media or sample.id}\n{times}\n{corners}\n{track}")
 

@@ -215,7 +215,7 @@ def saved_splits(path) -> list:
 def saved_source(folders, columns="") -> tuple:
     "(source, stamp) of the folders of one saved set."
     found, stamps = [], []
-    for folder in folders:
+    for folder in map(os.path.realpath, folders):  # media are known by it, from everywhere
         with reaching(folder):
             import datasets
 

@@ -55,13 +55,20 @@ def first_of(row, columns) -> str:
     return next((c for c in columns if c in row), "")
 
 
+def _in_pixels(items) -> bool:
+    "Whether a box of a list of dicts has a number that no share of a photo is."
+    boxes = [i.get(first_of(i, BOXES_OF_OBJECTS)) for i in items if isinstance(i, dict)]
+    numbers = (v for box in boxes if isinstance(box, list) for v in box)
+    return any(isinstance(v, (int, float)) and v >= 2 for v in numbers)
+
+
 def foreign_objects(objects) -> bool:
     "Whether `objects` of an entry is as Hugging Face has it and not a list of our own format."
     if not isinstance(objects, list):
         return isinstance(objects, dict)
     items = [item for item in objects if isinstance(item, dict)]
     numbered = any(isinstance(i.get(first_of(i, NAMES_OF_OBJECTS)), int) for i in items)
-    return numbered or any(first_of(item, COCO_KEYS) for item in items)
+    return numbered or _in_pixels(items) and any(first_of(item, COCO_KEYS) for item in items)
 
 # %% ../../nbs/2_data/08c_features.ipynb #2eb9ea13
 class Described(NamedTuple):
@@ -112,13 +119,6 @@ def described(schema, objects="objects") -> Described:
     if schema.names.count(objects) != 1:
         return Described(named)
     return Described(named, objects, _form_of_objects(schema, objects, objects in named))
-
-
-def _in_pixels(items) -> bool:
-    "Whether a box of a list of dicts has a number that no share of a photo is."
-    boxes = [i.get(first_of(i, BOXES_OF_OBJECTS)) for i in items if isinstance(i, dict)]
-    numbers = (v for box in boxes if isinstance(box, list) for v in box)
-    return any(isinstance(v, (int, float)) and v >= 2 for v in numbers)
 
 
 def as_described(row, about):

@@ -150,7 +150,9 @@ def _own_region(r, id, size, video) -> Region:
 
 def _own_object(r, id, size) -> Region:
     name = check_name(r.get("category"), f"{r.field}.category") if "category" in r else ""
-    phrase = with_article(name or r.text("category"))
+    if not name.strip() and not r.text("category").strip():
+        raise Fault(f"{r.field}.category", name, "a box without a class", "missing_field")
+    phrase = with_article(name)
     return Region(phrase, box=_own_box(r, size), source="category", id=id)
 
 # %% ../../nbs/2_data/07_formats.ipynb #d2627e0e

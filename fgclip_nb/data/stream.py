@@ -105,7 +105,7 @@ def row_samples(src, row, root, fetch) -> list:
 
     `root`: a MediaRoot. `fetch()`: (entry, name of the picture, its bytes) of the row."""
     src.entry = row.where
-    src.root = root
+    src.root, own = root, src.folder
     if row.picture:
         src.root, src.folder = InRow(src.file, picture_name(row), fetch), Path(src.file).stem
     with told_where(src):
@@ -115,6 +115,7 @@ def row_samples(src, row, root, fetch) -> list:
         found += src.groups.values()
         src.groups.clear()
         name_by_row(found, src.named(picture_name(row)))
+    src.folder = own
     waiting = sum(map(len, (src.groups, src.coco, src.crepe)))
     if waiting:
         for held in (src.groups, src.coco, src.crepe):

@@ -67,8 +67,6 @@ def is_table_row(row) -> bool:
 def _texts(row) -> tuple:
     "All captions of a row, in the order of TEXT_COLUMNS, each once."
     texts = [t for c in TEXT_COLUMNS if c in row for t in row.texts(c)]
-    if any(t.strip().lower() == "nan" for t in texts):
-        raise Fault("text", "nan", "a missing value, written as text: leave the cell empty")
     return tuple(dict.fromkeys(t for t in texts if t.strip()))
 
 
@@ -87,17 +85,20 @@ def size_of(row, media, root) -> tuple:
     return (height, width) if orientation >= 5 else (width, height)
 
 
+NO_CLASS = re.compile(r"-?\d+(\.\d*)?|nan|NaN")
+
+
 def _box_region(r, size, texts, label, id) -> Region:
     "The Region of a row with four corners: its text, or its class."
     corners = [r.get(c) for c in corner_columns(r)]
     if all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in corners) and any(corners):
         size = None  # shares already
     box = check_box(corners, "box", size)
-    if not texts and label.strip().isdecimal():
+    if not (texts or label.strip()):
+        raise Fault("text", None, "a box without a text or a class", "missing_field")
+    if not texts and NO_CLASS.fullmatch(label.strip()):
         raise Fault("label", label, NO_NAME, "unknown_category")
     phrase = texts[0] if texts else with_article(label)
-    if not phrase.strip():
-        raise Fault("text", None, "a box without a text or a class", "missing_field")
     return Region(phrase, box=box, source="expression" if texts else "category", id=id)
 
 # %% ../../nbs/2_data/09b_tables.ipynb #9b000015
@@ -118,7 +119,10 @@ def object_rows(row) -> list:
 
 def _object_region(r, size, id) -> Region:
     "The Region of a box (x, y, width, height in pixels) with the name of its category."
-    phrase = with_article(check_name(r.get(first_of(r, NAMES_OF_OBJECTS)), r.field))
+    name = check_name(r.get(first_of(r, NAMES_OF_OBJECTS)), r.field)
+    if not name.strip():
+        raise Fault(r.field, name, "a box without a class", "missing_field")
+    phrase = with_article(name)
     box = r.box(first_of(r, BOXES_OF_OBJECTS) or "bbox", size, "xywh")
     return Region(phrase, box=box, source="category", id=id)
 
@@ -153,6 +157,9 @@ def _row_regions(row, src, sample, texts, label, objects):
     sample.regions += src.regions(rows + objects, place, sample.id, level="objects[]")
 
 
+MISSING = "a missing value, written as text: left out; leave such cells empty"
+
+
 @reader(
     "table",
     is_table_row,
@@ -180,8 +187,10 @@ def read_table_row(row, src):
     Returns None: the sample waits in `src.groups` for more rows about its medium."""
     key = first_of(row, MEDIA_COLUMNS)
     name, texts = row.text(key), _texts(row)
-
     long = "".join(row.text(c, "") for c in LONG_COLUMNS[:1] if c in row)
+    if missing := [t for t in (*texts, long) if t.strip() in ("nan", "NaN")]:
+        src.reject(Fault("text", missing[0], MISSING))
+        texts, long = tuple(t for t in texts if t not in missing), "" if long in missing else long
     label_key = first_of(row, LABEL_COLUMNS)
     media = src.media(video_names(name) if is_video(name) else [name], key)
     corners, objects = corner_columns(row), object_rows(row)
@@ -265,12 +274,6 @@ SWALLOWED = (
 MEDIUM = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mkv|mov|webm)\s*$", re.IGNORECASE)
 
 
-def _unquoted(cell) -> str:
-    "A cell of a table with tabs: quotes count around the whole of it alone."
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"') if quoted else cell
-
-
 def swallowed_rows(cells, mark) -> bool:
     "Whether a cell of several lines holds rows: a line begins or ends with the name of a medium."
     inside = [line for cell in cells for line in cell.splitlines()[1:] if mark in line]
@@ -279,10 +282,7 @@ def swallowed_rows(cells, mark) -> bool:
 
 
 def table_rows(path):
-    """(place, dict or Fault) of each line of a table behind its head.
-
-    Between tabs a quote is a letter, unless it stands around a whole cell: captions are written as
-    they are there."""
+    "(place, dict or Fault) of each line of a table behind its head."
     head = head_of(path)
     if fault := column_twice(head):
         yield "row 1", fault
@@ -290,10 +290,7 @@ def table_rows(path):
     with open_text(path) as f:
         mark, _ = mark_and_head(f)
         ended, number = [], 0
-        quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
-        lines = csv.reader(
-            _noting_the_end(f, ended), delimiter=mark, quoting=quoting, skipinitialspace=True
-        )
+        lines = csv.reader(_noting_the_end(f, ended), delimiter=mark, skipinitialspace=True)
         while True:
             number += 1
             try:
@@ -311,7 +308,7 @@ def table_rows(path):
             if swallowed_rows(cells, mark):
                 yield f"row {number}", Fault("row", cells, SWALLOWED)
                 continue
-            cells = list(map(_unquoted, cells)) if mark == "\t" else cells
+
             value = {c: _cell(c, cell, mark) for c, cell in zip(head, cells)}
             if len(cells) != len(head):
                 reason = f"{len(cells)} cells under {len(head)} columns (a comma without quotes?)"

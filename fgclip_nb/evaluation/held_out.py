@@ -120,8 +120,8 @@ def held_out(samples, source) -> tuple:
         part = "the validation part" if parts else "everything there is"
         if alike := namesakes(rows, parts or samples):
             part += (
-                f"; {alike} of them bear names that this run trained on, and other sizes: photos "
-                "that were only saved anew would be a score of its memory"
+                f"; {alike} of them bear names that this run trained on, and may not be the "
+                "same files: photos that were moved or saved anew would be a score of its memory"
             )
             get_logger().warning(f"scored: {part}")
         return parts or samples, part

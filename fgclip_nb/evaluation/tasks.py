@@ -57,9 +57,9 @@ class TaskResult:
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #0d104bae
 def distinct_ids(samples) -> list:
-    "The id of each sample; with its medium where another sample has the same one."
+    "The id of each sample; with its medium and span where another sample has the same one."
     times = Counter(s.id for s in samples)
-    return [s.id if times[s.id] == 1 else f"{s.id} ({s.media})" for s in samples]
+    return [s.id if times[s.id] == 1 else f"{s.id} ({s.media}, {s.span})" for s in samples]
 
 
 def retrieval_task(encoder, samples, settings, long=False):
