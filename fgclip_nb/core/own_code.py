@@ -139,11 +139,8 @@ def refuse_own_modules(names: str, folder):
     for name in filter(None, map(str.strip, names.split(","))):
         parts = name.split(".")
         places = [Path(p or ".", *parts[:n]) for p in sys.path for n in range(1, len(parts) + 1)]
-        files = [
-            Path(f)
-            for p in places
-            for f in (*glob.glob(f"{glob.escape(str(p))}.*"), p / "__init__.py")
-        ]
+        stems = [glob.escape(str(place)) for p in places for place in (p, p / "__init__")]
+        files = [Path(f) for stem in stems for f in glob.glob(f"{stem}.*")]
         inside = [f for f in files if f.is_file() and f.resolve().is_relative_to(root)]
         if inside:
             raise ConfigError(

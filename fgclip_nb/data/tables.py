@@ -189,7 +189,9 @@ def read_table_row(row, src):
     name, texts = row.text(key), _texts(row)
     long = "".join(row.text(c, "") for c in LONG_COLUMNS[:1] if c in row)
     if missing := [t for t in (*texts, long) if t.strip() in ("nan", "NaN")]:
-        src.reject(Fault("text", missing[0], MISSING))
+        if MISSING not in src.odd_labels:  # told once
+            src.odd_labels.add(MISSING)
+            src.reject(Fault("text", missing[0], MISSING))
         texts, long = tuple(t for t in texts if t not in missing), "" if long in missing else long
     label_key = first_of(row, LABEL_COLUMNS)
     media = src.media(video_names(name) if is_video(name) else [name], key)
@@ -248,8 +250,10 @@ def _cell(column, text, mark):
     that is a number is one, as it is in every other file."""
     if not text.strip():
         return None
-    if column in LABEL_COLUMNS and text.strip().isdecimal() and len(text) < 10:
-        return int(text)
+    if column in LABEL_COLUMNS and text.strip() in ("nan", "NaN"):
+        return None
+    if column in LABEL_COLUMNS and re.fullmatch(r"\s*\d{1,9}(\.0)?\s*", text):  # 3.0 beside NaN
+        return int(float(text))
     if column == "objects":
         return _decoded(text)
     if column not in NUMBERS:
@@ -277,6 +281,8 @@ MEDIUM = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mkv|mov|webm)\s*$"
 def swallowed_rows(cells, mark) -> bool:
     "Whether a cell of several lines holds rows: a line begins or ends with the name of a medium."
     inside = [line for cell in cells for line in cell.splitlines()[1:] if mark in line]
+    if mark == "\t" and inside:
+        return True  # nobody writes tabs into a caption of several lines
     ends = [part for line in inside for part in (line.split(mark)[0], line.split(mark)[-1])]
     return any(MEDIUM.search(part) for part in ends)
 

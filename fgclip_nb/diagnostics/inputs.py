@@ -177,7 +177,10 @@ def corners_as_sizes(boxes: dict, refused: dict) -> str:
 
     boxes: `box_facts`; refused: regions lost by rule."""
     out = refused.get("out_of_range", 0)
-    if boxes.get("n", 0) < 20 or boxes.get("corners_share", 0) < 0.98 or out < 0.02 * boxes["n"]:
+    far = boxes.get("rejected_side", 0) > 1.1  # sound boxes lean over the edge by less
+    if boxes.get("n", 0) < 20 or boxes.get("corners_share", 0) < 0.98 or not far:
+        return ""
+    if out < 0.02 * boxes["n"]:
         return ""
     return (
         f"{out} boxes leave their picture as x, y, width, height, and all {boxes['n']} fit into it "

@@ -145,7 +145,7 @@ def _from_everywhere(value):
 
 def check_writable(folder):
     "Raise `ConfigError` for a place where nothing can be written, before any work is done for it."
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not os.access(there, os.W_OK):
         raise ConfigError(
             f"results would go to {folder}, and nothing can be written into {there}: give another "

@@ -68,28 +68,40 @@ def run_roles(source):
         return None
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #fb22809c
-def _same_media(sample, row) -> bool:
-    """Whether a sample shows the medium of a row, by path, or by name and size.
+class KnownMedia:
+    """The rows of a run, looked up by the medium of a sample: by path, or by name and size.
 
     What has no size of its own (-1), as a picture in a tar or a photo that is not here, is known by
-    its path alone: keys such as 00001 are those of many."""
-    if sample.media == row["media"]:
-        return True
-    if Path(sample.media).name != Path(row["media"]).name:
-        return media_name(sample.media) == media_name(row["media"]) and sample.kind == "video"
-    return -1 != row["bytes"] == media_bytes(sample.media)
+    its path alone: keys such as 00001 are those of many. A video may have another suffix."""
+
+    def __init__(self, rows):
+        self.by_path, self.by_size = defaultdict(list), defaultdict(list)
+        self.names, self.by_name = set(), defaultdict(list)
+        for row in rows:
+            name = Path(row["media"]).name
+            self.names.add(name)
+            self.by_path[row["media"]].append(row)
+            self.by_size[name, row["bytes"]].append(row)
+            self.by_name[media_name(name)].append(row)
+
+    def about(self, sample) -> list:
+        "The rows about the medium of a sample."
+        name, rows = Path(sample.media).name, list(self.by_path.get(sample.media, ()))
+        size = media_bytes(sample.media) if name in self.names else -1
+        if size != -1:
+            rows += self.by_size.get((name, size), ())
+        if sample.kind == "video":
+            same = self.by_name.get(media_name(name), ())
+            rows += [r for r in same if Path(r["media"]).name != name]
+        return rows
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #df81f422
 def roles_among(rows, samples) -> list:
     """A role per sample by a run's rows: `train` where it trained on it, `val` or `test` where it
     was held out, empty where the run does not know it."""
-    known = defaultdict(list)
-    for row in rows:
-        known[media_name(row["media"])].append(row)
-    roles = []
+    known, roles = KnownMedia(rows), []
     for s in samples:
-        rows = [r for r in known.get(media_name(s.media), ()) if _same_media(s, r)]
-        met = {r["role"] for r in rows if spans_meet(s.span, r["span"])}
+        met = {r["role"] for r in known.about(s) if spans_meet(s.span, r["span"])}
         roles.append(next((role for role in ("train", "val", "test") if role in met), ""))
     return roles
 
@@ -220,8 +232,8 @@ def as_their_files(data, chosen) -> tuple:
 def _tell_corners(samples):
     "A line in the log where boxes seem to be two corners that were read as x, y, width, height."
     boxes = [r.box for s in samples for r in s.regions if r.box is not None]
-    out = sum(not in_range(box) for box in boxes)
-    if said := corners_as_sizes(box_facts(boxes, []), dict(out_of_range=out)):
+    inside, out = ([b for b in boxes if in_range(b) == there] for there in (True, False))
+    if said := corners_as_sizes(box_facts(inside, out), dict(out_of_range=len(out))):
         get_logger().warning("boxes: %s", said)
 
 

@@ -143,7 +143,7 @@ def classification_task(encoder, samples, settings):
     without labels, or whose labels are none of those given."""
     named = [s for s in samples if s.label]
     labels = label_set(settings.labels, {s.label for s in named})
-    number = {s.label: label_of(s.label, labels, whole=True) for s in named}
+    number = {x: label_of(x, labels, whole=True) for x in {s.label for s in named}}
     known = [s for s in named if number[s.label] is not None]
     if not known:
         raise DataError(f"classification: none of the {len(samples)} samples has a label")

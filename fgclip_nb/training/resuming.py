@@ -129,7 +129,7 @@ def restore(s: TrainState):
         if step > s.total_steps:
             raise ConfigError(
                 f"{s.path} has {step} steps already, and {s.total_steps} are asked for (max_steps, "
-                "epochs): a run does not become shorter; give another `output`"
+                "epochs): a run does not become shorter, nor do its data; give another `output`"
             )
         if state["data"] != s.data.fingerprint and "data" not in allowed_to_change(s.cfg):
             raise ConfigError(
