@@ -378,7 +378,7 @@ ROWS = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["image", "file_name"]), ROWS), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.sampled_from(["image", "file_name"]), ROWS), min_size=2, max_size=4))
 def test_any_objects_are_kept_or_rejected(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("any")
     (folder / "p0.jpg").write_bytes(photo(0))
