@@ -67,14 +67,14 @@ def open_folder(cfg: TrainConfig, is_main: bool):
         raise ConfigError(f"`output` = {str(path)!r}: there is a file ({e}); name a folder") from e
     if not is_main:
         return path, None
+    for name in GROWING:
+        check_ordinary(path / name)
     if not (path / "params.yaml").exists() and (found := foreign_files(path)):
         raise ConfigError(
             f"`output` = {str(path)!r} has {found[0]} and no params.yaml: it is another program's, "
             "or of a run that lost its parameters; name another folder, or move the file"
         )
     lock = FolderLock(path)
-    for name in GROWING:
-        check_ordinary(path / name)
     check_params(path, cfg)
     if not Run(path).begun:
         keep_params(path, cfg)
