@@ -4,7 +4,6 @@ Whole data sets, evaluations and commands as users have them, not one function a
 
 import io
 import json
-import logging
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -43,19 +42,6 @@ from fgclip_nb.runs.__main__ import main
 from fgclip_nb.runs.comparison import compare_runs
 import micro
 from synthetic_runs import synthetic_run
-
-
-@pytest.fixture
-def told():
-    "Lines of the package's log."
-    lines, handler, log = [], logging.Handler(), logging.getLogger("fgclip_nb")
-    handler.emit = lambda record: lines.append(record.getMessage())
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    yield lines
-    log.removeHandler(handler)
-    log.setLevel(level)
 
 
 def test_violent_videos_alone_are_annotated_in_xd_violence(tmp_path, told):

@@ -44,24 +44,6 @@ def clip(path, tone, frames=24):
     return path
 
 
-@pytest.fixture
-def told():
-    "Lines of the package's log."
-    lines = []
-
-    class Kept(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
-    log, handler = logging.getLogger("fgclip_nb"), Kept()
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    yield lines
-    log.removeHandler(handler)
-    log.setLevel(level)
-
-
 def test_a_cache_knows_videos_by_their_content(tiny, tmp_path, told):
     "Another set with the same names, a replaced video: encoded anew, and told."
     first, second = clip(tmp_path / "A/v1.mp4", 10), clip(tmp_path / "B/v1.mp4", 120, 40)

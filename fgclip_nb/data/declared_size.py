@@ -97,17 +97,23 @@ def fit_to_file(sample, size_of=file_size) -> tuple:
     return sample, []
 
 # %% ../../nbs/2_data/09a_declared_size.ipynb #91bb289e
-def fit_to_files(samples) -> tuple:
-    """(samples as their files show them, notes) by `fit_to_file`, each file looked at once.
-
-    What is drawn, has no box or cannot be read stays as it is."""
-    sizes, fitted, notes = {}, [], []
+def sizes_once():
+    "`file_size` as a function that looks at each file once."
+    sizes = {}
 
     def size_of(sample):
         if sample.media not in sizes:
             sizes[sample.media] = file_size(sample)
         return sizes[sample.media]
 
+    return size_of
+
+
+def fit_to_files(samples) -> tuple:
+    """(samples as their files show them, notes) by `fit_to_file`, each file looked at once.
+
+    What is drawn, has no box or cannot be read stays as it is."""
+    size_of, fitted, notes = sizes_once(), [], []
     for sample in samples:
         placed = any(r.box is not None or r.keyframes for r in sample.regions)
         if placed and not is_made(sample.media):

@@ -28,7 +28,7 @@ from fgclip_nb.data.scenes import is_made
 from fgclip_nb.data.parts import do_parts, part_results, pass_folder
 from fgclip_nb.data.photos import read_image
 from fgclip_nb.data.video_index import video_info
-from fgclip_nb.data.declared_size import file_size, fit_to_file
+from fgclip_nb.data.declared_size import fit_to_file, sizes_once
 from fgclip_nb.data.clips import beyond_fault, doubt_fault, span_fault
 
 # %% ../../nbs/2_data/19_filters.ipynb #f74c90c4
@@ -418,14 +418,19 @@ def _leave_media(samples) -> list:
     return []
 
 
+def tell_by_rule(notes):
+    "A warning for each rule of some notes: how many samples, and the first."
+    for rule, count in count_rules(notes).items():
+        first = next(note for note in notes if note.rule == rule)
+        get_logger().warning(f"{rule}: {count} samples; the first: {first}")
+
+
 def _log_media(total, kept, rejects, changes):
     get_logger().info(
         f"media: {total} samples = {kept} kept + {total - kept} rejected "
         f"({_counts_text(count_rules(rejects))})"
     )
-    for rule, count in count_rules(changes).items():
-        first = next(c for c in changes if c.rule == rule)
-        get_logger().warning(f"{rule}: {count} samples; the first: {first}")
+    tell_by_rule(changes)
 
 # %% ../../nbs/2_data/19_filters.ipynb #a93f4ca4
 def within_clip(sample) -> tuple:
@@ -445,12 +450,7 @@ class MediaCheck:
     "What is known of media that were opened once: their faults and their sizes, by path."
 
     def __init__(self):
-        self.faults, self.sizes = {}, {}
-
-    def size_of(self, sample):
-        if sample.media not in self.sizes:
-            self.sizes[sample.media] = file_size(sample)
-        return self.sizes[sample.media]
+        self.faults, self.size_of = {}, sizes_once()
 
     def judge(self, sample) -> tuple:
         "(sample as its file shows it or None, notes): its medium, its span and its declared size."

@@ -254,13 +254,13 @@ def anomaly_scores(
     others = [t for c, texts in prompts.items() if c != "Normal" for t in texts]
     scale = math.exp(encoder.model.logit_scale.item())
 
-    def probability(x, phrase):
-        sentences = [unit(encoder.texts(t, phrase=phrase)) for t in (prompts["Normal"], others)]
-        return anomaly_probability(x, *sentences, scale)
-
+    about_frames, about_regions = (
+        [unit(encoder.texts(texts, phrase=phrase)) for texts in (prompts["Normal"], others)]
+        for phrase in (False, True)
+    )
     scores = {
-        n: (1 - region_weight) * probability(f.whole, phrase=False)
-        + region_weight * probability(f.regions, phrase=True).max(-1)
+        n: (1 - region_weight) * anomaly_probability(f.whole, *about_frames, scale)
+        + region_weight * anomaly_probability(f.regions, *about_regions, scale).max(-1)
         for n, f in features.items()
     }
     return scores, {n: f.frames for n, f in features.items()}

@@ -99,16 +99,16 @@ def classify(
 ):
     """Features (n,D) against class features (C,D), target (n,) class numbers -> `Ranked`.
 
-    groups: the photo of each item, permuted and resampled together. right: (n,g) numbers of all
-    right classes, -1 = no entry; default the target alone. detail: target, the best wrong class and
-    its margin over the right one."""
+    groups: the photo of each item, permuted and resampled together. right: numbers of all right
+    classes of each item; default the target alone. detail: target, the best wrong class and its
+    margin over the right one."""
     target = np.asarray(target, dtype=np.int64)
-    right = target[:, None] if right is None else right
+    right = target[:, None].tolist() if right is None else right
     if not len(target):
         return _nothing_ranked(ks)
     ids = ids or [str(i) for i in range(len(target))]
     groups = list(groups or ids)
-    kind, table = distinct_sets((row[row >= 0].tolist() for row in right), len(classes))
+    kind, table = distinct_sets(right, len(classes))
     perm = grouped_permutations(groups, permutations, seed).T
     places = rank_queries(
         unit(features),

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #5d2eba92
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -15,7 +15,7 @@ from fgclip_nb.core.identity import ConfigError, DataError
 from fgclip_nb.core.folder import Run, get_logger, resolve_path
 from fgclip_nb.data.samples import Reject
 from fgclip_nb.data.declared_size import fit_to_files
-from fgclip_nb.data.filters import in_range
+from fgclip_nb.data.filters import in_range, tell_by_rule
 from fgclip_nb.data.load import load_samples
 from fgclip_nb.data.media_lists import media_name
 from fgclip_nb.data.splits import leave_out, read_names, spans_meet
@@ -186,12 +186,12 @@ def listed(data) -> list:
     return [StreamedSample(k, *row) for k, row in enumerate(zip(*columns, strict=True))]
 
 
-def _of_stream(stream, chosen) -> tuple:
-    """(samples, rejects) of `StreamedSample`s: one that cannot be read is a reject.
+def _of_stream(stream, places) -> tuple:
+    """(samples, rejects) at some places of a set: one that cannot be read is a reject.
 
     Rows with equal pictures are about one photo."""
     samples, rejects, media = [], [], {}
-    for place, *_ in chosen:
+    for place in places:
         try:
             sample = stream[place]
         except DataError as e:
@@ -211,7 +211,7 @@ def some_of(data, most=1_000) -> list:
     if not hasattr(data, "part"):
         return data
     places = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int).tolist()
-    return _of_stream(data, [(place,) for place in places])[0]
+    return _of_stream(data, places)[0]
 
 
 def as_their_files(data, chosen) -> tuple:
@@ -221,11 +221,9 @@ def as_their_files(data, chosen) -> tuple:
     if hasattr(data, "light"):
         return chosen, []
     if hasattr(data, "part"):
-        return _of_stream(data, chosen)
+        return _of_stream(data, [sample.place for sample in chosen])
     samples, notes = fit_to_files(chosen)
-    for rule, count in Counter(note.rule for note in notes).items():
-        first = next(note for note in notes if note.rule == rule)
-        get_logger().warning("%s: %d samples; the first: %s", rule, count, first)
+    tell_by_rule(notes)
     return samples, [note for note in notes if note.regions]
 
 # %% ../../nbs/7_evaluation/07a_held_out.ipynb #9e7ddd4c

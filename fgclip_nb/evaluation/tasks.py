@@ -225,19 +225,15 @@ def hard_negatives_task(encoder, samples, settings):
     )
 
 # %% ../../nbs/7_evaluation/06_tasks.ipynb #82405964
-def right_phrases(regions, number) -> np.ndarray:
-    """Numbers of the phrases that are right for each item (n,g), -1 = no entry: all of its region.
+def right_phrases(regions, number) -> list:
+    """Numbers of the phrases that are right for each item: all of its region.
 
     regions: a `RegionSet`; number: `phrase_key` -> number."""
     of_region = {}
     for sample, region in regions.asked():
         said = of_region.setdefault(region_identity(sample, region), {})
         said[number[phrase_key(region.phrase)]] = None
-    right = [list(of_region[region_identity(*item)]) for item in regions.items]
-    table = np.full((len(right), max(map(len, right), default=1)), -1, dtype=np.int64)
-    for row, numbers in zip(table, right):
-        row[: len(numbers)] = numbers
-    return table
+    return [list(of_region[region_identity(*item)]) for item in regions.items]
 
 
 def region_phrases_task(encoder, samples, settings):
